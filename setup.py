@@ -33,7 +33,7 @@ setup(
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
         "tensorboard>=2.18",  # clu's summary writer imports it without asking for it

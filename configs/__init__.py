@@ -1,0 +1,1 @@
+"""Recipes: a file a recipe, `common.py` what they share."""

@@ -1,0 +1,149 @@
+"""What recipes share: every field, with its default. A recipe changes what its paper says."""
+
+from ml_collections import ConfigDict
+
+from disco_jax.data.stacks import STACKS
+from disco_jax.errors import UserError, unknown
+
+# name: source, splits, image size, what an evaluation resizes to first (0: straight to the size),
+# stem of the convolutional networks.
+DATA = {
+    "imagenet2012": dict(eval_split="validation", size=224, eval_resize=256, stem="imagenet"),
+    "fashion_mnist": dict(eval_split="test", size=28, eval_resize=0, stem="small"),
+    "digits": dict(eval_split="test", size=16, eval_resize=0, stem="small"),
+}
+
+
+def parse(arg: str | None, **defaults) -> ConfigDict:
+    """The part after the colon of `--config FILE:key=value,key=value`, over `defaults`.
+
+    Raises:
+      UserError: for a key that the recipe does not have or a value of another type.
+    """
+    values = dict(defaults)
+    for pair in filter(None, (arg or "").split(",")):
+        key, _, value = pair.partition("=")
+        if key not in defaults:
+            raise unknown("The recipe's argument", key, defaults)
+        kind = type(defaults[key])
+        if kind is bool:
+            if value.lower() not in ("", "true", "false"):
+                raise UserError(f"The recipe's argument {pair!r} must be {key}=true or false.")
+            values[key] = value.lower() != "false"
+            continue
+        try:
+            values[key] = kind(value)
+        except ValueError:
+            raise UserError(
+                f"The recipe's argument {pair!r} must be of type {kind.__name__}."
+            ) from None
+    return ConfigDict(values)
+
+
+def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
+    """Every field of a pretraining config. The objectives all have weight 0.
+
+    Args:
+      data: a name of `DATA`, or another TFDS name (ImageNet's sizes are taken then).
+      smoke: two steps with tiny numbers, to see a recipe run.
+    """
+    known = DATA.get(data, DATA["imagenet2012"])
+    config = ConfigDict()
+    config.name = ""  # of the recipe, for tables and figures
+    config.seed = 0
+    config.batch_size = 256  # over all devices of all hosts
+    config.total_epochs = 200
+    config.total_steps = 0  # 0: from total_epochs; else the run stops there
+    config.dtype = "auto"  # of the computation: float32 | bfloat16 | auto (bfloat16 off the CPU)
+
+    config.data = dict(
+        source="tfds",  # tfds | folder | npz
+        name=data,
+        dir="",  # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder or an .npz file
+        train_split="train",
+        eval_split=known["eval_split"],
+        eval_resize=known["eval_resize"],
+        shuffle_buffer=16_384,
+        cache=False,  # keep the encoded records in memory; small data sets always are
+        max_unreadable=100,  # images that may be skipped before the run stops
+        max_memory_gb=8.0,  # of a folder or an .npz held in memory
+    )
+    config.views = 2  # crops an image; the objectives number them from 0
+    config.augment = {**STACKS["moco_v2"], "size": known["size"]}
+
+    encoder = dict(
+        backbone="resnet18",
+        width=0,  # channels of the first stage; 0: the backbone's own
+        stem=known["stem"],  # imagenet | small
+        zero_init_residual=False,  # true: as timm's ResNets start (recipe M4)
+        norm_group=0,  # images a BatchNorm group; 0: all of a device
+        hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
+        dim=128,
+    )
+    config.student = dict(encoder, norm="local")
+    config.momentum = dict(ema_rate=0.999, norm="shuffle")
+    # weights: a run's workdir or a PyTorch checkpoint
+    config.teacher = dict(encoder, norm="local", weights="")
+
+    config.objectives = dict(
+        contrast=dict(
+            weight=0.0,
+            pairs=((0, 1),),
+            keys_from="momentum",
+            temperature=0.2,
+            queue_size=65_536,
+            queue_init="teacher",  # the teacher's queue where it has one | random (recipe D3)
+        ),
+        distill=dict(weight=0.0, views=(0, 1), reduction="mean"),
+        similarity=dict(
+            weight=0.0,
+            view=0,
+            student_temperature=0.2,
+            teacher_temperature=0.01,
+            queue_size=65_536,
+            queue_init="random",
+        ),
+    )
+    config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.learning_rate = dict(
+        per_256=0.03,  # the peak for a global batch of 256; scaled linearly with the batch
+        decay="cosine",  # cosine | steps | constant
+        every="epoch",  # the rate changes once an epoch, or every step
+        milestones=(),  # of "steps", in epochs
+        factor=0.1,  # of "steps"
+        warmup_epochs=0,
+        warmup_from=0.0,  # the rate at step 0, not scaled
+    )
+    config.log = dict(every_steps=50, tensorboard=True)
+    config.checkpoint = dict(
+        every_steps=1000,
+        keep=3,  # newest checkpoints kept
+        best_metric="loss",  # and the one with the lowest value of this metric; "": none
+    )
+    if data in ("digits", "fashion_mnist"):
+        small_images(config)
+    if smoke:
+        tiny(config)
+    return config
+
+
+def small_images(config: ConfigDict) -> None:
+    """Grey images of 16 to 28 px: batch, queue, rate and crops that fit them."""
+    config.batch_size = 128
+    config.total_epochs = 40
+    config.augment.flip_prob = 0.0  # digits and shoes have a handedness
+    config.log.every_steps = 20
+    config.checkpoint.every_steps = 200
+
+
+def tiny(config: ConfigDict) -> None:
+    """Two steps with small numbers, whatever the data."""
+    config.batch_size = 8
+    config.total_steps = 2
+    config.augment.size = 32
+    config.student.update(hidden=32, dim=16)
+    config.teacher.update(hidden=32, dim=16)
+    for objective in ("contrast", "similarity"):
+        config.objectives[objective].queue_size = 64
+    config.log.every_steps = 1
+    config.checkpoint.every_steps = 1

@@ -1,0 +1,6 @@
+"""`python -m disco_jax TASK` is `disco-jax TASK`."""
+
+from disco_jax.main import console
+
+if __name__ == "__main__":
+    console()

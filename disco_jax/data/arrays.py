@@ -1,0 +1,375 @@
+"""Images held in memory: arrays, .npz files and folders of pictures, without TensorFlow.
+
+Every host holds the whole data set and reads its own share of each epoch's shuffle.
+"""
+
+import contextlib
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from disco_jax.data import base
+from disco_jax.data.crops import boxes, centre, resized, uniforms
+from disco_jax.errors import UserError, unknown
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+}
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_THREADS = min(8, os.cpu_count() or 1)
+# Below this many pixels an image is handled faster than it is handed to another thread.
+_SMALL = 96 * 96
+
+Images = np.ndarray | Sequence[np.ndarray]
+
+
+class ArraySource:
+    """A `base.Source` over arrays in memory."""
+
+    def __init__(
+        self,
+        splits: Mapping[str, tuple[Images, Any]],
+        *,
+        name: str = "arrays",
+        num_classes: int | None = None,
+        unreadable: Sequence[str] = (),
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Holds the arrays; nothing is copied.
+
+        Args:
+          splits: split -> (images, labels). Images are u8[N, H, W], u8[N, H, W, 1 or 3] or a
+            list of u8[H, W] and u8[H, W, 3]; labels are whole numbers [N] with -1 for unknown,
+            or None.
+          name: of the data set, for messages.
+          num_classes: by default the largest label + 1, None where no image has a label.
+          unreadable: names of what was left out.
+          process_index: of this host.
+          process_count: hosts that share the records.
+        """
+        if not splits:
+            raise UserError(f"{name} holds no split.")
+        self.name = name
+        self.unreadable = list(unreadable)
+        self._splits = {split: _checked(name, split, *pair) for split, pair in splits.items()}
+        largest = max(labels.max(initial=-1) for _, labels in self._splits.values())
+        self.num_classes = num_classes or int(largest) + 1 or None
+        self._host, self._hosts = process_index, process_count
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike, **kwargs) -> "ArraySource":
+        """Reads `train_images`, `train_labels`, `test_images`, ... of an .npz file.
+
+        Args:
+          path: of the file; the labels of a split may be missing.
+          **kwargs: of the constructor.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise UserError(f"There is no file {path}; config.data.dir names the .npz to read.")
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        except Exception as error:
+            raise UserError(f"{path} cannot be read as an .npz file: {error}") from error
+        names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
+        if not names:
+            raise UserError(
+                f"{path} has no array named like train_images; it has: {', '.join(arrays) or '-'}."
+            )
+        splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
+        return cls(splits, **{"name": path.stem, **kwargs})
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike,
+        max_gb: float,
+        *,
+        resize: int = 512,
+        max_unreadable: int = 0,
+        **kwargs,
+    ) -> "ArraySource":
+        """Reads a folder of JPEG, PNG, WebP and BMP pictures; what else lies in it is ignored.
+
+        Sub-folders train, validation (or val) and test are splits; without them everything is
+        the split "train". In a split the pictures below each sub-folder are a class, numbered
+        in sorted order over all splits; pictures beside them have the label -1. Names that begin
+        with a dot are passed over.
+
+        A picture is turned as its EXIF orientation says and becomes RGB of 8 bits: transparency
+        is laid over white, as viewers show it, and 16 bits keep their upper half.
+
+        Args:
+          path: of the folder.
+          max_gb: the most memory, in units of 2**30 bytes, that the decoded pictures may take.
+          resize: pictures whose shorter side is longer are shrunk to it, in pixels; 0 keeps all.
+          max_unreadable: how many pictures may be skipped because they cannot be decoded.
+          **kwargs: of the constructor.
+        """
+        path = pathlib.Path(path)
+        files = _list_folder(path)
+        classes = sorted({label for _, label, _ in files if label})
+        numbers = {label: number for number, label in enumerate(classes)}
+        name, unreadable = kwargs.pop("name", path.name), []
+        splits = {}
+        decoded = _decode_all([file for *_, file in files], resize, max_gb, path)
+        for (split, label, file), image in zip(files, decoded, strict=True):
+            if isinstance(image, Exception):
+                reason = f"{file.relative_to(path)} ({image})"
+                base.report_unreadable(name, unreadable, [reason], max_unreadable)
+                continue
+            images, labels = splits.setdefault(split, ([], []))
+            images.append(image)
+            labels.append(numbers.get(label, -1))
+        if not splits:
+            raise UserError(f"None of the {len(files)} pictures in {path} can be decoded.")
+        kwargs = {"num_classes": len(classes) or None, **kwargs}
+        return cls(splits, name=name, unreadable=unreadable, **kwargs)
+
+    def count(self, split: str) -> int:
+        """The number of records of a split, all hosts together."""
+        return len(self._split(split)[0])
+
+    def train(
+        self,
+        split: str,
+        crops: Mapping[int, Any],
+        batch_size: int,
+        seed: int,
+        start: base.Position,
+        max_unreadable: int,
+    ) -> Iterator[base.HostBatch]:
+        """Random resized crops of shuffled images, without end; see `base.Source`."""
+        _check_crops(crops)
+        base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
+        images, _ = self._split(split)
+        share = len(images) // self._hosts
+        base.check_batch_size(self.name, split, share, batch_size)
+        return self._train(images, share, crops, batch_size, seed, start)
+
+    def _train(self, images, share, crops, batch_size, seed, start):
+        offset = start.offset
+        with _mapper(images, max(crop.size for crop in crops.values())) as run:
+            for epoch in itertools.count(start.epoch):
+                shuffled = np.random.default_rng(base.seed_words(seed, epoch))
+                order = shuffled.permutation(len(images))[self._host :: self._hosts]
+                for begin in range(offset, share - batch_size + 1, batch_size):
+                    chosen = [images[i] for i in order[begin : begin + batch_size]]
+                    views = {
+                        view: _crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
+                        for view, crop in crops.items()
+                    }
+                    after = base.next_position(epoch, begin + batch_size, share, batch_size)
+                    yield base.HostBatch(views, {}, after)
+                offset = 0
+
+    def evaluate(
+        self,
+        split: str,
+        size: int,
+        resize: int,
+        interpolation: str,
+        batch_size: int,
+        limit: int = 0,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The middle of every image once, in order; see `base.Source`."""
+        base.check_evaluation(size, resize)
+        images, labels = self._split(split)
+        return self._evaluate(images, labels, size, resize, interpolation, batch_size, limit)
+
+    def _evaluate(self, images, labels, size, resize, interpolation, batch_size, limit):
+        first = self._host * len(images) // self._hosts
+        share = (self._host + 1) * len(images) // self._hosts - first
+        last = first + base.share_of_limit(limit, share, self._host, self._hosts)
+        batches = base.evaluation_batches(len(images), limit, batch_size, self._hosts)
+
+        def one(index):
+            return evaluated(images[index], size, resize, interpolation)
+
+        with _mapper(images, max(size, resize)) as run:
+            for begin in range(first, first + batches * batch_size, batch_size):
+                end = max(begin, min(begin + batch_size, last))
+                out = np.zeros((end - begin, size, size, 3), np.uint8)
+                pictures = run(one, range(begin, end))
+                for row, picture in enumerate(pictures):
+                    out[row] = picture
+                yield base.padded(out, labels[begin:end], batch_size)
+
+    def _split(self, split):
+        if split not in self._splits:
+            raise unknown(f"The split of {self.name}", split, self._splits)
+        return self._splits[split]
+
+
+def evaluated(image: np.ndarray, size: int, resize: int, interpolation: str) -> np.ndarray:
+    """u8[size, size, 3 or 1]: an image resized, then cut to its middle; see `base.Source`.
+
+    Equal to torchvision's Resize and CenterCrop on a PIL image.
+    """
+    height, width = image.shape[:2]
+    new_height, new_width = resized(height, width, resize) if resize else (size, size)
+    picture = _resize(image, new_height, new_width, interpolation)
+    if not resize:
+        return picture
+    top, left = centre(new_height, new_width, size)
+    return picture[top : top + size, left : left + size]
+
+
+def _crop_all(images, crop, where, run):
+    """One view of a batch, u8[b, S, S, 3]."""
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    draws = uniforms(*where, len(images))
+    places = boxes(draws, heights, widths, crop.scale, crop.ratio)
+    out = np.empty((len(images), crop.size, crop.size, 3), np.uint8)
+
+    def one(row):
+        top, left, height, width = places[row]
+        cut = images[row][top : top + height, left : left + width]
+        out[row] = _resize(cut, crop.size, crop.size, crop.interpolation)
+
+    for _ in run(one, range(len(images))):
+        pass
+    return out
+
+
+def _resize(image, height, width, interpolation):
+    """An antialiased resize by Pillow, u8[height, width, 3 or 1]."""
+    if image.shape[:2] != (height, width):
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        image = np.asarray(picture.resize((width, height), _FILTERS[interpolation]))
+    return image[..., None] if image.ndim == 2 else image
+
+
+@contextlib.contextmanager
+def _mapper(images, size):
+    """A map over rows: threaded where an image or a crop is large enough for that to pay."""
+    if size * size < _SMALL and max(image.shape[0] * image.shape[1] for image in images) < _SMALL:
+        yield map
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield pool.map
+
+
+def _check_crops(views):
+    for view, crop in views.items():
+        if not crop.antialias:
+            raise UserError(
+                f"config.augment.antialias=False (view {view}) needs a TFDS data set; images in "
+                "memory are always resized with antialiasing. Set config.augment.antialias=True."
+            )
+        if crop.interpolation not in _FILTERS:
+            raise unknown("config.augment.interpolation", crop.interpolation, _FILTERS)
+
+
+def _checked(name, split, images, labels):
+    """A split as (images, i32[N] labels)."""
+    what = f"The split {split!r} of {name}"
+    if len(images) == 0:
+        raise UserError(f"{what} holds no images.")
+    if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    for image in [images[0]] if isinstance(images, np.ndarray) else images:
+        grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 3)
+        if image.dtype != np.uint8 or not grey_or_rgb:
+            raise UserError(
+                f"{what} holds an image of type {image.dtype} and shape {image.shape}; images are "
+                "uint8, [H, W] or [H, W, 3], with values from 0 to 255."
+            )
+    labels = np.full(len(images), -1) if labels is None else np.asarray(labels)
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{what} has {len(images)} images, but labels of type {labels.dtype} and shape "
+            f"{labels.shape}; labels are whole numbers, one an image."
+        )
+    return images, labels.astype(np.int32)
+
+
+def _list_folder(path):
+    """Sorted (split, class or "", file) of every picture below a folder."""
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}; config.data.dir names the one to read.")
+    inside = sorted(child for child in path.iterdir() if child.is_dir())
+    splits = [child for child in inside if child.name in _SPLIT_FOLDERS]
+    if {"val", "validation"} <= {child.name for child in splits}:
+        raise UserError(f"{path} has both val and validation; keep one of them.")
+    roots = [(_SPLIT_FOLDERS[child.name], child) for child in splits] or [("train", path)]
+    files = [(split, *found) for split, root in roots for found in _pictures(root)]
+    if not files:
+        raise UserError(f"{path} has no pictures (names that end in {', '.join(SUFFIXES)}).")
+    return files
+
+
+def _pictures(root):
+    """Sorted (first sub-folder or "", file) below a folder; follows links, but not in circles."""
+    found, seen = [], set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        folder = pathlib.Path(folder)
+        if folder.resolve() in seen:
+            inside.clear()
+            continue
+        seen.add(folder.resolve())
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        parts = folder.relative_to(root).parts
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                found.append((parts[0] if parts else "", folder / name))
+    return sorted(found)
+
+
+def _decode_all(files, resize, max_gb, path):
+    """Decodes in threads and in order; a file's exception stands in for its image."""
+
+    def read(file):
+        try:
+            return decode(file, resize)
+        except Exception as error:  # Pillow raises a dozen kinds on damaged files
+            return error
+
+    size = 0
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for done, image in enumerate(pool.map(read, files), start=1):
+            size += getattr(image, "nbytes", 0)
+            if size > max_gb * 2**30:
+                raise UserError(
+                    f"The first {done} of {len(files)} pictures in {path} take more than "
+                    f"config.data.max_memory_gb={max_gb} of memory. Raise it, or write the "
+                    "pictures once as a TFDS data set (a tfds.ImageFolder builder or "
+                    "`tfds build`) and set config.data.source='tfds', which reads from disk."
+                )
+            yield image
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode(file: str | os.PathLike, resize: int) -> np.ndarray:
+    """Reads one picture as u8[H, W, 3]; see `ArraySource.from_folder`."""
+    with Image.open(file) as opened:
+        picture = _rgb(ImageOps.exif_transpose(opened))
+    if resize and min(picture.size) > resize:
+        height, width = resized(picture.height, picture.width, resize)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def _rgb(picture):
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
+        grey = np.clip(np.asarray(picture), 0, 65_535) >> 8
+        picture = Image.fromarray(grey.astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

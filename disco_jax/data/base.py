@@ -1,0 +1,204 @@
+"""The contract of a data source: positions, host batches, and who reads which records.
+
+An epoch is a fresh shuffle of this host's share of a split and a pure function of (seed, epoch,
+host). Batches never span epochs and an epoch's remainder is dropped, so a `Position` is all that
+a run has to save in order to read on as if it had never stopped.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from absl import logging
+
+from disco_jax.errors import UserError
+
+_NAMES_SHOWN = 10  # of the unreadable records, in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far into the shuffled order of an epoch this host has read.
+
+    Attributes:
+      epoch: counts from 0.
+      offset: records of this host's shuffled order that are used up, unreadable ones included.
+    """
+
+    epoch: int
+    offset: int
+
+    @classmethod
+    def start(cls) -> "Position":
+        """The first record of the first epoch."""
+        return cls(0, 0)
+
+
+class HostBatch(NamedTuple):
+    """What a host reads for one step.
+
+    Attributes:
+      views: view -> u8[b, S, S, 3], its crop of each image.
+      aux: name -> array[b, ...], what else a method reads; {} where nothing is.
+      position: where the next batch starts.
+    """
+
+    views: dict[int, np.ndarray]
+    aux: dict[str, np.ndarray]
+    position: Position
+
+
+class Source(Protocol):
+    """Where images come from; `arrays.ArraySource` and `sources.TfdsSource` are the two.
+
+    Attributes:
+      name: of the data set.
+      num_classes: how many labels there are; None where nothing is labelled.
+      unreadable: the names of the records skipped so far because they could not be decoded.
+    """
+
+    name: str
+    num_classes: int | None
+    unreadable: list[str]
+
+    def count(self, split: str) -> int:
+        """The number of records of a split, all hosts together."""
+
+    def train(
+        self,
+        split: str,
+        crops: Mapping[int, Any],
+        batch_size: int,
+        seed: int,
+        start: Position,
+        max_unreadable: int,
+    ) -> Iterator[HostBatch]:
+        """Random resized crops of shuffled images, epoch after epoch, without end.
+
+        Args:
+          split: e.g. "train".
+          crops: view -> its crop, an object with the fields of `views.Crop`.
+          batch_size: of this host.
+          seed: of the order and of the crops.
+          start: where to begin; any saved position gives what an unbroken iteration gives.
+          max_unreadable: how many records may be skipped before it is an error.
+
+        Raises:
+          UserError: when the split is missing or smaller than a batch, or too much is unreadable.
+        """
+
+    def evaluate(
+        self,
+        split: str,
+        size: int,
+        resize: int,
+        interpolation: str,
+        batch_size: int,
+        limit: int = 0,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The middle of every image of this host's share, once, in the stored order.
+
+        Every host yields the same number of batches, so that collectives in the loop match.
+
+        Args:
+          split: e.g. "test".
+          size: S, the side of the square that is cut out.
+          resize: the shorter side before the cut, >= size; 0 squeezes the whole image to SxS.
+          interpolation: "bilinear" or "bicubic", antialiased.
+          batch_size: b, of this host.
+          limit: read no more than this many records over all hosts; 0 reads all.
+
+        Returns:
+          Batches of {"image": u8[b, S, S, 3], "label": i32[b], -1 where there is none,
+          "mask": bool[b], False for the rows that fill up the last batch}.
+        """
+
+
+def next_position(epoch: int, offset: int, share: int, batch_size: int) -> Position:
+    """The position after a batch that ends at `offset`; skips a remainder too small for one more.
+
+    Args:
+      epoch: of the batch.
+      offset: of the record after its last one.
+      share: how many records an epoch of this host has.
+      batch_size: of this host.
+    """
+    return Position(epoch + 1, 0) if share - offset < batch_size else Position(epoch, offset)
+
+
+def seed_words(*numbers: int, words: int = 2) -> np.ndarray:
+    """u64[words], well mixed from any whole numbers; the same on every platform."""
+    entropy = [int(number) % 2**64 for number in numbers]
+    return np.random.SeedSequence(entropy).generate_state(words, np.uint64)
+
+
+def check_batch_size(name: str, split: str, share: int, batch_size: int) -> None:
+    """Raises UserError unless a host's share of a split holds one batch at least."""
+    if not 0 < batch_size <= share:
+        raise UserError(
+            f"config.batch_size gives this host {batch_size} images a step, but its share of the "
+            f"split {split!r} of {name} has {share}: choose a batch between 1 and {share} a host."
+        )
+
+
+def check_evaluation(size: int, resize: int) -> None:
+    """Raises UserError when the square to cut out does not fit into the resized image."""
+    if resize and resize < size:
+        raise UserError(
+            f"resize={resize} is smaller than the crop of {size} px cut from it: choose "
+            f"{size} or more, or 0 to squeeze the whole image to {size} px."
+        )
+
+
+def share_of_limit(limit: int, share: int, index: int, hosts: int) -> int:
+    """How many records host `index` evaluates, so that all hosts together read `limit`."""
+    if not limit:
+        return share
+    return min(share, limit * (index + 1) // hosts - limit * index // hosts)
+
+
+def evaluation_batches(count: int, limit: int, batch_size: int, hosts: int) -> int:
+    """How many batches each host yields: enough for the largest share, the same everywhere."""
+    records = min(count, limit) if limit else count
+    return -(-(-(-records // hosts)) // batch_size)
+
+
+def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    """One batch of an evaluation, filled up with black images, label -1 and mask False.
+
+    Args:
+      images: u8[n, S, S, 3], n <= batch_size.
+      labels: whole numbers [n].
+      batch_size: b.
+    """
+    n = len(images)
+    image = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+    label = np.full(batch_size, -1, np.int32)
+    image[:n], label[:n] = images, labels
+    return {"image": image, "label": label, "mask": np.arange(batch_size) < n}
+
+
+def report_unreadable(source: str, known: list[str], names: list[str], limit: int) -> None:
+    """Adds new names to `known`, each with one warning.
+
+    Args:
+      source: the name of the data set.
+      known: those reported before; changed in place.
+      names: what could not be decoded just now.
+      limit: config.data.max_unreadable.
+
+    Raises:
+      UserError: when more than `limit` are known.
+    """
+    for name in names:
+        if name not in known:
+            known.append(name)
+            logging.warning("%s: skipped %s, which cannot be decoded.", source, name)
+    if len(known) > limit:
+        more = ", ..." if len(known) > _NAMES_SHOWN else ""
+        raise UserError(
+            f"{len(known)} records of {source} cannot be decoded, more than "
+            f"config.data.max_unreadable={limit}: {', '.join(known[:_NAMES_SHOWN])}{more}. "
+            "Repair or remove them, or raise config.data.max_unreadable."
+        )

@@ -1,0 +1,79 @@
+"""Where a crop lies in its image: torchvision's sampling and rounding, on numbers alone."""
+
+import math
+
+import numpy as np
+
+from disco_jax.data.base import seed_words
+
+TRIES = 10
+# Uniform numbers a box takes, [TRIES + 2, 2]: (area, aspect) of each try, then (top, left). The
+# last row is unused; it rounds a box up to whole blocks of the generator, see `uniforms`.
+DRAWS = (TRIES + 2, 2)
+_BLOCK = 4  # numbers that Philox makes in one step of its counter
+
+
+def uniforms(seed: int, epoch: int, host: int, view: int, first: int, count: int) -> np.ndarray:
+    """f64[count, *DRAWS] in [0, 1) for the records at positions first, first + 1, ...
+
+    Row i depends on (seed, epoch, host, view, first + i) alone, however a batch is cut.
+    """
+    generator = np.random.Philox(key=seed_words(seed, epoch, host, view))
+    generator.advance(first * math.prod(DRAWS) // _BLOCK)
+    return np.random.Generator(generator).random((count, *DRAWS))
+
+
+def boxes(
+    draws: np.ndarray,
+    height: np.ndarray,
+    width: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Boxes of random resized crops, distributed as torchvision's RandomResizedCrop draws them.
+
+    Ten tries at an area uniform in `scale` and an aspect log-uniform in `ratio`; the first that
+    fits is placed uniformly. Where none fits: the largest central box within `ratio`.
+
+    Args:
+      draws: f64[N, *DRAWS] in [0, 1).
+      height: i64[N], of the images.
+      width: i64[N].
+      scale: smallest and largest share of the image's area.
+      ratio: smallest and largest width over height.
+
+    Returns:
+      i64[N, 4]: top, left, height, width, in pixels.
+    """
+    tries = draws[:, :TRIES]
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * tries[..., 1])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
+    chosen = np.arange(len(draws)), np.argmax(fits, axis=1)
+    fallback_h, fallback_w = central_box(height, width, ratio)
+    found = fits[chosen]
+    h, w = np.where(found, h[chosen], fallback_h), np.where(found, w[chosen], fallback_w)
+    free_h, free_w = height - h, width - w
+    top = np.where(found, np.floor(draws[:, TRIES, 0] * (free_h + 1)), free_h // 2)
+    left = np.where(found, np.floor(draws[:, TRIES, 1] * (free_w + 1)), free_w // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
+
+
+def central_box(height, width, ratio):
+    """Height and width of the largest box within `ratio`, f64[N] each."""
+    h = np.where(width < ratio[0] * height, np.rint(width / ratio[0]), height)
+    w = np.where(width > ratio[1] * height, np.rint(height * ratio[1]), width)
+    return h, w
+
+
+def resized(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Height and width once the shorter side is `resize` px; the longer one is rounded down."""
+    short = min(height, width)
+    return resize * height // short, resize * width // short
+
+
+def centre(height: int, width: int, size: int) -> tuple[int, int]:
+    """Top and left of the central square; halves round to even, as in torchvision."""
+    return round((height - size) / 2), round((width - size) / 2)

@@ -1,0 +1,187 @@
+"""Flags of a task: --config with overrides, --workdir; every mistake in them told at once."""
+
+import importlib.util
+import os
+import pathlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from disco_jax import errors
+
+CONFIGS = "disco_jax.configs"
+
+
+def parse(
+    task: str,
+    argv: Sequence[str],
+    *,
+    default_config: str | None,
+    doc: str,
+    config: ConfigDict | None = None,
+    extra: Any = None,
+) -> absl_flags.FlagValues | None:
+    """The values of a task's flags.
+
+    Args:
+      task: its name.
+      argv: the words after it.
+      default_config: the recipe taken when --config is not given; None if it must be.
+      doc: what --help shows.
+      config: instead of a file: the config that --config.x=y changes.
+      extra: called with the FlagValues, to define the task's own flags.
+
+    Returns:
+      The values, `config` and `workdir` among them; None when the help was asked for.
+
+    Raises:
+      UserError: for anything in `argv` that is not known or does not fit.
+    """
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    absl_flags.DEFINE_bool(
+        "distributed", False, "several hosts: meet the others first", flag_values=values
+    )
+    if extra is not None:
+        extra(values)
+    if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv):
+        _help(task, doc, default_config, values)
+        return None
+    argv = _joined(argv)
+    if config is None:
+        config = load(_take_config(argv, default_config))
+    check_overrides(config, argv)
+    config_flags.DEFINE_config_dict("config", config, "the recipe", flag_values=values)
+    try:
+        rest = values([f"disco-jax {task}", *argv])[1:]
+    except (absl_flags.Error, TypeError, ValueError, KeyError) as error:
+        raise errors.UserError(f"{_sentence(error)} See disco-jax {task} --help.") from error
+    if rest:
+        raise errors.UserError(f"Unexpected: {' '.join(rest)}. See disco-jax {task} --help.")
+    if not values.workdir:
+        raise errors.UserError(f"--workdir is missing. See disco-jax {task} --help.")
+    return values
+
+
+def load(reference: str) -> ConfigDict:
+    """The config of a recipe.
+
+    Args:
+      reference: FILE or FILE:argument; FILE is a path, or the name of a shipped recipe, e.g.
+        "configs/disco.py" or "disco" in any directory.
+
+    Raises:
+      UserError: when there is no such recipe, or it refuses its argument.
+    """
+    name, _, argument = reference.partition(":")
+    module = _module(_locate(name))
+    return module.get_config(argument or None)
+
+
+def recipes() -> dict[str, pathlib.Path]:
+    """The shipped recipes: name -> file."""
+    folder = pathlib.Path(importlib.util.find_spec(CONFIGS).origin).parent
+    return {
+        path.stem: path
+        for path in sorted(folder.glob("*.py"))
+        if path.stem not in ("__init__", "common")
+    }
+
+
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raises one UserError that names every --config.x.y that is no field of `config`."""
+    known = dict(config.iteritems_flat()) if hasattr(config, "iteritems_flat") else _flat(config)
+    problems = []
+    for word in argv:
+        if not word.startswith(("--config.", "-config.")):
+            continue
+        field = word.lstrip("-").split("=", 1)[0].removeprefix("config.")
+        if field not in known:
+            hint = errors.did_you_mean(field, known) or f" Fields: {', '.join(sorted(known))}."
+            problems.append(f"--config.{field} is not a field of the config.{hint}")
+    if problems:
+        raise errors.UserError("\n  ".join(problems))
+
+
+def prepare_jax(distributed: bool) -> None:
+    """Joins the other hosts if asked to, and keeps compiled programs between runs."""
+    import jax
+
+    if distributed:
+        jax.distributed.initialize()
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "disco_jax", "xla"))
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--flag value` as `--flag=value`, so that every word stands for itself."""
+    joined, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        takes_value = word.startswith("-") and "=" not in word
+        if takes_value and words and not words[0].startswith("--"):
+            word = f"{word}={words.pop(0)}"
+        joined.append(word)
+    return joined
+
+
+def _take_config(argv: list[str], default: str | None) -> str:
+    """Removes --config=... from `argv` and returns its value."""
+    given = [word for word in argv if word.lstrip("-").startswith("config=")]
+    for word in given:
+        argv.remove(word)
+    if given:
+        return given[-1].partition("=")[2]
+    if default is None:
+        raise errors.UserError(
+            "--config is missing. Recipes: "
+            + ", ".join(f"configs/{name}.py" for name in recipes())
+            + "."
+        )
+    return default
+
+
+def _locate(name: str) -> pathlib.Path:
+    """The file of a recipe: a path, or a shipped one by its name."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    shipped = recipes()
+    if path.parent in (pathlib.Path("."), pathlib.Path("configs")) and path.stem in shipped:
+        return shipped[path.stem]
+    raise errors.unknown("--config", path.stem, shipped)
+
+
+def _module(path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise errors.UserError(f"--config={path} has no get_config function.")
+    return module
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        out |= _flat(value, name + ".") if isinstance(value, ConfigDict) else {name: value}
+    return out
+
+
+def _help(task: str, doc: str, default_config: str | None, values: absl_flags.FlagValues) -> None:
+    print(f"disco-jax {task} [flags]\n\n{doc.strip()}\n\nFlags:")
+    print(f"  --config: the recipe (default: {default_config or 'none, it must be given'})")
+    print("  --config.FIELD: a field of it, e.g. --config.seed=1")
+    for name in values:
+        print(f"  --{name}: {values[name].help} (default: {values[name].value})")
+    print(f"\nRecipes: {', '.join(recipes())}")
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip().strip("'\"").splitlines()[0]
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,96 @@
+"""`disco-jax TASK [flags]`: flags -> config -> one task. No logic of its own.
+
+A task is a module in `tasks/` with a `run` function, a docstring whose first line is its help,
+and either DEFAULT_CONFIG (it takes --config and --workdir; None means that --config must be
+given) or a `main(argv)` of its own.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from disco_jax import errors
+from disco_jax.version import __version__
+
+# Told here so that the help needs no task's imports.
+TASKS = {
+    "pretrain": "pretrain or distil a student: any method, from one config",
+    "distill": "distil a student from a folder of images and a teacher, settings chosen for you",
+    "knn": "classify held-out images by their nearest neighbours in a run's feature space",
+    "linear": "train and test a linear classifier on a run's frozen features",
+    "demo": "what the quick start runs: teacher, baseline and DisCo on real digits",
+    "list": "the recipes, networks, objectives and data sets there are",
+}
+
+USAGE = """usage: disco-jax TASK [flags]
+
+{tasks}
+
+Flags of most tasks:
+  --config FILE[:key=value,...]   a recipe, e.g. configs/disco.py:student=resnet18
+  --config.FIELD=VALUE            change any field of it
+  --workdir DIR                   where the run lives
+  --distributed                   several hosts: meet the others before anything else
+  --debug                         a traceback beside the message
+
+`disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
+Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved.
+"""
+
+
+def console() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one task; returns the exit code.
+
+    Args:
+      argv: the words after `disco-jax`.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, TASKS))
+        print(USAGE.format(tasks="\n".join(f"  {n:{width}}  {t}" for n, t in TASKS.items())))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"disco-jax {__version__}")
+        return 0
+    debug = "--debug" in argv
+    try:
+        _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
+        if debug:
+            raise
+        print(f"disco-jax {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _start(task: str, argv: Sequence[str]) -> None:
+    if task not in TASKS:
+        raise errors.unknown("The task", task, TASKS)
+    _quiet_libraries()
+    module = importlib.import_module(f"disco_jax.tasks.{task}")
+    if hasattr(module, "main"):
+        module.main(argv)
+        return
+    from disco_jax import flags
+
+    values = flags.parse(task, argv, default_config=module.DEFAULT_CONFIG, doc=module.__doc__)
+    if values is not None:
+        flags.prepare_jax(values.distributed)
+        module.run(values.config, values.workdir)
+
+
+def _quiet_libraries() -> None:
+    """Our own messages from INFO on; those of libraries from WARNING on."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("disco_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

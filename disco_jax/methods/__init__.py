@@ -1,0 +1,76 @@
+"""Methods from configs: the objectives whose weight is not 0, and the networks they need."""
+
+from typing import Any
+
+from disco_jax import errors, models
+from disco_jax.methods import distill
+from disco_jax.methods.base import Method, Objective, Views
+from disco_jax.methods.contrast import Contrast
+from disco_jax.methods.distill import Distill
+from disco_jax.methods.similarity import Similarity
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrast": Contrast,
+    "distill": Distill,
+    "similarity": Similarity,
+}
+
+
+def build(config: Any, views: int = 2) -> Method:
+    """The method that a config's `objectives`, `student`, `momentum` and `teacher` describe.
+
+    Args:
+      config: a pretraining config; see `configs/common.py`.
+      views: how many views the recipe makes.
+
+    Raises:
+      UserError: when no objective is left, or the settings contradict one another.
+    """
+    objectives = {
+        name: OBJECTIVES[name](**fields)
+        for name, fields in config.objectives.items()
+        if fields["weight"]
+    }
+    if not objectives:
+        raise errors.UserError(
+            "Every objective has weight 0, so there is nothing to learn from. Set one of "
+            + ", ".join(f"config.objectives.{name}.weight" for name in config.objectives)
+            + "."
+        )
+    for name, objective in objectives.items():
+        _check(name, objective, config.batch_size)
+    method = Method({}, objectives, Views(tuple(range(views))))
+    networks = {name: _network(name, config) for name in method.plan}
+    if "teacher" in networks and config.teacher.dim != config.student.dim:
+        raise errors.UserError(
+            f"config.student.dim={config.student.dim} must equal config.teacher.dim="
+            f"{config.teacher.dim}: the student copies the teacher's embedding."
+        )
+    return Method(networks, objectives, method.views)
+
+
+def _network(name: str, config: Any) -> models.Network:
+    # The momentum network is the student with other statistics.
+    spec = config.teacher if name == "teacher" else config.student
+    return models.build_network(spec, config[name].norm, config.dtype, f"config.{name}")
+
+
+def _check(name: str, objective: Objective, batch_size: int) -> None:
+    """Refuses what would fail, or mean something else, inside the step."""
+    setting = f"config.objectives.{name}"
+    for field in ("temperature", "student_temperature", "teacher_temperature"):
+        if getattr(objective, field, 1.0) <= 0:
+            raise errors.UserError(f"{setting}.{field} must be above 0.")
+    init = getattr(objective, "queue_init", "random")
+    if init not in ("random", "teacher"):
+        raise errors.unknown(f"{setting}.queue_init", init, ("random", "teacher"))
+    if isinstance(objective, Distill) and objective.reduction not in distill.REDUCTIONS:
+        raise errors.unknown(f"{setting}.reduction", objective.reduction, distill.REDUCTIONS)
+    size = getattr(objective, "queue_size", None)
+    if size is not None and (size < 1 or size % batch_size):
+        below = size // batch_size * batch_size
+        nearest = [str(n) for n in (below, below + batch_size) if n > 0]
+        raise errors.UserError(
+            f"{setting}.queue_size={size} is not a multiple of the global batch "
+            f"config.batch_size={batch_size}; the nearest that are: {', '.join(nearest)}."
+        )

@@ -1,0 +1,122 @@
+"""The core abstraction: a method is networks plus a sum of objectives.
+
+An objective says which views it needs of which network, keeps its own memory and returns a
+`Term`. What is encoded follows from the needs, so nothing is encoded that nobody reads.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.models.encoder import Encoded, Network
+from disco_jax.ops.memory import Queue
+
+NETWORKS = ("student", "momentum", "teacher")  # learned; its EMA copy; frozen
+
+
+class Views(NamedTuple):
+    """The numbers of the views that a recipe makes; 0 is the query, 1 the key."""
+
+    globals: tuple[int, ...]
+    locals: tuple[int, ...] = ()
+
+
+class Record(NamedTuple):
+    """Who encoded which view into what.
+
+    Attributes:
+      encoded: network -> view -> `Encoded`, of this replica's images.
+      aux: whatever else the pipeline made, name -> array[B, ...].
+    """
+
+    encoded: Mapping[str, Mapping[int, Encoded]]
+    aux: Mapping[str, Array]
+
+    def embedding(self, network: str, view: int) -> Array:
+        """f32[B, D], not normalised."""
+        return self.encoded[network][view].embedding
+
+
+class Term(NamedTuple):
+    """What an objective makes of a record.
+
+    Attributes:
+      loss: f32[], the mean over this replica's batch, before the weight.
+      memory: the objective's next memory, equal on all replicas.
+      metrics: diagnostics, name -> f32[], averaged over replicas before they are logged.
+    """
+
+    loss: Array
+    memory: Any
+    metrics: Mapping[str, Array] = {}
+
+
+class Objective(Protocol):
+    """One term of a method's loss."""
+
+    weight: float
+
+    def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
+        """Network -> views that the objective reads."""
+        ...
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Any:
+        """The memory at step 0, () if none.
+
+        Args:
+          rng: a key of this objective.
+          record: of shapes (`jax.ShapeDtypeStruct` leaves).
+          inherited: the queue that came with the teacher, if one did.
+        """
+        ...
+
+    def __call__(self, record: Record, memory: Any, step: Array) -> Term: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Networks and the objectives that are summed over what they encode.
+
+    Attributes:
+      networks: name -> network; only those that some objective reads, and the student.
+      objectives: name -> objective.
+      views: what the recipe makes of an image.
+    """
+
+    networks: Mapping[str, Network]
+    objectives: Mapping[str, Objective]
+    views: Views
+
+    @property
+    def plan(self) -> dict[str, tuple[int, ...]]:
+        """Network -> the views that it encodes, in order, once each."""
+        wanted: dict[str, set[int]] = {}
+        for objective in self.objectives.values():
+            for network, views in objective.needs(self.views).items():
+                wanted.setdefault(network, set()).update(views)
+        return {name: tuple(sorted(wanted[name])) for name in NETWORKS if name in wanted}
+
+    def memory(self, rng: Array, record: Record, inherited: Queue | None = None) -> dict[str, Any]:
+        """Every objective's memory at step 0; see `Objective.init`."""
+        return {
+            name: objective.init(jax.random.fold_in(rng, i), record, inherited)
+            for i, (name, objective) in enumerate(sorted(self.objectives.items()))
+        }
+
+    def total(self, terms: Mapping[str, Term]) -> Array:
+        """f32[]: the weighted sum of the terms' losses."""
+        weighted = [self.objectives[name].weight * term.loss for name, term in terms.items()]
+        return jnp.sum(jnp.stack(weighted))
+
+
+def spread(embedding: Array) -> Array:
+    """f32[]: standard deviation of unit rows over the batch, 1 if evenly spread, 0 if collapsed.
+
+    Args:
+      embedding: f32[B, D], unit rows.
+    """
+    return jnp.sqrt(jnp.sum(jnp.var(embedding, axis=0)))

@@ -1,0 +1,78 @@
+"""InfoNCE against a queue of past keys: MoCo-v2, and the contrastive part of DisCo."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.methods.base import Record, Term, Views, spread
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import contrast_accuracy, info_nce, unit
+from disco_jax.ops.memory import Queue
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """The student's query must find its own key among a queue of past keys.
+
+    MoCo (arXiv:1911.05722) eq. 1; two pairs make it symmetric (RETRO eq. 3). The logits use the
+    queue as it is before this step's keys enter it.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      pairs: (query view, key view) of each contrast; their losses are averaged.
+      keys_from: the network that encodes keys.
+      temperature: tau > 0.
+      queue_size: keys remembered a key view; a multiple of the global batch.
+      queue_init: "teacher" starts from the queue that came with the teacher, if one did (the
+        official DisCo code loads it with the teacher's file, recipe D3); "random" never does.
+    """
+
+    weight: float = 1.0
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    keys_from: str = "momentum"
+    temperature: float = 0.2
+    queue_size: int = 65_536
+    queue_init: str = "teacher"
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        queries, keys = zip(*self.pairs, strict=True)
+        return {"student": queries, self.keys_from: keys}
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
+        dim = record.embedding("student", self.pairs[0][0]).shape[-1]
+        if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
+            return {_bank(key): inherited for _, key in self.pairs}
+        return {
+            _bank(key): Queue.create(jax.random.fold_in(rng, key), self.queue_size, dim)
+            for _, key in self.pairs
+        }
+
+    def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
+        losses, accuracies, queues = [], [], {}
+        for query_view, key_view in self.pairs:
+            query = unit(record.embedding("student", query_view))
+            key = unit(record.embedding(self.keys_from, key_view))
+            queue = memory[_bank(key_view)]
+            losses.append(
+                jnp.mean(info_nce(query, key, queue.vectors, temperature=self.temperature))
+            )
+            accuracies.append(jnp.mean(contrast_accuracy(query, key, queue.vectors)))
+            queues[_bank(key_view)] = queue.push(gather(key))
+        metrics = {
+            "accuracy": jnp.mean(jnp.stack(accuracies)),
+            "query_std": spread(query),
+            "key_std": spread(key),
+        }
+        return Term(jnp.mean(jnp.stack(losses)), queues, metrics)
+
+
+def _bank(key_view: int) -> str:
+    return f"view_{key_view}"
+
+
+def inherits(inherited: Any, size: int, dim: int) -> bool:
+    """Whether a teacher's queue is there and has the shape that is asked for."""
+    return inherited is not None and inherited.vectors.shape == (size, dim)

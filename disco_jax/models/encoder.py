@@ -1,0 +1,103 @@
+"""Encoder = backbone + head; how one network encodes the views that a method asks of it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.models.norm import MODES
+from disco_jax.ops.collectives import shuffle, unshuffle
+
+Variables = Mapping[str, Any]
+
+
+class Encoded(NamedTuple):
+    """What a network says of a batch of images.
+
+    Attributes:
+      features: f32[B, F], after pooling; what linear probes and kNN read.
+      embedding: f32[B, D], after the head, not normalised.
+    """
+
+    features: Array
+    embedding: Array
+
+
+class Encoder(nn.Module):
+    """A backbone and the head on top of it.
+
+    Attributes:
+      backbone: float[B, H, W, 3], norm -> f32[B, F].
+      head: f32[B, F] -> f32[B, D].
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+
+    def __call__(self, images: Array, *, norm: str) -> Encoded:
+        """Encodes float[B, H, W, 3] normalised images; `norm` is "local", "sync" or "running"."""
+        features = self.backbone(images, norm=norm)
+        return Encoded(features, self.head(features))
+
+    def create(self, seed: int, size: int) -> Variables:
+        """Fresh {"params": ..., "batch_stats": ...} for images of `size` px; compiles nothing."""
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        rng = jax.random.key(seed)
+        variables = self.lazy_init(rng, images, norm="running")
+        return {"batch_stats": {}, **variables}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An encoder and the statistics that its BatchNorm layers use while training.
+
+    Attributes:
+      encoder: any module with `Encoder`'s call.
+      norm: "local", "sync", "shuffle" or "running"; see `BatchNorm` and `collectives.shuffle`.
+    """
+
+    encoder: nn.Module
+    norm: str = "local"
+
+    def __post_init__(self):
+        assert self.norm in MODES, self.norm
+
+
+def encode(
+    network: Network,
+    variables: Variables,
+    images: Mapping[int, Array],
+    views: Iterable[int],
+    rng: Array,
+) -> tuple[dict[int, Encoded], Any]:
+    """Encodes views one after the other, each with its own batch statistics.
+
+    The stored statistics pass from view to view, so two views update them twice, as two forward
+    passes of the papers' codes do.
+
+    Args:
+      network: what encodes.
+      variables: {"params": ..., "batch_stats": ...} of `network.encoder`.
+      images: view -> f32[B, H, W, 3].
+      views: which of them to encode.
+      rng: key for "shuffle", equal on all replicas.
+
+    Returns:
+      view -> `Encoded`, in this replica's order, and the new batch_stats.
+    """
+    encoded, stats = {}, variables["batch_stats"]
+    for view in views:
+        current = {**variables, "batch_stats": stats}
+        x, norm = images[view], network.norm
+        if norm == "shuffle":
+            x, order = shuffle(jax.random.fold_in(rng, view), x)
+            norm = "local"
+        out, new = network.encoder.apply(current, x, norm=norm, mutable=["batch_stats"])
+        if network.norm == "shuffle":
+            out = jax.tree.map(lambda rows, order=order: unshuffle(rows, order), out)
+        encoded[view], stats = out, new.get("batch_stats", stats)
+    return encoded, stats

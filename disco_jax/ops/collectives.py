@@ -1,0 +1,59 @@
+"""Everything that crosses replicas. The only file that names the device axis.
+
+The functions run inside `pmap` or `vmap` with `axis_name=AXIS`, on one device as on many.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+AXIS = "replica"
+
+Tree = TypeVar("Tree")
+
+
+def pmean(tree: Tree) -> Tree:
+    """The mean of every leaf over the replicas."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def gather(rows: Array) -> Array:
+    """[B, ...] of this replica -> [replicas * B, ...] of all, in the order of the replicas."""
+    return jax.lax.all_gather(rows, AXIS, tiled=True)
+
+
+def positions(batch: int) -> Array:
+    """i32[B]: where this replica's `batch` rows stand in the global batch."""
+    return jax.lax.axis_index(AXIS) * batch + jnp.arange(batch, dtype=jnp.int32)
+
+
+def shuffle(rng: Array, rows: Array) -> tuple[Array, Array]:
+    """Trades rows between replicas by one permutation that all of them draw.
+
+    MoCo's shuffled BatchNorm (arXiv:1911.05722, section 3.3): a key's batch statistics must not
+    come from the very images that its query was normalised with.
+
+    Args:
+      rng: a key, equal on all replicas.
+      rows: [B, ...] of this replica.
+
+    Returns:
+      [B, ...], this replica's part of the permuted global batch, and i32[replicas * B], the
+      permutation, for `unshuffle`.
+    """
+    everyone = gather(rows)
+    order = jax.random.permutation(rng, everyone.shape[0])
+    return everyone[order[positions(rows.shape[0])]], order
+
+
+def unshuffle(rows: Array, order: Array) -> Array:
+    """Undoes `shuffle`: [B, ...] in shuffled places -> this replica's own rows."""
+    mine = jnp.argsort(order)[positions(rows.shape[0])]
+    return gather(rows)[mine]
+
+
+def replicas() -> int:
+    """The number of replicas."""
+    return jax.lax.axis_size(AXIS)

@@ -1,0 +1,125 @@
+"""Losses on embeddings: one value an example, float32, no network and no config."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def info_nce(query: Array, key: Array, negatives: Array, *, temperature: float) -> Array:
+    """Cross-entropy of picking each query's own key among a bank of negatives.
+
+    MoCo (arXiv:1911.05722) eq. 1, RETRO eq. 1:
+    loss_i = -log(e^{q_i.k_i/tau} / (e^{q_i.k_i/tau} + sum_j e^{q_i.n_j/tau})).
+
+    Args:
+      query: f32[B, D], unit rows; the only input that needs a gradient.
+      key: f32[B, D], unit rows; row i is the positive of query i.
+      negatives: f32[K, D], unit rows, shared by the whole batch.
+      temperature: tau > 0, no unit; MoCo-v2 uses 0.2.
+
+    Returns:
+      f32[B] in nats, one value an example; the objective takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    logits = _logits(query, key, negatives) / temperature
+    return jax.nn.logsumexp(logits, axis=-1) - logits[:, 0]
+
+
+def contrast_accuracy(query: Array, key: Array, negatives: Array) -> Array:
+    """Whether each query is closer to its own key than to every negative.
+
+    Args:
+      query: f32[B, D], unit rows.
+      key: f32[B, D], unit rows.
+      negatives: f32[K, D], unit rows.
+
+    Returns:
+      f32[B], 1 or 0. XLA shares the products with `info_nce` of the same arguments.
+    """
+    logits = _logits(query, key, negatives)
+    return (logits[:, 0] > jnp.max(logits[:, 1:], axis=-1)).astype(jnp.float32)
+
+
+def soft_cross_entropy(
+    student: Array,
+    teacher: Array,
+    negatives: Array,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Array:
+    """Cross-entropy between the teacher's and the student's similarities to a bank.
+
+    SEED (arXiv:2101.04731) eq. 5: both embeddings of an image are compared with D+ = [the
+    teacher's own embedding of it, the bank]; the softmax of the teacher's similarities is the
+    target of the student's:
+    loss_i = -sum_j p^T_ij log p^S_ij.
+
+    Args:
+      student: f32[B, D], unit rows; the only input that needs a gradient.
+      teacher: f32[B, D], unit rows; also the first column of the bank.
+      negatives: f32[K, D], unit rows: past embeddings of the teacher.
+      student_temperature: tau_S > 0; SEED uses 0.2.
+      teacher_temperature: tau_T > 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
+        target, for which the loss tends to `info_nce`).
+
+    Returns:
+      f32[B] in nats, one value an example; the objective takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)
+    scores = _logits(student, teacher, negatives) / student_temperature
+    return -jnp.sum(targets * jax.nn.log_softmax(scores, axis=-1), axis=-1)
+
+
+def squared_distance(student: Array, teacher: Array) -> Array:
+    """Squared Euclidean distance of two embeddings, summed over the dimensions.
+
+    DisCo (arXiv:2104.09124) eq. 1 for one view; 2 - 2 cos for unit rows.
+
+    Args:
+      student: f32[B, D].
+      teacher: f32[B, D].
+
+    Returns:
+      f32[B], one value an example.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    chex.assert_type([student, teacher], jnp.float32)
+    chex.assert_equal_shape([student, teacher])
+    return jnp.sum(jnp.square(student - teacher), axis=-1)
+
+
+def unit(rows: Array) -> Array:
+    """Rows scaled to Euclidean length 1, in float32; a zero row stays zero.
+
+    x / max(|x|, 1e-12), as PyTorch's `normalize`, with a gradient that is finite everywhere.
+
+    Args:
+      rows: float[..., D].
+
+    Returns:
+      f32[..., D].
+    """
+    rows = rows.astype(jnp.float32)
+    square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
+    return rows * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def _logits(rows: Array, first: Array, negatives: Array) -> Array:
+    """f32[B, 1 + K]: similarity of row i to first[i], then to every negative."""
+    chex.assert_type([rows, first, negatives], jnp.float32)
+    chex.assert_equal_shape([rows, first])
+    chex.assert_shape(negatives, (None, rows.shape[-1]))
+    # The similarities are divided by temperatures down to 1e-4: bfloat16 products, the default of
+    # accelerators, would be off by units.
+    others = jnp.matmul(rows, negatives.T, precision=jax.lax.Precision.HIGHEST)
+    own = jnp.sum(rows * first, axis=-1, keepdims=True)
+    return jnp.concatenate([own, others], axis=-1)

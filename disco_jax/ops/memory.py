@@ -1,0 +1,46 @@
+"""Memories that outlive a step: the first-in-first-out queue of embeddings."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.ops.losses import unit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """A ring buffer of unit embeddings; MoCo's dictionary (arXiv:1911.05722, section 3.2).
+
+    Attributes:
+      vectors: f32[K, D], unit rows.
+      pointer: i32[], the row that the next push overwrites first.
+    """
+
+    vectors: Array
+    pointer: Array
+
+    @classmethod
+    def create(cls, rng: Array, size: int, dim: int) -> "Queue":
+        """A queue of `size` random directions in `dim` dimensions, as MoCo starts."""
+        return cls(unit(jax.random.normal(rng, (size, dim))), jnp.zeros((), jnp.int32))
+
+    def push(self, rows: Array) -> "Queue":
+        """The queue with its oldest rows replaced.
+
+        Args:
+          rows: f32[B, D], unit rows of the global batch, in the order of the batch. B divides K,
+            so that a push never wraps inside.
+
+        Raises:
+          AssertionError: while tracing, when a shape, dtype or the divisibility does not hold.
+        """
+        chex.assert_type(rows, jnp.float32)
+        size, dim = self.vectors.shape
+        chex.assert_shape(rows, (None, dim))
+        assert size % rows.shape[0] == 0, (size, rows.shape)
+        vectors = jax.lax.dynamic_update_slice(self.vectors, rows, (self.pointer, 0))
+        return Queue(vectors, (self.pointer + rows.shape[0]) % size)

@@ -1,0 +1,62 @@
+"""Classify held-out images by their nearest neighbours in a run's feature space."""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax import errors
+from disco_jax.data import pipeline
+from disco_jax.data.base import Source
+from disco_jax.evaluate import features, knn
+
+DEFAULT_CONFIG = "configs/knn.py"
+OUTPUTS = ("features", "embedding")
+
+
+def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of the run in `workdir_path`; writes knn.json there.
+
+    Args:
+      config: see `configs/knn.py`.
+      workdir_path: a pretraining run's directory.
+      source: images; None opens the run's own data.
+
+    Returns:
+      {"top1", "top5", "step", ...}, accuracies in percent.
+    """
+    trained = features.load(workdir_path, config.network)
+    result = {"step": trained.step, **evaluate(config, trained, source)}
+    (epath.Path(workdir_path) / "knn.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"kNN ({config.vote}, k = {config.k}, {config.output}): top-1 {result['top1']:.2f} %, "
+        f"top-5 {result['top5']:.2f} % of {result['images']} images"
+    )
+    return result
+
+
+def evaluate(
+    config: ConfigDict, trained: features.Trained, source: Source | None = None
+) -> dict[str, Any]:
+    """`run` on a network at hand, without writing anything."""
+    if config.output not in OUTPUTS:
+        raise errors.unknown("config.output", config.output, OUTPUTS)
+    source = source or pipeline.open_source(trained.config.data)
+    data = trained.config.data
+    train = features.of_split(trained, source, data.train_split, config.batch_size)
+    test = features.of_split(trained, source, data.eval_split, config.batch_size)
+    return accuracy(config, train, test)
+
+
+def accuracy(config: ConfigDict, train: features.Features, test: features.Features):
+    """{"top1", "top5", "images"} of extracted features."""
+    similarities, rows = knn.neighbours(
+        getattr(train, config.output), getattr(test, config.output), config.k
+    )
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    votes = knn.scores(
+        similarities, train.labels[rows], classes, vote=config.vote, temperature=config.temperature
+    )
+    accuracies = {f"top{k}": features.top_k(votes, test.labels, k) for k in (1, 5)}
+    return {**accuracies, "images": len(test.labels)}

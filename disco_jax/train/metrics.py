@@ -1,0 +1,138 @@
+"""Where numbers go: metrics.jsonl, TensorBoard and the log through clu, and a progress line."""
+
+import datetime
+import json
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from disco_jax.errors import NumericError
+
+FILE = "metrics.jsonl"
+
+
+class Logger:
+    """Writes a run's metrics; only process 0 writes.
+
+    The JSON-lines file is there always; TensorBoard and the log, through clu's metric writers,
+    only if asked for, because they import TensorFlow.
+    """
+
+    def __init__(self, workdir: str | None, *, tensorboard: bool, step: int = 0):
+        """Opens the files.
+
+        Args:
+          workdir: the run's directory; None writes nowhere.
+          tensorboard: whether clu's writers join in.
+          step: the run goes on from here; later lines, of work that was lost, are dropped.
+        """
+        writes = workdir is not None and jax.process_index() == 0
+        self._file = epath.Path(workdir) / FILE if writes else None
+        self._lines = []
+        self._clu = None
+        if writes:
+            if self._file.exists():
+                self._lines = _until(self._file.read_text(), step)
+            self._file.write_text("".join(self._lines))
+            if tensorboard:
+                from clu import metric_writers
+
+                self._clu = metric_writers.create_default_writer(workdir, asynchronous=False)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars of `step`; they are on the disk when this returns."""
+        if self._file is None:
+            return
+        line = json.dumps({"step": step, **{key: float(v) for key, v in scalars.items()}}) + "\n"
+        if "://" in str(self._file):  # object stores cannot append
+            self._lines.append(line)
+            self._file.write_text("".join(self._lines))
+        else:
+            with open(self._file, "a") as file:
+                file.write(line)
+        if self._clu is not None:
+            self._clu.write_scalars(step, dict(scalars))
+            self._clu.flush()
+
+    def close(self) -> None:
+        """Closes what is open."""
+        if self._clu is not None:
+            self._clu.close()
+
+
+def _until(text: str, step: int) -> list[str]:
+    """The complete lines of a metrics file up to and with `step`."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        try:
+            keep = line.endswith("\n") and json.loads(line)["step"] <= step
+        except (json.JSONDecodeError, KeyError):
+            keep = False  # half a line, written as the process was killed
+        if keep:
+            lines.append(line)
+    return lines
+
+
+def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
+    """The mean of each metric over the last steps.
+
+    Args:
+      window: metrics of consecutive steps, still on the device, the last one that of `step`.
+      step: of the newest of them.
+
+    Raises:
+      NumericError: when a value is not finite; names the terms and the first step.
+    """
+    fetched = jax.device_get(list(window))
+    for i, metrics in enumerate(fetched):
+        bad = sorted(key for key, value in metrics.items() if not np.isfinite(value))
+        if bad:
+            first = step - len(fetched) + 1 + i
+            raise NumericError(
+                f"Not finite at step {first}: {', '.join(bad)}. The last good checkpoint is kept. "
+                "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
+            )
+    return {key: float(np.mean([metrics[key] for metrics in fetched])) for key in fetched[0]}
+
+
+class Progress:
+    """Rates and remaining time of a loop."""
+
+    def __init__(self, start: int, total: int, steps_per_epoch: int, batch_size: int):
+        self._total, self._steps_per_epoch = total, steps_per_epoch
+        self._batch_size = batch_size
+        self._last_step, self._last_time, self._last_waited = start, time.monotonic(), 0.0
+        self._rate = None
+
+    def measure(self, step: int, waited_s: float) -> dict[str, float]:
+        """Figures since the last call: steps and images a second, share of time without data."""
+        now = time.monotonic()
+        elapsed = max(now - self._last_time, 1e-9)
+        self._rate = (step - self._last_step) / elapsed
+        share = (waited_s - self._last_waited) / elapsed
+        self._last_step, self._last_time, self._last_waited = step, now, waited_s
+        return {
+            "epoch": step / self._steps_per_epoch,
+            "steps_per_s": self._rate,
+            "images_per_s": self._rate * self._batch_size,
+            "images_per_s_per_device": self._rate * self._batch_size / jax.device_count(),
+            "data_wait_share": min(max(share, 0.0), 1.0),
+        }
+
+    def line(self, step: int, scalars: Mapping[str, float]) -> str:
+        """One line: where the run is, how fast, how long still, and the losses."""
+        left = (self._total - step) / self._rate if self._rate else 0.0
+        losses = " ".join(
+            f"{key.removesuffix('/loss')} {value:.4f}"
+            for key, value in scalars.items()
+            if key == "loss" or key.endswith("/loss")
+        )
+        return (
+            f"step {step}/{self._total}  epoch {scalars['epoch']:.2f}"
+            f"/{self._total / self._steps_per_epoch:.0f}  {scalars['images_per_s']:.0f} images/s"
+            f"  data wait {100 * scalars['data_wait_share']:.0f} %"
+            f"  eta {datetime.timedelta(seconds=round(left))}  {losses}"
+        )

@@ -1,0 +1,184 @@
+"""The run directory: whose it is, what made it, and that one run at a time writes to it.
+
+config.json       the resolved config
+environment.json  versions, devices, git revision, command, seed, of every start
+metrics.jsonl     one line a log step
+checkpoints/      see `checkpoint.py`
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax.errors import UserError
+from disco_jax.version import __version__
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+# Settings that may change between two starts of a run: they do not change what is learned.
+FREE = (
+    "log.",
+    "checkpoint.",
+    "data.dir",
+    "data.cache",
+    "data.max_memory_gb",
+    "data.max_unreadable",
+)
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "ml-collections",
+    "clu",
+    "chex",
+    "numpy",
+    "tensorflow",
+    "tensorflow-cpu",
+    "tensorflow-datasets",
+)
+
+
+@contextlib.contextmanager
+def claim(workdir: str, config: ConfigDict) -> Iterator[epath.Path]:
+    """Makes `workdir` this run's, for as long as the context lasts.
+
+    Writes config.json and appends to environment.json.
+
+    Raises:
+      UserError: when the directory belongs to a run of another config, holds something else, or
+        another process is writing to it.
+    """
+    path = epath.Path(workdir)
+    _check_owner(path, config)
+    path.mkdir(parents=True, exist_ok=True)
+    with _lock(path):
+        if jax.process_index() == 0:
+            (path / CONFIG).write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
+            _note_environment(path, config)
+        yield path
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      UserError: when there is no run.
+    """
+    file = epath.Path(workdir) / CONFIG
+    if not file.exists():
+        raise UserError(f"{workdir} is not a run directory: it has no {CONFIG}.")
+    return ConfigDict(json.loads(file.read_text()))
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """ "field: old -> new" for every field that matters and is not the same in both."""
+    old, new = (
+        _flat(json.loads(old.to_json_best_effort())),
+        _flat(json.loads(new.to_json_best_effort())),
+    )
+    return [
+        f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE)
+    ]
+
+
+def _check_owner(path: epath.Path, config: ConfigDict) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--workdir={path} is a file; give a directory.")
+    if not (path / CONFIG).exists():
+        if any(entry.name != "lock" for entry in path.iterdir()):
+            raise UserError(
+                f"--workdir={path} is not empty and holds no run ({CONFIG} is missing). "
+                "Give another directory."
+            )
+        return
+    changed = differences(read_config(path), config)
+    if changed:
+        raise UserError(
+            f"--workdir={path} belongs to a run of another config. Changed since:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the old values to go on with that run, or another --workdir."
+        )
+
+
+@contextlib.contextmanager
+def _lock(path: epath.Path) -> Iterator[None]:
+    """Holds a local directory against a second process; the lock ends with this process."""
+    if "://" in str(path) or jax.process_index() > 0:
+        yield
+        return
+    with open(path / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another run is writing to --workdir={path}. Wait for it or give another."
+            ) from None
+        yield
+
+
+def _note_environment(path: epath.Path, config: ConfigDict) -> None:
+    file = path / ENVIRONMENT
+    starts = json.loads(file.read_text()) if file.exists() else []
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "seed": config.get("seed"),
+            "disco_jax": __version__,
+            "git": _git_revision(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "devices": [str(device) for device in jax.devices()],
+            "processes": jax.process_count(),
+            "packages": {name: v for name in _PACKAGES if (v := _installed(name))},
+        }
+    )
+    file.write_text(json.dumps(starts, indent=2) + "\n")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this package runs from, "-dirty" with changes in it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=epath.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {"a.b": leaf}."""
+    out = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        out |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return out

@@ -1,0 +1,26 @@
+"""Four virtual devices for every test, strict ranks, and a compilation cache between runs."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_threefry_partitionable", True)
+
+PARITY = pathlib.Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """The folder of recorded inputs and outputs."""
+    return PARITY

@@ -1,0 +1,291 @@
+"""Recipes: what they draw, what they compile, what they refuse."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disco_jax.data import stacks, views
+from disco_jax.errors import UserError
+
+MANY = 8192
+EVERYTHING = {
+    **stacks.STACKS["moco_v2"],
+    "order": ("flip", "jitter", "grey", "blur", "solarize"),
+    "solarize_prob": 0.2,
+}
+
+
+@functools.cache
+def photometric(**changes):
+    return views.build({**EVERYTHING, **changes}).photometric_ops[0]
+
+
+def images(batch=8, size=6, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+
+
+def places(*positions):
+    return jnp.asarray(positions, jnp.int32)
+
+
+def everywhere(count):
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+@functools.cache
+def compiled_draw():
+    return jax.jit(photometric().draw)
+
+
+@functools.cache
+def compiled_call():
+    return jax.jit(photometric().__call__)
+
+
+@functools.cache
+def many_draws():
+    return compiled_draw()(jax.random.key(0), everywhere(MANY))
+
+
+def near(share, expected):
+    """Whether a share of MANY draws is within five standard errors of its probability."""
+    return abs(share - expected) < 5 * (expected * (1 - expected) / MANY) ** 0.5
+
+
+def test_stacks_build():
+    for name, stack in stacks.STACKS.items():
+        recipe = views.build(stack, count=3)
+        assert recipe.sizes == (224,) * 3, name
+        assert len(recipe.photometric_ops) == 3
+        assert recipe.crops[0].scale == stack["scale"]
+
+
+def test_a_config_dict_builds_the_same_recipe():
+    config = ml_collections.ConfigDict(stacks.STACKS["moco_v2"])
+    config.jitter = list(config.jitter)
+    assert views.build(config) == views.build(stacks.STACKS["moco_v2"])
+    hash(views.build(config))
+
+
+def test_draws_do_not_depend_on_the_number_of_devices():
+    step, key, batch = compiled_call(), jax.random.key(7), images()
+    whole = step(batch, key, everywhere(8))
+    halves = [step(batch[:4], key, places(0, 1, 2, 3)), step(batch[4:], key, places(4, 5, 6, 7))]
+    np.testing.assert_allclose(jnp.concatenate(halves), whole, rtol=0, atol=2e-5)
+    misplaced = step(batch[4:], key, places(0, 1, 2, 3))
+    assert jnp.max(jnp.abs(misplaced - whole[4:])) > 0.1
+
+
+def test_replicas_under_vmap_share_one_order():
+    """A key that differs by replica would turn the four switches into selects."""
+    operation, key, batch = photometric(), jax.random.key(7), images()
+    split = jax.vmap(operation.__call__, in_axes=(0, None, 0), axis_name="batch")
+    arguments = (batch.reshape(4, 2, 6, 6, 3), key, everywhere(8).reshape(4, 2))
+    lowered = jax.jit(split).lower(*arguments)
+    assert lowered.as_text().count("stablehlo.case") == 4
+    whole = compiled_call()(batch, key, everywhere(8))
+    result = lowered.compile()(*arguments).reshape(whole.shape)
+    np.testing.assert_allclose(result, whole, rtol=0, atol=2e-5)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 2**30), min_size=4, max_size=4))
+def test_an_image_draws_by_key_and_position_alone(seed, positions):
+    draw, key = compiled_draw(), jax.random.key(seed)
+    forward, backward = draw(key, places(*positions)), draw(key, places(*positions[::-1]))
+    for name in ("flip", "grey", "blur", "solarize"):
+        np.testing.assert_array_equal(forward[name][0], backward[name][0][::-1])
+    np.testing.assert_array_equal(forward["jitter"][0], backward["jitter"][0][::-1])
+    np.testing.assert_array_equal(forward["jitter"][1], backward["jitter"][1])
+
+
+@pytest.mark.parametrize(("name", "rate"), [("flip", 0.5), ("grey", 0.2), ("solarize", 0.2)])
+def test_masks_are_on_as_often_as_asked(name, rate):
+    (mask,) = many_draws()[name]
+    assert near(float(jnp.mean(mask)), rate)
+
+
+def test_masks_of_two_operations_are_independent():
+    flip, grey = many_draws()["flip"][0], many_draws()["grey"][0]
+    assert near(float(jnp.mean(flip & grey)), 0.5 * 0.2)
+
+
+def test_jitter_factors_are_uniform_in_their_ranges():
+    factors = np.asarray(many_draws()["jitter"][0])
+    neutral = np.all(factors == np.float32([1, 1, 1, 0]), axis=1)
+    assert near(1 - neutral.mean(), 0.8)
+    ranges = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]
+    for column, (low, high) in zip(factors[~neutral].T, ranges, strict=True):
+        assert_uniform(column, low, high)
+    correlation = np.corrcoef(factors[~neutral].T) - np.eye(4)
+    assert np.abs(correlation).max() < 0.06
+
+
+def test_jitter_factors_stay_positive():
+    draw = photometric(jitter=(1.5, 0.4, 0.4, 0.0), jitter_prob=1.0).draw
+    factors, _ = draw(jax.random.key(0), everywhere(MANY))["jitter"]
+    assert_uniform(np.asarray(factors[:, 0]), 0.0, 2.5)
+    assert jnp.all(factors[:, 3] == 0)
+
+
+def test_blur_widths_are_uniform_in_their_range():
+    sigma = np.asarray(many_draws()["blur"][0])
+    assert near(np.mean(sigma > 0), 0.5)
+    assert_uniform(sigma[sigma > 0], 0.1, 2.0)
+
+
+def assert_uniform(values, low, high):
+    """Kolmogorov's distance, 1.95 / sqrt(n) at a level of 0.1 %, and the ends."""
+    ranks = (np.sort(values) - low) / (high - low)
+    assert ranks[0] >= -1e-6 and ranks[-1] <= 1 + 1e-6
+    steps = (np.arange(len(ranks)) + 0.5) / len(ranks)
+    assert np.abs(ranks - steps).max() < 1.95 / len(ranks) ** 0.5
+
+
+def test_orders_cover_all_permutations():
+    counts = dict.fromkeys(itertools.permutations(range(4)), 0)
+    for key in jax.random.split(jax.random.key(0), 512):
+        order = compiled_draw()(key, everywhere(4))["jitter"][1]
+        counts[tuple(order.tolist())] += 1
+    assert min(counts.values()) > 0
+    assert max(counts.values()) < 3 * 512 / 24
+
+
+def test_certain_operations_act_on_every_image():
+    changes = {"flip_prob": 1.0, "grey_prob": 1.0, "solarize_prob": 1.0}
+    draws = photometric(**changes).draw(jax.random.key(0), everywhere(MANY))
+    assert all(bool(jnp.all(draws[name][0])) for name in ("flip", "grey", "solarize"))
+
+
+def traced(operation):
+    return str(jax.make_jaxpr(operation.__call__)(images(2), jax.random.key(0), places(0, 1)))
+
+
+@pytest.mark.parametrize("name", views.OPERATIONS)
+def test_operations_of_no_probability_are_not_compiled(name):
+    off = photometric(**{f"{name}_prob": 0.0})
+    without = dataclasses.replace(off, order=tuple(n for n in off.order if n != name))
+    assert traced(off) == traced(without)
+    assert traced(off) != traced(photometric())
+
+
+def test_jitter_of_no_strength_is_not_compiled():
+    off = photometric(jitter=(0.0,) * 4)
+    assert "jitter" not in off.active
+    assert traced(off) == traced(photometric(jitter_prob=0.0))
+    assert "cond" not in traced(off)
+
+
+def test_the_weak_stack_compiles_a_flip_alone():
+    weak = views.build(stacks.STACKS["weak"]).photometric_ops[0]
+    assert weak.active == ("flip",)
+    primitives = traced(weak)
+    assert "dot_general" not in primitives and "cond" not in primitives
+    assert "dot_general" in traced(photometric()) and "cond" in traced(photometric())
+
+
+def test_operations_act_in_the_given_order():
+    """Solarizing before or after greying is not the same."""
+    changes = {"grey_prob": 1.0, "solarize_prob": 1.0, "jitter_prob": 0.0, "blur_prob": 0.0}
+    base = photometric(**changes, flip_prob=0.0)
+    results = [
+        dataclasses.replace(base, order=order)(images(2), jax.random.key(0), places(0, 1))
+        for order in (("grey", "solarize"), ("solarize", "grey"))
+    ]
+    assert jnp.max(jnp.abs(results[0] - results[1])) > 0.1
+
+
+def test_nothing_active_is_plain():
+    changes = {f"{name}_prob": 0.0 for name in views.OPERATIONS}
+    recipe = views.build({**EVERYTHING, **changes})
+    batch = images(2)
+    augmented = recipe.photometric({0: batch}, jax.random.key(0), places(0, 1))
+    np.testing.assert_array_equal(augmented[0], recipe.plain(batch))
+
+
+def test_plain_normalises_with_the_first_view():
+    recipe = views.build({**EVERYTHING, "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.5, 2.0)})
+    batch = np.full((1, 2, 2, 3), 255, np.uint8)
+    np.testing.assert_allclose(recipe.plain(batch)[0, 0, 0], [1.0, 1.5, 0.5], atol=1e-6)
+
+
+def test_views_draw_apart_and_keys_matter():
+    recipe = views.build({**EVERYTHING, "jitter_prob": 0.0, "blur_prob": 0.0})  # quick to compile
+    step, batch = jax.jit(recipe.photometric), images()
+    first = step({0: batch, 1: batch}, jax.random.key(0), everywhere(8))
+    again = step({0: batch, 1: batch}, jax.random.key(0), everywhere(8))
+    other = step({0: batch, 1: batch}, jax.random.key(1), everywhere(8))
+    assert set(first) == {0, 1}
+    np.testing.assert_array_equal(first[0], again[0])
+    assert jnp.max(jnp.abs(first[0] - first[1])) > 0.1
+    assert jnp.max(jnp.abs(first[0] - other[0])) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", 0),
+        ("size", 32.5),
+        ("size", True),
+        ("scale", (0.0, 1.0)),
+        ("scale", (0.5, 0.2)),
+        ("scale", (0.2, 1.1)),
+        ("scale", 0.5),
+        ("scale", (0.2, float("nan"))),
+        ("ratio", (0.0, 1.0)),
+        ("ratio", (2.0, 1.0)),
+        ("interpolation", "bicubik"),
+        ("antialias", "yes"),
+        ("order", ("flip", "flop")),
+        ("order", "flip"),
+        ("order", (["flip"],)),
+        ("order", (*EVERYTHING["order"], "flip")),
+        ("flip_prob", 1.5),
+        ("jitter_prob", -0.1),
+        ("grey_prob", "0.2"),
+        ("blur_prob", None),
+        ("solarize_prob", True),
+        ("jitter", (0.4, 0.4, 0.4)),
+        ("jitter", (0.4, 0.4, 0.4, 0.6)),
+        ("jitter", (-0.4, 0.4, 0.4, 0.1)),
+        ("blur_sigma", (2.0, 0.1)),
+        ("blur_sigma", (-1.0, 0.1)),
+        ("mean", (0.5, 0.5)),
+        ("std", (0.2, 0.0, 0.2)),
+    ],
+)
+def test_bad_settings_name_themselves_and_what_they_were_given(field, value):
+    with pytest.raises(UserError) as error:
+        views.build({**EVERYTHING, field: value})
+    assert f"config.augment.{field}" in str(error.value)
+    offenders = [value, *(value if field == "order" else ())]  # a wrong name stands for the tuple
+    assert any(f"{field}={offender!r}" in str(error.value) for offender in offenders)
+
+
+def test_a_probability_that_nothing_reads_is_refused():
+    order = tuple(name for name in EVERYTHING["order"] if name != "blur")
+    with pytest.raises(UserError, match=r"config.augment.blur_prob=0.5 .*lacks 'blur'"):
+        views.build({**EVERYTHING, "order": order})
+    views.build({**EVERYTHING, "order": order, "blur_prob": 0.0})
+
+
+@pytest.mark.parametrize(("given_name", "meant"), [("flp", "flip"), ("gray", "grey")])
+def test_unknown_operations_get_a_suggestion(given_name, meant):
+    with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
+        views.build({**EVERYTHING, "order": (given_name,)})
+
+
+def test_unknown_and_missing_fields_are_named():
+    with pytest.raises(UserError, match=r"config.augment.blurprob .*'blur_prob'"):
+        views.build({**EVERYTHING, "blurprob": 0.5})
+    missing = {k: v for k, v in EVERYTHING.items() if k != "std"}
+    with pytest.raises(UserError, match=r"config.augment.std must be set"):
+        views.build(missing)

@@ -1,0 +1,76 @@
+"""What several tests need."""
+
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference_weights
+
+from disco_jax.models.encoder import Encoded
+from disco_jax.models.norm import BatchNorm
+from disco_jax.ops.collectives import AXIS
+
+PARITY = pathlib.Path(__file__).parent / "parity"
+
+
+def fixture(name):
+    """(description, arrays) of a recorded case."""
+    return reference_weights.load(str(PARITY), name)
+
+
+def relative_error(ours, reference):
+    """Largest absolute difference over the largest absolute reference value."""
+    reference = np.asarray(reference, np.float64)
+    return np.max(np.abs(np.asarray(ours, np.float64) - reference)) / np.max(np.abs(reference))
+
+
+def single(function, *args):
+    """Calls a function that uses collectives as the only replica."""
+    add = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
+    out = jax.vmap(function, axis_name=AXIS)(*add)
+    return jax.tree.map(lambda x: x[0], out)
+
+
+class TinyEncoder(nn.Module):
+    """Linear - BatchNorm - ReLU - Linear on vectors, or one Linear: the fixtures' encoders."""
+
+    hidden: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, images, *, norm):
+        x = images
+        if self.hidden:
+            x = nn.Dense(self.hidden, name="l1")(x)
+            x = nn.relu(BatchNorm(name="bn")(x, norm=norm))
+        return Encoded(x, nn.Dense(self.dim, name="fc")(x))
+
+
+def tiny_variables(arrays, prefix):
+    """The variables of a `TinyEncoder` from a recorded PyTorch state."""
+    params, stats = {}, {}
+    for key, value in arrays.items():
+        if not key.startswith(prefix):
+            continue
+        *module, leaf = key.removeprefix(prefix).split(".")
+        name = module[0] if module else "fc"
+        if leaf == "num_batches_tracked":
+            continue
+        if leaf.startswith("running"):
+            stats.setdefault(name, {})[leaf.removeprefix("running_")] = value
+        elif leaf == "bias":
+            params.setdefault(name, {})["bias"] = value
+        elif name == "bn":
+            params.setdefault(name, {})["scale"] = value
+        else:
+            params.setdefault(name, {})["kernel"] = value.T
+    return {"params": params, "batch_stats": stats}
+
+
+class Identity:
+    """A recipe that leaves its images alone."""
+
+    def photometric(self, views, key, positions):
+        return views

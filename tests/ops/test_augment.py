@@ -1,0 +1,252 @@
+"""Photometric operations against torchvision's and against their definitions."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from disco_jax.ops import augment
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "parity" / "augment"
+COLOURS = [
+    (name, i)
+    for name, count in (("brightness", 3), ("contrast", 2), ("saturation", 3), ("hue", 3))
+    for i in range(count)
+]
+# What the blend with grey differs by when red weighs 0.299, as in PIL, and not 0.2989, as in
+# torchvision on floats: at most this, times the share of the grey image.
+LUMA = 1e-4
+INNER = (slice(8, -8), slice(8, -8))  # four widths of the widest blur away from the border
+BATCH, HEIGHT, WIDTH = 3, 5, 7
+
+factors = functools.partial(st.lists, min_size=BATCH, max_size=BATCH)
+
+
+@functools.cache
+def fixture(name):
+    meta = json.loads((FIXTURES / f"{name}.json").read_text())
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return meta["params"], dict(arrays)
+
+
+def floats(image):
+    """u8[H, W, 3] -> f32[1, H, W, 3] in [0, 1]."""
+    return jnp.asarray(image, jnp.float32)[None] / 255
+
+
+def one(value):
+    return jnp.asarray([value], jnp.asarray(value).dtype)
+
+
+def levels(result, reference):
+    """Distance from a PIL result, in grey levels of 255."""
+    return np.abs(255 * np.asarray(result)[0] - reference.astype(np.float64))
+
+
+def noise(seed=0, batch=BATCH, height=HEIGHT, width=WIDTH):
+    return jax.random.uniform(jax.random.key(seed), (batch, height, width, 3))
+
+
+compiled = {
+    name: jax.jit(getattr(augment, name))
+    for name in ("brightness", "contrast", "saturation", "hue", "gaussian_blur", "jitter")
+}
+
+
+@pytest.mark.parametrize(("name", "i"), COLOURS)
+def test_colours_agree_with_torchvision(name, i):
+    params, arrays = fixture("colour_a")
+    factor = params[name][i]
+    result = compiled[name](floats(arrays["image"]), one(factor))
+    grey_share = abs(1 - factor) if name in ("contrast", "saturation") else 0.0
+    reference = arrays[f"{name}{i}_float"]
+    np.testing.assert_allclose(result[0], reference, rtol=0, atol=1e-6 + LUMA * grey_share)
+    from_pil = levels(result, arrays[f"{name}{i}_pil"])
+    if name == "hue":  # PIL turns bytes
+        assert from_pil.mean() <= 0.7 and from_pil.max() <= 8
+    else:
+        assert from_pil.max() <= 1.2
+
+
+def test_grayscale_agrees_with_torchvision():
+    _, arrays = fixture("colour_a")
+    images = floats(arrays["image"])
+    result = augment.grayscale(images, one(True))
+    reference = arrays["grayscale_float"] + LUMA * np.asarray(images)[0, :, :, :1]
+    np.testing.assert_allclose(result[0], reference, rtol=0, atol=1e-6)
+    assert levels(result, arrays["grayscale_pil"]).max() <= 0.51  # PIL rounds to a byte
+
+
+def test_solarize_agrees_with_torchvision():
+    _, arrays = fixture("colour_a")
+    result = augment.solarize(floats(arrays["image"]), one(True))
+    np.testing.assert_allclose(result[0], arrays["solarize_float"], rtol=0, atol=1e-6)
+    assert levels(result, arrays["solarize_pil"]).max() < 1e-3
+
+
+def test_flip_agrees_with_torchvision():
+    _, arrays = fixture("colour_a")
+    result = augment.flip(floats(arrays["image"]), one(True))
+    assert levels(result, arrays["hflip_pil"]).max() < 1e-3
+
+
+def test_normalize_agrees_with_torchvision():
+    _, arrays = fixture("colour_a")
+    result = augment.normalize(
+        floats(arrays["image"]), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    np.testing.assert_allclose(result[0], arrays["normalized_float"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_blur_agrees_with_torchvision_away_from_the_border(i):
+    """At the border torchvision reflects the image, Pillow and we repeat its edge."""
+    params, arrays = fixture("blur_a")
+    result = compiled["gaussian_blur"](floats(arrays["image"]), one(params["radii"][i]))
+    # torchvision cuts its kernel at four widths.
+    reference = arrays[f"gaussian{i}_float"][INNER]
+    np.testing.assert_allclose(np.asarray(result)[0][INNER], reference, rtol=0, atol=3e-5)
+    from_pil = levels(result, arrays[f"blur{i}_pil"])[INNER]
+    assert from_pil.mean() <= 0.7 and from_pil.max() <= 4.1
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_moco_chain_stays_within_a_few_grey_levels_of_pil(case):
+    params, arrays = fixture("moco_chain_a")
+    draws, image = params[case], Image.fromarray(arrays["image"])
+    top, left, height, width = draws["box"]
+    crop = image.crop((left, top, left + width, top + height))
+    images = floats(np.asarray(crop.resize((draws["size"],) * 2, Image.Resampling.BILINEAR)))
+    if draws["order"]:
+        order = jnp.asarray([augment.JITTER.index(name) for name in draws["order"]], jnp.int32)
+        images = augment.jitter(images, one([draws[name] for name in augment.JITTER]), order)
+    images = augment.grayscale(images, one(draws["grayscale"]))
+    images = compiled["gaussian_blur"](images, one(draws["blur"] or 0.0))
+    images = augment.flip(images, one(draws["flip"]))
+    away = levels(images, arrays[f"chain{case}_pil"])
+    # Every PIL step rounds, hue and blur differ most: 1.8 and 11.5 were measured.
+    assert away.mean() <= 2 and away.max() <= 12
+
+
+def blurred(image, sigma, reach=200):
+    """The definition in float64: a Gaussian of 2 reach + 1 taps over an image that goes on."""
+    taps = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / sigma))
+    taps /= taps.sum()
+    for axis in (0, 1):
+        padding = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+        image = np.pad(image.astype(np.float64), padding, mode="edge")
+        image = np.apply_along_axis(np.convolve, axis, image, taps, mode="valid")
+    return image
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.7, 2.0, 9.0, 30.0])
+@pytest.mark.parametrize("shape", [(5, 9), (2, 1), (12, 3)])
+def test_blur_is_the_whole_gaussian_over_repeated_edges(sigma, shape):
+    images = noise(height=shape[0], width=shape[1])
+    result = compiled["gaussian_blur"](images, jnp.full(BATCH, sigma))
+    for got, image in zip(result, images, strict=True):
+        np.testing.assert_allclose(got, blurred(np.asarray(image), sigma), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-3, 0.05])
+def test_blur_of_no_width_keeps_the_image(sigma):
+    images = noise()
+    result = compiled["gaussian_blur"](images, jnp.full(BATCH, sigma))
+    np.testing.assert_array_equal(result, images)
+
+
+def test_blur_gives_each_image_its_own_width():
+    images = jnp.concatenate([noise(batch=1)] * 2)
+    result = compiled["gaussian_blur"](images, jnp.asarray([0.0, 1.5]))
+    np.testing.assert_array_equal(result[0], images[0])
+    assert jnp.std(result[1]) < 0.6 * jnp.std(images[1])
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_factor_one_keeps_the_image_exactly(name):
+    images = noise()
+    np.testing.assert_array_equal(compiled[name](images, jnp.ones(BATCH)), images)
+
+
+@pytest.mark.parametrize("turns", [0.0, 1.0, -1.0])
+def test_whole_turns_of_hue_keep_the_image(turns):
+    images = noise()
+    result = compiled["hue"](images, jnp.full(BATCH, turns))
+    np.testing.assert_allclose(result, images, rtol=0, atol=2e-6)
+
+
+def test_a_third_of_a_turn_makes_red_green():
+    images = jnp.tile(jnp.asarray([0.8, 0.2, 0.2]).reshape(1, 1, 1, 3), (1, 2, 2, 1))
+    result = compiled["hue"](images, jnp.asarray([1 / 3]))
+    np.testing.assert_allclose(result[0, 0, 0], [0.2, 0.8, 0.2], atol=1e-6)
+
+
+def test_masks_choose_single_images():
+    images, mask = noise(), jnp.asarray([False, True, False])
+    for operation in (augment.flip, augment.grayscale, augment.solarize):
+        result = operation(images, mask)
+        np.testing.assert_array_equal(result[::2], images[::2])
+        assert jnp.any(result[1] != images[1])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_jitter_acts_in_the_given_order(order):
+    values = jnp.asarray([[1.4, 0.6, 1.3, 0.1], [0.7, 1.4, 0.6, -0.1], [1.0, 1.2, 1.4, 0.05]])
+    expected = images = noise()
+    for i in order:
+        expected = compiled[augment.JITTER[i]](expected, values[:, i])
+    result = compiled["jitter"](images, values, jnp.asarray(order, jnp.int32))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
+    backwards = compiled["jitter"](images, values, jnp.asarray(order[::-1], jnp.int32))
+    assert jnp.max(jnp.abs(backwards - expected)) > 0.01
+
+
+def test_jitter_executes_one_branch_a_position():
+    """A switch that lost its scalar index would turn into a select over all four results."""
+    arguments = (noise(), jnp.ones((BATCH, 4)), jnp.arange(4, dtype=jnp.int32))
+    text = jax.jit(augment.jitter).lower(*arguments).as_text()
+    assert text.count("stablehlo.case") == 4
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**31 - 1),
+    factors(st.tuples(*[st.floats(0, 3, width=32)] * 3, st.floats(-0.5, 0.5, width=32))),
+    st.permutations(range(4)),
+)
+def test_jitter_stays_in_range_and_treats_images_apart(seed, values, order):
+    images, values = noise(seed), jnp.asarray(values, jnp.float32)
+    order = jnp.asarray(order, jnp.int32)
+    result = compiled["jitter"](images, values, order)
+    assert float(jnp.min(result)) >= 0 and float(jnp.max(result)) <= 1
+    mirrored = compiled["jitter"](images[::-1], values[::-1], order)
+    np.testing.assert_allclose(mirrored[::-1], result, rtol=0, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31 - 1), factors(st.floats(0, 50, width=32)), st.floats(0, 1, width=32))
+def test_blur_keeps_flat_images_and_never_overshoots(seed, sigma, level):
+    sigma = jnp.asarray(sigma, jnp.float32)
+    flat = jnp.full((BATCH, HEIGHT, WIDTH, 3), level, jnp.float32)
+    np.testing.assert_allclose(compiled["gaussian_blur"](flat, sigma), flat, rtol=0, atol=1e-6)
+    images = 0.2 + 0.5 * noise(seed)
+    result = compiled["gaussian_blur"](images, sigma)
+    low, high = (f(images, axis=(1, 2), keepdims=True) for f in (jnp.min, jnp.max))
+    assert jnp.all(result >= jnp.broadcast_to(low, result.shape) - 1e-6)
+    assert jnp.all(result <= jnp.broadcast_to(high, result.shape) + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["brightness", "hue", "gaussian_blur"])
+def test_wrong_shapes_and_types_are_refused(name):
+    operation = getattr(augment, name)
+    with pytest.raises(AssertionError):
+        operation(noise(), jnp.ones(BATCH + 1))
+    with pytest.raises(AssertionError):
+        operation(jnp.zeros((BATCH, HEIGHT, WIDTH, 3), jnp.uint8), jnp.ones(BATCH))

@@ -1,0 +1,128 @@
+"""Losses against the official PyTorch code, and what holds for any embedding."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disco_jax.ops.losses import (
+    contrast_accuracy,
+    info_nce,
+    soft_cross_entropy,
+    squared_distance,
+    unit,
+)
+
+LOSS, GRADIENT = 1e-5, 1e-4  # relative, as the fixtures' authors measured float32 to allow
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_info_nce_matches_official_moco(name):
+    meta, ref = helpers.fixture(f"losses/moco_infonce_{name}")
+    queue = ref["queue_init"].T
+
+    def loss(query, key, queue):
+        return jnp.mean(
+            info_nce(unit(query), unit(key), queue, temperature=meta["params"]["temperature"])
+        )
+
+    for step in range(meta["params"]["steps"]):
+        query, key = ref["q_raw"][step], ref["k_raw"][step]
+        value, grad = jax.value_and_grad(loss)(query, key, queue)
+        assert helpers.relative_error(value, ref["loss"][step]) < LOSS
+        assert helpers.relative_error(grad, ref["grad_q_raw"][step]) < GRADIENT
+        accuracy = 100 * np.mean(contrast_accuracy(unit(query), unit(key), queue))
+        assert accuracy == pytest.approx(ref["acc1"][step].item())
+        queue = ref["queue"][step].T
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_disco_total_matches_official(name):
+    meta, ref = helpers.fixture(f"losses/disco_total_{name}")
+    queue = ref["queue_init"].T
+    batch = meta["params"]["batch"]
+
+    def loss(student_q, student_k, step, contrast):
+        distances = [
+            jnp.mean(squared_distance(unit(student_q), unit(ref["teacher_q_raw"][step]))),
+            jnp.mean(squared_distance(unit(student_k), unit(ref["teacher_k_raw"][step]))),
+        ]
+        nce = info_nce(
+            unit(student_q),
+            unit(ref["key_raw"][step]),
+            queue,
+            temperature=meta["params"]["temperature"],
+        )
+        # The official code sums over the batch: weight `batch` on the mean.
+        return contrast * jnp.mean(nce) + batch * sum(distances)
+
+    for step in range(meta["params"]["steps"]):
+        students = ref["student_q_raw"][step], ref["student_k_raw"][step]
+        for contrast, total, prefix in ((1, "loss", "grad_"), (0, "loss_only_mse", "grad_only_mse_")):
+            value, grads = jax.value_and_grad(loss, (0, 1))(*students, step, contrast)
+            assert helpers.relative_error(value, ref[total][step]) < LOSS
+            for view, grad in zip("qk", grads, strict=True):
+                expected = ref[f"{prefix}student_{view}_raw"][step]
+                assert helpers.relative_error(grad, expected) < GRADIENT
+        queue = ref["queue"][step].T
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_seed_matches_official(name):
+    meta, ref = helpers.fixture(f"losses/seed_{name}")
+    queue, settings_ = ref["queue_init"].T, meta["params"]
+
+    def loss(student, teacher, queue):
+        return jnp.mean(
+            soft_cross_entropy(
+                unit(student),
+                unit(teacher),
+                queue,
+                student_temperature=settings_["student_t"],
+                teacher_temperature=settings_["teacher_temp"],
+            )
+        )
+
+    for step in range(settings_["steps"]):
+        value, grad = jax.value_and_grad(loss)(
+            ref["student_raw"][step], ref["teacher_raw"][step], queue
+        )
+        # A temperature of 1e-4 multiplies the rounding of the similarities by 10,000.
+        gradient = 1e-3 if settings_["teacher_temp"] <= 1e-4 else GRADIENT
+        assert helpers.relative_error(value, ref["loss"][step]) < LOSS
+        assert helpers.relative_error(grad, ref["grad_student_raw"][step]) < gradient
+        queue = ref["queue"][step].T
+
+
+def test_seed_with_a_sharp_teacher_is_info_nce():
+    rng = np.random.default_rng(0)
+    student, teacher, bank = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+    ours = soft_cross_entropy(
+        student, teacher, bank, student_temperature=0.2, teacher_temperature=1e-6
+    )
+    np.testing.assert_allclose(ours, info_nce(student, teacher, bank, temperature=0.2), rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 33), st.integers(0, 2**31))
+def test_squared_distance_of_unit_rows_is_two_minus_two_cosines(batch, dim, seed):
+    rng = np.random.default_rng(seed)
+    a, b = (unit(rng.normal(size=(batch, dim)).astype("f")) for _ in range(2))
+    np.testing.assert_allclose(squared_distance(a, b), 2 - 2 * np.sum(a * b, -1), atol=1e-5)
+
+
+def test_unit_of_zero_is_zero_and_has_a_finite_gradient():
+    rows = jnp.zeros((2, 4)).at[1, 0].set(3.0)
+    np.testing.assert_array_equal(unit(rows), [[0, 0, 0, 0], [1, 0, 0, 0]])
+    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(unit(x)))(rows)))
+
+
+def test_contracts_are_checked_while_tracing():
+    ones = jnp.ones
+    with pytest.raises(AssertionError):
+        info_nce(ones((2, 3)), ones((2, 4)), ones((5, 3)), temperature=0.2)
+    with pytest.raises(AssertionError):
+        info_nce(ones((2, 3), jnp.bfloat16), ones((2, 3)), ones((5, 3)), temperature=0.2)

@@ -1,0 +1,66 @@
+"""Learning rates against the official scripts, epoch by epoch."""
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from disco_jax.train import optimizer
+
+STEPS = 7  # an epoch
+
+
+def rates(epochs, batch_size=256, **fields):
+    """The rate in the last step of every epoch."""
+    spec = dict(
+        decay="cosine", every="epoch", milestones=(), factor=0.1, warmup_epochs=0, warmup_from=0.0
+    )
+    schedule = optimizer.learning_rate(
+        ConfigDict(spec | fields), batch_size, STEPS, epochs
+    )
+    return jax.vmap(schedule)(np.arange(epochs) * STEPS + STEPS - 1)
+
+
+@pytest.mark.parametrize(
+    "fixture, array, batch_size, fields",
+    [
+        ("moco_a", "moco_cos_200", 256, dict(per_256=0.03)),
+        ("moco_a", "moco_step_200", 256, dict(per_256=0.03, decay="steps", milestones=(120, 160))),
+        ("moco_a", "lincls_100", 256, dict(per_256=30.0, decay="steps", milestones=(60, 80))),
+        ("disco_a", "disco_cos_200", 256, dict(per_256=0.03)),
+        (
+            "disco_a",
+            "lincls_100",
+            256,
+            dict(
+                per_256=3.0,
+                decay="steps",
+                milestones=(5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80),
+                factor=0.5,
+            ),
+        ),
+        ("seed_a", "seed_cos_200", 256, dict(per_256=0.03, warmup_epochs=5, warmup_from=0.03)),
+        ("seed_a", "seed_cos_mult4", 1024, dict(per_256=0.03, warmup_epochs=5, warmup_from=0.03)),
+    ],
+)
+def test_matches_the_official_script(fixture, array, batch_size, fields):
+    _, ref = helpers.fixture(f"schedules/{fixture}")
+    expected = ref[array]
+    np.testing.assert_allclose(rates(len(expected), batch_size, **fields), expected, rtol=1e-6)
+
+
+def test_per_step_cosine_ends_near_zero_and_starts_at_the_peak():
+    spec = ConfigDict(dict(per_256=0.5, decay="cosine", every="step", warmup_epochs=0))
+    schedule = optimizer.learning_rate(spec, 256, STEPS, 10)
+    assert schedule(0) == pytest.approx(0.5)
+    assert schedule(10 * STEPS) == pytest.approx(0, abs=1e-7)
+    assert schedule(3) < schedule(2)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    from disco_jax.errors import UserError
+
+    spec = ConfigDict(dict(per_256=0.5, decay="cosin", every="step", warmup_epochs=0))
+    with pytest.raises(UserError, match="Did you mean 'cosine'"):
+        optimizer.learning_rate(spec, 256, STEPS, 10)
