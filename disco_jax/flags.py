@@ -19,8 +19,8 @@ def parse(
     task: str,
     argv: Sequence[str],
     *,
-    default_config: str | None,
-    doc: str,
+    help_line: str,
+    default_config: str = "",
     config: ConfigDict | None = None,
     extra: Any = None,
 ) -> absl_flags.FlagValues | None:
@@ -29,8 +29,8 @@ def parse(
     Args:
       task: its name.
       argv: the words after it.
-      default_config: the recipe taken when --config is not given; None if it must be.
-      doc: what --help shows.
+      help_line: what --help shows.
+      default_config: the recipe taken when --config is not given; "" if it must be.
       config: instead of a file: the config that --config.x=y changes.
       extra: called with the FlagValues, to define the task's own flags.
 
@@ -48,15 +48,18 @@ def parse(
     if extra is not None:
         extra(values)
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv):
-        _help(task, doc, default_config, values)
+        _help(task, help_line, default_config, values)
         return None
     argv = _joined(argv)
     if config is None:
         config = load(_take_config(argv, default_config))
     check_overrides(config, argv)
-    config_flags.DEFINE_config_dict("config", config, "the recipe", flag_values=values)
+    words = [f"disco-jax {task}", *argv]
     try:
-        rest = values([f"disco-jax {task}", *argv])[1:]
+        config_flags.DEFINE_config_dict(
+            "config", config, "the recipe", flag_values=values, sys_argv=words
+        )
+        rest = values(words)[1:]
     except (absl_flags.Error, TypeError, ValueError, KeyError) as error:
         raise errors.UserError(f"{_sentence(error)} See disco-jax {task} --help.") from error
     if rest:
@@ -93,7 +96,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises one UserError that names every --config.x.y that is no field of `config`."""
-    known = dict(config.iteritems_flat()) if hasattr(config, "iteritems_flat") else _flat(config)
+    known = _flat(config)
     problems = []
     for word in argv:
         if not word.startswith(("--config.", "-config.")):
@@ -129,14 +132,14 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def _take_config(argv: list[str], default: str | None) -> str:
+def _take_config(argv: list[str], default: str) -> str:
     """Removes --config=... from `argv` and returns its value."""
     given = [word for word in argv if word.lstrip("-").startswith("config=")]
     for word in given:
         argv.remove(word)
     if given:
         return given[-1].partition("=")[2]
-    if default is None:
+    if not default:
         raise errors.UserError(
             "--config is missing. Recipes: "
             + ", ".join(f"configs/{name}.py" for name in recipes())
@@ -173,8 +176,8 @@ def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _help(task: str, doc: str, default_config: str | None, values: absl_flags.FlagValues) -> None:
-    print(f"disco-jax {task} [flags]\n\n{doc.strip()}\n\nFlags:")
+def _help(task: str, line: str, default_config: str, values: absl_flags.FlagValues) -> None:
+    print(f"disco-jax {task}: {line}\n\nFlags:")
     print(f"  --config: the recipe (default: {default_config or 'none, it must be given'})")
     print("  --config.FIELD: a field of it, e.g. --config.seed=1")
     for name in values:

@@ -1,8 +1,6 @@
 """`disco-jax TASK [flags]`: flags -> config -> one task. No logic of its own.
 
-A task is a module in `tasks/` with a `run` function, a docstring whose first line is its help,
-and either DEFAULT_CONFIG (it takes --config and --workdir; None means that --config must be
-given) or a `main(argv)` of its own.
+A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 """
 
 import importlib
@@ -10,18 +8,34 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from disco_jax import errors
 from disco_jax.version import __version__
 
-# Told here so that the help needs no task's imports.
+
+
+class Task(NamedTuple):
+    """What is told of a task before its module is imported.
+
+    Attributes:
+      help: one line.
+      config: the recipe taken when --config is not given; "": it must be; None: the task reads
+        its flags itself.
+    """
+
+    help: str
+    config: str | None
+
+
+# Told here so that the help and mistaken flags need no task's imports.
 TASKS = {
-    "pretrain": "pretrain or distil a student: any method, from one config",
-    "distill": "distil a student from a folder of images and a teacher, settings chosen for you",
-    "knn": "classify held-out images by their nearest neighbours in a run's feature space",
-    "linear": "train and test a linear classifier on a run's frozen features",
-    "demo": "what the quick start runs: teacher, baseline and DisCo on real digits",
-    "list": "the recipes, networks, objectives and data sets there are",
+    "pretrain": Task("pretrain or distil a student: any method, from one config", ""),
+    "distill": Task("distil a student from your images and a teacher, settings chosen", None),
+    "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
+    "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
+    "demo": Task("what the quick start runs: teacher, baseline and DisCo", "configs/demo.py"),
+    "list": Task("the recipes, networks, objectives and data sets there are", None),
 }
 
 USAGE = """usage: disco-jax TASK [flags]
@@ -53,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, TASKS))
-        print(USAGE.format(tasks="\n".join(f"  {n:{width}}  {t}" for n, t in TASKS.items())))
+        print(USAGE.format(tasks="\n".join(f"  {name:{width}}  {task.help}" for name, task in TASKS.items())))
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"disco-jax {__version__}")
@@ -69,20 +83,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _start(task: str, argv: Sequence[str]) -> None:
-    if task not in TASKS:
-        raise errors.unknown("The task", task, TASKS)
+def _start(name: str, argv: Sequence[str]) -> None:
+    if name not in TASKS:
+        raise errors.unknown("The task", name, TASKS)
     _quiet_libraries()
-    module = importlib.import_module(f"disco_jax.tasks.{task}")
-    if hasattr(module, "main"):
-        module.main(argv)
+    task, module = TASKS[name], f"disco_jax.tasks.{name}"
+    if task.config is None:
+        importlib.import_module(module).main(argv)
         return
     from disco_jax import flags
 
-    values = flags.parse(task, argv, default_config=module.DEFAULT_CONFIG, doc=module.__doc__)
+    values = flags.parse(name, argv, default_config=task.config, help_line=task.help)
     if values is not None:
         flags.prepare_jax(values.distributed)
-        module.run(values.config, values.workdir)
+        importlib.import_module(module).run(values.config, values.workdir)
 
 
 def _quiet_libraries() -> None:

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import reference_weights
 
+from disco_jax import flags, methods
+from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
+from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
+from disco_jax.train import optimizer, state
+from disco_jax.train.step import make_train_step
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -74,3 +79,41 @@ class Identity:
 
     def photometric(self, views, key, positions):
         return views
+
+
+RECIPES = ("moco_v2", "disco", "disco_star", "seed")
+
+
+def smoke_config(recipe, **changes):
+    """A shipped recipe with numbers so small that its step compiles in seconds."""
+    arg = "student=resnet8,smoke=true" + ("" if recipe == "moco_v2" else ",teacher=resnet8")
+    config = flags.load(f"{recipe}:{arg},data=digits")
+    config.augment.size = 16
+    config.student.width = config.teacher.width = 4
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def smoke(config, replicas):
+    """(step of one replica, state, frozen, batch with a leading replica axis)."""
+    recipe = views.build(config.augment, config.views)
+    method = methods.build(config, config.views)
+    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
+    tx = optimizer.build(config.optimizer, rate)
+    train_step = make_train_step(
+        method,
+        recipe,
+        tx,
+        learning_rate=rate,
+        ema_rate=schedules.constant(config.momentum.ema_rate),
+        seed=config.seed,
+    )
+    size = config.augment.size
+    train_state = state.create(method, tx, config.seed, size)
+    frozen = {}
+    if "teacher" in method.plan:
+        frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
+    rng = np.random.default_rng(0)
+    shape = (replicas, config.batch_size // replicas, size, size, 3)
+    crops = {v: rng.integers(0, 256, shape, np.uint8) for v in range(config.views)}
+    return train_step, train_state, frozen, {"views": crops, "aux": {}}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.models.encoder import Encoded, Network
+from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import Queue
 
 NETWORKS = ("student", "momentum", "teacher")  # learned; its EMA copy; frozen
@@ -114,9 +115,12 @@ class Method:
 
 
 def spread(embedding: Array) -> Array:
-    """f32[]: standard deviation of unit rows over the batch, 1 if evenly spread, 0 if collapsed.
+    """f32[]: how far unit rows spread over the global batch, 1 if evenly, 0 if collapsed.
+
+    The square root of the variance summed over the dimensions.
 
     Args:
-      embedding: f32[B, D], unit rows.
+      embedding: f32[B, D], unit rows of this replica.
     """
-    return jnp.sqrt(jnp.sum(jnp.var(embedding, axis=0)))
+    mean, power = pmean((jnp.mean(embedding, axis=0), jnp.mean(jnp.square(embedding))))
+    return jnp.sqrt(jnp.maximum(embedding.shape[-1] * power - jnp.sum(jnp.square(mean)), 0.0))

@@ -11,7 +11,6 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, knn
 
-DEFAULT_CONFIG = "configs/knn.py"
 OUTPUTS = ("features", "embedding")
 
 
@@ -42,7 +41,7 @@ def evaluate(
     """`run` on a network at hand, without writing anything."""
     if config.output not in OUTPUTS:
         raise errors.unknown("config.output", config.output, OUTPUTS)
-    source = source or pipeline.open_source(trained.config.data)
+    source = source or pipeline.open_source(trained.config.data, shared=False)
     data = trained.config.data
     train = features.of_split(trained, source, data.train_split, config.batch_size)
     test = features.of_split(trained, source, data.eval_split, config.batch_size)

@@ -11,8 +11,6 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, linear
 
-DEFAULT_CONFIG = "configs/linear.py"
-
 
 def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
     """Probes the newest checkpoint of the run in `workdir_path`.
@@ -28,7 +26,7 @@ def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> 
       {"top1", "top5", "step", ...}, accuracies in percent.
     """
     trained = features.load(workdir_path, config.network)
-    source = source or pipeline.open_source(trained.config.data)
+    source = source or pipeline.open_source(trained.config.data, shared=False)
     data = trained.config.data
     train = features.of_split(trained, source, data.train_split, config.extract_batch_size)
     test = features.of_split(trained, source, data.eval_split, config.extract_batch_size)

@@ -16,8 +16,6 @@ from disco_jax.train.metrics import Logger
 
 _LOG = logging.getLogger(__name__)
 
-DEFAULT_CONFIG = None  # the method is the user's choice
-
 
 def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
     """Trains as `config` says until its last step, from the newest checkpoint if there is one.
@@ -70,7 +68,7 @@ def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> 
         logger = Logger(path, tensorboard=_tensorboard(config), step=start)
         crops = source.train(
             config.data.train_split,
-            recipe.crops,
+            dict(enumerate(recipe.crops)),
             config.batch_size // jax.process_count(),
             config.seed,
             position,

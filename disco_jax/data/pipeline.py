@@ -1,0 +1,124 @@
+"""From a config to device-ready batches: sources by name, device layout, prefetch."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from disco_jax.data.base import Source
+from disco_jax.errors import unknown
+
+SOURCES = ("tfds", "folder", "npz")
+
+
+def open_source(data: Any, *, shared: bool = True) -> Source:
+    """The source that `config.data` describes.
+
+    Args:
+      data: `config.data`.
+      shared: each host reads its own part; False: every host reads everything.
+
+    Raises:
+      UserError: an unknown kind of source, or one that is not there.
+    """
+    hosts = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    common = dict(
+        process_index=hosts[0], process_count=hosts[1], max_unreadable=data.max_unreadable
+    )
+    if data.source == "tfds":
+        from disco_jax.data.sources import TfdsSource
+
+        return TfdsSource(
+            data.name, data.dir, cache=data.cache, shuffle_buffer=data.shuffle_buffer, **common
+        )
+    from disco_jax.data.arrays import ArraySource
+
+    if data.source == "folder":
+        return ArraySource.from_folder(data.dir, data.max_memory_gb, **common)
+    if data.source == "npz":
+        common.pop("max_unreadable")
+        return ArraySource.from_npz(data.dir, **common)
+    raise unknown("config.data.source", data.source, SOURCES)
+
+
+def to_devices(tree: Any, local_devices: int) -> Any:
+    """[b, ...] of a host -> [local_devices, b / local_devices, ...], for every leaf."""
+    return jax.tree.map(
+        lambda x: np.reshape(x, (local_devices, len(x) // local_devices, *x.shape[1:])), tree
+    )
+
+
+class Prefetcher:
+    """An iterator that works ahead in a thread of its own.
+
+    Attributes:
+      waited_s: seconds that the consumer has waited for items.
+    """
+
+    def __init__(
+        self,
+        iterator: Iterator[Any],
+        depth: int = 2,
+        transform: Callable[[Any], Any] = lambda item: item,
+    ):
+        """Starts at once.
+
+        Args:
+          iterator: what to read; only the thread touches it.
+          depth: items kept ready.
+          transform: applied to each item in the thread.
+        """
+        self.waited_s = 0.0
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._ended: Exception | None = None
+        self._thread = threading.Thread(target=self._fill, args=(iterator, transform), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        if self._ended is not None:
+            raise self._ended
+        started = time.monotonic()
+        item, error = self._ready.get()
+        self.waited_s += time.monotonic() - started
+        if error is not None:
+            self._ended = error
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; what it had ready is dropped."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._ended = StopIteration()
+
+    def _fill(self, iterator: Iterator[Any], transform: Callable[[Any], Any]) -> None:
+        try:
+            for item in iterator:
+                if not self._put((transform(item), None)):
+                    return
+            self._put((None, StopIteration()))
+        except Exception as error:  # whatever reading raises belongs to the consumer
+            self._put((None, error))
+
+    def _put(self, entry: tuple[Any, Exception | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,153 @@
+"""The quick start: teacher, baseline and DisCo on real digits, then a table and a figure."""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax.data import digits, pipeline
+from disco_jax.data.base import Source
+from disco_jax.evaluate import features
+from disco_jax.tasks import knn, linear, pretrain
+from disco_jax.train import metrics
+
+RUNS = ("teacher", "moco_v2", "disco")
+TITLES = {
+    "untrained": "student, untrained",
+    "moco_v2": "student, MoCo-v2 alone",
+    "disco": "student, DisCo",
+    "teacher": "teacher, MoCo-v2",
+}
+Scores = dict[str, float]
+
+
+def run(config: ConfigDict, workdir_path: str) -> dict[str, Any]:
+    """Runs everything; goes on where it was stopped if started again.
+
+    Args:
+      config: see `configs/demo.py`.
+      workdir_path: gets data/, seed_N/{teacher,moco_v2,disco}/, results.json and figure.png.
+
+    Returns:
+      What results.json holds: for each of "teacher", "moco_v2", "disco" and "untrained"
+      {"linear_top1", "knn_top1"} in percent (means over the seeds, with "..._spread", the
+      standard deviation, if there are several), and what was run.
+    """
+    started = time.monotonic()
+    path = epath.Path(workdir_path)
+    data_dir = path / "data"
+    digits.write(str(data_dir))
+    by_seed = {seed: _one_seed(config, seed, path, data_dir) for seed in config.seeds}
+    results: dict[str, Any] = {name: _summary(by_seed, name) for name in TITLES}
+    results["seeds"] = list(config.seeds)
+    if len(by_seed) > 1:
+        results["by_seed"] = {str(seed): scores for seed, scores in by_seed.items()}
+    results["seconds"] = round(time.monotonic() - started, 1)
+    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _draw(results, path / f"seed_{config.seeds[0]}", path / "figure.png")
+    print(_table(results))
+    print(f"\nTook {results['seconds']:.0f} s. Figures: {path / 'results.json'}, "
+          f"picture: {path / 'figure.png'}, runs: {path}/seed_*")
+    return results
+
+
+def _one_seed(
+    config: ConfigDict, seed: int, path: epath.Path, data_dir: epath.Path
+) -> dict[str, Scores]:
+    """Trains the three networks of a seed and scores them and an untrained student."""
+    folder = path / f"seed_{seed}"
+    scores = {}
+    for name in RUNS:
+        one = config[name].copy_and_resolve_references()
+        one.seed = seed
+        one.data.dir = str(data_dir)
+        if name == "disco":
+            one.teacher.weights = str(folder / "teacher")
+        print(f"\n== {TITLES[name]}, seed {seed}", flush=True)
+        source = pipeline.open_source(one.data)
+        pretrain.run(one, str(folder / name), source)
+        scores[name] = _score(config, features.load(str(folder / name)), source)
+    scores["untrained"] = _score(config, features.untrained(one), source)
+    return scores
+
+
+def _score(config: ConfigDict, trained: features.Trained, source: Source) -> Scores:
+    """Linear and kNN top-1 on the held-out images, in percent."""
+    data, batch = trained.config.data, config.knn.batch_size
+    train = features.of_split(trained, source, data.train_split, batch)
+    test = features.of_split(trained, source, data.eval_split, batch)
+    _, probed = linear.probe(config.linear, train, test)
+    return {
+        "linear_top1": round(probed["top1"], 2),
+        "knn_top1": round(knn.accuracy(config.knn, train, test)["top1"], 2),
+    }
+
+
+def _summary(by_seed: Mapping[int, Mapping[str, Scores]], name: str) -> Scores:
+    """Means over the seeds, and standard deviations where there are several."""
+    out = {}
+    for score in ("linear_top1", "knn_top1"):
+        values = [scores[name][score] for scores in by_seed.values()]
+        out[score] = round(statistics.fmean(values), 2)
+        if len(values) > 1:
+            out[f"{score}_spread"] = round(statistics.stdev(values), 2)
+    return out
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    seeds = results["seeds"]
+    lines = [
+        f"\nTop-1 on 360 held-out digits, percent, seed{'s' if len(seeds) > 1 else ''} "
+        + ", ".join(map(str, seeds)),
+        f"  {'':24}  {'linear':>14}  {'kNN':>14}",
+    ]
+    for name, title in TITLES.items():
+        cells = []
+        for score in ("linear_top1", "knn_top1"):
+            spread = results[name].get(f"{score}_spread")
+            text = f"{results[name][score]:.1f}"
+            cells.append(text if spread is None else f"{text} +- {spread:.1f}")
+        lines.append(f"  {title:24}  {cells[0]:>14}  {cells[1]:>14}")
+    return "\n".join(lines)
+
+
+def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> None:
+    """Loss curves of one seed beside the accuracies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"untrained": "#b0b0b0", "moco_v2": "#e08214", "disco": "#1b7837",
+               "teacher": "#2166ac"}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in RUNS:
+        lines = [json.loads(line) for line in (folder / name / metrics.FILE).open()]
+        left.plot(
+            [line["epoch"] for line in lines],
+            [line["contrast/loss"] for line in lines],
+            color=colours[name],
+            label=TITLES[name],
+        )
+    left.set(xlabel="epoch", ylabel="InfoNCE (nats)", title=f"Contrastive loss, {folder.name}")
+    left.legend(frameon=False)
+    for i, (score, label) in enumerate((("linear_top1", "linear"), ("knn_top1", "kNN"))):
+        for j, name in enumerate(TITLES):
+            value = results[name][score]
+            bar = right.bar(
+                i * 5 + j, value, color=colours[name], yerr=results[name].get(f"{score}_spread"),
+                label=TITLES[name] if i == 0 else None,
+            )
+            right.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
+    right.set(xticks=(1.5, 6.5), xticklabels=("linear probe", "kNN"), ylim=(0, 112),
+              ylabel="top-1 on held-out digits (%)", title="What the features are worth")
+    right.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    with file.open("wb") as target:
+        figure.savefig(target, format="png", dpi=130)
+    pyplot.close(figure)

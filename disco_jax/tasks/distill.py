@@ -1,0 +1,161 @@
+"""Distil a student from your images and a teacher, with the settings chosen for you."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict
+
+from disco_jax import convert, errors, flags
+from disco_jax.configs import disco
+
+# Images smaller than this go through the small stem.
+SMALL_PX = 64
+
+
+def main(argv: Sequence[str]) -> None:
+    """`disco-jax distill --data D --teacher T --student S --workdir W [--config.x=y]`."""
+    from disco_jax import main as entry
+
+    given = {name: _value(argv, name) for name in ("data", "teacher", "student")}
+    wants_help = {"-h", "--help"} & set(argv)
+    missing = [f"--{name}" for name, value in given.items() if not value]
+    if missing and not wants_help:
+        raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
+    config = disco.get_config() if wants_help else resolve(**given)
+    values = flags.parse(
+        "distill", argv, help_line=entry.TASKS["distill"].help, config=config, extra=_define
+    )
+    if values is not None:
+        flags.prepare_jax(values.distributed)
+        _train(values.config, values.workdir)
+
+
+def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) -> dict[str, Any]:
+    """Distils `student` from `teacher` on the images in `data`.
+
+    Args:
+      data: a folder of images, a prepared TFDS data set's version folder, or an .npz file.
+      teacher: a pretraining run's directory or a MoCo checkpoint in PyTorch's format.
+      student: a backbone, e.g. "resnet18".
+      workdir: where the run lives.
+      changes: config fields to change, with `__` for dots: total_epochs=100,
+        objectives__distill__weight=1.0.
+
+    Returns:
+      See `pretrain.run`.
+
+    Raises:
+      UserError: see `resolve` and `pretrain.run`.
+    """
+    config = resolve(data=data, teacher=teacher, student=student)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return _train(config, workdir)
+
+
+def resolve(*, data: str, teacher: str, student: str) -> ConfigDict:
+    """The DisCo config for these images, this teacher and this student.
+
+    The teacher decides the image size and normalisation; the number of images decides the batch
+    and the queue: at most 256 and 65,536, at most an eighth of the images and all of them.
+
+    Raises:
+      UserError: when the data or the teacher is not there or not understood.
+    """
+    from disco_jax import models
+
+    if student not in models.BACKBONES:
+        raise errors.unknown("--student", student, models.BACKBONES)
+    config = disco.get_config()
+    config.student.backbone = student
+    config.data.update(_data(data))
+    _follow_teacher(config, teacher)
+    _fit_batch(config)
+    return config
+
+
+def _train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    from disco_jax.tasks import pretrain
+
+    print(f"Resolved config (change any field with --config.FIELD=VALUE):\n{_readable(config)}")
+    return pretrain.run(config, workdir)
+
+
+def _data(data: str) -> dict[str, str]:
+    """Fields of `config.data` for a path."""
+    path = pathlib.Path(data).expanduser()
+    if not path.exists():
+        raise errors.UserError(
+            f"--data={data} does not exist. Give a folder of images, a TFDS version folder "
+            "(with dataset_info.json), or an .npz file."
+        )
+    if path.suffix == ".npz":
+        return {"source": "npz", "name": path.stem, "dir": str(path), "eval_split": "test"}
+    if (path / "dataset_info.json").exists():
+        return {"source": "tfds", "name": str(path), "dir": ""}
+    return {"source": "folder", "name": path.name, "dir": str(path)}
+
+
+def _follow_teacher(config: ConfigDict, teacher: str) -> None:
+    """Takes the teacher's network, image size and normalisation."""
+    path = pathlib.Path(teacher).expanduser()
+    if not path.exists():
+        raise errors.UserError(
+            f"--teacher={teacher} does not exist. Give the directory of a pretraining run or a "
+            "MoCo checkpoint (.pth, .pth.tar, .safetensors)."
+        )
+    config.teacher.weights = str(path)
+    if path.is_file():
+        config.teacher.update(convert.describe(convert.read(path), str(path))._asdict())
+    else:
+        from disco_jax.train import teacher as teachers
+        from disco_jax.train import workdir
+
+        run = workdir.read_config(path)
+        config.teacher.update({field: run.student[field] for field in teachers.SHAPE})
+        for field in ("size", "mean", "std", "interpolation"):
+            value = run.augment[field]
+            config.augment[field] = tuple(value) if isinstance(value, list | tuple) else value
+        config.data.eval_resize = run.data.eval_resize
+    config.student.dim = config.teacher.dim
+    config.student.stem = "small" if config.augment.size < SMALL_PX else "imagenet"
+
+
+def _fit_batch(config: ConfigDict) -> None:
+    """A batch and a queue that suit the number of images."""
+    import jax
+
+    from disco_jax.data import pipeline
+
+    count, devices = pipeline.open_source(config.data).count(config.data.train_split), 1
+    devices = jax.device_count()
+    batch = min(256, max(count // 8, 1)) // devices * devices or devices
+    config.batch_size = batch
+    queue = max(min(65_536, count) // batch, 1) * batch
+    for objective in ("contrast", "similarity"):
+        config.objectives[objective].queue_size = queue
+
+
+def _define(values: absl_flags.FlagValues) -> None:
+    for name, text in (
+        ("data", "a folder of images, a TFDS version folder, or an .npz file"),
+        ("teacher", "a pretraining run's directory or a MoCo checkpoint"),
+        ("student", "a backbone; see disco-jax list"),
+    ):
+        absl_flags.DEFINE_string(name, None, text, flag_values=values)
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """The value of --name in `argv`, before the config that it decides is there."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+        if word == f"--{name}" and i + 1 < len(words):
+            return words[i + 1]
+    return None
+
+
+def _readable(config: ConfigDict) -> str:
+    return config.to_json_best_effort(indent=2, sort_keys=True)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs the test extra into a virtual environment, checks the style and runs the whole suite.
+# Further words go to pytest, e.g. -k resume or -m "not slow".
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+use_venv test
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

@@ -1,0 +1,68 @@
+"""kNN: neighbours and predictions equal to the official DINO code's, and to brute force."""
+
+import helpers
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disco_jax.errors import UserError
+from disco_jax.evaluate import knn
+from disco_jax.evaluate.features import top_k
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_neighbours_and_votes_are_exact(name):
+    meta, ref = helpers.fixture(f"eval/knn_{name}")
+    classes = meta["params"]["classes"]
+    for result in meta["params"]["results"]:
+        k = result["k"]
+        similarities, rows = knn.neighbours(ref["train_features"], ref["test_features"], k, 64)
+        np.testing.assert_array_equal(rows, ref[f"neighbours_k{k}"])
+        labels = ref["train_labels"][rows]
+        votes = knn.scores(
+            similarities, labels, classes, temperature=meta["params"]["temperature"]
+        )
+        np.testing.assert_array_equal(votes.argmax(1), ref[f"weighted_prediction_k{k}"])
+        assert top_k(votes, ref["test_labels"], 1) == pytest.approx(result["weighted_top1"])
+        plain = knn.scores(similarities, labels, classes, vote="majority").argmax(1)
+        assert ref[f"majority_winners_k{k}"][np.arange(len(plain)), plain].all()
+
+
+def test_majority_ties_go_to_the_closer_class():
+    similarities = np.array([[0.9, 0.8, 0.2, 0.1]], np.float32)
+    labels = np.array([[2, 1, 1, 2]])
+    assert knn.scores(similarities, labels, 3, vote="majority").argmax() in (1, 2)
+    closer = np.array([[0.9, 0.8, 0.7, 0.1]], np.float32)  # class 1: 1.5, class 2: 1.0
+    assert knn.scores(closer, labels, 3, vote="majority").argmax() == 1
+
+
+def test_a_vote_outweighs_any_similarity():
+    similarities = np.array([[1.0, -0.9, -1.0]], np.float32)
+    assert knn.scores(similarities, np.array([[0, 1, 1]]), 2, vote="majority").argmax() == 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**31))
+def test_blocks_do_not_change_the_neighbours(tests, block, seed):
+    rng = np.random.default_rng(seed)
+    train, test = rng.normal(size=(30, 5)).astype("f"), rng.normal(size=(tests, 5)).astype("f")
+    found = knn.neighbours(train, test, 4, block * 8)[1]
+    normal = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
+    brute = np.argsort(-(normal[1] @ normal[0].T), axis=1)[:, :4]
+    np.testing.assert_array_equal(found, brute)
+
+
+def test_what_cannot_be_is_refused():
+    ones = np.ones((3, 2), np.float32)
+    with pytest.raises(UserError, match=r"config\.k=4"):
+        knn.neighbours(ones, ones, 4)
+    with pytest.raises(UserError, match="Did you mean 'majority'"):
+        knn.scores(ones, np.zeros((3, 2), int), 2, vote="majorty")
+
+
+def test_top_k_counts_ties_once():
+    scores = np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0]])
+    assert top_k(scores, np.array([0, 2]), 1) == 50
+    assert top_k(scores, np.array([2, 2]), 1) == 0
+    assert top_k(scores, np.array([2, 2]), 3) == 100

@@ -1,0 +1,56 @@
+"""The linear probe learns what is linear, and nothing from noise."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from disco_jax import flags
+from disco_jax.errors import UserError
+from disco_jax.evaluate import linear
+from disco_jax.evaluate.features import Features
+
+
+def blobs(count, seed, spread=1.5):
+    """Overlapping Gaussian classes, so that no classifier is perfect."""
+    centres = np.random.default_rng(0).normal(size=(5, 16)) * 2
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, count)
+    features = (centres[labels] + spread * rng.normal(size=(count, 16))).astype(np.float32)
+    return Features(features, features, labels.astype(np.int32))
+
+
+def config(rate=1.0, epochs=30):
+    made = flags.load("configs/linear.py")
+    made.learning_rate.per_256 = rate
+    made.total_epochs = epochs
+    made.learning_rate.milestones = (18, 24)
+    return made
+
+
+def test_agrees_with_logistic_regression():
+    train, test = blobs(1500, 1), blobs(1500, 2)
+    ours = linear.accuracy(linear.train(config(), train, 5), test)
+    reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
+    expected = 100 * reference.score(test.features, test.labels)
+    assert 70 < expected < 99
+    assert ours["top1"] == pytest.approx(expected, abs=1.5)
+    assert ours["top5"] == 100
+
+
+def test_labels_without_meaning_give_chance():
+    train, test = blobs(800, 1), blobs(800, 2)
+    shuffled = Features(
+        train.features, train.embedding, np.random.default_rng(3).permutation(train.labels)
+    )
+    assert linear.accuracy(linear.train(config(epochs=10), shuffled, 5), test)["top1"] < 45
+
+
+def test_the_same_seed_gives_the_same_bits():
+    train = blobs(300, 1)
+    one, two = (linear.train(config(epochs=3), train, 5) for _ in range(2))
+    np.testing.assert_array_equal(one["kernel"], two["kernel"])
+
+
+def test_too_few_images_for_the_devices():
+    with pytest.raises(UserError, match="fewer than the 4 devices"):
+        linear.train(config(), blobs(3, 1), 5)

@@ -1,0 +1,71 @@
+"""Imports point one way, and TensorFlow stays where it belongs."""
+
+import ast
+import pathlib
+
+import pytest
+
+import disco_jax
+
+PACKAGE = pathlib.Path(disco_jax.__file__).parent
+ORDER = ["ops", "models", "methods", "train", "evaluate", "tasks"]
+# Folders beside the row, and what of the row they may use.
+BESIDE = {"data": {"ops"}, "convert": {"ops"}}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path, *, top_level_only=False):
+    """Dotted names that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folders_used(path):
+    parts = (name.split(".") for name in imports(path))
+    used = {p[1] for p in parts if p[0] == "disco_jax" and len(p) > 1}
+    return {folder for folder in used if (PACKAGE / folder).is_dir()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_arrow_points_up(path):
+    folder = path.relative_to(PACKAGE).parts[0]
+    used = folders_used(path) - {folder}
+    if folder in ORDER:
+        above = set(ORDER[ORDER.index(folder) + 1 :])
+        assert not used & above
+        if folder in ("ops", "models", "methods"):
+            assert not used & set(BESIDE)
+    elif folder in BESIDE:
+        assert used <= BESIDE[folder]
+
+
+def test_ops_import_jax_and_chex_alone():
+    allowed = {"jax", "chex", "disco_jax", "dataclasses", "collections", "typing", "functools"}
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path
+
+
+def test_linen_starts_at_models():
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert not any(name.startswith("flax") for name in imports(path))
+
+
+def test_tensorflow_is_imported_in_functions_of_data_alone():
+    heavy = {"tensorflow", "tensorflow_datasets"}
+    for path in FILES:
+        relative = path.relative_to(PACKAGE).parts
+        assert not heavy & {n.split(".")[0] for n in imports(path, top_level_only=True)}, path
+        if relative[0] != "data" or relative[-1] == "arrays.py":
+            assert not heavy & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_only_one_file_names_the_device_axis():
+    for path in FILES:
+        if path.name != "collectives.py":
+            assert '"replica"' not in path.read_text(), path

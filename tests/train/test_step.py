@@ -1,0 +1,130 @@
+"""The step: the same on any number of devices, and nothing computed that nobody reads."""
+
+import chex
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from disco_jax import methods
+from disco_jax.errors import UserError
+from disco_jax.ops.collectives import AXIS
+from disco_jax.train.state import everywhere
+from disco_jax.train.step import parallel
+
+FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
+    "moco_v2": {"student": (0,), "momentum": (1,)},
+    "disco": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
+    "disco_star": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
+    "seed": {"student": (0,), "teacher": (0,)},
+}
+
+
+@pytest.mark.parametrize("recipe", helpers.RECIPES)
+def test_next_state_is_equal_on_every_replica(recipe):
+    """vmap rejects out_axes=None for a value that differs by replica; pmap keeps replica 0's."""
+    step, state, frozen, batch = helpers.smoke(helpers.smoke_config(recipe), replicas=4)
+    step = jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS)
+    new_state, _ = jax.eval_shape(step, state, frozen, batch)  # nothing is computed
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, jax.eval_shape(lambda: state))
+
+
+@pytest.mark.parametrize("recipe", helpers.RECIPES)
+def test_forward_passes_are_those_that_objectives_read(recipe):
+    config = helpers.smoke_config(recipe)
+    method = methods.build(config, config.views)
+    assert method.plan == FORWARDS[recipe]
+    assert set(method.networks) == set(FORWARDS[recipe])
+    _, state, frozen, _ = helpers.smoke(config, replicas=1)
+    assert bool(state.momentum) == ("momentum" in method.plan)
+    assert bool(frozen) == ("teacher" in method.plan)
+
+
+def two_steps(config, replicas):
+    """The state and metrics after two pmapped steps on `replicas` of the devices."""
+    step, state, frozen, batch = helpers.smoke(config, replicas)
+    devices = jax.devices()[:replicas]
+    step = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+    state, frozen = everywhere(state, devices), everywhere(frozen, devices)
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch)
+    return jax.device_get((state, metrics))
+
+
+DEVICE_FREE = {  # statistics that do not depend on the number of devices
+    "moco_v2": {"student.norm": "sync"},
+    "disco": {"student.norm_group": 2, "teacher.norm_group": 2, "batch_size": 16},
+    "seed": {"student.norm": "sync"},
+}
+
+
+@pytest.mark.parametrize("recipe", DEVICE_FREE)
+def test_one_device_and_four_take_the_same_steps(recipe):
+    changes = dict(DEVICE_FREE[recipe])
+    if recipe == "moco_v2":
+        changes["momentum.norm"] = "sync"
+    config = helpers.smoke_config(recipe, **changes)
+    one, four = (two_steps(config, replicas) for replicas in (1, 4))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_local_statistics_do_depend_on_the_devices():
+    """Or the test above could not fail."""
+    config = helpers.smoke_config("moco_v2", **{"momentum.norm": "local"})
+    one, four = (two_steps(config, replicas)[1]["loss"] for replicas in (1, 4))
+    assert abs(one - four) > 1e-4
+
+
+def test_a_step_is_repeated_bit_for_bit_and_follows_the_seed():
+    config = helpers.smoke_config("disco")
+    first, again = two_steps(config, 4), two_steps(config, 4)
+    chex.assert_trees_all_equal(first, again)
+    config.seed = 1
+    assert two_steps(config, 4)[1]["loss"] != first[1]["loss"]
+
+
+def test_donation_takes_the_whole_state():
+    """Every buffer of the old state is given up: nothing is held twice in the device's memory."""
+    step, state, frozen, batch = helpers.smoke(helpers.smoke_config("disco"), replicas=4)
+    state = everywhere(state)
+    parallel(step)(state, everywhere(frozen), batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_objectives_are_switched_and_weighted_from_the_config():
+    """DisCo + SEED, DisCo without contrast, and each weight in the total."""
+    changes = {"objectives.similarity.weight": 0.5, "objectives.distill.weight": 3.0}
+    config = helpers.smoke_config("disco", **changes)
+    _, metrics = two_steps(config, 4)
+    parts = {name: metrics[f"{name}/loss"] for name in ("contrast", "distill", "similarity")}
+    total = parts["contrast"] + 3.0 * parts["distill"] + 0.5 * parts["similarity"]
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    only = methods.build(helpers.smoke_config("disco", **{"objectives.contrast.weight": 0.0}))
+    assert only.plan == {"student": (0, 1), "teacher": (0, 1)}
+
+
+def test_what_is_logged():
+    _, metrics = two_steps(helpers.smoke_config("disco"), 4)
+    assert {
+        "loss", "contrast/loss", "distill/loss", "contrast/accuracy", "contrast/query_std",
+        "distill/cosine", "learning_rate", "ema_rate", "gradient_norm",
+    } <= set(metrics)  # fmt: skip
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"objectives.contrast.queue_size": 1001}, "nearest that are: 1000, 1008"),
+        ({"objectives.contrast.temperature": 0.0}, r"contrast\.temperature must be above 0"),
+        ({"objectives.contrast.queue_init": "teachr"}, "Did you mean 'teacher'"),
+        ({"objectives.distill.reduction": "avg"}, r"distill\.reduction='avg'"),
+        ({"student.norm": "synch"}, r"config\.student\.norm='synch'.*Did you mean 'sync'"),
+        ({"student.dim": 8}, r"config\.student\.dim=8 must equal config\.teacher\.dim=16"),
+        ({"objectives.distill.weight": 0.0, "objectives.contrast.weight": 0.0}, "weight 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
+    with pytest.raises(UserError, match=message):
+        methods.build(helpers.smoke_config("disco", **changes))
