@@ -6,9 +6,8 @@ A MoCo-v2 teacher, then the same narrow student twice: with MoCo-v2 alone and wi
 teacher. Over three seeds (what the README states): --config.seeds="(0,1,2)".
 """
 
-from ml_collections import ConfigDict
-
 from disco_jax.configs import disco, knn, linear, moco_v2
+from ml_collections import ConfigDict
 
 TEACHER = dict(backbone="resnet8", width=16)
 STUDENT = dict(backbone="resnet8", width=4)

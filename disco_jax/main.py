@@ -14,7 +14,6 @@ from disco_jax import errors
 from disco_jax.version import __version__
 
 
-
 class Task(NamedTuple):
     """What is told of a task before its module is imported.
 
@@ -67,7 +66,11 @@ def main(argv: Sequence[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, TASKS))
-        print(USAGE.format(tasks="\n".join(f"  {name:{width}}  {task.help}" for name, task in TASKS.items())))
+        print(
+            USAGE.format(
+                tasks="\n".join(f"  {name:{width}}  {task.help}" for name, task in TASKS.items())
+            )
+        )
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"disco-jax {__version__}")

@@ -1,5 +1,7 @@
 """What several tests need."""
 
+import functools
+import os
 import pathlib
 
 import flax.linen as nn
@@ -117,3 +119,37 @@ def smoke(config, replicas):
     shape = (replicas, config.batch_size // replicas, size, size, 3)
     crops = {v: rng.integers(0, 256, shape, np.uint8) for v in range(config.views)}
     return train_step, train_state, frozen, {"views": crops, "aux": {}}
+
+
+@functools.cache
+def digits():
+    """scikit-learn's handwritten digits as the arrays of an .npz file: 1437 train, 360 test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    loaded = load_digits()
+    images = np.round(loaded.images * (255 / 16)).astype(np.uint8)
+    rows = train_test_split(
+        np.arange(len(images)), test_size=360, random_state=0, stratify=loaded.target
+    )
+    made = {}
+    for split, chosen in zip(("train", "test"), rows, strict=True):
+        made[f"{split}_images"], made[f"{split}_labels"] = images[chosen], loaded.target[chosen]
+    return made
+
+
+def digits_splits():
+    """The digits as `ArraySource` takes them."""
+    made = digits()
+    return {s: (made[f"{s}_images"], made[f"{s}_labels"]) for s in ("train", "test")}
+
+
+def one_device_flags():
+    """XLA_FLAGS of a child process with one device, whatever this process has."""
+    words = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(w for w in words if "device_count" not in w)
+
+
+def flags_config(words):
+    """The config that the command line `disco-jax WORDS` resolves to."""
+    return flags.parse(words[0], words[1:], help_line="").config

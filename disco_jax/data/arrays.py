@@ -145,34 +145,34 @@ class ArraySource:
     def train(
         self,
         split: str,
-        crops: Mapping[int, Any],
+        views: Mapping[int, Any],
         batch_size: int,
         seed: int,
         start: base.Position,
         max_unreadable: int,
     ) -> Iterator[base.HostBatch]:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
-        _check_crops(crops)
+        _check_crops(views)
         base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
         images, _ = self._split(split)
         share = len(images) // self._hosts
         base.check_batch_size(self.name, split, share, batch_size)
-        return self._train(images, share, crops, batch_size, seed, start)
+        return self._train(images, share, views, batch_size, seed, start)
 
-    def _train(self, images, share, crops, batch_size, seed, start):
+    def _train(self, images, share, views, batch_size, seed, start):
         offset = start.offset
-        with _mapper(images, max(crop.size for crop in crops.values())) as run:
+        with _mapper(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
                 shuffled = np.random.default_rng(base.seed_words(seed, epoch))
                 order = shuffled.permutation(len(images))[self._host :: self._hosts]
                 for begin in range(offset, share - batch_size + 1, batch_size):
                     chosen = [images[i] for i in order[begin : begin + batch_size]]
-                    views = {
+                    made = {
                         view: _crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
-                        for view, crop in crops.items()
+                        for view, crop in views.items()
                     }
                     after = base.next_position(epoch, begin + batch_size, share, batch_size)
-                    yield base.HostBatch(views, {}, after)
+                    yield base.HostBatch(made, {}, after)
                 offset = 0
 
     def evaluate(

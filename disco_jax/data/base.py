@@ -6,14 +6,16 @@ a run has to save in order to read on as if it had never stopped.
 """
 
 import dataclasses
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
 
 from disco_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 10  # of the unreadable records, in an error
 
 
@@ -68,7 +70,7 @@ class Source(Protocol):
     def train(
         self,
         split: str,
-        crops: Mapping[int, Any],
+        views: Mapping[int, Any],
         batch_size: int,
         seed: int,
         start: Position,
@@ -78,7 +80,7 @@ class Source(Protocol):
 
         Args:
           split: e.g. "train".
-          crops: view -> its crop, an object with the fields of `views.Crop`.
+          views: view -> its crop, an object with the fields of `views.Crop`.
           batch_size: of this host.
           seed: of the order and of the crops.
           start: where to begin; any saved position gives what an unbroken iteration gives.
@@ -161,7 +163,7 @@ def share_of_limit(limit: int, share: int, index: int, hosts: int) -> int:
 def evaluation_batches(count: int, limit: int, batch_size: int, hosts: int) -> int:
     """How many batches each host yields: enough for the largest share, the same everywhere."""
     records = min(count, limit) if limit else count
-    return -(-(-(-records // hosts)) // batch_size)
+    return math.ceil(math.ceil(records / hosts) / batch_size)
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
@@ -194,7 +196,7 @@ def report_unreadable(source: str, known: list[str], names: list[str], limit: in
     for name in names:
         if name not in known:
             known.append(name)
-            logging.warning("%s: skipped %s, which cannot be decoded.", source, name)
+            _LOG.warning("%s: skipped %s, which cannot be decoded.", source, name)
     if len(known) > limit:
         more = ", ..." if len(known) > _NAMES_SHOWN else ""
         raise UserError(

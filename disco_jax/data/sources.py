@@ -9,11 +9,12 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from disco_jax.data import base
+from disco_jax.data import base, crops
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -22,6 +23,8 @@ _METHODS = ("bilinear", "bicubic")
 # Splits that take less than this on disk are kept in memory, which shuffles them fully and
 # makes the start of an epoch free.
 _SMALL_BYTES = 200e6
+# Images of one size up to this many pixels are cropped a batch at a time.
+_SMALL_PIXELS = 64 * 64
 
 
 def data_directory(data_dir: str = "") -> epath.Path:
@@ -111,12 +114,12 @@ class TfdsSource:
           process_count: hosts that share the records.
         """
         folder = find(name, data_dir)
-        _, tfds = _tensorflow()
+        _, tfds = tensorflow()
         self._builder = tfds.builder_from_directory(os.fspath(folder))
         self.name = self._builder.info.name
         self._image, self._label = _image_and_label(self._builder.info)
-        feature = self._builder.info.features.get(self._label)
-        self.num_classes = getattr(feature, "num_classes", None)
+        features = self._builder.info.features
+        self.num_classes = features[self._label].num_classes if self._label else None
         self.unreadable: list[str] = []
         self._cache, self._shuffle_buffer = cache, shuffle_buffer
         self._max_unreadable = max_unreadable
@@ -130,40 +133,353 @@ class TfdsSource:
             raise unknown(f"The split of {self.name}", split, splits)
         return splits[split].num_examples
 
+    def _is_small(self, split: str) -> bool:
+        """Whether the records of a split stay in memory."""
+        if self._cache:
+            return True
+        size = self._builder.info.splits[re.split(r"[\[+]", split)[0]].num_bytes
+        return 0 < size <= _SMALL_BYTES
+
+    def _keep(self, split: str) -> tuple[Any, Any, list[str]]:
+        """This host's share, read once: tensors of encoded images and labels, and the names."""
+        if split not in self._kept:
+            tf, _ = tensorflow()
+            records = list(self._records(split, None, sharded=True).as_numpy_iterator())
+            images, labels, names = zip(*records, strict=True)
+            self._kept[split] = (
+                tf.constant(np.array(images, object)),
+                tf.constant(np.array(labels, np.int64)),
+                [name.decode() for name in names],
+            )
+        return self._kept[split]
+
+    def _records(self, split: str, shuffle_seed: int | None, *, sharded: bool | None = None):
+        """(encoded, label, name) from the disk: of this host if shuffled or `sharded`, else all."""
+        tf, tfds = tensorflow()
+        if sharded or (sharded is None and shuffle_seed is not None):
+            split = tfds.even_splits(split, n=self._hosts, drop_remainder=True)[self._host]
+        options = tf.data.Options()
+        options.deterministic = True
+        records = self._builder.as_dataset(
+            split=split,
+            shuffle_files=shuffle_seed is not None,
+            decoders={self._image: tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(
+                shuffle_seed=shuffle_seed, add_tfds_id=True, try_autocache=False, options=options
+            ),
+        )
+        return records.map(
+            lambda record: (
+                record[self._image],
+                tf.cast(record[self._label], tf.int64)
+                if self._label
+                else tf.constant(-1, tf.int64),
+                record["tfds_id"],
+            )
+        )
+
     def train(
         self,
         split: str,
-        crops: Mapping[int, Any],
+        views: Mapping[int, Any],
         batch_size: int,
         seed: int,
         start: base.Position,
         max_unreadable: int,
     ) -> Iterator[base.HostBatch]:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
-        for crop in crops.values():
+        for crop in views.values():
             _check_method("config.augment.interpolation", crop.interpolation)
         share = self.count(split) // self._hosts
         base.check_batch_size(self.name, split, share, batch_size)
-        views, decode = list(crops), _crop_function(tuple(crops.values()))
+        return self._train(split, views, batch_size, seed, start, share, max_unreadable)
 
-        def batches():
-            for epoch in itertools.count(start.epoch):
-                offset = start.offset if epoch == start.epoch else 0
-                order = _Order(self, split, seed, epoch)
-                key = int(base.seed_words(seed, epoch, self._host, words=1)[0] >> 1)
-                records = order.images(offset)
-                cropped = _decoded(records, functools.partial(decode, key), batch_size, offset)
-                readable = 0
-                for positions, images in self._named(
-                    cropped, order, offset, share, max_unreadable
-                ):
-                    if len(positions) < batch_size:
-                        continue
-                    readable += 1
+    def _train(self, split, views, batch_size, seed, start, share, limit):
+        for epoch in itertools.count(start.epoch):
+            offset = start.offset if epoch == start.epoch else 0
+            order = _Order(self, split, seed, epoch)
+            cropped = self._cropped(order.images(offset), views, (seed, epoch), batch_size)
+            read = offset > 0
+            for positions, images in self._named(cropped, order, offset, share, limit):
+                if len(positions) == batch_size:
+                    read = True
                     after = int(positions[-1]) + 1
                     after = base.next_position(epoch, after, share, batch_size)
                     yield base.HostBatch(dict(zip(views, images, strict=True)), {}, after)
-                if not (offset or readable):
-                    base.check_batch_size(self.name, split, 0, batch_size)
+            if not read:  # too much is unreadable to fill one batch
+                base.check_batch_size(self.name, split, 0, batch_size)
 
-        return batches()
+    def _cropped(self, records, views, where, batch_size):
+        """(positions i64[b], one u8[b, S, S, 3] a view) a batch."""
+        shape = self._builder.info.features[self._image].shape
+        if None not in shape and shape[0] * shape[1] <= _SMALL_PIXELS:
+            whole = _decoded(records, lambda p, image, label: [_decode(image)], batch_size)
+            for positions, images in whole.as_numpy_iterator():
+                yield (
+                    positions,
+                    [
+                        _cut(images, positions, crop, (*where, self._host, view))
+                        for view, crop in views.items()
+                    ],
+                )
+        else:
+            key = int(base.seed_words(*where, self._host, words=1)[0] >> np.uint64(1))
+            decode = functools.partial(_crop_function(tuple(views.values())), key)
+            for positions, *images in _decoded(records, decode, batch_size).as_numpy_iterator():
+                yield positions, images
+
+    def evaluate(
+        self,
+        split: str,
+        size: int,
+        resize: int,
+        interpolation: str,
+        batch_size: int,
+        limit: int = 0,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The middle of every image once, in order; see `base.Source`."""
+        base.check_evaluation(size, resize)
+        _check_method("config.augment.interpolation", interpolation)
+        count = self.count(split)
+        first = self._host * count // self._hosts
+        share = (self._host + 1) * count // self._hosts - first
+        last = first + base.share_of_limit(limit, share, self._host, self._hosts)
+        batches = base.evaluation_batches(count, limit, batch_size, self._hosts)
+        return self._evaluate(
+            split, first, last, batches, (size, resize, interpolation), batch_size
+        )
+
+    def _evaluate(self, split, first, last, batches, how, batch_size):
+        order = _Order(self, split, None, 0)
+        records = order.everything().skip(first).take(last - first)
+        decoded = _decoded(records, functools.partial(_evaluated, *how), batch_size)
+        decoded = ((at, (images, labels)) for at, images, labels in decoded.as_numpy_iterator())
+        made = 0
+        found = self._named(decoded, order, first, last, self._max_unreadable)
+        for _, (images, labels) in found:
+            made += 1
+            yield base.padded(images, labels, batch_size)
+        for _ in range(made, batches):
+            empty = np.zeros((0, how[0], how[0], 3), np.uint8)
+            yield base.padded(empty, np.zeros(0, np.int32), batch_size)
+
+    def _named(self, batches, order, offset, end, limit):
+        """Passes batches on and reports the positions that are missing between them."""
+        expected = offset
+        for positions, arrays in batches:
+            missing = np.setdiff1d(np.arange(expected, positions[-1] + 1), positions)
+            expected = int(positions[-1]) + 1
+            if len(missing):
+                base.report_unreadable(self.name, self.unreadable, order.names(missing), limit)
+            yield positions, arrays
+        if expected < end and end - expected < 10_000:  # bad records after the last good one
+            base.report_unreadable(
+                self.name, self.unreadable, order.names(np.arange(expected, end)), limit
+            )
+
+
+class _Order:
+    """One host's share of a split, shuffled for an epoch, or in the stored order."""
+
+    def __init__(self, source: TfdsSource, split: str, seed: int | None, epoch: int):
+        """A fresh order for each (seed, epoch); seed None keeps the stored order, of all hosts."""
+        self._source, self._split, self._shuffled = source, split, seed is not None
+        words = base.seed_words(seed or 0, epoch, source._host) >> np.uint64(1)
+        self._seeds = [int(word) for word in words]
+        if self._shuffled and source._is_small(split):
+            share = source.count(split) // source._hosts
+            self._rows = np.random.default_rng(self._seeds[0]).permutation(share)
+        else:
+            self._rows = None
+
+    def images(self, offset: int):
+        """(position i64, encoded string, label i64) from the record at `offset` on."""
+        tf, _ = tensorflow()
+        if self._rows is None:
+            return self._read(names=False).skip(offset)
+        images, labels, _ = self._source._keep(self._split)
+        rows = tf.data.Dataset.from_tensor_slices(
+            (np.arange(offset, len(self._rows)), self._rows[offset:])
+        )
+        return rows.map(lambda position, row: (position, images[row], labels[row]))
+
+    def everything(self):
+        """(position i64, encoded string, label i64) of the whole split in the stored order."""
+        return self._read(names=False)
+
+    def names(self, positions: np.ndarray) -> list[str]:
+        """What TFDS calls the records at these positions: the file and the number in it."""
+        if self._rows is not None:
+            names = self._source._keep(self._split)[2]
+            return [names[self._rows[p]] for p in positions]
+        wanted, found = set(map(int, positions)), []
+        for position, name in self._read(names=True).skip(int(positions[0])).as_numpy_iterator():
+            if int(position) in wanted:
+                found.append(name.decode())
+            if position >= positions[-1]:
+                break
+        return found
+
+    def _read(self, names: bool):
+        """The records from the disk, numbered."""
+        records = self._source._records(
+            self._split, self._seeds[0] % 2**31 if self._shuffled else None
+        )
+        if self._shuffled:
+            records = records.shuffle(
+                self._source._shuffle_buffer, seed=self._seeds[1], reshuffle_each_iteration=False
+            )
+        if names:
+            return records.map(lambda image, label, name: name).enumerate()
+        return (
+            records.map(lambda image, label, name: (image, label))
+            .enumerate()
+            .map(lambda position, record: (position, *record))
+        )
+
+
+def _decoded(records, decode, batch_size):
+    """Batches of what `decode` makes of (position, encoded, label); bad records fall out."""
+    tf, _ = tensorflow()
+    made = records.map(
+        lambda position, *record: (position, *decode(position, *record)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    return made.ignore_errors().batch(batch_size).prefetch(2).with_options(options)
+
+
+def _crop_function(views):
+    """(key, position, encoded, label) -> one u8[S, S, 3] a crop."""
+    tf, _ = tensorflow()
+    scale = np.array([crop.scale for crop in views], np.float32)
+    ratio = np.log([crop.ratio for crop in views]).astype(np.float32)
+
+    def decode(key, position, encoded, label):
+        del label
+        is_jpeg = tf.io.is_jpeg(encoded)
+
+        def jpeg():
+            boxes = _boxes(key, position, tf.io.extract_jpeg_shape(encoded)[:2], scale, ratio)
+            cuts = [tf.image.decode_and_crop_jpeg(encoded, b, channels=3) for b in boxes]
+            return [_resize(cut, (c.size,) * 2, c) for cut, c in zip(cuts, views, strict=True)]
+
+        def other():
+            image = _decode(encoded)
+            boxes = _boxes(key, position, tf.shape(image)[:2], scale, ratio)
+            cuts = [
+                image[top : top + h, left : left + w] for top, left, h, w in map(tf.unstack, boxes)
+            ]
+            return [_resize(cut, (c.size,) * 2, c) for cut, c in zip(cuts, views, strict=True)]
+
+        made = tf.cond(is_jpeg, jpeg, other)
+        return [tf.ensure_shape(v, (c.size, c.size, 3)) for v, c in zip(made, views, strict=True)]
+
+    return decode
+
+
+def _boxes(key, position, shape, scale, ratio):
+    """[i32[4]] top, left, height, width a view; `crops.boxes` as TensorFlow operations."""
+    tf, _ = tensorflow()
+    draws = tf.random.stateless_uniform(
+        (len(scale), crops.TRIES + 1, 2), [key, tf.cast(position, tf.int64)]
+    )
+    tries, place = draws[:, :-1], draws[:, -1]
+    size = tf.cast(shape, tf.float32)
+    area = size[0] * size[1] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * tries[..., 0])
+    aspect = tf.exp(ratio[:, :1] + (ratio[:, 1:] - ratio[:, :1]) * tries[..., 1])
+    sides = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], -1)))  # [V, tries, (h, w)]
+    fits = tf.reduce_all((sides > 0) & (sides <= size), -1)
+    first = tf.argmax(tf.cast(fits, tf.int32), axis=1)  # the first of the largest
+    found = tf.reduce_any(fits, axis=1)[:, None]
+    limits = tf.exp(ratio)
+    central = tf.stack(
+        [
+            tf.where(size[1] < limits[:, 0] * size[0], tf.round(size[1] / limits[:, 0]), size[0]),
+            tf.where(size[1] > limits[:, 1] * size[0], tf.round(size[0] * limits[:, 1]), size[1]),
+        ],
+        -1,
+    )
+    chosen = tf.where(found, tf.gather(sides, first, batch_dims=1), central)
+    free = size - chosen
+    corner = tf.where(found, tf.floor(place * (free + 1)), tf.floor(free / 2))
+    # A draw of almost 1 may round up to the edge.
+    corner = tf.minimum(corner, free)
+    return tf.unstack(tf.cast(tf.concat([corner, chosen], -1), tf.int32))
+
+
+def _evaluated(size, resize, interpolation, position, encoded, label):
+    """The middle of an image, u8[size, size, 3], and its label; see `base.Source.evaluate`."""
+    tf, _ = tensorflow()
+    image = _decode(encoded)
+    shape = tf.shape(image)
+    crop = _Antialiased(interpolation)
+    if not resize:
+        image = _resize(image, (size, size), crop)
+    else:
+        short = tf.minimum(shape[0], shape[1])
+        high, wide = resize * shape[0] // short, resize * shape[1] // short
+        image = _resize(image, (high, wide), crop)
+        # Halves round to even, as torchvision's do.
+        top = tf.cast(tf.round((high - size) / 2), tf.int32)
+        left = tf.cast(tf.round((wide - size) / 2), tf.int32)
+        image = image[top : top + size, left : left + size]
+    return tf.ensure_shape(image, (size, size, 3)), tf.cast(label, tf.int32)
+
+
+def _cut(images, positions, crop, where):
+    """One view of a batch of small images of one size, u8[b, S, S, 3]."""
+    first = int(positions[0])
+    draws = crops.uniforms(*where, first, int(positions[-1]) + 1 - first)[positions - first]
+    height, width = (np.full(len(images), side) for side in images.shape[1:3])
+    places = crops.boxes(draws, height, width, crop.scale, crop.ratio)
+    return crops.cut(images, places, crop.size, crop.interpolation, crop.antialias)
+
+
+class _Antialiased(NamedTuple):
+    """How evaluation resizes."""
+
+    interpolation: str
+    antialias: bool = True
+
+
+def _decode(encoded):
+    """u8[H, W, 3] of a JPEG, PNG, GIF or BMP."""
+    tf, _ = tensorflow()
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _resize(image, shape, crop):
+    """u8 of `shape`, by the crop's filter, rounded."""
+    tf, _ = tensorflow()
+    image = tf.image.resize(image, shape, crop.interpolation, antialias=crop.antialias)
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+
+def _image_and_label(info):
+    """The names of the features to read; the label's is "" where there is none."""
+    _, tfds = tensorflow()
+    images = [k for k, f in info.features.items() if isinstance(f, tfds.features.Image)]
+    if not images:
+        raise UserError(f"{info.name} has no image feature; it has: {', '.join(info.features)}.")
+    labels = [k for k, f in info.features.items() if isinstance(f, tfds.features.ClassLabel)]
+    supervised = info.supervised_keys[1] if info.supervised_keys else None
+    label = supervised if supervised in labels else (labels or [""])[0]
+    return images[0], label
+
+
+def _check_method(setting, given):
+    if given not in _METHODS:
+        raise unknown(setting, given, _METHODS)
+
+
+@functools.cache
+def tensorflow():
+    """(tensorflow, tensorflow_datasets), kept off the accelerators."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf, tfds

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from disco_jax.data.pipeline import to_devices
 from jax import Array
 from ml_collections import ConfigDict
 
+from disco_jax.data.pipeline import to_devices
 from disco_jax.errors import UserError
 from disco_jax.evaluate.features import Features, top_k
 from disco_jax.ops.collectives import pmean

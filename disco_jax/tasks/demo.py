@@ -50,8 +50,10 @@ def run(config: ConfigDict, workdir_path: str) -> dict[str, Any]:
     (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _draw(results, path / f"seed_{config.seeds[0]}", path / "figure.png")
     print(_table(results))
-    print(f"\nTook {results['seconds']:.0f} s. Figures: {path / 'results.json'}, "
-          f"picture: {path / 'figure.png'}, runs: {path}/seed_*")
+    print(
+        f"\nTook {results['seconds']:.0f} s. Figures: {path / 'results.json'}, "
+        f"picture: {path / 'figure.png'}, runs: {path}/seed_*"
+    )
     return results
 
 
@@ -122,8 +124,12 @@ def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"untrained": "#b0b0b0", "moco_v2": "#e08214", "disco": "#1b7837",
-               "teacher": "#2166ac"}
+    colours = {
+        "untrained": "#b0b0b0",
+        "moco_v2": "#e08214",
+        "disco": "#1b7837",
+        "teacher": "#2166ac",
+    }
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in RUNS:
         lines = [json.loads(line) for line in (folder / name / metrics.FILE).open()]
@@ -135,16 +141,24 @@ def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> N
         )
     left.set(xlabel="epoch", ylabel="InfoNCE (nats)", title=f"Contrastive loss, {folder.name}")
     left.legend(frameon=False)
-    for i, (score, label) in enumerate((("linear_top1", "linear"), ("knn_top1", "kNN"))):
+    for i, score in enumerate(("linear_top1", "knn_top1")):
         for j, name in enumerate(TITLES):
             value = results[name][score]
             bar = right.bar(
-                i * 5 + j, value, color=colours[name], yerr=results[name].get(f"{score}_spread"),
+                i * 5 + j,
+                value,
+                color=colours[name],
+                yerr=results[name].get(f"{score}_spread"),
                 label=TITLES[name] if i == 0 else None,
             )
             right.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
-    right.set(xticks=(1.5, 6.5), xticklabels=("linear probe", "kNN"), ylim=(0, 112),
-              ylabel="top-1 on held-out digits (%)", title="What the features are worth")
+    right.set(
+        xticks=(1.5, 6.5),
+        xticklabels=("linear probe", "kNN"),
+        ylim=(0, 112),
+        ylabel="top-1 on held-out digits (%)",
+        title="What the features are worth",
+    )
     right.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

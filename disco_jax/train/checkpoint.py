@@ -39,9 +39,11 @@ class Checkpoints:
           best_metric: the checkpoint with the lowest value of this metric stays too; "": none.
         """
         policy = ocp.checkpoint_managers
-        preserve = [policy.LatestN(keep)]
+        preserve, best = [policy.LatestN(keep)], {}
         if best_metric:
             preserve.append(policy.BestN(get_metric_fn=lambda m: m[best_metric], reverse=True, n=1))
+            # Also what makes a manager that is opened again read the metrics of old checkpoints.
+            best = {"best_fn": lambda m: m[best_metric], "best_mode": "min"}
         self._workdir = epath.Path(workdir)
         self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
@@ -49,6 +51,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(preserve),
                 enable_async_checkpointing=True,
+                **best,
             ),
         )
 

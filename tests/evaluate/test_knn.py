@@ -20,9 +20,7 @@ def test_neighbours_and_votes_are_exact(name):
         similarities, rows = knn.neighbours(ref["train_features"], ref["test_features"], k, 64)
         np.testing.assert_array_equal(rows, ref[f"neighbours_k{k}"])
         labels = ref["train_labels"][rows]
-        votes = knn.scores(
-            similarities, labels, classes, temperature=meta["params"]["temperature"]
-        )
+        votes = knn.scores(similarities, labels, classes, temperature=meta["params"]["temperature"])
         np.testing.assert_array_equal(votes.argmax(1), ref[f"weighted_prediction_k{k}"])
         assert top_k(votes, ref["test_labels"], 1) == pytest.approx(result["weighted_top1"])
         plain = knn.scores(similarities, labels, classes, vote="majority").argmax(1)

@@ -73,15 +73,15 @@ def test_statistics_and_gradients_in_train_mode():
         kind, _, torch_key = key.removeprefix("train_96/").partition("/")
         if kind not in ("grad", "updated") or torch_key.endswith("num_batches_tracked"):
             continue
-        path, array = torch_keys.translate(
-            torch_key.removeprefix(meta["encoder_prefix"]), expected
-        )
+        path, array = torch_keys.translate(torch_key.removeprefix(meta["encoder_prefix"]), expected)
         leaf = ours
         for part in path.split("/"):
             leaf = leaf[part]
         tolerance = 2e-4
         if kind == "grad":
-            tolerance = max(1e-4, 10 * case["float32_error"][f"grad/{torch_key}"]["max_abs_over_max"])
+            tolerance = max(
+                1e-4, 10 * case["float32_error"][f"grad/{torch_key}"]["max_abs_over_max"]
+            )
         assert helpers.relative_error(leaf, array) < tolerance, key
         checked += 1
     assert checked >= 8

@@ -61,7 +61,10 @@ def test_disco_total_matches_official(name):
 
     for step in range(meta["params"]["steps"]):
         students = ref["student_q_raw"][step], ref["student_k_raw"][step]
-        for contrast, total, prefix in ((1, "loss", "grad_"), (0, "loss_only_mse", "grad_only_mse_")):
+        for contrast, total, prefix in (
+            (1, "loss", "grad_"),
+            (0, "loss_only_mse", "grad_only_mse_"),
+        ):
             value, grads = jax.value_and_grad(loss, (0, 1))(*students, step, contrast)
             assert helpers.relative_error(value, ref[total][step]) < LOSS
             for view, grad in zip("qk", grads, strict=True):

@@ -16,9 +16,7 @@ def rates(epochs, batch_size=256, **fields):
     spec = dict(
         decay="cosine", every="epoch", milestones=(), factor=0.1, warmup_epochs=0, warmup_from=0.0
     )
-    schedule = optimizer.learning_rate(
-        ConfigDict(spec | fields), batch_size, STEPS, epochs
-    )
+    schedule = optimizer.learning_rate(ConfigDict(spec | fields), batch_size, STEPS, epochs)
     return jax.vmap(schedule)(np.arange(epochs) * STEPS + STEPS - 1)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from disco_jax.methods.base import Method, Views
 from disco_jax.methods.contrast import Contrast
@@ -18,7 +19,6 @@ from disco_jax.ops.memory import Queue
 from disco_jax.train import optimizer
 from disco_jax.train.state import TrainState
 from disco_jax.train.step import make_train_step
-from ml_collections import ConfigDict
 
 STATE = 1e-4  # relative to the largest value of a tensor, after several steps
 

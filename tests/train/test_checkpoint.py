@@ -1,0 +1,100 @@
+"""Checkpoints: whole, verified, kept, and fallen back from when damaged."""
+
+import pathlib
+
+import chex
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from disco_jax.errors import UserError
+from disco_jax.train import checkpoint
+from disco_jax.train.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def state():
+    return jax.tree.map(np.asarray, helpers.smoke(helpers.smoke_config("disco"), 1)[1])
+
+
+def at(state, step):
+    """The state with values that tell the step."""
+    scaled = jax.tree.map(lambda x: x + x.dtype.type(step), state)
+    return type(state)(**{**vars(scaled), "step": np.int32(step)})
+
+
+def save(folder, state, steps, losses=None, keep=3, best=""):
+    checkpoints = Checkpoints(folder, keep=keep, best_metric=best)
+    for i, step in enumerate(steps):
+        metrics = {"loss": losses[i] if losses else 0.0}
+        checkpoints.save(step, at(state, step), [(0, 8 * step)], metrics)
+    checkpoints.close()
+
+
+def damage(folder, step):
+    """Overwrites the middle of the largest file of a checkpoint with other bytes."""
+    files = [f for f in pathlib.Path(folder, "checkpoints", str(step)).rglob("*") if f.is_file()]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(255 - b for b in content[middle : middle + 64])
+    largest.write_bytes(content)
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path, state):
+    save(tmp_path, state, [4, 9])
+    restored, meta = Checkpoints(tmp_path).restore(state)
+    chex.assert_trees_all_equal(restored, at(state, 9))
+    chex.assert_trees_all_equal_dtypes(restored, at(state, 9))
+    assert meta["step"] == 9 and meta["position"] == [[0, 72]]
+
+
+def test_nothing_there_is_none(tmp_path, state):
+    assert Checkpoints(tmp_path).restore(state) is None
+
+
+def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path, state):
+    save(tmp_path, state, [1, 2, 3], losses=[3.0, 1.0, 2.0], keep=2, best="loss")
+    save(tmp_path, state, [4, 5, 6], losses=[4.0, 5.0, 6.0], keep=2, best="loss")
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {2, 5, 6}
+
+
+@pytest.mark.parametrize("how", ["flipped bytes", "truncated", "missing file", "empty folder"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, state, how, caplog):
+    save(tmp_path, state, [1, 2])
+    newest = tmp_path / "checkpoints" / "2"
+    if how == "flipped bytes":
+        damage(tmp_path, 2)
+    for file in [f for f in newest.rglob("*") if f.is_file()]:
+        if how == "truncated":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif how == "empty folder" or (how == "missing file" and file.parent.name == "d"):
+            file.unlink()
+    restored, meta = Checkpoints(tmp_path).restore(state)
+    assert meta["step"] == 1
+    chex.assert_trees_all_equal(restored, at(state, 1))
+    assert "Checkpoint 2 is damaged" in caplog.text
+    assert (tmp_path / "checkpoints_damaged" / "2").exists()
+    save(tmp_path, state, [2])  # the step is free again
+    assert Checkpoints(tmp_path).restore(state)[1]["step"] == 2
+
+
+def test_no_good_checkpoint_is_an_error_that_loses_nothing(tmp_path, state):
+    save(tmp_path, state, [1])
+    damage(tmp_path, 1)
+    with pytest.raises(UserError, match="checkpoints_damaged"):
+        Checkpoints(tmp_path).restore(state)
+    assert (tmp_path / "checkpoints_damaged" / "1").exists()
+
+
+def test_one_part_is_read_without_touching_the_disk(tmp_path, state):
+    save(tmp_path, state, [1, 2])
+    damage(tmp_path, 2)
+    student, step = checkpoint.load(tmp_path, "student", state.student)
+    if step == 1:  # the damaged file may have been another part's
+        chex.assert_trees_all_equal(student, at(state, 1).student)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        checkpoint.load(tmp_path / "nowhere", "student", state.student)

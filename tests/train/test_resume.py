@@ -1,0 +1,169 @@
+"""A run killed at any moment and started again ends with the bits of one that was never killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import Preempted, UserError
+from disco_jax.evaluate import features
+from disco_jax.tasks import pretrain
+from disco_jax.train.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory):
+    """The digits as an .npz file."""
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, **helpers.digits())
+    return path
+
+
+def arguments(digits_file, workdir, steps):
+    return [
+        "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,smoke=true",
+        f"--config.data.dir={digits_file}", "--config.data.source=npz",
+        "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
+        f"--config.total_steps={steps}", "--config.batch_size=64", f"--workdir={workdir}",
+        "--config.checkpoint.every_steps=3", "--config.log.every_steps=2",
+    ]  # fmt: skip
+
+
+def start(digits_file, workdir, steps):
+    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "disco_jax", *arguments(digits_file, workdir, steps)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def final(workdir, digits_file, steps):
+    """Every array of the last checkpoint."""
+    config = helpers.flags_config(arguments(digits_file, workdir, steps))
+    _, state, _, _ = helpers.smoke(config, 1)
+    return Checkpoints(workdir).restore(state)
+
+
+def finish(process, expected=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, output
+    return output
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path, digits_file):
+    steps, rng = 60, random.Random(0)
+    finish(start(digits_file, tmp_path / "whole", steps))
+    killed, resumed = tmp_path / "killed", 0
+    for _ in range(4):
+        process = start(digits_file, killed, steps)
+        metrics = killed / "metrics.jsonl"
+        before = metrics.read_text().count("\n") if metrics.exists() else 0
+        goal = before + rng.randint(1, 6)
+        while process.poll() is None:  # until it has come a random number of lines further
+            if metrics.exists() and metrics.read_text().count("\n") >= goal:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)  # anywhere within a step, or a save
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        resumed += "Resuming after step" in output
+        if process.returncode == 0:
+            break
+    output = finish(start(digits_file, killed, steps))
+    assert resumed >= 2 or "Resuming after step" in output
+    whole, again = (final(tmp_path / name, digits_file, steps) for name in ("whole", "killed"))
+    assert whole[1]["step"] == again[1]["step"] == steps
+    assert whole[1]["position"] == again[1]["position"]
+    chex.assert_trees_all_equal(whole[0], again[0])
+    lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    numbers = [line["step"] for line in lines]
+    assert numbers == sorted(set(numbers)) and numbers[-1] == steps
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75(tmp_path, digits_file):
+    process = start(digits_file, tmp_path / "run", 5000)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, expected=75)
+    step = int(output.split("Asked to stop; step ")[1].split(" ")[0])
+    assert final(tmp_path / "run", digits_file, 5000)[1]["step"] == step
+
+
+def test_two_runs_in_one_process_of_the_same_config_are_identical(tmp_path):
+    source = ArraySource(helpers.digits_splits())
+    config = helpers.smoke_config("moco_v2", batch_size=64, total_steps=4)
+    states = []
+    for name in ("a", "b"):
+        pretrain.run(config, str(tmp_path / name), source)
+        states.append(features.load(str(tmp_path / name)).variables)
+    chex.assert_trees_all_equal(*states)
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
+    source = ArraySource(helpers.digits_splits())
+    config = helpers.smoke_config("moco_v2", batch_size=64)
+    pretrain.run(config, str(tmp_path), source)
+    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    config.student.hidden = 64
+    config.log.every_steps = 7  # free to change
+    with pytest.raises(UserError, match=r"config\.student\.hidden: -1 -> 64") as error:
+        pretrain.run(config, str(tmp_path), source)
+    assert "every_steps" not in str(error.value)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not overwrite")
+    with pytest.raises(UserError, match="is not empty"):
+        pretrain.run(
+            helpers.smoke_config("moco_v2"), str(tmp_path), ArraySource(helpers.digits_splits())
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    from disco_jax.train import workdir
+
+    config = helpers.smoke_config("moco_v2")
+    with (
+        workdir.claim(str(tmp_path), config),
+        pytest.raises(UserError, match="Another run is writing"),
+        workdir.claim(str(tmp_path), config),
+    ):
+        pass
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    from disco_jax.errors import NumericError
+
+    source = ArraySource(helpers.digits_splits())
+    config = helpers.smoke_config("disco", batch_size=64, total_steps=40)
+    config.learning_rate.per_256 = 1e30
+    config.checkpoint.every_steps = 1
+    with pytest.raises(NumericError, match=r"Not finite at step \d+: .*distill/loss"):
+        pretrain.run(config, str(tmp_path), source)
+    _, state, _, _ = helpers.smoke(config, 1)
+    restored = Checkpoints(tmp_path).restore(state)
+    if restored is not None:
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored[0]))
+
+
+def test_preempted_has_its_exit_code():
+    assert Preempted.exit_code == 75
