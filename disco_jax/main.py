@@ -5,7 +5,6 @@ A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -104,7 +103,6 @@ def _start(name: str, argv: Sequence[str]) -> None:
 
 def _quiet_libraries() -> None:
     """Our own messages from INFO on; those of libraries from WARNING on."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("disco_jax")

@@ -369,9 +369,7 @@ def _crop_function(views):
         def other():
             image = _decode(encoded)
             boxes = _boxes(key, position, tf.shape(image)[:2], scale, ratio)
-            cuts = [
-                image[top : top + h, left : left + w] for top, left, h, w in map(tf.unstack, boxes)
-            ]
+            cuts = [tf.image.crop_to_bounding_box(image, *tf.unstack(box)) for box in boxes]
             return [_resize(cut, (c.size,) * 2, c) for cut, c in zip(cuts, views, strict=True)]
 
         made = tf.cond(is_jpeg, jpeg, other)
@@ -478,8 +476,12 @@ def _check_method(setting, given):
 @functools.cache
 def tensorflow():
     """(tensorflow, tensorflow_datasets), kept off the accelerators."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Its float kernels differ in the last bit by thread count; a replay must not.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
+    tf.get_logger().setLevel("ERROR")
     tf.config.set_visible_devices([], "GPU")
     return tf, tfds

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models import init
+from disco_jax.models.init import torch_linear
 
 
 class ProjectionHead(nn.Module):
@@ -31,5 +31,5 @@ class ProjectionHead(nn.Module):
         return self._linear(x, self.dim, "out").astype(jnp.float32)
 
     def _linear(self, x: Array, width: int, name: str) -> Array:
-        draw = init.torch_linear(x.shape[-1])
+        draw = torch_linear(x.shape[-1])
         return nn.Dense(width, kernel_init=draw, bias_init=draw, dtype=self.dtype, name=name)(x)

@@ -40,7 +40,7 @@ def uniform(bound: float) -> Initializer:
     return init
 
 
-def full(value: float) -> Initializer:
+def constant(value: float) -> Initializer:
     """The same value everywhere."""
     return lambda key, shape, dtype=jnp.float32: jnp.asarray(np.full(shape, value), dtype)
 

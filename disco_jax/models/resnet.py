@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models import init
+from disco_jax.models.init import he_fan_out
 from disco_jax.models.norm import BatchNorm
 
 STEMS = ("imagenet", "small")
@@ -40,9 +40,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, D] after the global average pool."""
-        conv = functools.partial(
-            nn.Conv, use_bias=False, kernel_init=init.he_fan_out, dtype=self.dtype
-        )
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
         batch_norm = functools.partial(BatchNorm, group=self.norm_group, dtype=self.dtype)
         block = functools.partial(
             _BLOCKS[self.block],

@@ -1,20 +1,80 @@
 """Pretrain or distil a student: any method, from one config."""
 
+import contextlib
+import dataclasses
 import logging
 import time
 from typing import Any
 
 import jax
+import optax
+from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, methods
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
+from disco_jax.methods.base import Method
 from disco_jax.ops import schedules
 from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher, workdir
 from disco_jax.train.metrics import Logger
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, checked, before anything is written or compiled.
+
+    Attributes:
+      recipe: crops and photometric operations.
+      method: networks and objectives.
+      source: images.
+      steps_per_epoch: whole batches an epoch.
+      total: the step to stop after.
+      learning_rate: step -> rate.
+      tx: the optimizer.
+      teacher: frozen weights; None if the method has no teacher.
+    """
+
+    recipe: views.Recipe
+    method: Method
+    source: Source
+    steps_per_epoch: int
+    total: int
+    learning_rate: schedules.Schedule
+    tx: optax.GradientTransformation
+    teacher: teacher.Teacher | None
+
+
+def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
+    """Checks a config and opens what it names.
+
+    Raises:
+      UserError: a setting, the data or the teacher will not do.
+    """
+    _check_devices(config)
+    recipe = views.build(config.augment, config.views)
+    method = methods.build(config, config.views)
+    source = source or pipeline.open_source(config.data)
+    steps_per_epoch = _steps_per_epoch(source, config)
+    rate = optimizer.learning_rate(
+        config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
+    )
+    loaded = None
+    if "teacher" in method.plan:
+        encoder = method.networks["teacher"].encoder
+        loaded = teacher.load(config.teacher, encoder, config.augment.size)
+    return Prepared(
+        recipe=recipe,
+        method=method,
+        source=source,
+        steps_per_epoch=steps_per_epoch,
+        total=config.total_steps or config.total_epochs * steps_per_epoch,
+        learning_rate=rate,
+        tx=optimizer.build(config.optimizer, rate),
+        teacher=loaded,
+    )
 
 
 def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
@@ -33,71 +93,74 @@ def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> 
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
-    recipe = views.build(config.augment, config.views)
-    method = methods.build(config, views=len(recipe.crops))
-    _check_devices(config)
-    source = source or pipeline.open_source(config.data)
-    steps_per_epoch = _steps_per_epoch(source, config)
-    total = config.total_steps or config.total_epochs * steps_per_epoch
-    rate = optimizer.learning_rate(
-        config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
+    ready = prepare(config, source)
+    with (
+        workdir.claim(workdir_path, config) as path,
+        contextlib.closing(
+            checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
+        ) as checkpoints,
+    ):
+        queue = ready.teacher and ready.teacher.queue
+        fresh = state.create(ready.method, ready.tx, config.seed, config.augment.size, queue)
+        begin, position = _resume(checkpoints, fresh)
+        _describe(config, ready, begin)
+        if int(begin.step) < ready.total:
+            _train(config, ready, path, checkpoints, begin, position)
+        elif jax.process_index() == 0:
+            print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
+    if ready.source.unreadable:
+        _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
+    return {"step": ready.total, "workdir": str(path), "seconds": time.monotonic() - started}
+
+
+def _train(
+    config: ConfigDict,
+    ready: Prepared,
+    path: epath.Path,
+    checkpoints: checkpoint.Checkpoints,
+    begin: state.TrainState,
+    position: Position,
+) -> None:
+    """The loop, from `begin` to the last step."""
+    train_step = step.make_train_step(
+        ready.method,
+        ready.recipe,
+        ready.tx,
+        learning_rate=ready.learning_rate,
+        ema_rate=schedules.constant(config.momentum.ema_rate),
+        seed=config.seed,
     )
-    tx = optimizer.build(config.optimizer, rate)
-    frozen, queue = {}, None
-    if "teacher" in method.plan:
-        loaded = teacher.load(
-            config.teacher, method.networks["teacher"].encoder, config.augment.size
+    crops = ready.source.train(
+        config.data.train_split,
+        dict(enumerate(ready.recipe.crops)),
+        config.batch_size // jax.process_count(),
+        config.seed,
+        position,
+        config.data.max_unreadable,
+    )
+    frozen = {"teacher": ready.teacher.variables} if ready.teacher else {}
+    with (
+        contextlib.closing(
+            Logger(path, tensorboard=_tensorboard(config), step=int(begin.step))
+        ) as logger,
+        pipeline.Prefetcher(crops, transform=_lay_out) as batches,
+    ):
+        loop.run(
+            step.parallel(train_step),
+            state.everywhere(begin),
+            state.everywhere(frozen),
+            batches,
+            loop.Schedule(
+                start=int(begin.step),
+                total=ready.total,
+                steps_per_epoch=ready.steps_per_epoch,
+                batch_size=config.batch_size,
+                log_steps=config.log.every_steps,
+                checkpoint_steps=config.checkpoint.every_steps,
+            ),
+            logger,
+            checkpoints,
         )
-        frozen, queue = {"teacher": loaded.variables}, loaded.queue
-    with workdir.claim(workdir_path, config) as path:
-        checkpoints = checkpoint.Checkpoints(
-            path, config.checkpoint.keep, config.checkpoint.best_metric
-        )
-        train_state = state.create(method, tx, config.seed, config.augment.size, queue)
-        train_state, position = _resume(checkpoints, train_state)
-        _describe(config, method, train_state, queue)
-        train_step = step.make_train_step(
-            method,
-            recipe,
-            tx,
-            learning_rate=rate,
-            ema_rate=schedules.constant(config.momentum.ema_rate),
-            seed=config.seed,
-        )
-        start = int(train_state.step)
-        logger = Logger(path, tensorboard=_tensorboard(config), step=start)
-        crops = source.train(
-            config.data.train_split,
-            dict(enumerate(recipe.crops)),
-            config.batch_size // jax.process_count(),
-            config.seed,
-            position,
-            config.data.max_unreadable,
-        )
-        try:
-            with pipeline.Prefetcher(crops, transform=_lay_out) as batches:
-                loop.run(
-                    step.parallel(train_step),
-                    state.everywhere(train_state),
-                    state.everywhere(frozen),
-                    batches,
-                    loop.Schedule(
-                        start=start,
-                        total=total,
-                        steps_per_epoch=steps_per_epoch,
-                        batch_size=config.batch_size,
-                        log_steps=config.log.every_steps,
-                        checkpoint_steps=config.checkpoint.every_steps,
-                    ),
-                    logger,
-                    checkpoints,
-                )
-        finally:
-            logger.close()
-            checkpoints.close()
-    if source.unreadable:
-        _LOG.warning("%d images were skipped as unreadable.", len(source.unreadable))
-    return {"step": total, "workdir": str(path), "seconds": time.monotonic() - started}
 
 
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -159,22 +222,23 @@ def _tensorboard(config: ConfigDict) -> bool:
     return config.log.tensorboard and config.data.source == "tfds"
 
 
-def _describe(config: ConfigDict, method: Any, train_state: Any, queue: Any) -> None:
-    """Logs what is about to be trained: parameters, forward passes, where the queue is from."""
+def _describe(config: ConfigDict, ready: Prepared, begin: state.TrainState) -> None:
+    """Says what is about to be trained: parameters, forward passes, where the queue is from."""
     from clu import parameter_overview
 
     if jax.process_index():
         return
-    student = train_state.student
-    _LOG.info("Student:\n%s", parameter_overview.get_parameter_overview(student["params"]))
-    backbone = sum(x.size for x in jax.tree.leaves(student["params"]["backbone"]))
-    everything = sum(x.size for x in jax.tree.leaves(student["params"]))
-    passes = ", ".join(f"{name} {list(v)}" for name, v in method.plan.items())
+    params = begin.student["params"]
+    _LOG.info("Student:\n%s", parameter_overview.get_parameter_overview(params))
+    backbone, everything = (
+        sum(x.size for x in jax.tree.leaves(tree)) / 2**20 for tree in (params["backbone"], params)
+    )
+    passes = ", ".join(f"{name} {list(views)}" for name, views in ready.method.plan.items())
     print(
-        f"{config.name or 'run'}: student {config.student.backbone}, backbone "
-        f"{backbone / 2**20:.2f} M, with head {everything / 2**20:.2f} M (M = 2^20, as the papers "
-        f"count); forward passes a step: {passes}; {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}"
-        + ("; the queue comes from the teacher" if queue is not None else ""),
+        f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
+        f"with head {everything:.2f} M (M = 2^20, as the papers count); forward passes a step: "
+        f"{passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
+        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else ""),
         flush=True,
     )

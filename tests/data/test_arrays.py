@@ -1,0 +1,443 @@
+"""The in-memory source: order, continuation, hosts, folders, and Pillow's pixels."""
+
+import itertools
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from disco_jax.data import arrays, base, crops
+from disco_jax.data.arrays import ArraySource
+from disco_jax.data.base import Position
+from disco_jax.errors import UserError
+
+START = Position.start()
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def crop(size=8, **changes):
+    fields = dict(
+        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+    )
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
+
+
+def numbered(n=40, side=12):
+    """Images whose every pixel is their number, so that a crop tells which record it is of."""
+    return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None], (n, side, side))
+
+
+def noise(n=40, side=12, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, channels), np.uint8)
+
+
+def train(source, n, batch_size=7, seed=3, start=START, views=VIEWS):
+    batches = source.train("train", views, batch_size, seed, start, 0)
+    return list(itertools.islice(batches, n))
+
+
+def assert_equal(ours, theirs):
+    assert [b.position for b in ours] == [b.position for b in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.views.keys() == b.views.keys()
+        for view in a.views:
+            np.testing.assert_array_equal(a.views[view], b.views[view])
+
+
+def load(parity, name):
+    path = parity / "augment" / name
+    return json.loads(path.with_suffix(".json").read_text())["params"], np.load(f"{path}.npz")
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_reading_on_from_any_position_repeats_the_rest(host):
+    source = ArraySource({"train": (noise(), None)}, process_index=host, process_count=2)
+    whole = train(source, 9)
+    assert [b.position.epoch for b in whole] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for i, batch in enumerate(whole[:-1]):
+        assert_equal(train(source, 8 - i, start=batch.position), whole[i + 1 :])
+
+
+def test_batches_have_the_promised_layout():
+    for images in (noise(channels=3), noise(channels=1), noise(channels=1)[..., 0]):
+        source = ArraySource({"train": (images, None)})
+        for batch in train(source, 2):
+            assert batch.aux == {}
+            assert {v: x.shape for v, x in batch.views.items()} == {
+                0: (7, 8, 8, 3),
+                1: (7, 6, 6, 3),
+            }
+            assert all(x.dtype == np.uint8 for x in batch.views.values())
+
+
+def test_the_seed_decides_order_and_crops():
+    source = ArraySource({"train": (noise(), None)})
+    assert_equal(train(source, 6), train(source, 6))
+    for a, b in zip(train(source, 6), train(source, 6, seed=4), strict=True):
+        assert (a.views[0] != b.views[0]).any()
+
+
+def test_views_of_equal_settings_differ():
+    source = ArraySource({"train": (noise(), None)})
+    batch = train(source, 1, views={0: crop(), 1: crop()})[0]
+    assert (batch.views[0] != batch.views[1]).any()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_an_epoch_without_repeats(hosts):
+    seen = {0: [], 1: []}
+    for host in range(hosts):
+        source = ArraySource(
+            {"train": (numbered(40), None)}, process_index=host, process_count=hosts
+        )
+        per_epoch = 40 // hosts // 5
+        batches = train(source, 2 * per_epoch, batch_size=5)
+        for i, batch in enumerate(batches):
+            np.testing.assert_array_equal(batch.views[0][:, 0, 0, 0], batch.views[1][:, 0, 0, 0])
+            seen[i // per_epoch] += batch.views[0][:, 0, 0, 0].tolist()
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(40))
+    assert seen[0] != seen[1]
+
+
+def test_a_batch_larger_than_a_share_is_refused():
+    source = ArraySource({"train": (noise(10), None)}, process_index=0, process_count=2)
+    with pytest.raises(UserError, match="between 1 and 5"):
+        train(source, 1, batch_size=6)
+
+
+def test_unknown_splits_and_filters_are_named():
+    source = ArraySource({"train": (noise(), None)})
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        source.count("trian")
+    with pytest.raises(UserError, match=r"config\.augment\.antialias"):
+        train(source, 1, views={0: crop(antialias=False)})
+    with pytest.raises(UserError, match="bicubic"):
+        train(source, 1, views={0: crop(interpolation="cubic")})
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((3, 4, 4), np.float32), None, "float32"),
+        (np.zeros((3, 4, 4, 2), np.uint8), None, r"\(4, 4, 2\)"),
+        (np.zeros((0, 4, 4), np.uint8), None, "no images"),
+        (np.zeros((3, 4, 4), np.uint8), [0, 1], "3 images"),
+        (np.zeros((3, 4, 4), np.uint8), [0.0, 1.0, 2.0], "whole numbers"),
+    ],
+)
+def test_wrong_arrays_are_refused(images, labels, message):
+    with pytest.raises(UserError, match=message):
+        ArraySource({"train": (images, labels)})
+
+
+# ---- crops
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_boxes_are_distributed_as_torchvisions(parity, case):
+    params, stored = load(parity, "random_resized_crop_a")
+    want, m = params[case], 40_000
+    sides = np.full(m, want["height"]), np.full(m, want["width"])
+    draws = crops.uniforms(0, 0, 0, 0, 0, m)
+    top, left, h, w = crops.boxes(draws, *sides, want["scale"], want["ratio"]).T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= want["height"]).all() and (left + w <= want["width"]).all()
+    area, log_ratio = h * w / (sides[0] * sides[1]), np.log(w / h)
+    tolerance = 4 / np.sqrt(m)
+    assert abs(area.mean() - want["area_mean"]) < tolerance * want["area_std"]
+    assert abs(log_ratio.mean() - want["log_ratio_mean"]) < tolerance * want["log_ratio_std"]
+    for name, values in (("area", area), ("log_ratio", log_ratio)):
+        edges, expected = stored[f"case{case}/{name}_edges"], stored[f"case{case}/{name}_hist"]
+        found = np.histogram(values, edges)[0] / m
+        spread = np.sqrt(np.maximum(expected, 1 / m) * (1 / m + 1 / 200_000))
+        assert (np.abs(found - expected) < 5 * spread).all()
+    movable = h < want["height"]
+    relative = (top / (sides[0] - h + 1e-9))[movable]
+    assert abs(relative.mean() - want["relative_top_mean"]) < 0.02
+
+
+def test_a_box_depends_on_its_position_alone():
+    whole = crops.uniforms(1, 2, 0, 1, 0, 50)
+    np.testing.assert_array_equal(crops.uniforms(1, 2, 0, 1, 13, 20), whole[13:33])
+    assert len(np.unique(whole)) == whole.size
+    for other in ((2, 2, 0, 1), (1, 3, 0, 1), (1, 2, 1, 1), (1, 2, 0, 0)):
+        assert (crops.uniforms(*other, 0, 50) != whole).all()
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 300), (300, 1), (3, 2)])
+def test_boxes_lie_inside_the_smallest_images(sides):
+    draws = crops.uniforms(0, 0, 0, 0, 0, 500)
+    height, width = (np.full(500, side) for side in sides)
+    top, left, h, w = crops.boxes(draws, height, width, (0.08, 1.0), (3 / 4, 4 / 3)).T
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= sides[0]).all() and (left + w <= sides[1]).all()
+
+
+def test_crops_equal_torchvisions(parity):
+    """Bit for bit, but where a newer Pillow runs the two passes in the other order.
+
+    It then clips the overshoot of a bicubic filter before the other pass, not after it.
+    """
+    params, stored = load(parity, "resized_crop_a")
+    for i, p in enumerate(params):
+        rows, columns = (
+            slice(p["top"], p["top"] + p["height"]),
+            slice(p["left"], p["left"] + p["width"]),
+        )
+        cut = stored["image"][rows, columns]
+        ours = arrays._resize(cut, p["size"], p["size"], p["interpolation"])
+        difference = np.abs(ours.astype(int) - stored[f"crop{i}_pil"])
+        assert difference.max() <= (4 if p["interpolation"] == "bicubic" else 0)
+        assert difference.mean() < 0.3
+
+
+def test_crops_of_a_whole_batch_equal_torchvisions(parity):
+    """Those on floats, rounded once at the end."""
+    params, stored = load(parity, "resized_crop_a")
+    for i, p in enumerate(params):
+        place = np.array([[p["top"], p["left"], p["height"], p["width"]]])
+        ours = crops.cut(stored["image"][None], place, p["size"], p["interpolation"], True)[0]
+        want = np.clip(255 * stored[f"crop{i}_float_antialias"], 0, 255)
+        assert np.abs(ours - want).max() < 0.501
+        if p["interpolation"] == "bilinear":
+            ours = crops.cut(stored["image"][None], place, p["size"], "bilinear", False)[0]
+            assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 0.501
+
+
+# ---- evaluation
+
+
+def test_evaluation_equals_torchvisions(parity):
+    params, stored = load(parity, "eval_a")
+    for i, p in enumerate(params):
+        ours = arrays.evaluated(stored["image"], p["crop"], p["resize"], p["interpolation"])
+        np.testing.assert_array_equal(ours, stored[f"eval{i}_pil"])
+
+
+def test_evaluation_reads_everything_once_in_order():
+    labels = np.arange(10) % 3
+    source = ArraySource({"train": (numbered(5), None), "test": (numbered(10), labels)})
+    assert source.num_classes == 3 and source.count("test") == 10
+    batches = list(source.evaluate("test", 8, 0, "bilinear", 4))
+    assert [b["mask"].sum() for b in batches] == [4, 4, 2]
+    assert all(b["image"].shape == (4, 8, 8, 3) and b["label"].dtype == np.int32 for b in batches)
+    mask = np.concatenate([b["mask"] for b in batches])
+    assert np.concatenate([b["image"] for b in batches])[mask][:, 0, 0, 0].tolist() == [*range(10)]
+    assert np.concatenate([b["label"] for b in batches])[mask].tolist() == labels.tolist()
+    assert [b["label"].tolist() for b in source.evaluate("train", 8, 10, "bicubic", 5)] == [
+        [-1] * 5
+    ]
+    with pytest.raises(UserError, match="smaller than the crop"):
+        source.evaluate("test", 8, 7, "bilinear", 4)
+
+
+@pytest.mark.parametrize(("hosts", "limit"), [(1, 0), (3, 0), (4, 0), (1, 5), (3, 5), (4, 2)])
+def test_hosts_evaluate_everything_in_as_many_batches(hosts, limit):
+    seen, batches = [], set()
+    for host in range(hosts):
+        source = ArraySource(
+            {"test": (numbered(10), None)}, process_index=host, process_count=hosts
+        )
+        found = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
+        batches.add(len(found))
+        seen += [i for b in found for i in b["image"][b["mask"]][:, 0, 0, 0].tolist()]
+    assert len(batches) == 1
+    assert len(seen) == len(set(seen)) == (limit or 10)
+
+
+# ---- files
+
+
+def test_npz(tmp_path):
+    path = tmp_path / "ours.npz"
+    np.savez(path, train_images=noise(6), train_labels=np.arange(6), test_images=noise(3, 9, 1))
+    source = ArraySource.from_npz(path)
+    assert (source.name, source.num_classes) == ("ours", 6)
+    assert (source.count("train"), source.count("test")) == (6, 3)
+    with pytest.raises(UserError, match="no file"):
+        ArraySource.from_npz(tmp_path / "none.npz")
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(UserError, match="cannot be read"):
+        ArraySource.from_npz(path)
+    np.savez(path, images=noise(6))
+    with pytest.raises(UserError, match="train_images"):
+        ArraySource.from_npz(path)
+
+
+def save(path, mode="RGB", colour=(200, 30, 60), size=(20, 16), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def test_folder_with_splits_and_classes(tmp_path):
+    for split, names in (("train", "ab"), ("val", "bc"), ("test", "a")):
+        for i, name in enumerate(names):
+            save(tmp_path / split / name / f"{i}.png")
+            save(tmp_path / split / name / "deeper" / "é 图.JPG")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "a" / ".hidden.png").write_bytes(b"")
+    save(tmp_path / "other" / "ignored.png")
+    source = ArraySource.from_folder(tmp_path, 1.0)
+    assert source.num_classes == 3 and source.name == tmp_path.name
+    counts = {split: source.count(split) for split in ("train", "validation", "test")}
+    assert counts == {"train": 4, "validation": 4, "test": 2}
+    (batch,) = source.evaluate("validation", 8, 0, "bilinear", 4)
+    assert batch["label"].tolist() == [1, 1, 2, 2]
+
+
+def test_flat_folder_is_unlabelled(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.bmp")
+        save(tmp_path / f"{i}.webp", lossless=True)
+    source = ArraySource.from_folder(tmp_path, 1.0, name="mine")
+    assert (source.num_classes, source.name, source.count("train")) == (None, "mine", 10)
+    (batch,) = source.evaluate("train", 8, 0, "bilinear", 10)
+    assert (batch["label"] == -1).all()
+    assert (batch["image"] == (200, 30, 60)).all()
+    assert len(train(source, 2)) == 2
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    want = {}
+    save(tmp_path / "grey.png", "L", 77)
+    want["grey.png"] = (77, 77, 77)
+    save(tmp_path / "bit.png", "1", 1)
+    want["bit.png"] = (255, 255, 255)
+    picture = Image.new("RGB", (20, 16), (10, 200, 30)).quantize(4)
+    picture.save(tmp_path / "palette.png")
+    want["palette.png"] = (10, 200, 30)
+    picture.save(tmp_path / "palette_clear.png", transparency=0)
+    want["palette_clear.png"] = (255, 255, 255)
+    save(tmp_path / "alpha.png", "RGBA", (0, 0, 255, 51))
+    want["alpha.png"] = (204, 204, 255)
+    save(tmp_path / "grey_alpha.png", "LA", (0, 0))
+    want["grey_alpha.png"] = (255, 255, 255)
+    Image.fromarray(np.full((16, 20), 0x4D12, np.uint16)).save(tmp_path / "deep.png")
+    want["deep.png"] = (0x4D, 0x4D, 0x4D)
+    save(tmp_path / "cmyk.jpg", "CMYK", (0, 255, 255, 0), quality=100)
+    want["cmyk.jpg"] = (255, 0, 0)
+    source = ArraySource.from_folder(tmp_path, 1.0)
+    (batch,) = source.evaluate("train", 8, 0, "bilinear", len(want))
+    for image, name in zip(batch["image"], sorted(want), strict=True):
+        assert np.abs(image.astype(int) - want[name]).max() <= 2, name
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (20, 10))
+    picture.paste((255, 255, 255), (0, 0, 10, 10))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: left becomes top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turned = arrays.decode(tmp_path / "turned.png", 0)
+    assert turned.shape == (20, 10, 3)
+    assert (turned[:10] == 255).all() and (turned[10:] == 0).all()
+
+
+def test_large_pictures_are_shrunk(tmp_path):
+    save(tmp_path / "large.png", size=(300, 200))
+    save(tmp_path / "small.png", size=(30, 20))
+    assert arrays.decode(tmp_path / "large.png", 64).shape == (64, 96, 3)
+    assert arrays.decode(tmp_path / "large.png", 0).shape == (200, 300, 3)
+    assert arrays.decode(tmp_path / "small.png", 64).shape == (20, 30, 3)
+
+
+def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
+    for i in range(4):
+        save(tmp_path / "a" / f"{i}.jpg", size=(64, 64))
+    Image.fromarray(noise(1, 64)[0]).save(tmp_path / "a" / "cut.jpg")
+    whole = (tmp_path / "a" / "cut.jpg").read_bytes()
+    (tmp_path / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a" / "empty.png").write_bytes(b"")
+    (tmp_path / "a" / "text.webp").write_text("hello")
+    with caplog.at_level(logging.WARNING):
+        source = ArraySource.from_folder(tmp_path, 1.0, max_unreadable=3)
+    assert source.count("train") == 4
+    assert [name.split()[0] for name in source.unreadable] == [
+        "a/cut.jpg",
+        "a/empty.png",
+        "a/text.webp",
+    ]
+    assert all(sum(name in line for line in caplog.messages) == 1 for name in source.unreadable)
+    with pytest.raises(UserError, match=r"cut\.jpg.*max_unreadable"):
+        source.train("train", VIEWS, 2, 0, Position(0, 0), 2)
+    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2.*a/cut\.jpg"):
+        ArraySource.from_folder(tmp_path, 1.0, max_unreadable=2)
+
+
+def test_folders_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no folder.*config\.data\.dir"):
+        ArraySource.from_folder(tmp_path / "none", 1.0)
+    with pytest.raises(UserError, match="no pictures"):
+        ArraySource.from_folder(tmp_path, 1.0)
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        ArraySource.from_folder(tmp_path, 1.0)
+    (tmp_path / "train" / "a.png").write_text("hello")
+    with pytest.raises(UserError, match="decoded"):
+        ArraySource.from_folder(tmp_path, 1.0, max_unreadable=5)
+    save(tmp_path / "train" / "b.png", size=(100, 100))
+    with pytest.raises(UserError, match=r"config\.data\.max_memory_gb=1e-05.*TFDS"):
+        ArraySource.from_folder(tmp_path, 1e-5, max_unreadable=5)
+    for name in ("val", "validation"):
+        save(tmp_path / name / "a.png")
+    with pytest.raises(UserError, match="both val and validation"):
+        ArraySource.from_folder(tmp_path, 1.0)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert ArraySource.from_folder(tmp_path, 1.0).count("train") == 1
+
+
+def test_large_images_are_cropped_in_threads_to_the_same_bytes(monkeypatch):
+    source = ArraySource({"train": (noise(6, 100), None)})
+    threaded = train(source, 2, batch_size=3, views={0: crop(64)})
+    monkeypatch.setattr(arrays, "_SMALL", 10**9)
+    assert_equal(train(source, 2, batch_size=3, views={0: crop(64)}), threaded)
+
+
+def test_tensorflow_is_not_needed(tmp_path):
+    code = """
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
+import types, numpy as np
+from ml_collections import ConfigDict
+from disco_jax.data import pipeline
+from disco_jax.data.base import Position
+np.savez("ours.npz", train_images=np.zeros((8, 6, 6), np.uint8))
+source = pipeline.open_source(ConfigDict(dict(
+    source="npz", dir="ours.npz", name="", cache=False, shuffle_buffer=1, max_unreadable=0,
+    max_memory_gb=1.0)))
+crop = types.SimpleNamespace(
+    size=4, scale=(0.2, 1.0), ratio=(0.75, 1.33), interpolation="bilinear", antialias=True)
+print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Position(epoch=0, offset=4)" in done.stdout
+
+
+def test_seeds_may_be_any_whole_numbers():
+    words = base.seed_words(-1, 2**70, 3, words=4)
+    assert words.shape == (4,) and words.dtype == np.uint64
+    assert (words == base.seed_words(-1, 2**70, 3, words=4)).all()

@@ -1,0 +1,111 @@
+"""Sources by name, the device layout, and the thread that reads ahead."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from disco_jax.data import pipeline
+from disco_jax.data.pipeline import Prefetcher
+from disco_jax.errors import UserError
+
+
+def data(**changes):
+    fields = dict(
+        source="npz",
+        name="",
+        dir="",
+        cache=False,
+        shuffle_buffer=16,
+        max_unreadable=0,
+        max_memory_gb=1.0,
+    )
+    return ConfigDict({**fields, **changes})
+
+
+def test_sources_are_opened_by_name(tmp_path):
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((4, 5, 5), np.uint8))
+    assert pipeline.open_source(data(dir=str(tmp_path / "a.npz"))).count("train") == 4
+    with pytest.raises(UserError, match="no pictures"):
+        pipeline.open_source(data(source="folder", dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"config\.data\.source='tdfs'.*Did you mean 'tfds'"):
+        pipeline.open_source(data(source="tdfs"))
+
+
+def test_to_devices_splits_the_batch_of_every_leaf():
+    tree = {"views": {0: np.arange(12).reshape(6, 2)}, "aux": {"ratio": np.arange(6)}}
+    laid = pipeline.to_devices(tree, 3)
+    np.testing.assert_array_equal(laid["views"][0], tree["views"][0].reshape(3, 2, 2))
+    np.testing.assert_array_equal(laid["aux"]["ratio"], [[0, 1], [2, 3], [4, 5]])
+
+
+def test_items_arrive_in_order_and_end():
+    with Prefetcher(iter(range(20)), depth=3, transform=lambda i: 2 * i) as ready:
+        assert list(ready) == list(range(0, 40, 2))
+        with pytest.raises(StopIteration):
+            next(ready)
+
+
+@pytest.mark.parametrize("where", ["iterator", "transform"])
+def test_an_exception_reaches_the_consumer_after_the_items_before_it(where):
+    def numbers():
+        yield from (1, 2)
+        if where == "iterator":
+            raise UserError("three")
+        yield 3
+
+    def checked(i):
+        if i == 3:
+            raise UserError("three")
+        return i
+
+    with Prefetcher(numbers(), transform=checked) as ready:
+        assert [next(ready), next(ready)] == [1, 2]
+        for _ in range(2):  # and again, rather than hang
+            with pytest.raises(UserError, match="three"):
+                next(ready)
+
+
+def test_no_more_than_depth_items_are_read_ahead():
+    read = []
+
+    def numbers():
+        for i in itertools.count():
+            read.append(i)
+            yield i
+
+    with Prefetcher(numbers(), depth=2) as ready:
+        next(ready)
+        time.sleep(0.3)
+        assert len(read) <= 4  # one taken, two ready, one in hand
+
+
+def test_close_stops_the_thread_at_once():
+    before = threading.active_count()
+    ready = Prefetcher(itertools.count(), depth=2)
+    next(ready)
+    started = time.monotonic()
+    ready.close()
+    ready.close()
+    assert time.monotonic() - started < 2
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(ready)
+
+
+def test_only_the_consumers_waiting_is_counted():
+    def slow():
+        for i in range(3):
+            time.sleep(0.1)
+            yield i
+
+    with Prefetcher(slow()) as ready:
+        assert list(ready) == [0, 1, 2]
+        assert 0.2 < ready.waited_s < 2
+    with Prefetcher(iter(range(3)), depth=3) as ready:
+        time.sleep(0.2)
+        assert list(ready) == [0, 1, 2]
+        assert ready.waited_s < 0.1

@@ -1,0 +1,479 @@
+"""TFDS data sets: order, continuation, hosts, damaged records, and torchvision's pixels."""
+
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from disco_jax.data import arrays, base, digits, sources
+from disco_jax.data.base import Position
+from disco_jax.data.sources import TfdsSource
+from disco_jax.errors import UserError
+
+START = Position.start()
+COUNT = 48  # records of the data set of JPEGs, in 4 files
+SHAPES = ((40, 56), (56, 40), (33, 47))
+
+
+def crop(size=8, **changes):
+    fields = dict(
+        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+    )
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
+
+
+def encode(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10):
+    """A data set of encoded images as `tfds build` leaves it; records is split -> [(bytes, label)]."""
+    tf, tfds = sources._tensorflow()
+    folder = pathlib.Path(data_dir) / name / "1.0.0"
+    folder.mkdir(parents=True)
+    fields = {"image": tfds.features.Image(shape=shape)}
+    if classes:
+        fields["label"] = tfds.features.ClassLabel(num_classes=classes)
+    features = tfds.features.FeaturesDict(fields)
+    infos = []
+    for split, examples in records.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split=split, filetype_suffix="tfrecord"
+        )
+        lengths, size = [], 0
+        for i in range(files):
+            part = examples[len(examples) * i // files : len(examples) * (i + 1) // files]
+            lengths.append(len(part))
+            path = template.sharded_filepath(shard_index=i, num_shards=files)
+            with tf.io.TFRecordWriter(str(path)) as out:
+                for encoded, label in part:
+                    example = {"image": io.BytesIO(encoded)}
+                    if classes:
+                        example["label"] = label
+                    out.write(features.serialize_example(features.encode_example(example)))
+                    size += len(encoded)
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=infos, version="1.0.0"
+    )
+    return folder
+
+
+def plain(i, shape=SHAPES[0]):
+    """A picture of one grey level, from which the number of its record can be read."""
+    return encode(np.full((*shape, 3), 5 * i, np.uint8), quality=95)
+
+
+def numbers(images):
+    """The records that crops of `plain` pictures are of."""
+    return np.rint(images[:, 2, 2, 0] / 5).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """The digits, `plain` JPEGs of several shapes, and noise in other formats."""
+    path = tmp_path_factory.mktemp("tfds")
+    digits.write(str(path))
+    jpegs = [(plain(i, SHAPES[i % 3]), i % 10) for i in range(COUNT)]
+    write(path, "plain", {"train": jpegs, "test": jpegs[:10]}, files=4)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), np.uint8)
+    mixed = [
+        (encode(noise[0]), 0),
+        (encode(noise[1], "PNG"), 0),
+        (encode(noise[0, ..., 0]), 0),
+        (encode(noise[1, ..., 0], "PNG"), 0),
+    ]
+    write(path, "mixed", {"train": mixed}, classes=0)
+    return str(path)
+
+
+@pytest.fixture(params=["digits", "kept", "streamed"])
+def kind(request, data_dir, monkeypatch):
+    """Opens a source that reads in each of the three ways."""
+    if request.param == "streamed":
+        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    name = "digits" if request.param == "digits" else "plain"
+
+    def make(**options):
+        return TfdsSource(name, data_dir, shuffle_buffer=16, **options)
+
+    return make
+
+
+def train(source, n, batch_size=7, seed=3, start=START, views=VIEWS, limit=0):
+    batches = source.train("train", views, batch_size, seed, start, limit)
+    return list(itertools.islice(batches, n))
+
+
+def assert_equal(ours, theirs):
+    assert [b.position for b in ours] == [b.position for b in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.views.keys() == b.views.keys()
+        for view in a.views:
+            np.testing.assert_array_equal(a.views[view], b.views[view])
+
+
+# ---- order
+
+
+def test_reading_on_from_any_position_repeats_the_rest(kind):
+    source = kind(process_index=1, process_count=2)
+    size = source.count("train") // 2 // 3 - 1  # 3 batches an epoch and a remainder
+    whole = train(source, 7, size)
+    assert [b.position.epoch for b in whole] == [0, 0, 1, 1, 1, 2, 2]
+    for i in (0, 2, 4):
+        again = kind(process_index=1, process_count=2)
+        assert_equal(train(again, 6 - i, size, start=whole[i].position), whole[i + 1 :])
+
+
+def test_the_seed_decides_order_and_crops(kind):
+    first = train(kind(), 3)
+    assert_equal(train(kind(), 3), first)
+    for a, b in zip(train(kind(), 3, seed=4), first, strict=True):
+        assert (a.views[0] != b.views[0]).any()
+
+
+def test_batches_have_the_promised_layout(kind):
+    (batch,) = train(kind(), 1)
+    assert batch.aux == {} and batch.position == Position(0, 7)
+    assert {v: x.shape for v, x in batch.views.items()} == {0: (7, 8, 8, 3), 1: (7, 6, 6, 3)}
+    assert all(x.dtype == np.uint8 for x in batch.views.values())
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 1e9])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, bytes_kept):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    seen = [[], []]
+    for host in range(hosts):
+        source = TfdsSource(
+            "plain", data_dir, shuffle_buffer=16, process_index=host, process_count=hosts
+        )
+        per_epoch = COUNT // hosts // 4
+        for i, batch in enumerate(train(source, 2 * per_epoch, 4)):
+            assert numbers(batch.views[0]) == numbers(batch.views[1])
+            seen[i // per_epoch] += numbers(batch.views[0])
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(COUNT))
+    assert seen[0] != seen[1]
+
+
+def test_cache_keeps_what_is_large(data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    kept = train(TfdsSource("plain", data_dir, cache=True), 3)
+    monkeypatch.undo()
+    assert_equal(train(TfdsSource("plain", data_dir), 3), kept)
+
+
+def test_a_batch_larger_than_a_share_is_refused(data_dir):
+    source = TfdsSource("plain", data_dir, process_index=0, process_count=2)
+    with pytest.raises(UserError, match="between 1 and 24"):
+        train(source, 1, 25)
+
+
+# ---- pixels
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_boxes_are_distributed_as_torchvisions(parity, case):
+    """Those of `sources._boxes`; `test_arrays.py` holds the other sampler to the same figures."""
+    tf, _ = sources._tensorflow()
+    path = parity / "augment" / "random_resized_crop_a.json"
+    want = json.loads(path.read_text())["params"][case]
+    m, sides = 4000, (want["height"], want["width"])
+    scale, ratio = np.array([want["scale"]], np.float32), np.log([want["ratio"]])
+
+    def box(position):
+        return sources._boxes(7, position, tf.constant(sides), scale, ratio.astype(np.float32))
+
+    made = tf.data.Dataset.range(m).map(box, num_parallel_calls=2).batch(m)
+    top, left, h, w = np.reshape(made.get_single_element(), (m, 4)).T
+    assert (h > 0).all() and (w > 0).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= sides[0]).all() and (left + w <= sides[1]).all()
+    area, log_ratio, tolerance = h * w / np.prod(sides), np.log(w / h), 4 / np.sqrt(m)
+    assert abs(area.mean() - want["area_mean"]) < tolerance * want["area_std"]
+    assert abs(log_ratio.mean() - want["log_ratio_mean"]) < tolerance * want["log_ratio_std"]
+    assert abs(area.std() / want["area_std"] - 1) < 0.1
+    assert abs(log_ratio.std() / want["log_ratio_std"] - 1) < 0.1
+    free = sides[0] - h
+    place = (top / np.maximum(free, 1))[free > 20]
+    assert abs(place.mean() - want["relative_top_mean"]) < 0.05
+
+
+def test_resized_crops_equal_torchvisions(parity):
+    path = parity / "augment" / "resized_crop_a"
+    params, stored = (
+        json.loads(path.with_suffix(".json").read_text())["params"],
+        np.load(f"{path}.npz"),
+    )
+    for i, p in enumerate(params):
+        rows, columns = (
+            slice(p["top"], p["top"] + p["height"]),
+            slice(p["left"], p["left"] + p["width"]),
+        )
+        cut, shape = stored["image"][rows, columns], (p["size"], p["size"])
+        how = crop(interpolation=p["interpolation"])
+        ours = np.asarray(sources._resize(cut, shape, how))
+        want = np.clip(255 * stored[f"crop{i}_float_antialias"], 0, 255)
+        assert np.abs(ours - want).max() < 0.51
+        if p["interpolation"] == "bilinear":
+            ours = np.asarray(sources._resize(cut, shape, crop(antialias=False)))
+            assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 0.51
+
+
+def test_evaluation_equals_torchvisions(parity, tmp_path):
+    path = parity / "augment" / "eval_a"
+    params, stored = (
+        json.loads(path.with_suffix(".json").read_text())["params"],
+        np.load(f"{path}.npz"),
+    )
+    write(tmp_path, "one", {"test": [(encode(stored["image"], "PNG"), 3)]})
+    source = TfdsSource("one", str(tmp_path))
+    for i, p in enumerate(params):
+        (batch,) = source.evaluate("test", p["crop"], p["resize"], p["interpolation"], 2)
+        assert batch["label"].tolist() == [3, -1] and batch["mask"].tolist() == [True, False]
+        difference = np.abs(batch["image"][0].astype(int) - stored[f"eval{i}_pil"])
+        assert difference.max() <= 2 and difference.mean() < 0.3
+
+
+def test_formats_are_decoded_as_pillow_does(data_dir):
+    source = TfdsSource("mixed", data_dir)
+    assert source.num_classes is None
+    (batch,) = source.evaluate("train", 24, 26, "bilinear", 4)
+    assert batch["label"].tolist() == [-1] * 4
+    noise = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), np.uint8)
+    for image, original in zip(
+        batch["image"],
+        (
+            Image.open(io.BytesIO(encode(noise[0]))),
+            Image.fromarray(noise[1]),
+            Image.open(io.BytesIO(encode(noise[0, ..., 0]))),
+            Image.fromarray(noise[1, ..., 0]),
+        ),
+        strict=True,
+    ):
+        want = arrays.evaluated(np.asarray(original.convert("RGB")), 24, 26, "bilinear")
+        assert np.abs(image.astype(int) - want).max() <= 2
+    assert len(train(source, 3, 4)) == 3
+
+
+# ---- evaluation
+
+
+def test_evaluation_reads_everything_once_in_order(data_dir):
+    source = TfdsSource("plain", data_dir)
+    assert (source.name, source.num_classes, source.count("test")) == ("plain", 10, 10)
+    batches = list(source.evaluate("test", 8, 0, "bilinear", 4))
+    assert [b["mask"].sum() for b in batches] == [4, 4, 2]
+    assert all(b["image"].shape == (4, 8, 8, 3) and b["label"].dtype == np.int32 for b in batches)
+    mask = np.concatenate([b["mask"] for b in batches])
+    assert numbers(np.concatenate([b["image"] for b in batches])[mask]) == list(range(10))
+    assert np.concatenate([b["label"] for b in batches])[mask].tolist() == list(range(10))
+    with pytest.raises(UserError, match="smaller than the crop"):
+        source.evaluate("test", 8, 7, "bilinear", 4)
+
+
+@pytest.mark.parametrize(("hosts", "limit"), [(1, 0), (3, 0), (4, 0), (1, 5), (3, 5), (4, 2)])
+def test_hosts_evaluate_everything_in_as_many_batches(data_dir, hosts, limit):
+    seen, batches = [], set()
+    for host in range(hosts):
+        source = TfdsSource("plain", data_dir, process_index=host, process_count=hosts)
+        found = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
+        batches.add(len(found))
+        seen += [i for b in found for i in numbers(b["image"][b["mask"]])]
+    assert len(batches) == 1
+    assert len(seen) == len(set(seen)) == (limit or 10)
+
+
+# ---- damage
+
+BAD = (2, 3, 11)  # records of the damaged data set
+NAMES = [f"damaged-train.tfrecord-00000-of-00001__{i}" for i in BAD]
+
+
+@pytest.fixture(params=[0, 1e9], ids=["streamed", "kept"])
+def damaged(request, tmp_path, monkeypatch):
+    """Opens 24 pictures of which three are an empty, a cut and a text file."""
+    monkeypatch.setattr(sources, "_SMALL_BYTES", request.param)
+    good = [plain(i) for i in range(24)]
+    bad = dict(zip(BAD, (b"", good[3][: len(good[3]) // 2], b"not a picture"), strict=True))
+    records = [(bad.get(i, encoded), 0) for i, encoded in enumerate(good)]
+    write(tmp_path, "damaged", {"train": records})
+    return lambda **options: TfdsSource("damaged", str(tmp_path), **options)
+
+
+def test_unreadable_records_are_skipped_and_named_once(damaged, caplog):
+    source = damaged()
+    with caplog.at_level(logging.WARNING):
+        batches = train(source, 3 * 5, 4, limit=3)  # three epochs: 21 pictures make 5 batches
+    for epoch in range(3):
+        mine = [b for b in batches[5 * epoch : 5 * epoch + 5]]
+        seen = [i for b in mine for i in numbers(b.views[0])]
+        assert len(seen) == len(set(seen)) == 20 and not set(seen) & set(BAD)
+    train(source, 16, 4, limit=3)
+    assert sorted(source.unreadable) == sorted(NAMES)
+    for name in NAMES:
+        assert sum(name in line for line in caplog.messages) == 1
+
+
+def test_reading_on_past_unreadable_records_repeats_the_rest(damaged):
+    whole = train(damaged(), 12, 4, limit=3)
+    assert any(b.position.offset % 4 for b in whole)
+    for i in (0, 2, 5):
+        assert_equal(train(damaged(), 11 - i, 4, start=whole[i].position, limit=3), whole[i + 1 :])
+
+
+def test_too_many_unreadable_records_are_an_error(damaged):
+    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2.*damaged-train\.tfrecord"):
+        train(damaged(), 7, 4, limit=2)
+
+
+def test_evaluation_skips_and_names_unreadable_records(damaged):
+    source = damaged(max_unreadable=3)
+    batches = list(source.evaluate("train", 8, 0, "bilinear", 10))
+    images = np.concatenate([b["image"][b["mask"]] for b in batches])
+    assert numbers(images) == [i for i in range(24) if i not in BAD]
+    assert source.unreadable == NAMES and len(batches) == 3
+    with pytest.raises(UserError, match=r"3 records.*max_unreadable=2"):
+        list(damaged(max_unreadable=2).evaluate("train", 8, 0, "bilinear", 10))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    write(tmp_path, "bad", {"train": [(b"no", 0)] * 8})
+    with pytest.raises(UserError):
+        train(TfdsSource("bad", str(tmp_path)), 1, 4, limit=100)
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 1e9], ids=["streamed", "kept"])
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept, task):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    folder = write(tmp_path, "cut", {"train": [(plain(i), 0) for i in range(24)]}, files=2)
+    path = folder / "cut-train.tfrecord-00001-of-00002"
+    path.write_bytes(path.read_bytes()[:-3000])
+    source = TfdsSource("cut", str(tmp_path), max_unreadable=100)
+    with pytest.raises(UserError, match="cut"):
+        if task == "train":
+            train(source, 7, 4, limit=100)
+        else:
+            list(source.evaluate("train", 8, 0, "bilinear", 10))
+
+
+# ---- finding a data set
+
+
+def test_a_missing_data_set_says_what_is_there_and_how_to_prepare_it(data_dir, monkeypatch):
+    with pytest.raises(UserError, match=r"Did you mean 'digits'.*digits, mixed, plain") as error:
+        TfdsSource("digit", data_dir)
+    assert data_dir in str(error.value) and "tfds build digit" in str(error.value)
+    monkeypatch.setenv("TFDS_DATA_DIR", f"{data_dir}/none")
+    with pytest.raises(UserError, match="no such directory.*TFDS_DATA_DIR"):
+        TfdsSource("digits")
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar.*downloads/manual"):
+        TfdsSource("imagenet2012", data_dir)
+    with pytest.raises(UserError, match="name=''"):
+        TfdsSource("", data_dir)
+
+
+def test_a_missing_split_is_named(data_dir):
+    source = TfdsSource("digits", data_dir)
+    with pytest.raises(UserError, match="Did you mean 'test'.*Allowed: test, train"):
+        source.count("tests")
+    with pytest.raises(UserError, match="bicubic"):
+        train(source, 1, views={0: crop(interpolation="cubic")})
+
+
+def test_the_highest_version_and_configs_are_found(data_dir, tmp_path, monkeypatch):
+    original = pathlib.Path(data_dir) / "digits" / "1.0.0"
+    for folder in ("some/9.0.0", "some/10.0.0", "other/small/1.0.0", "half/1.0.0"):
+        (tmp_path / folder).mkdir(parents=True)
+        if not folder.startswith("half"):
+            for file in original.iterdir():
+                (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert sources.find("some").name == "10.0.0"
+    assert sources.find("other/small").name == "1.0.0"
+    assert os.fspath(sources.find(str(original))) == str(original)
+    assert sources.available() == ["other/small", "some"]
+    with pytest.raises(UserError, match="not prepared"):
+        sources.find("half")
+    assert TfdsSource(str(original)).count("test") == 360
+
+
+# ---- digits
+
+
+def test_digits_are_written_once(data_dir, monkeypatch):
+    source = TfdsSource("digits", data_dir)
+    assert (source.count("train"), source.count("test"), source.num_classes) == (1437, 360, 10)
+    labels = {}
+    for split in ("train", "test"):
+        batches = list(source.evaluate(split, 8, 0, "bilinear", 128))
+        mask = np.concatenate([b["mask"] for b in batches])
+        images = np.concatenate([b["image"] for b in batches])[mask]
+        assert images.min() == 0 and images.max() == 255
+        labels[split] = np.bincount(np.concatenate([b["label"] for b in batches])[mask])
+    shares = labels["test"] / (labels["train"] + labels["test"])
+    assert (np.abs(shares - 360 / 1797) < 0.005).all()
+    monkeypatch.setattr(digits, "_load", lambda: pytest.fail("written twice"))
+    assert digits.write(data_dir) == f"{data_dir}/digits/1.0.0"
+
+
+def test_half_written_digits_do_not_count(tmp_path, monkeypatch):
+    leftover = tmp_path / "digits" / "1.0.0"
+    leftover.mkdir(parents=True)
+    (leftover / "digits-train.tfrecord-00000-of-00001").write_bytes(b"half")
+    assert digits.write(str(tmp_path)) == str(leftover)
+    assert TfdsSource("digits", str(tmp_path)).count("train") == 1437
+    assert [path.name for path in leftover.parent.iterdir()] == ["1.0.0"]
+    monkeypatch.setattr(digits, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        digits.write(str(tmp_path / "other"))
+    assert not list((tmp_path / "other" / "digits").iterdir())
+
+
+def test_digits_need_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"disco-jax\[demo\]"):
+        digits.write(str(tmp_path))
+
+
+def test_digits_are_not_registered_with_tfds(data_dir):
+    _, tfds = sources._tensorflow()
+    assert "digits" not in tfds.core.registered._DATASET_REGISTRY
+
+
+# ---- prepared data sets, where there are any
+
+PREPARED = os.environ.get("DISCO_JAX_TEST_TFDS", "")
+
+
+@pytest.mark.skipif(not PREPARED, reason="DISCO_JAX_TEST_TFDS names no directory")
+@pytest.mark.parametrize("name", ["fashion_mnist", "imagenet2012"])
+def test_prepared_data_sets_are_read(name):
+    if name not in sources.available(PREPARED):
+        pytest.skip(f"{name} is not in {PREPARED}")
+    source = TfdsSource(name, PREPARED)
+    assert source.num_classes == {"fashion_mnist": 10, "imagenet2012": 1000}[name]
+    views = {0: crop(24), 1: crop(24)}
+    whole = train(source, 3, 16, views=views)
+    assert_equal(train(source, 2, 16, start=whole[0].position, views=views), whole[1:])
+    split = "test" if name == "fashion_mnist" else "validation"
+    (batch,) = source.evaluate(split, 24, 28, "bilinear", 20, limit=20)
+    assert batch["mask"].all() and (batch["label"] >= 0).all()
+    assert base.evaluation_batches(source.count(split), 20, 20, 1) == 1

@@ -1,0 +1,160 @@
+"""The command line: one clear message for a mistake, exit code 2, and nothing written."""
+
+import os
+import subprocess
+import sys
+import time
+
+import helpers
+import numpy as np
+import pytest
+
+from disco_jax import flags, main
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, **helpers.digits())
+    return str(path)
+
+
+@pytest.fixture
+def fails(tmp_path, capsys, monkeypatch):
+    """Runs a command line that must be refused; returns what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+    def run(*words):
+        code = main.main([*words, "--workdir=run"] if words[0] in main.TASKS else words)
+        message = capsys.readouterr().err
+        assert code == 2, message
+        assert "Traceback" not in message
+        assert not (tmp_path / "run").exists()  # nothing was begun
+        return message
+
+    return run
+
+
+SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,smoke=true"
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("pretrian",), ["'pretrian' is not known", "Did you mean 'pretrain'"]),
+        (("pretrain",), ["--config is missing", "configs/disco.py"]),
+        (("pretrain", "--config=configs/disko.py"), ["Did you mean 'disco'"]),
+        (("pretrain", "--config=disco:studnt=resnet18"), ["'studnt'", "Did you mean 'student'"]),
+        (("pretrain", "--config=disco:smoke=perhaps"), ["smoke=true or false"]),
+        ((*SMOKE, "--wrkdir=x"), ["wrkdir"]),
+        (
+            (*SMOKE, "--config.student.backbon=resnet18", "--config.objectives.distil.weight=1"),
+            [
+                "config.student.backbon", "'student.backbone'",
+                "config.objectives.distil.weight", "'objectives.distill.weight'",
+            ],
+        ),
+        ((*SMOKE, "--config.batch_size=many"), ["config.batch_size"]),
+        ((*SMOKE, "--config.student.backbone=resnet17"), ["resnet17", "Did you mean 'resnet1"]),
+        ((*SMOKE, "--config.batch_size=6"), ["config.batch_size=6", "4 devices", "4, 8"]),
+        (
+            (*SMOKE, "--config.objectives.contrast.queue_size=100"),
+            ["queue_size=100", "96, 104"],
+        ),
+        ((*SMOKE, "--config.student.norm_group=3"), ["norm_group=3", "1, 2"]),
+        ((*SMOKE, "--config.augment.interpolation=cubic"), ["interpolation", "bicubic"]),
+        ((*SMOKE, "--config.data.source=tdfs"), ["config.data.source", "Did you mean 'tfds'"]),
+        ((*SMOKE,), ["config.data.name='digits' is not prepared", "tfds build"]),
+        ((*SMOKE, "--config.data.name=imagenet2012"), ["ILSVRC2012_img_train.tar"]),
+        ((*SMOKE, "--config.teacher.weights="), ["config.teacher.weights is empty"]),
+        ((*SMOKE, "--config.teacher.weights=/no/such"), ["'/no/such' does not exist"]),
+        ((*SMOKE, "--config.dtype=float16"), ["config.dtype='float16'"]),
+        ((*SMOKE, "--config.optimizer.name=adam"), ["config.optimizer.name='adam'"]),
+        (("knn",), ["is not a run directory"]),
+        (("linear",), ["is not a run directory"]),
+        (("knn", "--config.k=x"), ["config.k"]),
+        (("distill", "--data=x"), ["--teacher, --student missing"]),
+        (
+            ("distill", "--data=x", "--teacher=y", "--student=resnet19"),
+            ["--student='resnet19'", "resnet18"],
+        ),
+        (("distill", "--data=x", "--teacher=y", "--student=resnet18"), ["--data=x does not exist"]),
+    ],
+    ids=lambda value: " ".join(value)[-60:],
+)  # fmt: skip
+def test_a_mistake_gets_one_clear_message(fails, digits_file, words, says):
+    if words[: len(SMOKE)] == SMOKE and not any("data." in word for word in words):
+        if len(words) > len(SMOKE):  # all but the missing data set
+            words = (*words, "--config.data.source=npz", f"--config.data.dir={digits_file}")
+    message = fails(*words)
+    for part in says:
+        assert part in message
+
+
+def test_workdir_must_be_given(capsys):
+    assert main.main(list(SMOKE)) == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_overrides_reach_the_config_with_their_types():
+    config = helpers.flags_config(
+        [*SMOKE, "--workdir", "x", "--config.objectives.distill.views=(1,)", "--config.seed", "3"]
+    )
+    assert config.objectives.distill.views == (1,) and config.seed == 3
+
+
+@pytest.mark.parametrize("name", sorted(flags.recipes()))
+def test_recipes_are_found_by_path_and_by_name_in_any_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert flags.load(f"configs/{name}.py") == flags.load(name)
+
+
+def test_help_and_version_are_quick_and_import_nothing_heavy():
+    code = (
+        "import sys; from disco_jax import main; assert main.main(['--help']) == 0; "
+        "assert main.main(['--version']) == 0; "
+        "assert not {'jax', 'flax', 'tensorflow'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 5  # 0.1 s on an idle machine
+    assert "pretrain" in done.stdout and "disco-jax 0." in done.stdout
+
+
+def test_every_task_has_its_help(capsys):
+    for task in main.TASKS:
+        if task != "list":
+            assert main.main([task, "--help"]) == 0
+            assert "--workdir" in capsys.readouterr().out
+
+
+def test_list_names_what_there_is(capsys):
+    assert main.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("configs/disco.py", "config.objectives.similarity", "resnet34", "fashion_mnist"):
+        assert name in out
+
+
+def test_a_smoke_run_from_the_shell_with_evaluation(tmp_path, digits_file):
+    """The console script itself, on one device: train, probe, kNN, and the files they leave."""
+    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
+    run = tmp_path / "run"
+
+    def call(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "disco_jax", *words, f"--workdir={run}"],
+            env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
+        ).stdout  # fmt: skip
+
+    data = ["--config.data.source=npz", f"--config.data.dir={digits_file}"]
+    out = call(*SMOKE, *data, "--config.student.width=4", "--config.augment.size=16")
+    assert "forward passes a step: student [0, 1], momentum [1], teacher [0, 1]" in out
+    assert "step 2/2" in out and "images/s" in out and "eta" in out
+    assert "kNN (weighted, k = 20" in call("knn")
+    assert "Linear probe: top-1" in call("linear", "--config.total_epochs=2")
+    left = {p.name for p in run.iterdir()}
+    assert left >= {
+        "config.json", "environment.json", "metrics.jsonl", "checkpoints",
+        "knn.json", "linear.json", "linear.npz",
+    }  # fmt: skip
