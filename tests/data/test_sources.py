@@ -39,8 +39,8 @@ def encode(image, kind="JPEG", **options):
 
 
 def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10):
-    """A data set of encoded images as `tfds build` leaves it; records is split -> [(bytes, label)]."""
-    tf, tfds = sources._tensorflow()
+    """A data set as `tfds build` leaves it; records is {split: [(bytes, label)]}."""
+    tf, tfds = sources.tensorflow()
     folder = pathlib.Path(data_dir) / name / "1.0.0"
     folder.mkdir(parents=True)
     fields = {"image": tfds.features.Image(shape=shape)}
@@ -192,7 +192,7 @@ def test_a_batch_larger_than_a_share_is_refused(data_dir):
 @pytest.mark.parametrize("case", range(4))
 def test_boxes_are_distributed_as_torchvisions(parity, case):
     """Those of `sources._boxes`; `test_arrays.py` holds the other sampler to the same figures."""
-    tf, _ = sources._tensorflow()
+    tf, _ = sources.tensorflow()
     path = parity / "augment" / "random_resized_crop_a.json"
     want = json.loads(path.read_text())["params"][case]
     m, sides = 4000, (want["height"], want["width"])
@@ -322,7 +322,7 @@ def test_unreadable_records_are_skipped_and_named_once(damaged, caplog):
     with caplog.at_level(logging.WARNING):
         batches = train(source, 3 * 5, 4, limit=3)  # three epochs: 21 pictures make 5 batches
     for epoch in range(3):
-        mine = [b for b in batches[5 * epoch : 5 * epoch + 5]]
+        mine = batches[5 * epoch : 5 * epoch + 5]
         seen = [i for b in mine for i in numbers(b.views[0])]
         assert len(seen) == len(set(seen)) == 20 and not set(seen) & set(BAD)
     train(source, 16, 4, limit=3)
@@ -382,7 +382,7 @@ def test_a_missing_data_set_says_what_is_there_and_how_to_prepare_it(data_dir, m
         TfdsSource("digit", data_dir)
     assert data_dir in str(error.value) and "tfds build digit" in str(error.value)
     monkeypatch.setenv("TFDS_DATA_DIR", f"{data_dir}/none")
-    with pytest.raises(UserError, match="no such directory.*TFDS_DATA_DIR"):
+    with pytest.raises(UserError, match=r"no such directory.*TFDS_DATA_DIR"):
         TfdsSource("digits")
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar.*downloads/manual"):
         TfdsSource("imagenet2012", data_dir)
@@ -392,7 +392,7 @@ def test_a_missing_data_set_says_what_is_there_and_how_to_prepare_it(data_dir, m
 
 def test_a_missing_split_is_named(data_dir):
     source = TfdsSource("digits", data_dir)
-    with pytest.raises(UserError, match="Did you mean 'test'.*Allowed: test, train"):
+    with pytest.raises(UserError, match=r"Did you mean 'test'.*Allowed: test, train"):
         source.count("tests")
     with pytest.raises(UserError, match="bicubic"):
         train(source, 1, views={0: crop(interpolation="cubic")})
@@ -454,7 +454,7 @@ def test_digits_need_scikit_learn(tmp_path, monkeypatch):
 
 
 def test_digits_are_not_registered_with_tfds(data_dir):
-    _, tfds = sources._tensorflow()
+    _, tfds = sources.tensorflow()
     assert "digits" not in tfds.core.registered._DATASET_REGISTRY
 
 

@@ -10,7 +10,7 @@ from disco_jax.evaluate import linear
 from disco_jax.evaluate.features import Features
 
 
-def blobs(count, seed, spread=1.5):
+def blobs(count, seed, spread=4.0):
     """Overlapping Gaussian classes, so that no classifier is perfect."""
     centres = np.random.default_rng(0).normal(size=(5, 16)) * 2
     rng = np.random.default_rng(seed)
@@ -19,7 +19,7 @@ def blobs(count, seed, spread=1.5):
     return Features(features, features, labels.astype(np.int32))
 
 
-def config(rate=1.0, epochs=30):
+def config(rate=0.05, epochs=30):
     made = flags.load("configs/linear.py")
     made.learning_rate.per_256 = rate
     made.total_epochs = epochs
