@@ -138,6 +138,11 @@ class ArraySource:
         kwargs = {"num_classes": len(classes) or None, **kwargs}
         return cls(splits, name=name, unreadable=unreadable, **kwargs)
 
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return list(self._splits)
+
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
         return len(self._split(split)[0])

@@ -64,6 +64,10 @@ class Source(Protocol):
     num_classes: int | None
     unreadable: list[str]
 
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
 

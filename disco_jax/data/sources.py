@@ -126,6 +126,11 @@ class TfdsSource:
         self._host, self._hosts = process_index, process_count
         self._kept: dict[str, Any] = {}  # split -> string[N], this host's encoded images
 
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return list(self._builder.info.splits)
+
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
         splits = self._builder.info.splits

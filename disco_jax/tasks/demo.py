@@ -25,12 +25,12 @@ TITLES = {
 Scores = dict[str, float]
 
 
-def run(config: ConfigDict, workdir_path: str) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Runs everything; goes on where it was stopped if started again.
 
     Args:
       config: see `configs/demo.py`.
-      workdir_path: gets data/, seed_N/{teacher,moco_v2,disco}/, results.json and figure.png.
+      workdir: gets data/, seed_N/{teacher,moco_v2,disco}/, results.json and figure.png.
 
     Returns:
       What results.json holds: for each of "teacher", "moco_v2", "disco" and "untrained"
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir_path: str) -> dict[str, Any]:
       standard deviation, if there are several), and what was run.
     """
     started = time.monotonic()
-    path = epath.Path(workdir_path)
+    path = epath.Path(workdir)
     data_dir = path / "data"
     digits.write(str(data_dir))
     by_seed = {seed: _one_seed(config, seed, path, data_dir) for seed in config.seeds}

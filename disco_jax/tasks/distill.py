@@ -4,11 +4,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from disco_jax import convert, errors, flags
+from disco_jax import convert, errors, flags, models
 from disco_jax.configs import disco
+from disco_jax.data import pipeline
+from disco_jax.data.base import Source
+from disco_jax.tasks import pretrain
+from disco_jax.train import teacher as teachers
+from disco_jax.train.workdir import read_config
 
 # Images smaller than this go through the small stem.
 SMALL_PX = 64
@@ -23,13 +29,14 @@ def main(argv: Sequence[str]) -> None:
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing and not wants_help:
         raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
-    config = disco.get_config() if wants_help else resolve(**given)
+    config, source = (disco.get_config(), None) if wants_help else resolve(**given)
+    opened = config.data.copy_and_resolve_references()
     values = flags.parse(
         "distill", argv, help_line=entry.TASKS["distill"].help, config=config, extra=_define
     )
     if values is not None:
         flags.prepare_jax(values.distributed)
-        _train(values.config, values.workdir)
+        _train(values.config, values.workdir, source if values.config.data == opened else None)
 
 
 def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) -> dict[str, Any]:
@@ -49,13 +56,13 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
     Raises:
       UserError: see `resolve` and `pretrain.run`.
     """
-    config = resolve(data=data, teacher=teacher, student=student)
+    config, source = resolve(data=data, teacher=teacher, student=student)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return _train(config, workdir)
+    return _train(config, workdir, source)
 
 
-def resolve(*, data: str, teacher: str, student: str) -> ConfigDict:
-    """The DisCo config for these images, this teacher and this student.
+def resolve(*, data: str, teacher: str, student: str) -> tuple[ConfigDict, Source]:
+    """The DisCo config for these images, this teacher and this student, and the images.
 
     The teacher decides the image size and normalisation; the number of images decides the batch
     and the queue: at most 256 and 65,536, at most an eighth of the images and all of them.
@@ -63,23 +70,20 @@ def resolve(*, data: str, teacher: str, student: str) -> ConfigDict:
     Raises:
       UserError: when the data or the teacher is not there or not understood.
     """
-    from disco_jax import models
-
     if student not in models.BACKBONES:
         raise errors.unknown("--student", student, models.BACKBONES)
     config = disco.get_config()
     config.student.backbone = student
     config.data.update(_data(data))
     _follow_teacher(config, teacher)
-    _fit_batch(config)
-    return config
+    source = pipeline.open_source(config.data)
+    _fit_data(config, source)
+    return config, source
 
 
-def _train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    from disco_jax.tasks import pretrain
-
+def _train(config: ConfigDict, workdir: str, source: Source | None) -> dict[str, Any]:
     print(f"Resolved config (change any field with --config.FIELD=VALUE):\n{_readable(config)}")
-    return pretrain.run(config, workdir)
+    return pretrain.run(config, workdir, source)
 
 
 def _data(data: str) -> dict[str, str]:
@@ -109,10 +113,7 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
     if path.is_file():
         config.teacher.update(convert.describe(convert.read(path), str(path))._asdict())
     else:
-        from disco_jax.train import teacher as teachers
-        from disco_jax.train import workdir
-
-        run = workdir.read_config(path)
+        run = read_config(path)
         config.teacher.update({field: run.student[field] for field in teachers.SHAPE})
         for field in ("size", "mean", "std", "interpolation"):
             value = run.augment[field]
@@ -122,14 +123,12 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
     config.student.stem = "small" if config.augment.size < SMALL_PX else "imagenet"
 
 
-def _fit_batch(config: ConfigDict) -> None:
-    """A batch and a queue that suit the number of images."""
-    import jax
-
-    from disco_jax.data import pipeline
-
-    count, devices = pipeline.open_source(config.data).count(config.data.train_split), 1
-    devices = jax.device_count()
+def _fit_data(config: ConfigDict, source: Source) -> None:
+    """A batch and a queue that suit the number of images; the split to evaluate on."""
+    held_out = [split for split in ("validation", "test") if split in source.splits]
+    if held_out and config.data.eval_split not in source.splits:
+        config.data.eval_split = held_out[0]
+    count, devices = source.count(config.data.train_split), jax.device_count()
     batch = min(256, max(count // 8, 1)) // devices * devices or devices
     config.batch_size = batch
     queue = max(min(65_536, count) // batch, 1) * batch

@@ -14,20 +14,20 @@ from disco_jax.evaluate import features, knn
 OUTPUTS = ("features", "embedding")
 
 
-def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of the run in `workdir_path`; writes knn.json there.
+def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of the run in `workdir`; writes knn.json there.
 
     Args:
       config: see `configs/knn.py`.
-      workdir_path: a pretraining run's directory.
+      workdir: a pretraining run's directory.
       source: images; None opens the run's own data.
 
     Returns:
       {"top1", "top5", "step", ...}, accuracies in percent.
     """
-    trained = features.load(workdir_path, config.network)
+    trained = features.load(workdir, config.network)
     result = {"step": trained.step, **evaluate(config, trained, source)}
-    (epath.Path(workdir_path) / "knn.json").write_text(json.dumps(result, indent=2) + "\n")
+    (epath.Path(workdir) / "knn.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"kNN ({config.vote}, k = {config.k}, {config.output}): top-1 {result['top1']:.2f} %, "
         f"top-5 {result['top5']:.2f} % of {result['images']} images"

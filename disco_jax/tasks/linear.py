@@ -12,27 +12,27 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import features, linear
 
 
-def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
-    """Probes the newest checkpoint of the run in `workdir_path`.
+def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
+    """Probes the newest checkpoint of the run in `workdir`.
 
     Writes linear.json and linear.npz (kernel, bias) there.
 
     Args:
       config: see `configs/linear.py`.
-      workdir_path: a pretraining run's directory.
+      workdir: a pretraining run's directory.
       source: images; None opens the run's own data.
 
     Returns:
       {"top1", "top5", "step", ...}, accuracies in percent.
     """
-    trained = features.load(workdir_path, config.network)
+    trained = features.load(workdir, config.network)
     source = source or pipeline.open_source(trained.config.data, shared=False)
     data = trained.config.data
     train = features.of_split(trained, source, data.train_split, config.extract_batch_size)
     test = features.of_split(trained, source, data.eval_split, config.extract_batch_size)
     params, result = probe(config, train, test)
     result = {"step": trained.step, **result}
-    path = epath.Path(workdir_path)
+    path = epath.Path(workdir)
     (path / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
     with (path / "linear.npz").open("wb") as file:
         np.savez(file, **params)

@@ -16,7 +16,7 @@ from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.methods.base import Method
 from disco_jax.ops import schedules
-from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher, workdir
+from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher
 from disco_jax.train.metrics import Logger
 
 _LOG = logging.getLogger(__name__)
@@ -77,12 +77,12 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     )
 
 
-def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
     """Trains as `config` says until its last step, from the newest checkpoint if there is one.
 
     Args:
       config: see `configs/common.py`.
-      workdir_path: the run's directory.
+      workdir: the run's directory.
       source: images; None opens `config.data`.
 
     Returns:
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir_path: str, source: Source | None = None) -> 
     started = time.monotonic()
     ready = prepare(config, source)
     with (
-        workdir.claim(workdir_path, config) as path,
+        workdir.claim(workdir, config) as path,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,

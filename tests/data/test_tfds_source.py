@@ -7,10 +7,9 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from disco_jax.data import digits, pipeline, sources
+from disco_jax.data import digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError

@@ -84,9 +84,9 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
     ids=lambda value: " ".join(value)[-60:],
 )  # fmt: skip
 def test_a_mistake_gets_one_clear_message(fails, digits_file, words, says):
-    if words[: len(SMOKE)] == SMOKE and not any("data." in word for word in words):
-        if len(words) > len(SMOKE):  # all but the missing data set
-            words = (*words, "--config.data.source=npz", f"--config.data.dir={digits_file}")
+    has_data = words == SMOKE or any("data." in word for word in words)
+    if words[: len(SMOKE)] == SMOKE and not has_data:
+        words = (*words, "--config.data.source=npz", f"--config.data.dir={digits_file}")
     message = fails(*words)
     for part in says:
         assert part in message

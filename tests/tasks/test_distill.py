@@ -1,0 +1,123 @@
+"""From a folder of images and a teacher to a student, and TensorFlow never in sight."""
+
+import os
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+
+import disco_jax
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.tasks import distill, pretrain
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """train/ and test/ with a sub-folder a class: the digits as PNG files."""
+    root = tmp_path_factory.mktemp("images")
+    made = helpers.digits()
+    for split, count in (("train", 160), ("test", 40)):
+        for i in range(count):
+            label = made[f"{split}_labels"][i]
+            path = root / split / f"digit {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(made[f"{split}_images"][i]).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The directory of a short pretraining run."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    config = helpers.smoke_config("moco_v2", batch_size=16)
+    pretrain.run(config, str(run), ArraySource(helpers.digits_splits()))
+    return run
+
+
+def test_settings_follow_the_teacher_and_the_images(folder, teacher):
+    config, source = distill.resolve(data=str(folder), teacher=str(teacher), student="resnet14")
+    assert source.count("train") == 160 and config.data.eval_split == "test"
+    assert config.data.source == "folder" and config.student.backbone == "resnet14"
+    assert config.student.stem == "small" and config.augment.size == 16
+    assert config.teacher.width == 4 and config.student.dim == config.teacher.dim == 16
+    assert config.batch_size == 20  # an eighth of 160 images, on 4 devices
+    assert config.objectives.contrast.queue_size == 160
+
+
+def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path, capsys):
+    result = disco_jax.distill(
+        data=str(folder),
+        teacher=str(teacher),
+        student="resnet8",
+        workdir=str(tmp_path / "run"),
+        total_steps=2,
+        student__width=4,
+        student__hidden=16,
+    )
+    assert result["step"] == 2
+    out = capsys.readouterr().out
+    assert "Resolved config" in out and '"batch_size": 20' in out
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"student": "resnet19"}, "--student='resnet19'"),
+        ({"data": "/no/such"}, "--data=/no/such does not exist"),
+        ({"teacher": "/no/such"}, "--teacher=/no/such does not exist"),
+    ],
+)
+def test_mistakes(folder, teacher, changes, message):
+    given = {"data": str(folder), "teacher": str(teacher), "student": "resnet8", **changes}
+    with pytest.raises(UserError, match=message):
+        distill.resolve(**given)
+
+
+def test_a_teacher_of_another_shape_is_refused(teacher, tmp_path):
+    config = helpers.smoke_config("disco", **{"teacher.weights": str(teacher), "batch_size": 16})
+    config.teacher.width = 8
+    with pytest.raises(UserError, match=r"config\.teacher\.width=8, but the run has 4"):
+        pretrain.run(config, str(tmp_path / "run"), ArraySource(helpers.digits_splits()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
+    """Recipe D3: the official code loads the queue with the teacher's file."""
+    source = ArraySource(helpers.digits_splits())
+    config = helpers.smoke_config("disco", **{"teacher.weights": str(teacher), "batch_size": 16})
+    config.teacher.hidden = -1
+    found = pretrain.prepare(config, source).teacher.queue
+    assert found.vectors.shape == (64, 16) and found.pointer == 32  # two steps of 16
+    from disco_jax.train import state
+
+    ready = pretrain.prepare(config, source)
+    create = lambda: state.create(ready.method, ready.tx, 0, 16, found)  # noqa: E731
+    np.testing.assert_array_equal(create().memory["contrast"]["view_1"].vectors, found.vectors)
+    config.objectives.contrast.queue_init = "random"
+    ready = pretrain.prepare(config, source)
+    assert not np.allclose(create().memory["contrast"]["view_1"].vectors, found.vectors)
+
+
+def test_training_and_evaluation_from_memory_never_import_tensorflow(folder, teacher, tmp_path):
+    code = f"""
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # importing would raise
+from disco_jax import main
+run = ["--workdir={tmp_path / "run"}"]
+words = ["distill", "--data={folder}", "--teacher={teacher}", "--student=resnet8"]
+small = ["--config.total_steps=2", "--config.student.width=4", "--config.student.hidden=16"]
+assert main.main([*words, *small, *run]) == 0
+assert main.main(["knn", "--config.k=5", *run]) == 0
+assert main.main(["linear", "--config.total_epochs=2", *run]) == 0
+assert sys.modules["tensorflow"] is None
+"""
+    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
