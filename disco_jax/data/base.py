@@ -158,7 +158,11 @@ def check_evaluation(size: int, resize: int) -> None:
 
 
 def share_of_limit(limit: int, share: int, index: int, hosts: int) -> int:
-    """How many records host `index` evaluates, so that all hosts together read `limit`."""
+    """How many records host `index` evaluates, so that all hosts together read at most `limit`.
+
+    They read exactly that many but where `limit` falls a few short of all there are: the share of
+    a host is then the smaller.
+    """
     if not limit:
         return share
     return min(share, limit * (index + 1) // hosts - limit * index // hosts)

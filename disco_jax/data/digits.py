@@ -29,14 +29,28 @@ def write(data_dir: str) -> str:
         return str(folder)
     arrays = _load()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, so that a folder of the right name is a whole data set.
-    unfinished = tempfile.mkdtemp(prefix=".unfinished_", dir=folder.parent)
+    # Under another name first, so that a description in the right folder means a whole data set.
+    # Inside the temporary folder, which is private: its child gets the usual permissions.
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished_", dir=folder.parent))
     try:
-        _write(unfinished, arrays)
-        os.replace(unfinished, folder)
+        made = unfinished / VERSION
+        made.mkdir()
+        _write(str(made), arrays)
+        _move(made, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)
+
+
+def _move(made: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts a finished data set in its place, unless another process was faster."""
+    if folder.exists() and not (folder / _INFO).exists():
+        shutil.rmtree(folder)  # left behind half-written
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if not (folder / _INFO).exists():
+            raise
 
 
 def _load() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from disco_jax.data.base import Source
-from disco_jax.errors import unknown
+from disco_jax.errors import UserError, unknown
 
 SOURCES = ("tfds", "folder", "npz")
 
@@ -35,14 +35,16 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
         return TfdsSource(
             data.name, data.dir, cache=data.cache, shuffle_buffer=data.shuffle_buffer, **common
         )
+    if data.source not in SOURCES:
+        raise unknown("config.data.source", data.source, SOURCES)
+    if not data.dir:
+        raise UserError(f"config.data.source={data.source!r} reads config.data.dir: set it.")
     from disco_jax.data.arrays import ArraySource
 
     if data.source == "folder":
         return ArraySource.from_folder(data.dir, data.max_memory_gb, **common)
-    if data.source == "npz":
-        common.pop("max_unreadable")
-        return ArraySource.from_npz(data.dir, **common)
-    raise unknown("config.data.source", data.source, SOURCES)
+    common.pop("max_unreadable")
+    return ArraySource.from_npz(data.dir, **common)
 
 
 def to_devices(tree: Any, local_devices: int) -> Any:
@@ -75,7 +77,7 @@ class Prefetcher:
         self.waited_s = 0.0
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        self._ended: Exception | None = None
+        self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, args=(iterator, transform), daemon=True)
         self._thread.start()
 
@@ -111,10 +113,10 @@ class Prefetcher:
                 if not self._put((transform(item), None)):
                     return
             self._put((None, StopIteration()))
-        except Exception as error:  # whatever reading raises belongs to the consumer
+        except BaseException as error:  # whatever reading raises belongs to the consumer
             self._put((None, error))
 
-    def _put(self, entry: tuple[Any, Exception | None]) -> bool:
+    def _put(self, entry: tuple[Any, BaseException | None]) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(entry, timeout=0.1)

@@ -18,6 +18,7 @@ from disco_jax.methods.base import Method
 from disco_jax.ops import schedules
 from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher
 from disco_jax.train.metrics import Logger
+from disco_jax.train.workdir import claim
 
 _LOG = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     started = time.monotonic()
     ready = prepare(config, source)
     with (
-        workdir.claim(workdir, config) as path,
+        claim(workdir, config) as path,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
