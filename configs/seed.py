@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.name = "seed"
     config.views = 1
     config.student.update(backbone=arg.student, hidden=-1)
-    config.teacher.update(backbone=arg.teacher, norm="running")  # the teacher is in eval mode
+    config.teacher.update(backbone=arg.teacher, hidden=-1, norm="running")  # in eval mode
     config.objectives.similarity.weight = 1.0
     config.learning_rate.update(warmup_epochs=5, warmup_from=0.03)
     if arg.smoke:

@@ -248,7 +248,9 @@ def test_evaluation_equals_torchvisions(parity, tmp_path):
         (batch,) = source.evaluate("test", p["crop"], p["resize"], p["interpolation"], 2)
         assert batch["label"].tolist() == [3, -1] and batch["mask"].tolist() == [True, False]
         difference = np.abs(batch["image"][0].astype(int) - stored[f"eval{i}_pil"])
-        assert difference.max() <= 2 and difference.mean() < 0.3
+        # Pillow rounds between its two passes, and clips there where bicubic overshoots.
+        assert difference.max() <= (5 if p["interpolation"] == "bicubic" else 1)
+        assert difference.mean() < 0.3
 
 
 def test_formats_are_decoded_as_pillow_does(data_dir):
@@ -268,8 +270,17 @@ def test_formats_are_decoded_as_pillow_does(data_dir):
         strict=True,
     ):
         want = arrays.evaluated(np.asarray(original.convert("RGB")), 24, 26, "bilinear")
-        assert np.abs(image.astype(int) - want).max() <= 2
+        assert np.abs(image.astype(int) - want).max() <= 1
     assert len(train(source, 3, 4)) == 3
+
+
+def test_jpegs_are_decoded_as_pillow_does(data_dir):
+    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
+    for image, options in ((noise, {}), (noise, {"subsampling": 0}), (noise[..., 0], {})):
+        encoded = encode(image, **options)
+        ours = np.asarray(sources._decode(encoded))
+        want = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        np.testing.assert_array_equal(ours, want)
 
 
 # ---- evaluation
@@ -354,7 +365,8 @@ def test_evaluation_skips_and_names_unreadable_records(damaged):
 
 
 def test_nothing_readable_is_an_error(tmp_path):
-    write(tmp_path, "bad", {"train": [(b"no", 0)] * 8})
+    # TFDS decodes the first record of the first split to describe it.
+    write(tmp_path, "bad", {"test": [(plain(0), 0)], "train": [(b"no", 0)] * 8})
     with pytest.raises(UserError):
         train(TfdsSource("bad", str(tmp_path)), 1, 4, limit=100)
 
