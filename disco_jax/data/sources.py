@@ -21,6 +21,7 @@ from disco_jax.errors import UserError, did_you_mean, unknown
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO = "dataset_info.json"
 _METHODS = ("bilinear", "bicubic")
+_READ_AT_ONCE = 1024  # records handed over by TensorFlow together
 # Pillow's decoder, bit for bit. TensorFlow's default is off by a grey level on average, and no
 # faster.
 _DCT = "INTEGER_ACCURATE"
@@ -128,7 +129,8 @@ class TfdsSource:
         self._cache, self._shuffle_buffer = cache, shuffle_buffer
         self._max_unreadable = max_unreadable
         self._host, self._hosts = process_index, process_count
-        self._kept: dict[str, Any] = {}  # split -> string[N], this host's encoded images
+        self._kept: dict[str, Any] = {}  # split -> this host's encoded images and labels
+        self._kept_names: dict[str, list[bytes]] = {}
 
     @property
     def splits(self) -> list[str]:
@@ -149,20 +151,29 @@ class TfdsSource:
         size = self._builder.info.splits[re.split(r"[\[+]", split)[0]].num_bytes
         return 0 < size <= _SMALL_BYTES
 
-    def _keep(self, split: str) -> tuple[Any, Any, list[str]]:
-        """This host's share, read once: tensors of encoded images and labels, and the names."""
+    def _keep(self, split: str) -> tuple[Any, Any]:
+        """This host's share, read once: tensors of encoded images and of labels."""
         if split not in self._kept:
             tf, _ = tensorflow()
-            with self._readable(split):
-                records = list(self._records(split, None, sharded=True).as_numpy_iterator())
-            self._check_count(split, len(records), self.count(split) // self._hosts)
-            images, labels, names = zip(*records, strict=True)
-            self._kept[split] = (
-                tf.constant(np.array(images, object)),
-                tf.constant(np.array(labels, np.int64)),
-                [name.decode() for name in names],
-            )
+            images, labels = self._read_share(split)
+            self._kept[split] = tf.constant(images), tf.constant(labels)
         return self._kept[split]
+
+    def _keep_names(self, split: str) -> list[bytes]:
+        """The names of this host's share, read when the first is asked for."""
+        if split not in self._kept_names:
+            (names,) = self._read_share(split, names=True)
+            self._kept_names[split] = names.tolist()
+        return self._kept_names[split]
+
+    def _read_share(self, split: str, **what: bool) -> list[np.ndarray]:
+        """What `_records` yields of this host's share in the stored order, each as one array."""
+        records = self._records(split, None, sharded=True, **what)
+        with self._readable(split):
+            batches = list(records.batch(_READ_AT_ONCE).as_numpy_iterator())
+        found = sum(len(batch[0]) for batch in batches)
+        self._check_count(split, found, self.count(split) // self._hosts)
+        return [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
 
     @contextlib.contextmanager
     def _readable(self, split: str) -> Iterator[None]:
@@ -184,34 +195,49 @@ class TfdsSource:
                 f"lack {wanted - found} of {wanted} records; prepare the data set again."
             )
 
-    def _records(self, split: str, shuffle_seed: int | None, *, sharded: bool | None = None):
-        """(encoded, label, name) from the disk: of this host if shuffled or `sharded`, else all."""
+    def _records(
+        self,
+        split: str,
+        shuffle_seed: int | None,
+        *,
+        sharded: bool | None = None,
+        names: bool = False,
+    ):
+        """(encoded, label) from the disk, or (name,), which takes longer to make than to read.
+
+        Of this host's share if shuffled or `sharded`, else of all.
+        """
         tf, tfds = tensorflow()
         if sharded or (sharded is None and shuffle_seed is not None):
             split = tfds.even_splits(split, n=self._hosts, drop_remainder=True)[self._host]
         options = tf.data.Options()
         options.deterministic = True
+        wanted = {key: True for key in (self._image, self._label) if key}
         records = self._builder.as_dataset(
             split=split,
             shuffle_files=shuffle_seed is not None,
-            decoders={self._image: tfds.decode.SkipDecoding()},
+            decoders=tfds.decode.PartialDecoding(
+                wanted, decoders={self._image: tfds.decode.SkipDecoding()}
+            ),
             # Its error for too few records comes again at every read, so that `ignore_errors` would
             # never end; `TfdsSource._named` counts instead.
             read_config=tfds.ReadConfig(
                 shuffle_seed=shuffle_seed,
-                add_tfds_id=True,
+                add_tfds_id=names,
                 try_autocache=False,
                 options=options,
                 assert_cardinality=False,
+                enable_ordering_guard=False,  # shuffling an ordered data set is what we are for
             ),
         )
+        if names:
+            return records.map(lambda record: (record["tfds_id"],))
         return records.map(
             lambda record: (
                 record[self._image],
                 tf.cast(record[self._label], tf.int64)
                 if self._label
                 else tf.constant(-1, tf.int64),
-                record["tfds_id"],
             )
         )
 
@@ -332,8 +358,8 @@ class _Order:
         """(position i64, encoded string, label i64) from the record at `offset` on."""
         tf, _ = tensorflow()
         if self._rows is None:
-            return self._read(names=False).skip(offset)
-        images, labels, _ = self._source._keep(self._split)
+            return self._read().skip(offset)
+        images, labels = self._source._keep(self._split)
         rows = tf.data.Dataset.from_tensor_slices(
             (np.arange(offset, len(self._rows)), self._rows[offset:])
         )
@@ -341,13 +367,13 @@ class _Order:
 
     def everything(self):
         """(position i64, encoded string, label i64) of the whole split in the stored order."""
-        return self._read(names=False)
+        return self._read()
 
     def names(self, positions: np.ndarray) -> list[str]:
         """What TFDS calls the records at these positions: the file and the number in it."""
         if self._rows is not None:
-            names = self._source._keep(self._split)[2]
-            return [names[self._rows[p]] for p in positions]
+            names = self._source._keep_names(self._split)
+            return [names[self._rows[p]].decode() for p in positions]
         wanted, found = set(map(int, positions)), []
         names = self._read(names=True).skip(int(positions[0]))
         with self._source._readable(self._split):
@@ -359,22 +385,16 @@ class _Order:
         self._source._check_count(self._split, len(found), len(wanted))
         return found
 
-    def _read(self, names: bool):
-        """The records from the disk, numbered."""
+    def _read(self, names: bool = False):
+        """The records from the disk, (position, *record)."""
         records = self._source._records(
-            self._split, self._seeds[0] % 2**31 if self._shuffled else None
+            self._split, self._seeds[0] % 2**31 if self._shuffled else None, names=names
         )
         if self._shuffled:
             records = records.shuffle(
                 self._source._shuffle_buffer, seed=self._seeds[1], reshuffle_each_iteration=False
             )
-        if names:
-            return records.map(lambda image, label, name: name).enumerate()
-        return (
-            records.map(lambda image, label, name: (image, label))
-            .enumerate()
-            .map(lambda position, record: (position, *record))
-        )
+        return records.enumerate().map(lambda position, record: (position, *record))
 
 
 def _decoded(records, decode, batch_size):

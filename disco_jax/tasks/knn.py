@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -27,6 +28,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     """
     trained = features.load(workdir, config.network)
     result = {"step": trained.step, **evaluate(config, trained, source)}
+    if jax.process_index():
+        return result
     (epath.Path(workdir) / "knn.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"kNN ({config.vote}, k = {config.k}, {config.output}): top-1 {result['top1']:.2f} %, "

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -32,6 +33,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     test = features.of_split(trained, source, data.eval_split, config.extract_batch_size)
     params, result = probe(config, train, test)
     result = {"step": trained.step, **result}
+    if jax.process_index():
+        return result
     path = epath.Path(workdir)
     (path / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
     with (path / "linear.npz").open("wb") as file:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from typing import Any
@@ -54,9 +55,13 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     Raises:
       UserError: a setting, the data or the teacher will not do.
     """
+    _check_numbers(config)
     _check_devices(config)
     recipe = views.build(config.augment, config.views)
     method = methods.build(config, config.views)
+    losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
+    if config.checkpoint.best_metric not in ("", *losses):
+        raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
     source = source or pipeline.open_source(config.data)
     steps_per_epoch = _steps_per_epoch(source, config)
     rate = optimizer.learning_rate(
@@ -190,9 +195,30 @@ def _resume(
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
+def _check_numbers(config: ConfigDict) -> None:
+    """Refuses numbers that would only fail, or do nothing, hours later."""
+    least = {
+        "batch_size": 1,
+        "total_epochs": 1,
+        "total_steps": 0,
+        "views": 1,
+        "log.every_steps": 1,
+        "checkpoint.every_steps": 1,
+        "checkpoint.keep": 1,
+        "momentum.ema_rate": 0,
+        "data.max_unreadable": 0,
+    }
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in least}
+    low = [f"config.{n}={v} is below {least[n]}." for n, v in values.items() if v < least[n]]
+    if config.momentum.ema_rate > 1:
+        low.append(f"config.momentum.ema_rate={config.momentum.ema_rate} is above 1.")
+    if low:
+        raise errors.UserError("\n  ".join(low))
+
+
 def _check_devices(config: ConfigDict) -> None:
     devices, batch = jax.device_count(), config.batch_size
-    if batch < 1 or batch % devices:
+    if batch % devices:
         nearest = [n for n in (batch // devices * devices, (batch // devices + 1) * devices) if n]
         raise errors.UserError(
             f"config.batch_size={batch} is not a multiple of the {devices} devices; the nearest "

@@ -14,7 +14,8 @@ def finished(tmp_path_factory):
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("demo")
     config = flags.load("configs/demo.py")
-    config.linear.total_epochs = 5
+    config.linear.total_epochs = 6
+    config.linear.learning_rate.milestones = (3, 5)
     for name in demo.RUNS:
         config[name].total_epochs = 3
     return folder, demo.run(config, str(folder)), config
@@ -28,6 +29,8 @@ def test_results_are_complete_and_in_percent(finished):
         for score in ("linear_top1", "knn_top1"):
             assert 10 < results[name][score] <= 100
     assert results["seeds"] == [0]
+    for name in demo.RUNS:  # TensorBoard's, beside the JSON lines
+        assert list((folder / "seed_0" / name).glob("events.out.tfevents.*"))
 
 
 @pytest.mark.slow
