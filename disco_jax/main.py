@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging as absl_logging
+
 from disco_jax import errors
 from disco_jax.version import __version__
 
@@ -45,7 +47,7 @@ Flags of most tasks:
   --config.FIELD=VALUE            change any field of it
   --workdir DIR                   where the run lives
   --distributed                   several hosts: meet the others before anything else
-  --debug                         a traceback beside the message
+  --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
 Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved.
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     debug = "--debug" in argv
     try:
-        _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+        _start(argv[0], [word for word in argv[1:] if word != "--debug"], debug)
     except (errors.UserError, errors.NumericError, errors.Preempted) as error:
         if debug:
             raise
@@ -85,10 +87,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _start(name: str, argv: Sequence[str]) -> None:
+def _start(name: str, argv: Sequence[str], debug: bool) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
-    _quiet_libraries()
+    _set_up_logging(debug)
     task, module = TASKS[name], f"disco_jax.tasks.{name}"
     if task.config is None:
         importlib.import_module(module).main(argv)
@@ -101,8 +103,9 @@ def _start(name: str, argv: Sequence[str]) -> None:
         importlib.import_module(module).run(values.config, values.workdir)
 
 
-def _quiet_libraries() -> None:
-    """Our own messages from INFO on; those of libraries from WARNING on."""
+def _set_up_logging(debug: bool) -> None:
+    """Our own messages from INFO on; those that libraries log through absl only if asked for."""
+    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("disco_jax")

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference_weights
 
+import reference_weights
 from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.models.encoder import Encoded

@@ -5,14 +5,14 @@ import pathlib
 import pickle
 import zipfile
 
-import helpers
 import jax
 import numpy as np
 import pytest
-import reference_weights
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+import helpers
+import reference_weights
 from disco_jax import convert, models
 from disco_jax.errors import UserError
 from disco_jax.train import teacher

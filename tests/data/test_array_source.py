@@ -5,11 +5,11 @@ import subprocess
 import sys
 import types
 
-import helpers
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 

@@ -2,13 +2,13 @@
 
 import math
 
-import helpers
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import helpers
 from disco_jax.data import crops, sources
 
 # (height, width, scale, ratio); the last three take the fallback often or always.

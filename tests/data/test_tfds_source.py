@@ -4,11 +4,11 @@ import io
 import itertools
 import types
 
-import helpers
 import numpy as np
 import pytest
 from PIL import Image
 
+import helpers
 from disco_jax.data import digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource

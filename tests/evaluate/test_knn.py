@@ -1,11 +1,11 @@
 """kNN: neighbours and predictions equal to the official DINO code's, and to brute force."""
 
-import helpers
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
 from disco_jax.evaluate.features import top_k

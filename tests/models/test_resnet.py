@@ -1,13 +1,13 @@
 """ResNets and their heads: same weights, same images, same numbers as the official PyTorch."""
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_weights
 from ml_collections import ConfigDict
 
+import helpers
+import reference_weights
 from disco_jax import convert, models
 from disco_jax.convert import torch_keys
 

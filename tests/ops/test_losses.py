@@ -1,6 +1,5 @@
 """Losses against the official PyTorch code, and what holds for any embedding."""
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from disco_jax.ops.losses import (
     contrast_accuracy,
     info_nce,

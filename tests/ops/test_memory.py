@@ -1,10 +1,10 @@
 """The queue: order, wrap-around, and what it refuses."""
 
-import helpers
 import jax
 import numpy as np
 import pytest
 
+import helpers
 from disco_jax.ops.losses import unit
 from disco_jax.ops.memory import Queue
 

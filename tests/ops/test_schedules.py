@@ -1,11 +1,11 @@
 """Learning rates against the official scripts, epoch by epoch."""
 
-import helpers
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import helpers
 from disco_jax.train import optimizer
 
 STEPS = 7  # an epoch

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 
-import helpers
 import numpy as np
 import pytest
 
+import helpers
 from disco_jax import flags, main
 
 

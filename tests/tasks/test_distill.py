@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-import helpers
 import numpy as np
 import pytest
 from PIL import Image
 
 import disco_jax
+import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.tasks import distill, pretrain

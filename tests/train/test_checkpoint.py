@@ -3,11 +3,11 @@
 import pathlib
 
 import chex
-import helpers
 import jax
 import numpy as np
 import pytest
 
+import helpers
 from disco_jax.errors import UserError
 from disco_jax.train import checkpoint
 from disco_jax.train.checkpoint import Checkpoints

@@ -2,13 +2,13 @@
 
 import functools
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import helpers
 from disco_jax.methods.base import Method, Views
 from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.distill import Distill

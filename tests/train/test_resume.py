@@ -9,11 +9,11 @@ import sys
 import time
 
 import chex
-import helpers
 import jax
 import numpy as np
 import pytest
 
+import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features

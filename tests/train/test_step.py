@@ -1,11 +1,11 @@
 """The step: the same on any number of devices, and nothing computed that nobody reads."""
 
 import chex
-import helpers
 import jax
 import numpy as np
 import pytest
 
+import helpers
 from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
