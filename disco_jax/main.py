@@ -56,6 +56,7 @@ Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and 
 
 def console() -> None:
     """The console script."""
+    _set_up_logging(debug="--debug" in sys.argv)
     sys.exit(main(sys.argv[1:]))
 
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     debug = "--debug" in argv
     try:
-        _start(argv[0], [word for word in argv[1:] if word != "--debug"], debug)
+        _start(argv[0], [word for word in argv[1:] if word != "--debug"])
     except (errors.UserError, errors.NumericError, errors.Preempted) as error:
         if debug:
             raise
@@ -87,10 +88,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _start(name: str, argv: Sequence[str], debug: bool) -> None:
+def _start(name: str, argv: Sequence[str]) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
-    _set_up_logging(debug)
     task, module = TASKS[name], f"disco_jax.tasks.{name}"
     if task.config is None:
         importlib.import_module(module).main(argv)

@@ -17,5 +17,5 @@ use_venv() {
   [ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
   PYTHON=$venv/bin/python
   echo "Installing disco_jax[$extra] into $venv ..."
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$root[$extra]"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "${root}[$extra]"
 }

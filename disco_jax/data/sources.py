@@ -131,6 +131,7 @@ class TfdsSource:
         self._host, self._hosts = process_index, process_count
         self._kept: dict[str, Any] = {}  # split -> this host's encoded images and labels
         self._kept_names: dict[str, list[bytes]] = {}
+        self._kept_pixels: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def splits(self) -> list[str]:
@@ -261,7 +262,7 @@ class TfdsSource:
         for epoch in itertools.count(start.epoch):
             offset = start.offset if epoch == start.epoch else 0
             order = _Order(self, split, seed, epoch)
-            cropped = self._cropped(order.images(offset), views, (seed, epoch), batch_size)
+            cropped = self._cropped(order, offset, views, (seed, epoch), batch_size)
             read = offset > 0
             for positions, images in self._named(cropped, order, offset, share, limit):
                 if len(positions) == batch_size:
@@ -272,24 +273,52 @@ class TfdsSource:
             if not read:  # too much is unreadable to fill one batch
                 base.check_batch_size(self.name, split, 0, batch_size)
 
-    def _cropped(self, records, views, where, batch_size):
+    def _cropped(self, order, offset, views, where, batch_size):
         """(positions i64[b], one u8[b, S, S, 3] a view) a batch."""
         shape = self._builder.info.features[self._image].shape
         if None not in shape and shape[0] * shape[1] <= _SMALL_PIXELS:
-            whole = _decoded(records, lambda p, image, label: [_decode(image)], batch_size)
-            for positions, images in whole.as_numpy_iterator():
-                yield (
-                    positions,
-                    [
-                        _cut(images, positions, crop, (*where, self._host, view))
-                        for view, crop in views.items()
-                    ],
-                )
+            for positions, images in self._small_images(order, offset, batch_size):
+                cut = [
+                    _cut(images, positions, crop, (*where, self._host, view))
+                    for view, crop in views.items()
+                ]
+                yield positions, [np.broadcast_to(c, (*c.shape[:3], 3)) for c in cut]
         else:
             key = int(base.seed_words(*where, self._host, words=1)[0] >> np.uint64(1))
             decode = functools.partial(_crop_function(tuple(views.values())), key)
-            for positions, *images in _decoded(records, decode, batch_size).as_numpy_iterator():
+            made = _decoded(order.images(offset), decode, batch_size)
+            for positions, *images in made.as_numpy_iterator():
                 yield positions, images
+
+    def _small_images(self, order, offset, batch_size):
+        """(positions i64[b], u8[b, H, W, 3 or 1]) a batch; all of one size."""
+        if order.rows is None:
+            yield from _pixels(order.images(offset), batch_size)
+            return
+        pixels, place = self._keep_pixels(order.split)
+        positions = np.arange(offset, len(order.rows))
+        positions = positions[place[order.rows[positions]] >= 0]
+        for begin in range(0, len(positions), batch_size):
+            batch = positions[begin : begin + batch_size]
+            yield batch, pixels[place[order.rows[batch]]]
+
+    def _keep_pixels(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """This host's share, decoded once: u8[n, H, W, 3 or 1], and where each record is in it.
+
+        The second is i64[records], -1 for what cannot be decoded.
+        """
+        if split not in self._kept_pixels:
+            tf, _ = tensorflow()
+            records = tf.data.Dataset.from_tensor_slices(self._keep(split)).enumerate()
+            records = records.map(lambda position, record: (position, *record))
+            rows, images = zip(*_pixels(records, _READ_AT_ONCE), strict=True)
+            place = np.full(self.count(split) // self._hosts, -1)
+            place[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
+            images = np.concatenate(images)
+            if self._builder.info.features[self._image].shape[-1] == 1:
+                images = images[..., :1].copy()  # grey: a third of the memory and of the work
+            self._kept_pixels[split] = images, place
+        return self._kept_pixels[split]
 
     def evaluate(
         self,
@@ -345,23 +374,23 @@ class _Order:
 
     def __init__(self, source: TfdsSource, split: str, seed: int | None, epoch: int):
         """A fresh order for each (seed, epoch); seed None keeps the stored order, of all hosts."""
-        self._source, self._split, self._shuffled = source, split, seed is not None
+        self._source, self.split, self._shuffled = source, split, seed is not None
         words = base.seed_words(seed or 0, epoch, source._host) >> np.uint64(1)
         self._seeds = [int(word) for word in words]
         if self._shuffled and source._is_small(split):
             share = source.count(split) // source._hosts
-            self._rows = np.random.default_rng(self._seeds[0]).permutation(share)
+            self.rows = np.random.default_rng(self._seeds[0]).permutation(share)
         else:
-            self._rows = None
+            self.rows = None
 
     def images(self, offset: int):
         """(position i64, encoded string, label i64) from the record at `offset` on."""
         tf, _ = tensorflow()
-        if self._rows is None:
+        if self.rows is None:
             return self._read().skip(offset)
-        images, labels = self._source._keep(self._split)
+        images, labels = self._source._keep(self.split)
         rows = tf.data.Dataset.from_tensor_slices(
-            (np.arange(offset, len(self._rows)), self._rows[offset:])
+            (np.arange(offset, len(self.rows)), self.rows[offset:])
         )
         return rows.map(lambda position, row: (position, images[row], labels[row]))
 
@@ -371,24 +400,24 @@ class _Order:
 
     def names(self, positions: np.ndarray) -> list[str]:
         """What TFDS calls the records at these positions: the file and the number in it."""
-        if self._rows is not None:
-            names = self._source._keep_names(self._split)
-            return [names[self._rows[p]].decode() for p in positions]
+        if self.rows is not None:
+            names = self._source._keep_names(self.split)
+            return [names[self.rows[p]].decode() for p in positions]
         wanted, found = set(map(int, positions)), []
         names = self._read(names=True).skip(int(positions[0]))
-        with self._source._readable(self._split):
+        with self._source._readable(self.split):
             for position, name in names.as_numpy_iterator():
                 if int(position) in wanted:
                     found.append(name.decode())
                 if position >= positions[-1]:
                     break
-        self._source._check_count(self._split, len(found), len(wanted))
+        self._source._check_count(self.split, len(found), len(wanted))
         return found
 
     def _read(self, names: bool = False):
         """The records from the disk, (position, *record)."""
         records = self._source._records(
-            self._split, self._seeds[0] % 2**31 if self._shuffled else None, names=names
+            self.split, self._seeds[0] % 2**31 if self._shuffled else None, names=names
         )
         if self._shuffled:
             records = records.shuffle(
@@ -408,6 +437,13 @@ def _decoded(records, decode, batch_size):
     options = tf.data.Options()
     options.deterministic = True
     return made.ignore_errors().batch(batch_size).prefetch(2).with_options(options)
+
+
+def _pixels(records, batch_size):
+    """(positions i64[b], u8[b, H, W, 3]) of whole images of one size, bad ones left out."""
+    return _decoded(
+        records, lambda p, image, label: [_decode(image)], batch_size
+    ).as_numpy_iterator()
 
 
 def _crop_function(views):

@@ -8,6 +8,7 @@ any number of devices can read them.
 
 import dataclasses
 import logging
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class Checkpoints:
             preserve.append(policy.BestN(get_metric_fn=lambda m: m[best_metric], reverse=True, n=1))
             # Also what makes a manager that is opened again read the metrics of old checkpoints.
             best = {"best_fn": lambda m: m[best_metric], "best_mode": "min"}
-        self._workdir = epath.Path(workdir)
+        self._workdir = _absolute(workdir)
         self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
             self._workdir / FOLDER,
@@ -159,7 +160,7 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
     Raises:
       UserError: if no checkpoint there can be read.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = _absolute(workdir) / FOLDER
     steps = []
     if folder.exists():
         with ocp.CheckpointManager(folder) as manager:
@@ -172,6 +173,12 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
                     continue
                 return restored[part], step
     raise UserError(f"{folder} holds no readable checkpoint (found steps: {steps or 'none'}).")
+
+
+def _absolute(workdir: str) -> epath.Path:
+    """Orbax takes no relative paths; an object store's have no other form."""
+    path = epath.Path(workdir)
+    return path if "://" in str(workdir) else epath.Path(os.path.abspath(path))
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_a_smoke_run_from_the_shell_with_evaluation(tmp_path, digits_file):
 
     def call(*words):
         return subprocess.run(
-            [sys.executable, "-m", "disco_jax", *words, f"--workdir={run}"],
+            [sys.executable, "-m", "disco_jax", *words, "--workdir=run"],
             env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
         ).stdout  # fmt: skip
 
