@@ -295,29 +295,27 @@ class TfdsSource:
         if order.rows is None:
             yield from _pixels(order.images(offset), batch_size)
             return
-        pixels, place = self._keep_pixels(order.split)
+        pixels, readable = self._keep_pixels(order.split)
         positions = np.arange(offset, len(order.rows))
-        positions = positions[place[order.rows[positions]] >= 0]
+        positions = positions[readable[order.rows[positions]]]
         for begin in range(0, len(positions), batch_size):
             batch = positions[begin : begin + batch_size]
-            yield batch, pixels[place[order.rows[batch]]]
+            yield batch, pixels[order.rows[batch]]
 
     def _keep_pixels(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """This host's share, decoded once: u8[n, H, W, 3 or 1], and where each record is in it.
-
-        The second is i64[records], -1 for what cannot be decoded.
-        """
+        """This host's share, decoded once: u8[n, H, W, 3 or 1], and bool[n], what is readable."""
         if split not in self._kept_pixels:
             tf, _ = tensorflow()
+            height, width, channels = self._builder.info.features[self._image].shape
+            share = self.count(split) // self._hosts
+            # One channel where images are grey: a third of the memory and of the work.
+            pixels = np.zeros((share, height, width, min(channels, 3)), np.uint8)
+            readable = np.zeros(share, bool)
             records = tf.data.Dataset.from_tensor_slices(self._keep(split)).enumerate()
             records = records.map(lambda position, record: (position, *record))
-            rows, images = zip(*_pixels(records, _READ_AT_ONCE), strict=True)
-            place = np.full(self.count(split) // self._hosts, -1)
-            place[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
-            images = np.concatenate(images)
-            if self._builder.info.features[self._image].shape[-1] == 1:
-                images = images[..., :1].copy()  # grey: a third of the memory and of the work
-            self._kept_pixels[split] = images, place
+            for rows, images in _pixels(records, _READ_AT_ONCE):
+                pixels[rows], readable[rows] = images[..., : pixels.shape[-1]], True
+            self._kept_pixels[split] = pixels, readable
         return self._kept_pixels[split]
 
     def evaluate(
