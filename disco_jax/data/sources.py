@@ -10,21 +10,19 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base, crops
+from disco_jax.data import base, crops, decode
+from disco_jax.data.decode import tensorflow
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO = "dataset_info.json"
 _METHODS = ("bilinear", "bicubic")
 _READ_AT_ONCE = 1024  # records handed over by TensorFlow together
-# Pillow's decoder, bit for bit. TensorFlow's default is off by a grey level on average, and no
-# faster.
-_DCT = "INTEGER_ACCURATE"
 # Splits that take less than this on disk are kept in memory, which shuffles them fully and
 # makes the start of an epoch free.
 _SMALL_BYTES = 200e6
@@ -285,8 +283,8 @@ class TfdsSource:
                 yield positions, [np.broadcast_to(c, (*c.shape[:3], 3)) for c in cut]
         else:
             key = int(base.seed_words(*where, self._host, words=1)[0] >> np.uint64(1))
-            decode = functools.partial(_crop_function(tuple(views.values())), key)
-            made = _decoded(order.images(offset), decode, batch_size)
+            function = functools.partial(decode.crop_function(tuple(views.values())), key)
+            made = _decoded(order.images(offset), function, batch_size)
             for positions, *images in made.as_numpy_iterator():
                 yield positions, images
 
@@ -342,7 +340,7 @@ class TfdsSource:
     def _evaluate(self, split, first, last, batches, how, batch_size):
         order = _Order(self, split, None, 0)
         records = order.everything().skip(first).take(last - first)
-        decoded = _decoded(records, functools.partial(_evaluated, *how), batch_size)
+        decoded = _decoded(records, functools.partial(decode.evaluated, *how), batch_size)
         decoded = ((at, (images, labels)) for at, images, labels in decoded.as_numpy_iterator())
         made = 0
         found = self._named(decoded, order, first, last, self._max_unreadable)
@@ -424,11 +422,11 @@ class _Order:
         return records.enumerate().map(lambda position, record: (position, *record))
 
 
-def _decoded(records, decode, batch_size):
-    """Batches of what `decode` makes of (position, encoded, label); bad records fall out."""
+def _decoded(records, function, batch_size):
+    """Batches of what `function` makes of (position, encoded, label); bad records fall out."""
     tf, _ = tensorflow()
     made = records.map(
-        lambda position, *record: (position, *decode(position, *record)),
+        lambda position, *record: (position, *function(position, *record)),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -440,87 +438,8 @@ def _decoded(records, decode, batch_size):
 def _pixels(records, batch_size):
     """(positions i64[b], u8[b, H, W, 3]) of whole images of one size, bad ones left out."""
     return _decoded(
-        records, lambda p, image, label: [_decode(image)], batch_size
+        records, lambda p, image, label: [decode.whole(image)], batch_size
     ).as_numpy_iterator()
-
-
-def _crop_function(views):
-    """(key, position, encoded, label) -> one u8[S, S, 3] a crop."""
-    tf, _ = tensorflow()
-    scale = np.array([crop.scale for crop in views], np.float32)
-    ratio = np.log([crop.ratio for crop in views]).astype(np.float32)
-
-    def decode(key, position, encoded, label):
-        del label
-        is_jpeg = tf.io.is_jpeg(encoded)
-
-        def jpeg():
-            boxes = _boxes(key, position, tf.io.extract_jpeg_shape(encoded)[:2], scale, ratio)
-            cuts = [
-                tf.image.decode_and_crop_jpeg(encoded, b, channels=3, dct_method=_DCT)
-                for b in boxes
-            ]
-            return [_resize(cut, (c.size,) * 2, c) for cut, c in zip(cuts, views, strict=True)]
-
-        def other():
-            image = _decode(encoded)
-            boxes = _boxes(key, position, tf.shape(image)[:2], scale, ratio)
-            cuts = [tf.image.crop_to_bounding_box(image, *tf.unstack(box)) for box in boxes]
-            return [_resize(cut, (c.size,) * 2, c) for cut, c in zip(cuts, views, strict=True)]
-
-        made = tf.cond(is_jpeg, jpeg, other)
-        return [tf.ensure_shape(v, (c.size, c.size, 3)) for v, c in zip(made, views, strict=True)]
-
-    return decode
-
-
-def _boxes(key, position, shape, scale, ratio):
-    """[i32[4]] top, left, height, width a view; `crops.boxes` as TensorFlow operations."""
-    tf, _ = tensorflow()
-    draws = tf.random.stateless_uniform(
-        (len(scale), crops.TRIES + 1, 2), [key, tf.cast(position, tf.int64)]
-    )
-    tries, place = draws[:, :-1], draws[:, -1]
-    size = tf.cast(shape, tf.float32)
-    area = size[0] * size[1] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * tries[..., 0])
-    aspect = tf.exp(ratio[:, :1] + (ratio[:, 1:] - ratio[:, :1]) * tries[..., 1])
-    sides = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], -1)))  # [V, tries, (h, w)]
-    fits = tf.reduce_all((sides > 0) & (sides <= size), -1)
-    first = tf.argmax(tf.cast(fits, tf.int32), axis=1)  # the first of the largest
-    found = tf.reduce_any(fits, axis=1)[:, None]
-    limits = tf.exp(ratio)
-    central = tf.stack(
-        [
-            tf.where(size[1] < limits[:, 0] * size[0], tf.round(size[1] / limits[:, 0]), size[0]),
-            tf.where(size[1] > limits[:, 1] * size[0], tf.round(size[0] * limits[:, 1]), size[1]),
-        ],
-        -1,
-    )
-    chosen = tf.where(found, tf.gather(sides, first, batch_dims=1), central)
-    free = size - chosen
-    corner = tf.where(found, tf.floor(place * (free + 1)), tf.floor(free / 2))
-    # A draw of almost 1 may round up to the edge.
-    corner = tf.minimum(corner, free)
-    return tf.unstack(tf.cast(tf.concat([corner, chosen], -1), tf.int32))
-
-
-def _evaluated(size, resize, interpolation, position, encoded, label):
-    """The middle of an image, u8[size, size, 3], and its label; see `base.Source.evaluate`."""
-    tf, _ = tensorflow()
-    image = _decode(encoded)
-    shape = tf.shape(image)
-    crop = _Antialiased(interpolation)
-    if not resize:
-        image = _resize(image, (size, size), crop)
-    else:
-        short = tf.minimum(shape[0], shape[1])
-        high, wide = resize * shape[0] // short, resize * shape[1] // short
-        image = _resize(image, (high, wide), crop)
-        # Halves round to even, as torchvision's do.
-        top = tf.cast(tf.round((high - size) / 2), tf.int32)
-        left = tf.cast(tf.round((wide - size) / 2), tf.int32)
-        image = image[top : top + size, left : left + size]
-    return tf.ensure_shape(image, (size, size, 3)), tf.cast(label, tf.int32)
 
 
 def _cut(images, positions, crop, where):
@@ -530,31 +449,6 @@ def _cut(images, positions, crop, where):
     height, width = (np.full(len(images), side) for side in images.shape[1:3])
     places = crops.boxes(draws, height, width, crop.scale, crop.ratio)
     return crops.cut(images, places, crop.size, crop.interpolation, crop.antialias)
-
-
-class _Antialiased(NamedTuple):
-    """How evaluation resizes."""
-
-    interpolation: str
-    antialias: bool = True
-
-
-def _decode(encoded):
-    """u8[H, W, 3] of a JPEG, PNG, GIF or BMP."""
-    tf, _ = tensorflow()
-    image = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
-    return tf.ensure_shape(image, (None, None, 3))
-
-
-def _resize(image, shape, crop):
-    """u8 of `shape`, by the crop's filter, rounded."""
-    tf, _ = tensorflow()
-    image = tf.image.resize(image, shape, crop.interpolation, antialias=crop.antialias)
-    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
 def _image_and_label(info):
@@ -572,17 +466,3 @@ def _image_and_label(info):
 def _check_method(setting, given):
     if given not in _METHODS:
         raise unknown(setting, given, _METHODS)
-
-
-@functools.cache
-def tensorflow():
-    """(tensorflow, tensorflow_datasets), kept off the accelerators."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Its float kernels differ in the last bit by thread count; a replay must not.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    tf.get_logger().setLevel("ERROR")
-    tf.config.set_visible_devices([], "GPU")
-    return tf, tfds

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import helpers
-from disco_jax.data import crops, sources
+from disco_jax.data import crops, decode
 
 # (height, width, scale, ratio); the last three take the fallback often or always.
 CASES = [
@@ -52,13 +52,13 @@ def test_boxes_are_those_of_torchvisions_loop(height, width, scale, ratio):
 @pytest.mark.parametrize(("height", "width", "scale", "ratio"), CASES)
 def test_tensorflow_boxes_are_those_of_torchvisions_loop(height, width, scale, ratio):
     """In float32, so a side may round to the other neighbour once in a long while."""
-    tf, _ = sources.tensorflow()
+    tf, _ = decode.tensorflow()
     n, shape = 300, (1, crops.TRIES + 1, 2)
 
     @tf.function
     def made(position):
         scales, ratios = np.array([scale], np.float32), np.log([ratio]).astype(np.float32)
-        (box,) = sources._boxes(7, position, tf.constant([height, width]), scales, ratios)
+        (box,) = decode.boxes_of(7, position, tf.constant([height, width]), scales, ratios)
         return box, tf.random.stateless_uniform(shape, [7, position])[0]
 
     boxes, draws = zip(*(made(tf.constant(i, tf.int64)) for i in range(n)), strict=True)
@@ -89,12 +89,10 @@ def test_batched_and_tensorflow_crops_equal_those_on_pictures():
     meta, stored = helpers.fixture("augment/resized_crop_a")
     for i, p in enumerate(meta["params"]):
         box = p["top"], p["left"], p["height"], p["width"]
-        how, size = sources._Antialiased(p["interpolation"]), p["size"]
+        how, size = decode.Antialiased(p["interpolation"]), p["size"]
         batched = crops.cut(stored["image"][None], np.array([box]), size, p["interpolation"], True)
         top, left, h, w = box
-        streamed = sources._resize(
-            stored["image"][top : top + h, left : left + w], (size,) * 2, how
-        )
+        streamed = decode.resized(stored["image"][top : top + h, left : left + w], (size,) * 2, how)
         for ours in (batched[0], np.asarray(streamed)):
             difference = np.abs(ours.astype(int) - stored[f"crop{i}_pil"])
             assert difference.max() <= (4 if p["interpolation"] == "bicubic" else 1)

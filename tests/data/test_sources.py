@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disco_jax.data import arrays, base, digits, sources
+from disco_jax.data import arrays, base, decode, digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -191,7 +191,7 @@ def test_a_batch_larger_than_a_share_is_refused(data_dir):
 
 @pytest.mark.parametrize("case", range(4))
 def test_boxes_are_distributed_as_torchvisions(parity, case):
-    """Those of `sources._boxes`; `test_arrays.py` holds the other sampler to the same figures."""
+    """Those of `decode.boxes_of`; `test_arrays.py` holds the other sampler to the same figures."""
     tf, _ = sources.tensorflow()
     path = parity / "augment" / "random_resized_crop_a.json"
     want = json.loads(path.read_text())["params"][case]
@@ -199,7 +199,7 @@ def test_boxes_are_distributed_as_torchvisions(parity, case):
     scale, ratio = np.array([want["scale"]], np.float32), np.log([want["ratio"]])
 
     def box(position):
-        return sources._boxes(7, position, tf.constant(sides), scale, ratio.astype(np.float32))
+        return decode.boxes_of(7, position, tf.constant(sides), scale, ratio.astype(np.float32))
 
     made = tf.data.Dataset.range(m).map(box, num_parallel_calls=2).batch(m)
     top, left, h, w = np.reshape(made.get_single_element(), (m, 4)).T
@@ -228,11 +228,11 @@ def test_resized_crops_equal_torchvisions(parity):
         )
         cut, shape = stored["image"][rows, columns], (p["size"], p["size"])
         how = crop(interpolation=p["interpolation"])
-        ours = np.asarray(sources._resize(cut, shape, how))
+        ours = np.asarray(decode.resized(cut, shape, how))
         want = np.clip(255 * stored[f"crop{i}_float_antialias"], 0, 255)
         assert np.abs(ours - want).max() < 0.51
         if p["interpolation"] == "bilinear":
-            ours = np.asarray(sources._resize(cut, shape, crop(antialias=False)))
+            ours = np.asarray(decode.resized(cut, shape, crop(antialias=False)))
             assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 0.51
 
 
@@ -278,7 +278,7 @@ def test_jpegs_are_decoded_as_pillow_does(data_dir):
     noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
     for image, options in ((noise, {}), (noise, {"subsampling": 0}), (noise[..., 0], {})):
         encoded = encode(image, **options)
-        ours = np.asarray(sources._decode(encoded))
+        ours = np.asarray(decode.whole(encoded))
         want = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
         np.testing.assert_array_equal(ours, want)
 

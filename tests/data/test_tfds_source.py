@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import helpers
-from disco_jax.data import digits, sources
+from disco_jax.data import decode, digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -76,7 +76,7 @@ def test_evaluation_equals_torchvisions(data_dir):
     encoded = tf.io.encode_png(stored["image"])
     for i, p in enumerate(meta["params"]):
         how = p["crop"], p["resize"], p["interpolation"]
-        image, _ = sources._evaluated(*how, 0, encoded, tf.constant(0))
+        image, _ = decode.evaluated(*how, 0, encoded, tf.constant(0))
         difference = np.abs(np.asarray(image).astype(int) - stored[f"eval{i}_pil"])
         assert difference.max() <= (1 if p["interpolation"] == "bilinear" else 5)
         assert (difference > 1).mean() < 0.001 and difference.mean() < 0.2
