@@ -3,9 +3,9 @@ r"""The quick start: DisCo on 1,797 real handwritten digits, on any computer, wi
     disco-jax demo --workdir runs/quickstart
 
 A MoCo-v2 teacher, then the same narrow backbone twice: with MoCo-v2 alone and with DisCo from that
-teacher. As in the papers, the baseline has a narrow head and DisCo a wide one (for the baseline,
-128 was the best of the widths tried: 16, 128, 256, 512). Over three seeds, as the README states
-it: --config.seeds="(0,1,2)".
+teacher. As in the papers, the baseline has a narrow head and DisCo a wide one (a head of 128 served
+the baseline better than one as wide as its 16 features). Over three seeds, as the README states it:
+--config.seeds="(0,1,2)".
 """
 
 from ml_collections import ConfigDict

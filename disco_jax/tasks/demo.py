@@ -156,7 +156,8 @@ def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> N
     right.set(
         xticks=(1.5, 6.5),
         xticklabels=("linear probe", "kNN"),
-        ylim=(0, 112),
+        ylim=(0, 128),
+        yticks=range(0, 101, 20),
         ylabel="top-1 on held-out digits (%)",
         title="What the features are worth",
     )
