@@ -75,7 +75,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         backbone="resnet18",
         width=0,  # channels of the first stage; 0: the backbone's own
         stem=known["stem"],  # imagenet | small
-        zero_init_residual=False,  # true: as timm's ResNets start (recipe M4)
+        zero_init_residual=False,  # true: as timm's ResNets start (disagreement M4)
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
         dim=128,
@@ -92,7 +92,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             keys_from="momentum",
             temperature=0.2,
             queue_size=65_536,
-            queue_init="teacher",  # the teacher's queue where it has one | random (recipe D3)
+            queue_init="teacher",  # the teacher's queue where it has one | random (disagreement D3)
         ),
         distill=dict(weight=0.0, views=(0, 1), reduction="mean"),
         similarity=dict(

@@ -21,10 +21,10 @@ def get_config(arg=None):
     config = common.pretrain(arg.data, arg.smoke)
     config.name = "disco"
     config.student.backbone = arg.student
-    # A MoCo-v2 teacher, on batch statistics (recipe D2).
+    # A MoCo-v2 teacher, on batch statistics (disagreement D2).
     config.teacher.update(backbone=arg.teacher, hidden=-1, norm="local")
     config.objectives.contrast.weight = 1.0
-    config.objectives.distill.weight = 32.0  # on the mean of the batch (recipe D1)
+    config.objectives.distill.weight = 32.0  # on the mean of the batch (disagreement D1)
     if arg.smoke:
         config.teacher.weights = "random"
     return config

@@ -14,7 +14,7 @@ def get_config(arg=None):
     arg = common.parse(arg, student="resnet50", data="imagenet2012", smoke=False)
     config = common.pretrain(arg.data, arg.smoke)
     config.name = "moco_v2"
-    # The head is as wide as the features (recipe M1).
+    # The head is as wide as the features (disagreement M1).
     config.student.update(backbone=arg.student, hidden=-1)
     config.objectives.contrast.weight = 1.0
     return config

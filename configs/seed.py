@@ -6,9 +6,9 @@ r"""SEED on ImageNet-1k, one view for both networks (arXiv:2101.04731).
 
 Linear top-1, R-50 -> R-18: paper 57.6 (Table 1); ours not measured yet.
 
-The teacher's temperature is the paper's; the official code's default is
-`objectives.similarity.teacher_temperature=1e-4` (recipe S1). At the global batch of 256 the
-official warm-up is a constant rate for 5 epochs, which is what `warmup_from` gives here (S2).
+The teacher's temperature is the paper's; the official code's default is 1e-4 (disagreement S1,
+`objectives.similarity.teacher_temperature`). At the global batch of 256 the official warm-up is a
+constant rate for 5 epochs, which is what `warmup_from` gives here (disagreement S2).
 """
 
 from disco_jax.configs import common

@@ -27,7 +27,7 @@ class Contrast:
       temperature: tau > 0.
       queue_size: keys remembered a key view; a multiple of the global batch.
       queue_init: "teacher" starts from the queue that came with the teacher, if one did (the
-        official DisCo code loads it with the teacher's file, recipe D3); "random" never does.
+        official DisCo code loads it with the teacher's file, disagreement D3); "random" never does.
     """
 
     weight: float = 1.0

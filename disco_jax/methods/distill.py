@@ -18,7 +18,7 @@ class Distill:
 
     Attributes:
       weight: of the term. The paper prints 1; the official code sums over the 32 images of each
-        of 8 devices and averages the gradients, which is weight 32 on the mean (recipe D1).
+        of 8 devices and averages the gradients, which is weight 32 on the mean (disagreement D1).
       views: on which student and teacher are compared; their losses are added.
       reduction: "mean" over the batch; "sum" over this replica's batch, as the official code
         writes it, which makes the effective weight depend on the number of devices.

@@ -24,7 +24,7 @@ class Similarity:
       weight: of the term in the method's loss.
       view: the view that student and teacher encode.
       student_temperature: tau_S > 0.
-      teacher_temperature: tau_T > 0; 0.01 is the paper's, 1e-4 the code's default (recipe S1).
+      teacher_temperature: tau_T > 0; 0.01 is the paper's, 1e-4 the code's (disagreement S1).
       queue_size: teacher embeddings remembered; a multiple of the global batch.
       queue_init: "random" as SEED starts, "teacher" to start from the teacher's own queue.
     """

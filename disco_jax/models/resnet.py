@@ -24,7 +24,7 @@ class ResNet(nn.Module):
       block: "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1 with 4 times the channels).
       width: channels of the first stage; doubled in each further one.
       stem: "imagenet" or "small".
-      zero_init_residual: the last BatchNorm of a branch starts at 0 (timm's ResNets; recipe M4).
+      zero_init_residual: the last BatchNorm of a branch starts at 0, as in timm (disagreement M4).
       norm_group: see `BatchNorm.group`.
       dtype: of the computation; parameters stay float32.
     """

@@ -28,7 +28,7 @@ class Teacher:
 
     Attributes:
       variables: {"params", "batch_stats"} of the encoder.
-      queue: the queue of keys that was saved with them, if there is one (recipe D3).
+      queue: the queue of keys that was saved with them, if there is one (disagreement D3).
     """
 
     variables: Variables
