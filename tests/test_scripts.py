@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +13,8 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    subprocess.run(["shellcheck", "--external-sources", script], check=True, cwd=ROOT)
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"  # of the test extra
+    subprocess.run([shellcheck, "--external-sources", script], check=True, cwd=ROOT)
 
 
 def test_an_old_python_is_refused_in_words(tmp_path):
