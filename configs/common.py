@@ -12,6 +12,8 @@ DATA = {
     "fashion_mnist": dict(eval_split="test", size=28, eval_resize=0, stem="small"),
     "digits": dict(eval_split="test", size=16, eval_resize=0, stem="small"),
 }
+# Keys remembered where 65,536 would be more than the images there are.
+SMALL_QUEUES = {"digits": 1024, "fashion_mnist": 16_384}
 
 
 def parse(arg: str | None, **defaults) -> ConfigDict:
@@ -120,16 +122,18 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         keep=3,  # newest checkpoints kept
         best_metric="loss",  # and the one with the lowest value of this metric; "": none
     )
-    if data in ("digits", "fashion_mnist"):
-        small_images(config)
+    if data in SMALL_QUEUES:
+        small_images(config, SMALL_QUEUES[data])
     if smoke:
         tiny(config)
     return config
 
 
-def small_images(config: ConfigDict) -> None:
-    """Grey images of 16 to 28 px: batch, queue, rate and crops that fit them."""
+def small_images(config: ConfigDict, queue_size: int) -> None:
+    """Small sets of grey images of 16 to 28 px: batch, queue and augmentation that fit them."""
     config.batch_size = 128
+    for objective in ("contrast", "similarity"):
+        config.objectives[objective].queue_size = queue_size
     config.total_epochs = 40
     config.augment.flip_prob = 0.0  # digits and shoes have a handedness
     config.log.every_steps = 20
