@@ -11,6 +11,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from disco_jax import errors
+from disco_jax.nested import flatten
 
 CONFIGS = "disco_jax.configs"
 
@@ -96,7 +97,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
     """Raises one UserError that names every --config.x.y that is no field of `config`."""
-    known = _flat(config)
+    known = flatten(config)
     problems = []
     for word in argv:
         if not word.startswith(("--config.", "-config.")):
@@ -166,14 +167,6 @@ def _module(path: pathlib.Path) -> ModuleType:
     if not hasattr(module, "get_config"):
         raise errors.UserError(f"--config={path} has no get_config function.")
     return module
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        out |= _flat(value, name + ".") if isinstance(value, ConfigDict) else {name: value}
-    return out
 
 
 def _help(task: str, line: str, default_config: str, values: absl_flags.FlagValues) -> None:

@@ -1,5 +1,6 @@
 """What several tests need."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -17,6 +18,7 @@ from disco_jax.models.norm import BatchNorm
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import optimizer, state
+from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import make_train_step
 
 PARITY = pathlib.Path(__file__).parent / "parity"
@@ -153,3 +155,9 @@ def one_device_flags():
 def flags_config(words):
     """The config that the command line `disco-jax WORDS` resolves to."""
     return flags.parse(words[0], words[1:], help_line="").config
+
+
+def restore(folder, like):
+    """`Checkpoints.restore` of a run's directory, closed afterwards."""
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        return checkpoints.restore(like)

@@ -107,6 +107,8 @@ def of_split(trained: Trained, source: Source, split: str, batch_size: int) -> F
       UserError: when a label is missing, or the split is empty.
     """
     data, augment = trained.config.data, trained.config.augment
+    if not source.count(split):
+        raise errors.UserError(f"Split {split!r} of {source.name} is empty.")
     devices = jax.local_device_count()
     batches = source.evaluate(
         split,

@@ -4,7 +4,7 @@ from typing import Any
 
 from disco_jax import errors, models
 from disco_jax.methods import distill
-from disco_jax.methods.base import Method, Objective, Views
+from disco_jax.methods.base import NETWORKS, Method, Objective, Views
 from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.distill import Distill
 from disco_jax.methods.similarity import Similarity
@@ -37,9 +37,10 @@ def build(config: Any, views: int = 2) -> Method:
             + ", ".join(f"config.objectives.{name}.weight" for name in config.objectives)
             + "."
         )
+    method = Method({}, objectives, Views(tuple(range(views))))
     for name, objective in objectives.items():
         _check(name, objective, config.batch_size)
-    method = Method({}, objectives, Views(tuple(range(views))))
+        _check_needs(name, objective, method.views)
     networks = {name: _network(name, config) for name in method.plan}
     if "teacher" in networks and config.teacher.dim != config.student.dim:
         raise errors.UserError(
@@ -53,6 +54,20 @@ def _network(name: str, config: Any) -> models.Network:
     # The momentum network is the student with other statistics.
     spec = config.teacher if name == "teacher" else config.student
     return models.build_network(spec, config[name].norm, config.dtype, f"config.{name}")
+
+
+def _check_needs(name: str, objective: Objective, views: Views) -> None:
+    """Refuses networks that do not exist and views that the recipe does not make."""
+    for network, wanted in objective.needs(views).items():
+        if network not in NETWORKS:
+            raise errors.unknown(f"A network of config.objectives.{name}", network, NETWORKS)
+        missing = sorted(set(wanted) - set(views.globals))
+        if missing:
+            raise errors.UserError(
+                f"config.objectives.{name} reads view {missing[0]} of the {network}, but the "
+                f"recipe makes {len(views.globals)}, counted from 0: raise config.views or change "
+                f"the views of config.objectives.{name}."
+            )
 
 
 def _check(name: str, objective: Objective, batch_size: int) -> None:

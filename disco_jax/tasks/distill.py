@@ -29,13 +29,14 @@ def main(argv: Sequence[str]) -> None:
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing and not wants_help:
         raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
+    # Before the first look at the devices, which `resolve` takes.
+    flags.prepare_jax(bool({"--distributed", "--distributed=true"} & set(argv)))
     config, source = (disco.get_config(), None) if wants_help else resolve(**given)
     opened = config.data.copy_and_resolve_references()
     values = flags.parse(
         "distill", argv, help_line=entry.TASKS["distill"].help, config=config, extra=_define
     )
     if values is not None:
-        flags.prepare_jax(values.distributed)
         _train(values.config, values.workdir, source if values.config.data == opened else None)
 
 

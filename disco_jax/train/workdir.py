@@ -15,13 +15,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax.errors import UserError
+from disco_jax.nested import flatten
 from disco_jax.version import __version__
 
 CONFIG = "config.json"
@@ -84,11 +84,8 @@ def read_config(workdir: str) -> ConfigDict:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """ "field: old -> new" for every field that matters and is not the same in both."""
-    old, new = (
-        _flat(json.loads(old.to_json_best_effort())),
-        _flat(json.loads(new.to_json_best_effort())),
-    )
+    """A line "config.field: old -> new" for every field that matters and differs."""
+    old, new = (flatten(json.loads(config.to_json_best_effort())) for config in (old, new))
     return [
         f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
         for key in sorted(old.keys() | new.keys())
@@ -173,12 +170,3 @@ def _git_revision() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {"a.b": leaf}."""
-    out = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        out |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
-    return out

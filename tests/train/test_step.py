@@ -120,6 +120,8 @@ def test_what_is_logged():
         ({"objectives.contrast.temperature": 0.0}, r"contrast\.temperature must be above 0"),
         ({"objectives.contrast.queue_init": "teachr"}, "Did you mean 'teacher'"),
         ({"objectives.distill.reduction": "avg"}, r"distill\.reduction='avg'"),
+        ({"views": 1}, r"contrast reads view 1 of the momentum.*config\.views"),
+        ({"objectives.contrast.keys_from": "techer"}, "Did you mean 'teacher'"),
         ({"student.norm": "synch"}, r"config\.student\.norm='synch'.*Did you mean 'sync'"),
         ({"student.dim": 8}, r"config\.student\.dim=8 must equal config\.teacher\.dim=16"),
         ({"objectives.distill.weight": 0.0, "objectives.contrast.weight": 0.0}, "weight 0"),
@@ -127,4 +129,5 @@ def test_what_is_logged():
 )
 def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
     with pytest.raises(UserError, match=message):
-        methods.build(helpers.smoke_config("disco", **changes))
+        config = helpers.smoke_config("disco", **changes)
+        methods.build(config, config.views)

@@ -1,0 +1,33 @@
+"""Features of a split: every image once, whatever the batch, and clear words when there is none."""
+
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.evaluate import features
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return features.untrained(helpers.smoke_config("moco_v2"))
+
+
+def test_padding_and_batches_change_nothing(trained):
+    source = ArraySource(helpers.digits_splits())
+    whole = features.of_split(trained, source, "test", 360)
+    parts = features.of_split(trained, source, "test", 50)  # 52 on four devices; a partial last one
+    np.testing.assert_array_equal(whole.labels, helpers.digits()["test_labels"])
+    np.testing.assert_array_equal(whole.labels, parts.labels)
+    np.testing.assert_allclose(whole.features, parts.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole.embedding, parts.embedding, rtol=1e-5, atol=1e-6)
+
+
+def test_a_split_without_labels_or_images_is_refused(trained, monkeypatch):
+    source = ArraySource({"bare": (helpers.digits()["test_images"][:8], None)})
+    with pytest.raises(UserError, match="images without a label"):
+        features.of_split(trained, source, "bare", 8)
+    monkeypatch.setattr(source, "count", lambda split: 0)
+    with pytest.raises(UserError, match="is empty"):
+        features.of_split(trained, source, "bare", 8)
