@@ -12,6 +12,13 @@ from disco_jax.errors import UserError
 from disco_jax.train import checkpoint
 from disco_jax.train.checkpoint import Checkpoints
 
+# When one read of a damaged checkpoint fails, Orbax closes its event loop; reads still under way in
+# TensorStore's threads then call back into the closed loop, which Python reports as "Exception
+# ignored in: None" (RuntimeError: Event loop is closed), now and then and to no harm.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
 
 @pytest.fixture
 def state():
