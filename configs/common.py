@@ -78,14 +78,19 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         width=0,  # channels of the first stage; 0: the backbone's own
         stem=known["stem"],  # imagenet | small
         zero_init_residual=False,  # true: as timm's ResNets start (disagreement M4)
+        grid=0,  # patches a side that a ViT's position embedding is for; 0: the backbone's own
         norm_group=0,  # images a BatchNorm group; 0: all of a device
+        adapter=0,  # width of a linear layer before the head; 0: none
+        head="mlp",  # mlp | mlp_bn | mlp_unit | swav | dino | dino_bn | regression | none
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
         dim=128,
+        prototypes=(),  # on top of the head: their number, for each set of them
     )
     config.student = dict(encoder, norm="local")
     config.momentum = dict(ema_rate=0.999, norm="shuffle")
-    # weights: a run's workdir or a PyTorch checkpoint
-    config.teacher = dict(encoder, norm="local", weights="")
+    # weights: the workdir of a run or of an import, or a PyTorch checkpoint. head="auto": all but
+    # the backbone's name is taken from them.
+    config.teacher = dict(encoder, norm="local", head="auto", weights="")
 
     config.objectives = dict(
         contrast=dict(

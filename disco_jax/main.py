@@ -22,10 +22,12 @@ class Task(NamedTuple):
       help: one line.
       config: the recipe taken when --config is not given; "": it must be; None: the task reads
         its flags itself.
+      module: in `tasks/`; "": of the task's name.
     """
 
     help: str
     config: str | None
+    module: str = ""
 
 
 # Told here so that the help and mistaken flags need no task's imports.
@@ -34,6 +36,9 @@ TASKS = {
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
+    "import": Task("a PyTorch checkpoint into a run directory", None, "importing"),
+    "export": Task("a network to PyTorch, Detectron2, ONNX, TFLite or StableHLO", None),
+    "embed": Task("features of a folder of images, with their file names", None),
     "demo": Task("what the quick start runs: teacher, baseline and DisCo", "configs/demo.py"),
     "list": Task("the recipes, networks, objectives and data sets there are", None),
 }
@@ -91,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
 def _start(name: str, argv: Sequence[str]) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
-    task, module = TASKS[name], f"disco_jax.tasks.{name}"
+    task = TASKS[name]
+    module = f"disco_jax.tasks.{task.module or name}"
     if task.config is None:
         importlib.import_module(module).main(argv)
         return

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 import reference_weights
 from disco_jax import flags, methods
@@ -27,6 +28,41 @@ PARITY = pathlib.Path(__file__).parent / "parity"
 def fixture(name):
     """(description, arrays) of a recorded case."""
     return reference_weights.load(str(PARITY), name)
+
+
+@functools.cache
+def recorded_state(name):
+    """(description, arrays, state dict) of a recorded network: the whole official checkpoint."""
+    meta, arrays = fixture(f"models/{name}")
+    weights = meta["weights"]
+    state = reference_weights.make_state_dict(
+        meta["manifest"], weights["salt"], weights["conv_gain"]
+    )
+    return meta, arrays, state
+
+
+def recorded_images(case):
+    """NHWC images of a recorded case of a network."""
+    spec = case["inputs"][0]
+    made = reference_weights.make_input(spec["seed"], spec["n"], spec["height"], spec["width"])
+    return jnp.asarray(made.transpose(0, 2, 3, 1))
+
+
+def encoder_spec(backbone, **fields):
+    """A network's part of a config."""
+    spec = dict(
+        width=0,
+        stem="",
+        grid=0,
+        zero_init_residual=False,
+        norm_group=0,
+        adapter=0,
+        head="mlp",
+        hidden=-1,
+        dim=128,
+        prototypes=(),
+    )
+    return ConfigDict({**spec, "backbone": backbone, **fields})
 
 
 def relative_error(ours, reference):
@@ -94,6 +130,7 @@ def smoke_config(recipe, **changes):
     config = flags.load(f"{recipe}:{arg},data=digits")
     config.augment.size = 16
     config.student.width = config.teacher.width = 4
+    config.teacher.head = "mlp"  # random weights have none to tell
     config.update_from_flattened_dict(changes)
     return config
 

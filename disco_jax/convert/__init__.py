@@ -1,5 +1,5 @@
-"""PyTorch checkpoints in. Nothing in a file is executed."""
+"""PyTorch checkpoints in and out. Nothing in a file is executed."""
 
-from disco_jax.convert.load import describe, from_state_dict, load, read
+from disco_jax.convert.load import Imported, from_mapping, from_state_dict, load, read, read_network
 
-__all__ = ["describe", "from_state_dict", "load", "read"]
+__all__ = ["Imported", "from_mapping", "from_state_dict", "load", "read", "read_network"]

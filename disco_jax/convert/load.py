@@ -1,167 +1,265 @@
-"""MoCo checkpoints of torchvision ResNets: read, recognised, and loaded whole.
+"""PyTorch checkpoints in: read, recognised, and loaded whole. Nothing in a file is executed."""
 
-`.safetensors` needs the safetensors package and `.pth`, `.pth.tar`, `.pt` need PyTorch, both of
-the extra `torch`. PyTorch reads with `weights_only=True`, which refuses whatever is not a tensor
-or a plain container.
-"""
-
-import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from disco_jax.convert.torch_keys import strip, translate
+from disco_jax import models
+from disco_jax.convert import names, pickles, recognise, table
 from disco_jax.errors import UserError
+from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
 
-# Where the network stands in a file: MoCo and DisCo checkpoints, then bare state dicts.
-PREFIXES = ("module.encoder_q.", "encoder_q.", "module.", "")
-# Blocks a stage, and whether there is a third convolution in a block.
-_RESNETS = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-}
+# Where a training script puts the weights, in the order in which they are looked for; DINO keeps
+# a student beside the teacher, its average, which is the network that it releases.
+_CONTAINERS = ("state_dict", "teacher", "model", "student", "net", "state_dict_ema", "model_ema")
+_QUEUES = ("module.queue", "queue")
+_SHOWN = 20
 
 
-class Described(NamedTuple):
-    """The network that a state dict holds: fields of a config's `teacher`."""
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A network of the PyTorch world in ours.
 
-    backbone: str
-    hidden: int
-    dim: int
-
-
-def read(path: str) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint file, under its full key.
-
-    Raises:
-      UserError: no such file, a format that is not known, a package that is missing, or a file
-        that is damaged or holds more than arrays and plain containers.
+    Attributes:
+      encoder: computes in float32.
+      variables: {"params", "batch_stats"} of it, NumPy float32.
+      spec: the fields of a network's part of a config that describe it.
+      family: one of `recognise.FAMILIES`.
+      layout: of the backbone's names.
+      normalisation: mean and standard deviation of its input in [0, 1], by channel.
+      keys: key in the file -> path of ours.
+      left: keys in the file that belong to something else.
+      container: the entry of the file that held the state dict; "": the file itself.
+      queue: MoCo's queue of keys, where there is one.
     """
-    path = epath.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt", ".tar"):
-        return _read_torch(path)
-    raise UserError(f"{path} is neither .safetensors nor .pth, .pth.tar or .pt.")
+
+    encoder: Encoder
+    variables: Variables
+    spec: dict[str, Any]
+    family: str
+    layout: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    keys: dict[str, str]
+    left: tuple[str, ...]
+    container: str = ""
+    queue: Queue | None = None
 
 
-def describe(state: Mapping[str, np.ndarray], source: str) -> Described:
-    """Recognises the network from the keys and shapes of a state dict.
-
-    Raises:
-      UserError: when it is not a ResNet of ours with a MoCo head.
-    """
-    state = _network(state)
-    sizes = tuple(
-        len({m.group(1) for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.", key))})
-        for stage in range(1, 5)
-    )
-    backbone = _RESNETS.get((sizes, "layer1.0.conv3.weight" in state))
-    out = state.get("fc.2.weight", state.get("fc.weight"))
-    if backbone is None or out is None:
-        raise UserError(
-            f"{source} does not hold a ResNet with a MoCo projection head (layers {sizes}, "
-            f"{len(state)} arrays). Supported: {', '.join(sorted(set(_RESNETS.values())))}."
-        )
-    hidden = len(state["fc.0.weight"]) if "fc.0.weight" in state else 0
-    return Described(backbone, hidden, len(out))
-
-
-def from_state_dict(state: Mapping[str, np.ndarray], like: Any, source: str) -> Any:
-    """Variables of an encoder from a PyTorch state dict, every key accounted for.
+def load(path: str, **options: Any) -> tuple[Encoder, Variables]:
+    """The network of a checkpoint file.
 
     Args:
-      state: full keys to arrays in PyTorch's layout.
-      like: {"params", "batch_stats"} of the encoder, for names and shapes.
+      path: a `.pth`, `.pth.tar`, `.pt`, `.pkl` or `.safetensors` file.
+      **options: see `from_mapping`.
+
+    Returns:
+      The encoder and its variables: `encoder.apply(variables, images, norm="running")` on
+      normalised float32[B, H, W, 3] gives `features`, `embedding` and `scores`.
+
+    Raises:
+      UserError: see `read` and `from_mapping`.
+    """
+    imported = read_network(path, **options)
+    return imported.encoder, imported.variables
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], **options: Any) -> tuple[Encoder, Variables]:
+    """`load` for a mapping of full keys to arrays in PyTorch's layout."""
+    imported = from_mapping(state, **options)
+    return imported.encoder, imported.variables
+
+
+def read_network(path: str, **options: Any) -> Imported:
+    """`load`, with all that is known of the network."""
+    state, container = read(path)
+    imported = from_mapping(state, source=str(path), **options)
+    return dataclasses.replace(imported, container=container)
+
+
+def from_mapping(
+    state: Mapping[str, np.ndarray],
+    *,
+    family: str = "",
+    arch: str = "",
+    prefix: str | None = None,
+    allow: Sequence[str] = (),
+    source: str = "The state dict",
+) -> Imported:
+    """The network of a state dict, every key of it accounted for.
+
+    Args:
+      state: full keys to arrays in PyTorch's layout: convolutions OIHW, linear layers [out, in].
+      family: one of `recognise.FAMILIES`; "": from the keys.
+      arch: a backbone of ours; "": from the shapes.
+      prefix: where the network stands, e.g. "module.teacher_encoder_q."; None: the network that
+        the checkpoint is about.
+      allow: patterns (`fnmatch`) of keys that may be left over, and of our paths that may be
+        missing and then start afresh.
       source: what to call the state dict in messages.
 
     Raises:
-      UserError: lists keys that are missing, left over or of another shape.
+      UserError: nothing known is there; or keys are missing, left over or of another shape, all
+        of which are listed.
     """
-    translated, unknown = {}, []
-    for key, value in _network(state).items():
-        entry = translate(key, value)
-        if entry is None:
-            unknown.append(key)
-        else:
-            translated[entry[0]] = entry[1]
-    leaves, structure = jax.tree_util.tree_flatten_with_path(dict(like))
-    wanted = {"/".join(k.key for k in path): leaf.shape for path, leaf in leaves}
-    problems = [f"missing: {key}" for key in wanted if key not in translated]
-    problems += [f"left over: {key}" for key in (*unknown, *(translated.keys() - wanted.keys()))]
-    problems += [
-        f"{key}: shape {translated[key].shape} instead of {shape}"
-        for key, shape in wanted.items()
-        if key in translated and translated[key].shape != shape
-    ]
-    if problems:
-        raise UserError(
-            f"{source} does not fit the network that config.teacher describes:\n  "
-            + "\n  ".join(problems[:20])
-            + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        )
-    return jax.tree.unflatten(structure, [translated[key].astype(np.float32) for key in wanted])
-
-
-def load(path: str, like: Any) -> tuple[Any, Queue | None]:
-    """The variables of a MoCo-style encoder, and MoCo's queue where the file has one.
-
-    Raises:
-      UserError: see `read` and `from_state_dict`.
-    """
-    state = read(path)
-    variables = from_state_dict(state, like, str(path))
-    vectors = state.get("module.queue", state.get("queue"))
-    if vectors is None:
-        return variables, None
-    pointer = state.get("module.queue_ptr", state.get("queue_ptr", np.zeros(1)))
-    return variables, Queue(
-        np.ascontiguousarray(vectors.T, np.float32), np.int32(np.ravel(pointer)[0])
+    state = names.timm_xcit({key: np.asarray(value) for key, value in state.items()})
+    found = recognise.recognise(state, source, family, arch, prefix)
+    encoder = _build(found.spec)
+    variables, keys, left = _fill(encoder, state, found, tuple(allow), source)
+    spec = {**found.spec, "dim": _dim(encoder, variables)}
+    return Imported(
+        encoder=encoder,
+        variables=variables,
+        spec=spec,
+        family=found.family,
+        layout=found.layout.name,
+        normalisation=found.normalisation,
+        keys=keys,
+        left=left,
+        queue=_queue(state, spec["dim"]),
     )
 
 
-def _network(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The entries of the network to load, without their prefix."""
-    for prefix in PREFIXES:
-        if prefix + "conv1.weight" in state:
-            return strip(state, prefix)
-    return dict(state)
+def read(path: str) -> tuple[dict[str, np.ndarray], str]:
+    """Every array of a checkpoint file under its full key, and the entry that held them.
+
+    Raises:
+      UserError: no such file, a file that is damaged, holds no weights, or asks to run code.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    if not path.is_file():
+        raise UserError(f"{path} is a directory, not a checkpoint file of PyTorch.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), ""
+    content, container = pickles.read(path), ""
+    arrays = _arrays(content)
+    while len(arrays) < 2 and isinstance(content, dict):
+        inner = next((n for n in _CONTAINERS if isinstance(content.get(n), dict)), None)
+        if inner is None:
+            break
+        content, container = content[inner], f"{container}.{inner}".strip(".")
+        arrays = _arrays(content)
+    if not arrays:
+        kinds = ", ".join(map(str, content)) if isinstance(content, dict) else type(content)
+        raise UserError(f"{path} holds no state dict; it holds: {kinds}.")
+    return arrays, container
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build(spec: Mapping[str, Any]) -> Encoder:
+    full = {"zero_init_residual": False, "norm_group": 0, **spec}
+    return models.build_encoder(ConfigDict(full), setting="the checkpoint's")
+
+
+def _dim(encoder: Encoder, variables: Variables) -> int:
+    """The width of the embedding; without a head, that of the features."""
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    out = jax.eval_shape(lambda v, x: encoder.apply(v, x, norm="running"), variables, images)
+    return out.embedding.shape[-1]
+
+
+def _fill(
+    encoder: Encoder,
+    state: recognise.State,
+    found: recognise.Recognised,
+    allow: tuple[str, ...],
+    source: str,
+) -> tuple[Variables, dict[str, str], tuple[str, ...]]:
+    """Variables of `encoder`, key -> path for those taken, and the keys of other networks."""
+    side = 224 if not found.spec["grid"] else 16 * found.spec["grid"]
+    like = jax.eval_shape(lambda: encoder.create(0, side))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(dict(like))
+    wanted = {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
+    taken, keys, problems = {}, {}, []
+    for entry in table.entries(encoder, found.layout, found.place, found.head):
+        if entry.theirs not in state or entry.ours not in wanted:
+            continue
+        value = entry.leaf.load(state[entry.theirs])
+        keys[entry.theirs] = "/".join(entry.ours)
+        taken[entry.ours] = value
+        if value.shape != wanted[entry.ours]:
+            problems.append(
+                f"{entry.theirs}: shape {state[entry.theirs].shape}, which makes {value.shape} "
+                f"instead of {wanted[entry.ours]}"
+            )
+    fresh = [path for path in wanted if path not in taken]
+    problems += [f"missing: {'/'.join(p)}" for p in fresh if not _allowed("/".join(p), allow)]
+    left = [k for k in state if k not in keys and not k.endswith("num_batches_tracked")]
+    own = (found.place.prefix, *([found.place.head] if found.place.head else []))
+    problems += [
+        f"left over: {key}"
+        for key in left
+        if key.startswith(own) and not _known_extra(key) and not _allowed(key, allow)
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise UserError(
+            f"{source} does not fit the {found.spec['backbone']} with the head "
+            f"{found.spec['head']!r} that its keys speak of:\n  "
+            + "\n  ".join(problems[:_SHOWN])
+            + more
+            + "\nKeys that may be missing or left over can be allowed by a pattern."
+        )
+    if fresh:
+        taken |= _fresh(encoder, side, fresh)
+    arrays = [np.ascontiguousarray(taken[path], np.float32) for path in wanted]
+    return jax.tree.unflatten(structure, arrays), keys, tuple(left)
+
+
+def _fresh(encoder: Encoder, side: int, paths: list[tuple[str, ...]]) -> dict[Any, np.ndarray]:
+    """Initial values of what a checkpoint does not hold."""
+    made = {}
+    for path in paths:
+        leaf = encoder.create(0, side)
+        for part in path:
+            leaf = leaf[part]
+        made[path] = np.asarray(leaf)
+    return made
+
+
+def _allowed(key: str, allow: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in allow)
+
+
+def _known_extra(key: str) -> bool:
+    """Queues and centres beside a network are no part of it."""
+    return key.rpartition(".")[2] in ("queue", "queue_ptr", "queue2", "small_queue", "center")
+
+
+def _queue(state: recognise.State, dim: int) -> Queue | None:
+    for name in _QUEUES:
+        vectors = state.get(name)
+        if vectors is not None and vectors.ndim == 2 and len(vectors) == dim:
+            pointer = int(np.ravel(state.get(f"{name}_ptr", 0))[0])
+            return Queue(np.ascontiguousarray(vectors.T, np.float32), np.int32(pointer))
+    return None
+
+
+def _arrays(content: Any) -> dict[str, np.ndarray]:
+    if not isinstance(content, dict):
+        return {}
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-    except ImportError:
-        raise UserError(f'{path} needs the extra: pip install "disco-jax[torch]".') from None
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
         return load(path.read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _read_torch(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f'{path} needs the extra: pip install "disco-jax[torch]".') from None
-    try:
-        with path.open("rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged and for refused files
-        raise UserError(
-            f"{path} is damaged or holds more than weights, and was not loaded: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no state dict.")
-    return {key: value.float().numpy() for key, value in tensors.items()}

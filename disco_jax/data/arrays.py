@@ -310,13 +310,13 @@ def _list_folder(path):
     if {"val", "validation"} <= {child.name for child in splits}:
         raise UserError(f"{path} has both val and validation; keep one of them.")
     roots = [(_SPLIT_FOLDERS[child.name], child) for child in splits] or [("train", path)]
-    files = [(split, *found) for split, root in roots for found in _pictures(root)]
+    files = [(split, *found) for split, root in roots for found in pictures(root)]
     if not files:
         raise UserError(f"{path} has no pictures (names that end in {', '.join(SUFFIXES)}).")
     return files
 
 
-def _pictures(root):
+def pictures(root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     """Sorted (first sub-folder or "", file) below a folder; follows links, but not in circles."""
     found, seen = [], set()
     for folder, inside, names in os.walk(root, followlinks=True):

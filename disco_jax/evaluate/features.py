@@ -94,8 +94,10 @@ def extract(
     devices = jax.local_device_count()
     parts = []
     for batch in batches:
-        encoded = jax.device_get(apply(variables, pipeline.to_devices(batch["image"], devices)))
-        rows = [x.reshape(-1, x.shape[-1])[batch["mask"]] for x in encoded]
+        encoded = apply(variables, pipeline.to_devices(batch["image"], devices))
+        encoded = jax.device_get(encoded._replace(scores=None))
+        both = (encoded.features, encoded.embedding)
+        rows = [x.reshape(-1, x.shape[-1])[batch["mask"]] for x in both]
         parts.append((*rows, batch["label"][batch["mask"]]))
     return Features(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 

@@ -45,7 +45,8 @@ def build(config: Any, views: int = 2) -> Method:
     if "teacher" in networks and config.teacher.dim != config.student.dim:
         raise errors.UserError(
             f"config.student.dim={config.student.dim} must equal config.teacher.dim="
-            f"{config.teacher.dim}: the student copies the teacher's embedding."
+            f"{config.teacher.dim}: the student copies the teacher's embedding. Set "
+            f"--config.student.dim={config.teacher.dim}."
         )
     return Method(networks, objectives, method.views)
 

@@ -1,19 +1,30 @@
 """Networks by name. A family is a module whose `VARIANTS` table ends its file."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from disco_jax import errors
-from disco_jax.models import resnet
+from disco_jax.models import efficientnet, heads, mobilenet, resnet, vit, xcit
 from disco_jax.models.encoder import Encoder, Network
-from disco_jax.models.heads import ProjectionHead
 from disco_jax.models.norm import MODES
 
-FAMILIES = {resnet.ResNet: resnet.VARIANTS}
+FAMILIES = {
+    resnet.ResNet: resnet.VARIANTS,
+    efficientnet.EfficientNet: efficientnet.VARIANTS,
+    mobilenet.MobileNet: mobilenet.VARIANTS,
+    vit.ViT: vit.VARIANTS,
+    xcit.XCiT: xcit.VARIANTS,
+}
 BACKBONES = {name: (cls, spec) for cls, table in FAMILIES.items() for name, spec in table.items()}
+HEADS = (*heads.VARIANTS, "regression", "none")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Fields of a spec that only some families have, and the value that leaves them as they are.
+_OPTIONAL = {"width": 0, "stem": "", "zero_init_residual": False, "grid": 0}
 
 
 def compute_dtype(name: str) -> Any:
@@ -29,8 +40,9 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     """The encoder that a network's part of a config describes.
 
     Args:
-      spec: fields backbone, width (0: the variant's own), stem ("": the variant's own),
-        zero_init_residual, norm_group, hidden, dim.
+      spec: fields backbone, head, hidden, dim, prototypes, adapter, norm_group; and width (0: the
+        variant's own), stem ("": the variant's own), zero_init_residual and grid (0: the
+        variant's own), which only some families take.
       dtype: "float32", "bfloat16" or "auto".
       setting: where the fields stand in the config, for messages.
 
@@ -41,18 +53,20 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
         raise errors.unknown(f"{setting}.backbone", spec.backbone, BACKBONES)
     if spec.stem not in ("", *resnet.STEMS):
         raise errors.unknown(f"{setting}.stem", spec.stem, resnet.STEMS)
-    for field, least in (("width", 0), ("hidden", -1), ("dim", 1), ("norm_group", 0)):
-        if spec[field] < least:
-            raise errors.UserError(f"{setting}.{field}={spec[field]} is below {least}.")
+    if spec.head not in HEADS:
+        raise errors.unknown(f"{setting}.head", spec.head, HEADS)
+    least = dict(width=0, hidden=-1, dim=1, norm_group=0, adapter=0, grid=0)
+    for field, low in least.items():
+        if spec[field] < low:
+            raise errors.UserError(f"{setting}.{field}={spec[field]} is below {low}.")
     cls, fields = BACKBONES[spec.backbone]
-    fields = dict(fields, zero_init_residual=spec.zero_init_residual, norm_group=spec.norm_group)
-    if spec.width:
-        fields["width"] = spec.width
-    if spec.stem:
-        fields["stem"] = spec.stem
+    fields = {**fields, **_optional(cls, spec, setting), "norm_group": spec.norm_group}
     precision = compute_dtype(dtype)
     return Encoder(
-        cls(**fields, dtype=precision), ProjectionHead(spec.hidden, spec.dim, dtype=precision)
+        cls(**fields, dtype=precision),
+        _head(spec, precision),
+        heads.Adapter(spec.adapter, dtype=precision) if spec.adapter else None,
+        _prototypes(spec, setting),
     )
 
 
@@ -61,3 +75,53 @@ def build_network(spec: Any, norm: str, dtype: str, setting: str) -> Network:
     if norm not in MODES:
         raise errors.unknown(f"{setting}.norm", norm, MODES)
     return Network(build_encoder(spec, dtype, setting), norm)
+
+
+def parameters(encoder: Encoder, parts: Iterable[str] = ("backbone",), size: int = 224) -> int:
+    """Numbers that are learned in parts of an encoder; by default as the papers count a network.
+
+    DisCo's and RETRO's tables give them in units of 2^20, "M".
+
+    Args:
+      encoder: the network.
+      parts: of "backbone", "adapter", "head", "prototypes"; those that are absent count nothing.
+      size: of the images, px; does not change the count.
+    """
+    params = jax.eval_shape(lambda: encoder.create(0, size))["params"]
+    return sum(x.size for part in parts for x in jax.tree.leaves(params.get(part, {})))
+
+
+def _optional(cls: type[nn.Module], spec: Any, setting: str) -> dict[str, Any]:
+    """The fields of `_OPTIONAL` that are set; a stem counts only where the family has one."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    given = {name: spec[name] for name, off in _OPTIONAL.items() if spec[name] != off}
+    for name in given.keys() - known - {"stem"}:
+        raise errors.UserError(
+            f"{setting}.{name}={spec[name]!r}: {spec.backbone} has no such option; leave it at "
+            f"{_OPTIONAL[name]!r}."
+        )
+    if spec.stem == "small" and "stem" not in known:
+        raise errors.UserError(
+            f"{setting}.stem='small': {spec.backbone} cuts images into patches and has no stem "
+            "for small ones; take a convolutional backbone or larger images."
+        )
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _head(spec: Any, dtype: Any) -> nn.Module:
+    if spec.head == "none":
+        return heads.Identity()
+    if spec.head == "regression":
+        return heads.RegressionHead(spec.dim, spec.norm_group, dtype)
+    fields = heads.VARIANTS[spec.head]
+    return heads.ProjectionHead(
+        spec.hidden, spec.dim, **fields, norm_group=spec.norm_group, dtype=dtype
+    )
+
+
+def _prototypes(spec: Any, setting: str) -> heads.Prototypes | None:
+    if not spec.prototypes:
+        return None
+    if min(spec.prototypes) < 1:
+        raise errors.UserError(f"{setting}.prototypes={spec.prototypes} has a head without any.")
+    return heads.Prototypes(tuple(spec.prototypes), weight_norm=spec.head.startswith("dino"))

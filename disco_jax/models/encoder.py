@@ -1,4 +1,4 @@
-"""Encoder = backbone + head; how one network encodes the views that a method asks of it."""
+"""Encoder = backbone + adapter? + head + prototypes?; how it encodes the views of a method."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,8 @@ from disco_jax.models.norm import MODES
 from disco_jax.ops.collectives import shuffle, unshuffle
 
 Variables = Mapping[str, Any]
+# Keys of views from here on are dropout's; below, shuffling's.
+_DROPOUT = 1 << 16
 
 
 class Encoded(NamedTuple):
@@ -20,11 +22,14 @@ class Encoded(NamedTuple):
 
     Attributes:
       features: f32[B, F], after pooling; what linear probes and kNN read.
-      embedding: f32[B, D], after the head, not normalised.
+      embedding: f32[B, D], after the head; of length 1 only where the head itself ends so
+        (SwAV, SimCLR, DINO).
+      scores: f32[B, K], of the embedding on the prototypes; None without them.
     """
 
     features: Array
     embedding: Array
+    scores: Array | None = None
 
 
 class Encoder(nn.Module):
@@ -32,16 +37,23 @@ class Encoder(nn.Module):
 
     Attributes:
       backbone: float[B, H, W, 3], norm -> f32[B, F].
-      head: f32[B, F] -> f32[B, D].
+      head: float[B, F], norm -> f32[B, D].
+      adapter: float[B, F] -> what the head reads instead; RETRO's.
+      prototypes: f32[B, D] -> f32[B, K].
     """
 
     backbone: nn.Module
     head: nn.Module
+    adapter: nn.Module | None = None
+    prototypes: nn.Module | None = None
 
     def __call__(self, images: Array, *, norm: str) -> Encoded:
         """Encodes float[B, H, W, 3] normalised images; `norm` is "local", "sync" or "running"."""
         features = self.backbone(images, norm=norm)
-        return Encoded(features, self.head(features))
+        adapted = features if self.adapter is None else self.adapter(features)
+        embedding = self.head(adapted, norm=norm)
+        scores = None if self.prototypes is None else self.prototypes(embedding)
+        return Encoded(features, embedding, scores)
 
     def create(self, seed: int, size: int) -> Variables:
         """Fresh {"params": ..., "batch_stats": ...} for images of `size` px; compiles nothing."""
@@ -49,6 +61,10 @@ class Encoder(nn.Module):
         rng = jax.random.key(seed)
         variables = self.lazy_init(rng, images, norm="running")
         return {"batch_stats": {}, **variables}
+
+    def normalised(self) -> bool:
+        """Whether the network itself ends on the unit sphere."""
+        return getattr(self.head, "unit", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +89,7 @@ def encode(
     images: Mapping[int, Array],
     views: Iterable[int],
     rng: Array,
+    dropout: bool = False,
 ) -> tuple[dict[int, Encoded], Any]:
     """Encodes views one after the other, each with its own batch statistics.
 
@@ -84,7 +101,8 @@ def encode(
       variables: {"params": ..., "batch_stats": ...} of `network.encoder`.
       images: view -> f32[B, H, W, 3].
       views: which of them to encode.
-      rng: key for "shuffle", equal on all replicas.
+      rng: key for "shuffle" and dropout, equal on all replicas.
+      dropout: whether dropout and stochastic depth act, where the network has them.
 
     Returns:
       view -> `Encoded`, in this replica's order, and the new batch_stats.
@@ -96,7 +114,8 @@ def encode(
         if norm == "shuffle":
             x, order = shuffle(jax.random.fold_in(rng, view), x)
             norm = "local"
-        out, new = network.encoder.apply(current, x, norm=norm, mutable=["batch_stats"])
+        drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + view)} if dropout else {}
+        out, new = network.encoder.apply(current, x, norm=norm, mutable=["batch_stats"], rngs=drops)
         if network.norm == "shuffle":
             out = jax.tree.map(lambda rows, order=order: unshuffle(rows, order), out)
         encoded[view], stats = out, new.get("batch_stats", stats)

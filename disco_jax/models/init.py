@@ -28,13 +28,14 @@ def normal(stddev: Callable[[Sequence[int]], float]) -> Initializer:
     return init
 
 
-def uniform(bound: float) -> Initializer:
-    """Uniform draws between -bound and bound."""
+def uniform(bound: Callable[[Sequence[int]], float]) -> Initializer:
+    """Uniform draws between -`bound(shape)` and `bound(shape)`."""
 
     def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        limit = bound(shape)
         if isinstance(key, jax.core.Tracer):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-        draws = (2 * _generator(key).random(shape, np.float32) - 1) * np.float32(bound)
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+        draws = (2 * _generator(key).random(shape, np.float32) - 1) * np.float32(limit)
         return jnp.asarray(draws, dtype)
 
     return init
@@ -52,11 +53,23 @@ def _fan_out(shape: Sequence[int]) -> float:
 
 # He et al. (arXiv:1502.01852) eq. 10 with the fan-out: torchvision's convolutions before a ReLU.
 he_fan_out = normal(lambda shape: np.sqrt(2 / _fan_out(shape)))
+# Its grouped form, which timm takes: a filter of a depthwise convolution feeds one channel.
+he_fan_out_depthwise = normal(lambda shape: np.sqrt(2 / np.prod(shape[:-2])))
+# Transformers: torch's truncated normal of deviation 0.02, whose bounds of 2 are never met.
+narrow = normal(lambda shape: 0.02)
+narrower = normal(lambda shape: 0.01)
+# torch's default for the kernel of a convolution or a linear layer.
+torch_kernel = uniform(lambda shape: 1 / np.sqrt(np.prod(shape[:-1])))
+zeros, ones = constant(0.0), constant(1.0)
 
 
-def torch_linear(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): kernel and bias of the papers' projection heads."""
-    return uniform(1 / np.sqrt(fan_in))
+def torch_bias(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a bias beside `torch_kernel`.
+
+    Args:
+      fan_in: inputs of one output.
+    """
+    return uniform(lambda shape: 1 / np.sqrt(fan_in))
 
 
 def _generator(key: Array) -> np.random.Generator:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.init import constant
+from disco_jax.models.init import constant, ones, zeros
 from disco_jax.ops.collectives import pmean, replicas
 
 # "shuffle" is "local" on images that `encode` traded between replicas first.
@@ -38,9 +38,9 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Array, *, norm: str) -> Array:
         features = x.shape[-1]
         scale = self.param("scale", constant(self.scale), (features,), jnp.float32)
-        bias = self.param("bias", constant(0.0), (features,), jnp.float32)
-        mean = self.variable("batch_stats", "mean", constant(0.0), None, (features,))
-        var = self.variable("batch_stats", "var", constant(1.0), None, (features,))
+        bias = self.param("bias", zeros, (features,), jnp.float32)
+        mean = self.variable("batch_stats", "mean", zeros, None, (features,))
+        var = self.variable("batch_stats", "var", ones, None, (features,))
         if norm == "running":
             x = (x.astype(jnp.float32) - _last(mean.value, x)) * _last(
                 scale * jnp.reciprocal(jnp.sqrt(var.value + self.epsilon)), x

@@ -5,6 +5,7 @@ about 224 px. With the small stem: a 3x3 convolution of stride 1 and no pool, fo
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class ResNet(nn.Module):
       block: "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1 with 4 times the channels).
       width: channels of the first stage; doubled in each further one.
       stem: "imagenet" or "small".
+      padding: "symmetric"; "same" is TensorFlow's, more on the right and at the bottom, which
+        weights ported from there expect.
       zero_init_residual: the last BatchNorm of a branch starts at 0, as in timm (disagreement M4).
       norm_group: see `BatchNorm.group`.
       dtype: of the computation; parameters stay float32.
@@ -33,6 +36,7 @@ class ResNet(nn.Module):
     block: str
     width: int = 64
     stem: str = "imagenet"
+    padding: str = "symmetric"
     zero_init_residual: bool = False
     norm_group: int = 0
     dtype: jnp.dtype = jnp.float32
@@ -40,7 +44,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, D] after the global average pool."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
+        conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype)
         batch_norm = functools.partial(BatchNorm, group=self.norm_group, dtype=self.dtype)
         block = functools.partial(
             _BLOCKS[self.block],
@@ -50,12 +54,13 @@ class ResNet(nn.Module):
         )
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
-            x = conv(self.width, (7, 7), (2, 2), padding=3, name="conv1")(x)
+            x = conv(self.width, 7, 2, name="conv1")(x)
         else:
-            x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
+            x = conv(self.width, 3, name="conv1")(x)
         x = nn.relu(batch_norm(name="bn1")(x, norm=norm))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            padding = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
+            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=padding)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 x = block(
@@ -71,15 +76,15 @@ class BasicBlock(nn.Module):
 
     channels: int
     stride: int
-    conv: type[nn.Conv]
+    conv: Callable[..., nn.Conv]
     batch_norm: type[BatchNorm]
     last_scale: float
 
     @nn.compact
     def __call__(self, x: Array, *, norm: str) -> Array:
-        y = self.conv(self.channels, (3, 3), (self.stride,) * 2, padding=1, name="conv1")(x)
+        y = self.conv(self.channels, 3, self.stride, name="conv1")(x)
         y = nn.relu(self.batch_norm(name="bn1")(y, norm=norm))
-        y = self.conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+        y = self.conv(self.channels, 3, name="conv2")(y)
         y = self.batch_norm(scale=self.last_scale, name="bn2")(y, norm=norm)
         return nn.relu(y + _shortcut(self, x, self.channels, norm))
 
@@ -89,17 +94,17 @@ class Bottleneck(nn.Module):
 
     channels: int
     stride: int
-    conv: type[nn.Conv]
+    conv: Callable[..., nn.Conv]
     batch_norm: type[BatchNorm]
     last_scale: float
 
     @nn.compact
     def __call__(self, x: Array, *, norm: str) -> Array:
-        y = self.conv(self.channels, (1, 1), name="conv1")(x)
+        y = self.conv(self.channels, 1, name="conv1")(x)
         y = nn.relu(self.batch_norm(name="bn1")(y, norm=norm))
-        y = self.conv(self.channels, (3, 3), (self.stride,) * 2, padding=1, name="conv2")(y)
+        y = self.conv(self.channels, 3, self.stride, name="conv2")(y)
         y = nn.relu(self.batch_norm(name="bn2")(y, norm=norm))
-        y = self.conv(4 * self.channels, (1, 1), name="conv3")(y)
+        y = self.conv(4 * self.channels, 1, name="conv3")(y)
         y = self.batch_norm(scale=self.last_scale, name="bn3")(y, norm=norm)
         return nn.relu(y + _shortcut(self, x, 4 * self.channels, norm))
 
@@ -107,21 +112,45 @@ class Bottleneck(nn.Module):
 _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
+def _conv(
+    features: int, kernel: int, stride: int = 1, *, padding: str, dtype, name: str
+) -> nn.Conv:
+    """A biasless convolution."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding="SAME" if padding == "same" else (kernel - 1) // 2,
+        use_bias=False,
+        kernel_init=he_fan_out,
+        dtype=dtype,
+        name=name,
+    )
+
+
 def _shortcut(block: BasicBlock | Bottleneck, x: Array, channels: int, norm: str) -> Array:
     """The identity, or a strided 1x1 convolution where the shape changes."""
     if block.stride == 1 and x.shape[-1] == channels:
         return x
-    x = block.conv(channels, (1, 1), (block.stride,) * 2, name="downsample_conv")(x)
+    x = block.conv(channels, 1, block.stride, name="downsample_conv")(x)
     return block.batch_norm(name="downsample_bn")(x, norm=norm)
 
 
 _IMAGENET = dict(width=64, stem="imagenet")
 _CIFAR = dict(block="basic", width=16, stem="small")  # the paper's section 4.2: 6n + 2 layers
 
+_50 = dict(stage_sizes=(3, 4, 6, 3), block="bottleneck", stem="imagenet")
+
 VARIANTS = {
     "resnet18": dict(stage_sizes=(2, 2, 2, 2), block="basic", **_IMAGENET),
     "resnet34": dict(stage_sizes=(3, 4, 6, 3), block="basic", **_IMAGENET),
-    "resnet50": dict(stage_sizes=(3, 4, 6, 3), block="bottleneck", **_IMAGENET),
+    "resnet50": dict(width=64, **_50),
+    "resnet101": dict(stage_sizes=(3, 4, 23, 3), block="bottleneck", **_IMAGENET),
+    "resnet152": dict(stage_sizes=(3, 8, 36, 3), block="bottleneck", **_IMAGENET),
+    "resnet50w2": dict(width=128, **_50),  # SwAV's: every channel doubled
+    "resnet50w4": dict(width=256, **_50),
+    "resnet50w5": dict(width=320, **_50),
+    "resnet50_same": dict(width=64, padding="same", **_50),  # BYOL's weights, ported
     "resnet8": dict(stage_sizes=(1, 1, 1), **_CIFAR),
     "resnet14": dict(stage_sizes=(2, 2, 2), **_CIFAR),
     "resnet20": dict(stage_sizes=(3, 3, 3), **_CIFAR),

@@ -45,7 +45,7 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
 
     Args:
       data: a folder of images, a prepared TFDS data set's version folder, or an .npz file.
-      teacher: a pretraining run's directory or a MoCo checkpoint in PyTorch's format.
+      teacher: the directory of a pretraining run or of an import, or a checkpoint of PyTorch.
       student: a backbone, e.g. "resnet18".
       workdir: where the run lives.
       changes: config fields to change, with `__` for dots: total_epochs=100,
@@ -107,12 +107,14 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
     path = pathlib.Path(teacher).expanduser()
     if not path.exists():
         raise errors.UserError(
-            f"--teacher={teacher} does not exist. Give the directory of a pretraining run or a "
-            "MoCo checkpoint (.pth, .pth.tar, .safetensors)."
+            f"--teacher={teacher} does not exist. Give the directory of a pretraining run or of "
+            "an import, or a checkpoint of PyTorch (.pth, .pth.tar, .safetensors)."
         )
     config.teacher.weights = str(path)
     if path.is_file():
-        config.teacher.update(convert.describe(convert.read(path), str(path))._asdict())
+        imported = convert.read_network(path)
+        config.teacher.update({field: imported.spec[field] for field in teachers.SHAPE})
+        config.augment.mean, config.augment.std = imported.normalisation
     else:
         run = read_config(path)
         config.teacher.update({field: run.student[field] for field in teachers.SHAPE})
@@ -140,7 +142,7 @@ def _fit_data(config: ConfigDict, source: Source) -> None:
 def _define(values: absl_flags.FlagValues) -> None:
     for name, text in (
         ("data", "a folder of images, a TFDS version folder, or an .npz file"),
-        ("teacher", "a pretraining run's directory or a MoCo checkpoint"),
+        ("teacher", "the directory of a run or of an import, or a checkpoint of PyTorch"),
         ("student", "a backbone; see disco-jax list"),
     ):
         absl_flags.DEFINE_string(name, None, text, flag_values=values)

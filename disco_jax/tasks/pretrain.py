@@ -29,6 +29,7 @@ class Prepared:
     """Everything that a run needs, checked, before anything is written or compiled.
 
     Attributes:
+      config: with what the teacher's weights decide filled in.
       recipe: crops and photometric operations.
       method: networks and objectives.
       source: images.
@@ -39,6 +40,7 @@ class Prepared:
       teacher: frozen weights; None if the method has no teacher.
     """
 
+    config: ConfigDict
     recipe: views.Recipe
     method: Method
     source: Source
@@ -57,6 +59,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     """
     _check_numbers(config)
     _check_devices(config)
+    config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views)
     method = methods.build(config, config.views)
     losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
@@ -72,6 +75,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
         encoder = method.networks["teacher"].encoder
         loaded = teacher.load(config.teacher, encoder, config.augment.size)
     return Prepared(
+        config=config,
         recipe=recipe,
         method=method,
         source=source,
@@ -100,6 +104,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     """
     started = time.monotonic()
     ready = prepare(config, source)
+    config = ready.config
     with (
         claim(workdir, config) as path,
         contextlib.closing(

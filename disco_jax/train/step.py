@@ -47,8 +47,8 @@ def make_train_step(
       tx: the optimizer.
       learning_rate: only for the metrics; `tx` has its own.
       ema_rate: step -> the share of the old momentum weights that is kept.
-      seed: of augmentation and shuffling; folded with the step and an image's global position,
-        so that a replay draws the same on any number of devices.
+      seed: of augmentation, shuffling and the student's dropout; folded with the step and an
+        image's global position, so that a replay draws the same on any number of devices.
 
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
@@ -72,7 +72,7 @@ def make_train_step(
         def loss_fn(params):
             variables = {**state.student, "params": params}
             student, new = encode(
-                networks["student"], variables, views, plan["student"], shuffle_rng
+                networks["student"], variables, views, plan["student"], shuffle_rng, dropout=True
             )
             record = Record({"student": student, **targets}, batch["aux"])
             terms = {

@@ -8,7 +8,7 @@ import jax
 import optax
 from etils import epath
 
-from disco_jax import convert, errors, methods
+from disco_jax import convert, errors, methods, models
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
 from disco_jax.train import checkpoint, state, workdir
@@ -16,8 +16,20 @@ from disco_jax.train import checkpoint, state, workdir
 _LOG = logging.getLogger(__name__)
 
 RANDOM = "random"
-# What must be the same in a teacher's run and in `config.teacher`.
-SHAPE = ("backbone", "width", "stem", "hidden", "dim")
+# `config.teacher.head`: everything but the backbone's name is taken from the weights.
+AUTO = "auto"
+# What describes a network in a config.
+SHAPE = (
+    "backbone",
+    "width",
+    "stem",
+    "grid",
+    "adapter",
+    "head",
+    "hidden",
+    "dim",
+    "prototypes",
+)
 # The bank of MoCo's keys, which the official file carries: view 1 is the key.
 KEYS = "view_1"
 
@@ -35,11 +47,49 @@ class Teacher:
     queue: Queue | None = None
 
 
+def describe(weights: str) -> dict[str, Any]:
+    """The fields `SHAPE` of the network in a run's directory or a PyTorch checkpoint.
+
+    Raises:
+      UserError: nothing there, or nothing that is understood.
+    """
+    path = _existing(weights)
+    if path.is_dir():
+        student = workdir.read_config(path).student
+        return {field: student[field] for field in SHAPE}
+    spec = convert.read_network(path).spec
+    return {field: spec[field] for field in SHAPE}
+
+
+def resolve(config: Any) -> Any:
+    """A copy of a pretraining config in which `config.teacher.head="auto"` has been replaced.
+
+    Raises:
+      UserError: the weights cannot be read, or are of another backbone.
+    """
+    config = config.copy_and_resolve_references()
+    spec = config.teacher
+    if spec.head != AUTO:
+        return config
+    if spec.weights in ("", RANDOM):
+        spec.head = "mlp"
+        return config
+    found = describe(spec.weights)
+    if found["backbone"] != spec.backbone:
+        raise errors.UserError(
+            f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} holds a "
+            f"{found['backbone']!r}: set --config.teacher.backbone={found['backbone']}."
+        )
+    spec.update(found)
+    return config
+
+
 def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     """The teacher that `config.teacher` names.
 
     Args:
-      spec: `config.teacher`; `weights` is a workdir, a PyTorch file, or "random".
+      spec: `config.teacher`, resolved; `weights` is the directory of a run or of an import, a
+        PyTorch checkpoint, or "random".
       encoder: what `spec` describes.
       size: of the images in px.
 
@@ -49,38 +99,56 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     if not spec.weights:
         raise errors.UserError(
             "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
-            "of a pretraining run, a MoCo checkpoint in PyTorch's format, or 'random' to try "
-            "things out."
+            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
+            "to try things out."
         )
     if spec.weights == RANDOM:
         _LOG.warning("The teacher is random: this run tries things out, nothing more.")
         return Teacher(encoder.create(1, size))
-    path = epath.Path(spec.weights)
-    if not path.exists():
-        raise errors.UserError(f"config.teacher.weights={spec.weights!r} does not exist.")
+    path = _existing(spec.weights)
     if path.is_dir():
         return _from_run(path, spec, encoder, size)
-    variables, vectors = convert.load(path, encoder.create(0, size))
-    return Teacher(variables, vectors)
+    imported = convert.read_network(path)
+    _check(imported.spec, spec, imported.encoder, encoder, path)
+    return Teacher(imported.variables, imported.queue)
+
+
+def _existing(weights: str) -> epath.Path:
+    path = epath.Path(weights)
+    if not path.exists():
+        raise errors.UserError(f"config.teacher.weights={weights!r} does not exist.")
+    return path
 
 
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
     config = workdir.read_config(path)
-    other = [
-        f"config.teacher.{field}={spec[field]!r}, but the run has {config.student[field]!r}"
-        for field in SHAPE
-        if spec[field] != config.student[field]
-    ]
-    if other:
-        raise errors.UserError(
-            f"The network in {path} is not the one described:\n  " + "\n  ".join(other)
-        )
-    method = methods.build(config)
-    abstract = jax.eval_shape(lambda: state.create(method, optax.identity(), 0, size))
-    variables, step = checkpoint.load(path, "student", abstract.student)
+    _check(config.student, spec, models.build_encoder(config.student), encoder, path)
+    variables, step = checkpoint.load(path, "student", encoder.create(0, size))
     _LOG.info("Teacher: step %d of %s", step, path)
-    queue = abstract.memory.get("contrast", {}).get(KEYS)
-    if queue is not None:
-        memory, _ = checkpoint.load(path, "memory", abstract.memory)
-        queue = memory["contrast"][KEYS]
-    return Teacher(variables, queue)
+    if not config.objectives.contrast.weight:
+        return Teacher(variables)
+    method = methods.build(config, config.views)
+    abstract = jax.eval_shape(lambda: state.create(method, optax.identity(), 0, size))
+    if KEYS not in abstract.memory["contrast"]:
+        return Teacher(variables)
+    memory, _ = checkpoint.load(path, "memory", abstract.memory)
+    return Teacher(variables, memory["contrast"][KEYS])
+
+
+def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Path) -> None:
+    """Refuses weights of another network than the config describes."""
+
+    def shapes(encoder: Encoder) -> Any:
+        return jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: encoder.create(0, 32)))
+
+    names = ("backbone", "head")
+    if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
+        return
+    differing = [
+        f"config.teacher.{field}={spec[field]!r}, but the weights have {found[field]!r}"
+        for field in SHAPE
+        if spec[field] != found[field]
+    ]
+    raise errors.UserError(
+        f"The network in {path} is not the one described:\n  " + "\n  ".join(differing)
+    )

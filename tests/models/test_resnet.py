@@ -1,98 +1,16 @@
-"""ResNets and their heads: same weights, same images, same numbers as the official PyTorch."""
+"""ResNets: sizes, stems, initial values."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import helpers
-import reference_weights
-from disco_jax import convert, models
-from disco_jax.convert import torch_keys
-
-SPEC = dict(width=0, stem="", zero_init_residual=False, norm_group=0, hidden=-1, dim=128)
+from disco_jax import models
 
 
 def build(backbone, **fields):
-    return models.build_encoder(ConfigDict({**SPEC, "backbone": backbone, **fields}))
-
-
-def from_fixture(name):
-    """(encoder, variables, description, arrays) of a recorded network."""
-    meta, ref = helpers.fixture(f"models/{name}")
-    weights = meta["weights"]
-    state = reference_weights.make_state_dict(
-        meta["manifest"], weights["salt"], weights["conv_gain"], prefix=meta["encoder_prefix"]
-    )
-    encoder = build(**convert.describe(state, name)._asdict())
-    like = jax.eval_shape(lambda: encoder.create(0, 32))
-    return encoder, convert.from_state_dict(state, like, name), meta, ref
-
-
-def images(case):
-    spec = case["inputs"][0]
-    made = reference_weights.make_input(spec["seed"], spec["n"], spec["height"], spec["width"])
-    return jnp.asarray(made.transpose(0, 2, 3, 1))
-
-
-@pytest.mark.parametrize(
-    "name", ["moco_resnet18", "moco_resnet34", "moco_resnet50", "disco_resnet18"]
-)
-def test_features_and_embeddings_in_eval_mode(name):
-    encoder, variables, meta, ref = from_fixture(name)
-    cases = [c for c in meta["cases"] if c.startswith("eval") and not c.endswith("teacher")]
-    assert len(cases) >= 2
-    apply = jax.jit(lambda v, x: encoder.apply(v, x, norm="running"))
-    for case in cases:
-        out = apply(variables, images(meta["cases"][case]))
-        for output in ("features", "embedding"):
-            error = helpers.relative_error(getattr(out, output), ref[f"{case}/{output}"])
-            assert error < 1e-5, (case, output, error)
-
-
-def test_statistics_and_gradients_in_train_mode():
-    name = "moco_resnet18"
-    encoder, variables, meta, ref = from_fixture(name)
-    case = meta["cases"]["train_96"]
-
-    def loss(params):
-        out, new = encoder.apply(
-            {**variables, "params": params}, images(case), norm="local", mutable=["batch_stats"]
-        )
-        return 0.5 * jnp.sum(jnp.square(out.embedding)), (out, new)
-
-    (value, (out, new)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        variables["params"]
-    )
-    assert helpers.relative_error(value, ref["train_96/loss"]) < 2e-4
-    assert helpers.relative_error(out.features, ref["train_96/features"]) < 2e-4
-    ours = {"params": grads, **new}
-    checked = 0
-    for key, expected in ref.items():
-        kind, _, torch_key = key.removeprefix("train_96/").partition("/")
-        if kind not in ("grad", "updated") or torch_key.endswith("num_batches_tracked"):
-            continue
-        path, array = torch_keys.translate(torch_key.removeprefix(meta["encoder_prefix"]), expected)
-        leaf = ours
-        for part in path.split("/"):
-            leaf = leaf[part]
-        tolerance = 2e-4
-        if kind == "grad":
-            tolerance = max(
-                1e-4, 10 * case["float32_error"][f"grad/{torch_key}"]["max_abs_over_max"]
-            )
-        assert helpers.relative_error(leaf, array) < tolerance, key
-        checked += 1
-    assert checked >= 8
-
-
-@pytest.mark.parametrize(
-    "backbone, millions", [("resnet18", 10.66), ("resnet34", 20.30), ("resnet50", 22.42)]
-)
-def test_parameters_are_as_many_as_the_papers_count(backbone, millions):
-    params = jax.eval_shape(lambda: build(backbone).create(0, 224))["params"]["backbone"]
-    assert sum(x.size for x in jax.tree.leaves(params)) / 2**20 == pytest.approx(millions, abs=5e-3)
+    return models.build_encoder(helpers.encoder_spec(backbone, **fields))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +30,7 @@ def test_small_stem_keeps_the_resolution_and_width_is_free():
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
-    spec = ConfigDict({**SPEC, "backbone": "resnet8", "hidden": 32, "dim": 16})
+    spec = helpers.encoder_spec("resnet8", hidden=32, dim=16)
     full = models.build_encoder(spec)
     half = models.build_encoder(spec, "bfloat16")
     variables = half.create(0, 16)

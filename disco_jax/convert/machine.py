@@ -1,0 +1,177 @@
+"""A machine that follows the opcodes of pickles and runs nothing of theirs.
+
+A pickle is a program. The stdlib's unpickler runs it, and lets a hostile one take any amount of
+memory or exhaust the stack even when it may call nothing. This machine knows containers, numbers,
+strings, tensors and arrays, calls the functions of `disco_jax.convert.rebuild` only, and makes an
+inert `Stub` of an object of any other class.
+"""
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from disco_jax.convert import archive
+from disco_jax.convert.archive import Refused, StorageId
+from disco_jax.convert.rebuild import LATER, Global, Stub, atoms, fill, find, pairs, shown
+
+
+class Machine:
+    """Follows the opcodes of one pickle.
+
+    Args:
+      storage: gives a storage for its name.
+      size: bytes of the file; what is copied in memory stays in proportion to it.
+    """
+
+    def __init__(self, storage: Callable[[StorageId], Any], size: int):
+        self.storage = storage
+        self._left = 4 * size + 2**20
+        self._stack, self._marks, self._memo = [], [], {}
+        self.unfilled: dict[int, np.ndarray] = {}  # arrays of which only the class is known yet
+
+    def spend(self, size: int) -> None:
+        """Counts bytes or items that are copied."""
+        self._left -= size
+        if self._left < 0:
+            raise Refused("unpacks to far more than its size.")
+
+    def run(self, file: BinaryIO) -> Any:
+        """The object of the pickle; the file is left behind it."""
+        for opcode, argument, _ in pickletools.genops(file):
+            name = opcode.name
+            if name == "STOP":
+                break
+            if name in _ARGUMENTS:
+                self._stack.append(argument)
+            elif name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[name]())
+            elif name in _STEPS:
+                _STEPS[name](self)
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                self._memo[argument] = self._stack[-1]
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                self._stack.append(self._memo[argument])
+            elif name == "GLOBAL":
+                self._stack.append(find(*argument.split(" ", 1)))
+            elif name not in ("PROTO", "FRAME"):
+                raise Refused(f"has the pickle opcode {name}, which no checkpoint has a use for.")
+        if self.unfilled:
+            raise Refused("is damaged: it has an array without content.")
+        return self._stack.pop()
+
+    def mark(self) -> None:
+        self._marks.append(len(self._stack))
+
+    def pop(self, count: int | None = None) -> list:
+        """Takes the last `count` items off the stack, or those above the last mark."""
+        start = self._marks.pop() if count is None else len(self._stack) - count
+        if start < 0:
+            raise IndexError("the stack is empty")
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def collect(self, kind: Callable[[list], Any], count: int | None = None) -> None:
+        self._stack.append(kind(self.pop(count)))
+
+    def extend(self, count: int | None = None) -> None:
+        items, target = self.pop(count), self._stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is set:
+            target.update(atoms(items))
+        elif type(target) is not Stub:
+            raise Refused("is damaged: it appends to something that is no list.")
+
+    def update(self, count: int | None = None) -> None:
+        items, target = self.pop(count), self._stack[-1]
+        if type(target) is dict:
+            target.update(pairs(items))
+        elif type(target) is not Stub:
+            raise Refused("is damaged: it sets items of something that is no dict.")
+
+    def memoize(self) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def named(self) -> None:
+        self._stack.append(find(*self.pop(2)))
+
+    def persistent(self) -> None:
+        """An object that lies outside of the pickle: a storage, or a module with its source."""
+        kind, *name = self._stack.pop()
+        if kind == "module":
+            self._stack.append(name[0])
+            return
+        storage, key, _, count, *view = name
+        dtype = archive.STORAGES.get(storage.name.split(".")[-1])
+        view = tuple(view[0][1:]) if view and view[0] is not None else None
+        if kind != "storage" or dtype is None or type(key) is not str:
+            raise Refused(f"has a storage of an unknown kind, {shown(storage.name)}.")
+        if any(type(number) is not int or number < 0 for number in (count, *(view or ()))):
+            raise Refused(f"is damaged: storage {key!a} has no proper size.")
+        self._stack.append(self.storage(StorageId(dtype, key, count, view)))
+
+    def reduce(self, count: int = 2) -> None:
+        function, arguments, *_ = self.pop(count)
+        self._stack.append(self.call(function, arguments))
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if type(function) is not Global or type(arguments) is not tuple:
+            raise Refused(f"is damaged: it calls {shown(type(function).__name__)}.")
+        return function.call(self, *arguments)
+
+    def build(self) -> None:
+        """Gives an object its state; attributes of dicts, tensors and the like are left out."""
+        target, state = self._stack[-2], self._stack.pop()
+        if id(target) in self.unfilled:
+            fill(self, self.unfilled.pop(id(target)), *state[-4:])
+        elif isinstance(target, np.dtype):
+            if state[1] not in ("<", "|", "="):
+                raise Refused("holds big-endian arrays, which are not supported.")
+        elif type(target) is Stub:
+            target.state = state
+        elif not isinstance(target, dict | np.ndarray) and target is not LATER:
+            raise Refused("is damaged: it gives a state to something that can have none.")
+
+
+# Opcodes that put their argument on the stack, that put something new there, and the others.
+_ARGUMENTS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
+    *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+_STEPS = {
+    "MARK": Machine.mark,
+    "POP": lambda machine: machine.pop(1),
+    "POP_MARK": Machine.pop,
+    "TUPLE": lambda machine: machine.collect(tuple),
+    "TUPLE1": lambda machine: machine.collect(tuple, 1),
+    "TUPLE2": lambda machine: machine.collect(tuple, 2),
+    "TUPLE3": lambda machine: machine.collect(tuple, 3),
+    "LIST": lambda machine: machine.collect(list),
+    "DICT": lambda machine: machine.collect(lambda items: dict(pairs(items))),
+    "FROZENSET": lambda machine: machine.collect(lambda items: frozenset(atoms(items))),
+    "APPEND": lambda machine: machine.extend(1),
+    "APPENDS": Machine.extend,
+    "ADDITEMS": Machine.extend,
+    "SETITEM": lambda machine: machine.update(2),
+    "SETITEMS": Machine.update,
+    "MEMOIZE": Machine.memoize,
+    "STACK_GLOBAL": Machine.named,
+    "BINPERSID": Machine.persistent,
+    "REDUCE": Machine.reduce,
+    "NEWOBJ": Machine.reduce,
+    "NEWOBJ_EX": lambda machine: machine.reduce(3),
+    "BUILD": Machine.build,
+}

@@ -1,0 +1,245 @@
+"""PyTorch checkpoints and pickles of arrays, read and written without PyTorch.
+
+Nothing in a file is executed: see `disco_jax.convert.machine`.
+"""
+
+import io
+import itertools
+import mmap
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+
+from disco_jax.convert import archive
+from disco_jax.convert.archive import Refused, StorageId
+from disco_jax.convert.machine import Machine
+from disco_jax.convert.rebuild import LATER, Stub, shown
+from disco_jax.errors import UserError
+
+__all__ = ["Stub", "read", "write"]
+
+# What begins a file of PyTorch before 1.6: this number, and that of the protocol.
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_DEPTH = 100  # of containers in one another
+# The classes of storages that `write` writes.
+_WRITTEN = {
+    archive.DTYPES[archive.STORAGES[f"{name}Storage"]]: f"{name}Storage"
+    for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
+}
+_ALIGNMENT = 64  # of the members that `write` writes, in bytes, as torch.save has it
+
+
+def read(path: str | os.PathLike) -> Any:
+    """What torch.save wrote in a file, or the dict in a plain pickle; nothing in it is executed.
+
+    Of PyTorch both the zip archives (since 1.6) and the streams before them are read, whatever the
+    file is called. Tensors, parameters and arrays become np.ndarray of the same type, every dict
+    and OrderedDict a dict, a torch.dtype its name, an object of a class that we don't know a
+    `Stub`. Tensors that share a storage may share memory.
+
+    Raises:
+      UserError: no such file; one that is damaged, of another format or wants to run something.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.")
+    try:
+        return _flat(_parse(_open(path)))
+    except Refused as error:
+        raise UserError(f"{path} {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except Exception as error:  # pickles and archives break in as many ways as there are bytes
+        raise UserError(
+            f"{path} is damaged or cut off ({type(error).__name__}: {shown(error)})."
+        ) from error
+
+
+def _open(path: epath.Path) -> Any:
+    """The content of a file, in memory only where it is read if the file is a local one."""
+    if not os.path.isfile(path):
+        return io.BytesIO(path.read_bytes())
+    if not os.path.getsize(path):
+        raise Refused("is empty.")
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _parse(file: Any) -> Any:
+    buffer = file.getbuffer() if isinstance(file, io.BytesIO) else memoryview(file)
+    if buffer[:4] == b"PK\3\4":
+        members = archive.Archive(file, buffer)
+        pickled = io.BytesIO(members.member("data.pkl"))
+        return Machine(members.storage, len(buffer)).run(pickled)
+    if buffer[:1] == b"\x80":
+        content = Machine(_no_storage, len(buffer)).run(file)
+        if type(content) is int and content == _MAGIC:
+            return _parse_stream(file, buffer)
+        if isinstance(content, dict):
+            return content
+    if buffer[257:262] == b"ustar":
+        raise Refused(
+            "is a tar file. PyTorch before 0.1.10 wrote such checkpoints: torch.load and "
+            "torch.save it with a later one."
+        )
+    raise Refused("is neither a checkpoint of PyTorch nor a pickled dict of arrays.")
+
+
+def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
+    """The rest of a file of PyTorch before 1.6, after its magic number.
+
+    The storages come last and without their types, so the object is read twice: first for the
+    types, then with the storages.
+    """
+    protocol, system = (Machine(_no_storage, len(buffer)).run(file) for _ in range(2))
+    if protocol != _PROTOCOL or not isinstance(system, dict):
+        raise Refused("is damaged, or a stream that PyTorch has never written.")
+    if system.get("little_endian") is not True:
+        raise Refused("was written on a big-endian machine, which is not supported.")
+    start, named = file.tell(), {}
+
+    def note(name: StorageId) -> Any:
+        if named.setdefault(name.key, name)[:3] != name[:3]:
+            raise Refused(f"is damaged: storage {name.key!a} has two types.")
+        return LATER
+
+    def view(name: StorageId) -> np.ndarray:
+        storage = storages[name.key]
+        if len(storage) != name.count:
+            raise Refused(f"is damaged: storage {name.key!a} has another size.")
+        if name.view is None:
+            return storage
+        first, count = name.view
+        return archive.tensor(storage, first, (count,), (1,), spend=lambda size: None)
+
+    Machine(note, len(buffer)).run(file)
+    keys = Machine(_no_storage, len(buffer)).run(file)
+    dtypes = {key: name.dtype for key, name in named.items()}
+    storages = archive.stream(buffer, file.tell(), keys, dtypes)
+    file.seek(start)
+    return Machine(view, len(buffer)).run(file)
+
+
+def _no_storage(name: StorageId) -> Any:
+    raise Refused("is damaged: it has a tensor where there can be none.")
+
+
+def _flat(content: Any) -> Any:
+    """Returns its argument, whose containers don't hold themselves and don't nest too deep."""
+    level = [content]
+    for _ in range(_DEPTH):
+        boxes = {id(item): item for item in level if isinstance(item, dict | list | tuple | set)}
+        level = [
+            item for box in boxes.values() for item in (box.values() if type(box) is dict else box)
+        ]
+        if not level:
+            return content
+    raise Refused(f"nests more than {_DEPTH} containers, or one in itself.")
+
+
+def write(
+    path_or_file: Any, state: Mapping[str, np.ndarray], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes arrays as a .pth that torch.load(weights_only=True) reads, of PyTorch 1.6 or later.
+
+    The same content gives the same bytes.
+
+    Args:
+      path_or_file: a path, or a file open for writing bytes.
+      state: keys to arrays of float64, float32, float16, bfloat16, int64, int32, uint8 or bool;
+        each becomes a contiguous tensor.
+      extra: if given, the file is {**extra, "state_dict": state} instead of the state itself;
+        numbers, strings, None, and dicts, lists and tuples of them.
+
+    Raises:
+      UserError: names what cannot be written; nothing is written then.
+    """
+    tensors = {str(key): _writable(key, value) for key, value in state.items()}
+    content = tensors if extra is None else {**extra, "state_dict": tensors}
+    records: list[np.ndarray] = []
+    pickled = b"\x80\x02" + _pickled(content, records) + b"."
+    members = {
+        "data.pkl": pickled,
+        "byteorder": b"little",
+        **{f"data/{number}": record for number, record in enumerate(records)},
+        "version": b"3\n",
+    }
+    if hasattr(path_or_file, "write"):
+        _write_zip(path_or_file, members)
+    else:
+        with epath.Path(path_or_file).open("wb") as file:
+            _write_zip(file, members)
+
+
+def _writable(key: str, value: Any) -> np.ndarray:
+    value = np.asarray(value)
+    native = value.dtype.newbyteorder("<")
+    if native not in _WRITTEN:
+        raise UserError(
+            f"{key} is of type {value.dtype}, which a .pth is not written with. Supported: "
+            + ", ".join(sorted(map(str, _WRITTEN)))
+            + "."
+        )
+    return np.asarray(value, native, order="C")
+
+
+def _pickled(value: Any, records: list[np.ndarray]) -> bytes:
+    """The opcodes that make a value; the bytes of its arrays are appended to `records`."""
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, int):
+        if -(2**31) <= value < 2**31:
+            return b"J" + struct.pack("<i", value)
+        raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + struct.pack("<B", len(raw)) + raw
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    if isinstance(value, str):
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    if isinstance(value, np.ndarray):
+        return _pickled_tensor(value, records)
+    if isinstance(value, Mapping):
+        pairs = itertools.chain.from_iterable(value.items())
+        return b"}(" + b"".join(_pickled(item, records) for item in pairs) + b"u"
+    if isinstance(value, list | tuple):
+        begin, end = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
+        return begin + b"".join(_pickled(item, records) for item in value) + end
+    raise UserError(f"extra holds a {type(value).__name__}, which a .pth is not written with.")
+
+
+def _pickled_tensor(value: np.ndarray, records: list[np.ndarray]) -> bytes:
+    """A call of PyTorch's _rebuild_tensor_v2 on a storage that only this tensor has."""
+    kind = _WRITTEN[value.dtype]
+    strides = tuple(archive.dense([max(n, 1) for n in value.shape]))
+    storage = [
+        *(_pickled("storage", records), f"ctorch\n{kind}\n".encode()),
+        *(_pickled(item, records) for item in (str(len(records)), "cpu", value.size)),
+    ]
+    records.append(value.reshape(-1).view(np.uint8))
+    return b"".join(
+        [
+            b"ctorch._utils\n_rebuild_tensor_v2\n",  # the function
+            *(b"((", *storage, b"tQ"),  # its first argument, a storage
+            *(_pickled(item, records) for item in (0, value.shape, strides, False)),
+            b"ccollections\nOrderedDict\n)RtR",  # backward hooks, none; the call
+        ]
+    )
+
+
+def _write_zip(file: BinaryIO, members: Mapping[str, Any]) -> None:
+    """Members one after the other, uncompressed, aligned and without the time of day."""
+    position = 0
+    with zipfile.ZipFile(file, "w") as output:
+        for name, content in members.items():
+            info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
+            info.create_system = 3  # the same on every system
+            start = position + archive.LOCAL_HEADER.size + len(info.filename) + 4
+            padding = -start % _ALIGNMENT
+            info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
+            output.writestr(info, content)
+            position = start + padding + len(content)

@@ -1,0 +1,490 @@
+"""What a state dict holds: where its network stands, of which family, architecture and head."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from disco_jax import errors, models
+from disco_jax.convert.names import LAYOUTS, Layout
+
+State = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one network stands in a state dict.
+
+    Attributes:
+      prefix: of all its keys.
+      backbone: of the backbone's, behind `prefix`.
+      head: of the head's keys where they stand elsewhere (SimReg's predictor).
+    """
+
+    prefix: str
+    backbone: str = ""
+    head: str = ""
+
+
+# In order: what a training checkpoint means by its network comes before its other copies, and
+# the prefixes that contain others before those. Matched from the start of the key, so that
+# "module.teacher_encoder_q." is not taken for "encoder_q.".
+PLACES = (
+    Place("module.encoder_q.", "backbone."),  # SSLight MoCo
+    Place("module.encoder_q.", "net."),  # ReSSL
+    Place("module.encoder_q."),  # MoCo, DisCo, BINGO, published SEED students
+    Place("encoder_q.module.", head="predict_q.module."),  # SimReg
+    Place("encoder_q."),
+    Place("module.student.", "backbone."),  # SSLight DINO
+    Place("module.network.", "backbone."),  # SSLight SwAV
+    Place("module.student."),  # SEED
+    Place("module.module.module."),  # SimCLR in SEED
+    Place("module.", "backbone."),  # DINO's networks with BatchNorm
+    Place("", "backbone."),  # DINO's other networks
+    Place("module."),  # SwAV, CompRess
+    Place(""),
+)
+
+# Sequences of linear and BatchNorm layers that end a network, by the name they stand under.
+_HEADS = (
+    "fc",
+    "classifier",
+    "projection_head",
+    "head.projection.mlp",
+    "head.mlp",
+    "head.linear",
+    "head",
+)
+FAMILIES = (
+    "moco_v1",
+    "moco_v2",
+    "disco",
+    "seed",
+    "bingo",
+    "swav",
+    "deepcluster_v2",
+    "dino",
+    "simclr",
+    "byol",
+    "ressl",
+    "compress",
+    "simreg",
+    "sslight",
+    "torchvision",
+    "timm",
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Input normalisation of the families that deviate.
+_NORMALISATION = {
+    "swav": (IMAGENET_MEAN, (0.228, 0.224, 0.225)),
+    "deepcluster_v2": (IMAGENET_MEAN, (0.228, 0.224, 0.225)),
+    "simclr": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+# Other names that architectures go by.
+_ALIASES = {
+    "mobilenet_v2": "mobilenetv2",
+    "mobilenetv2_100": "mobilenetv2",
+    "mobilenet_v3_large": "mobilenetv3_large",
+    "mobilenetv3_large_100": "mobilenetv3_large",
+    "rn50w2": "resnet50w2",
+    "rn50w4": "resnet50w4",
+    "rn50w5": "resnet50w5",
+    "resnet50x2": "resnet50w2",
+    "resnet50x4": "resnet50w4",
+    "vit_tiny": "vit_tiny_p16",
+    "vit_small": "vit_small_p16",
+    "vit_base": "vit_base_p16",
+    "deit_tiny": "vit_tiny_p16",
+    "deit_small": "vit_small_p16",
+}
+# ResNets by blocks a stage and whether a block has three convolutions.
+_RESNETS = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+    ((1, 1, 1), False): "resnet8",
+    ((2, 2, 2), False): "resnet14",
+    ((3, 3, 3), False): "resnet20",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A projection head in a state dict.
+
+    Attributes:
+      root: what its keys start with, behind the network's prefix.
+      linear: the names of its linear layers behind the root, in order; ("",) for a single one.
+      norm: of its BatchNorm layers.
+      prototypes: the names of the layers of prototypes behind the network's prefix.
+    """
+
+    root: str = ""
+    linear: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+    prototypes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """A network in a state dict, ready to be read.
+
+    Attributes:
+      family: one of `FAMILIES`.
+      place: where it stands.
+      layout: how its backbone's weights are named.
+      head: where its head's weights stand.
+      spec: the fields of a network's part of a config.
+    """
+
+    family: str
+    place: Place
+    layout: Layout
+    head: Head
+    spec: dict[str, Any]
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that images in [0, 1] are normalised with, by channel."""
+        return _NORMALISATION.get(self.family, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def recognise(
+    state: State, source: str, family: str = "", arch: str = "", prefix: str | None = None
+) -> Recognised:
+    """Tells what a state dict holds from its keys and shapes.
+
+    Args:
+      state: full keys to arrays in PyTorch's layout.
+      source: what to call it in messages.
+      family: one of `FAMILIES`; "": from the keys.
+      arch: a backbone of ours, or a usual alias of one; "": from the shapes.
+      prefix: where the network stands, e.g. "module.teacher_encoder_q."; None: the network that
+        the checkpoint is about.
+
+    Raises:
+      UserError: when nothing known is there, or a name given is not known.
+    """
+    if family and family not in FAMILIES:
+        raise errors.unknown("family", family, FAMILIES)
+    place, layout = _place(state, source, prefix)
+    backbone = under(state, place.prefix + place.backbone)
+    found = backbone_spec(backbone, layout, source)
+    found.update(_named(arch, found["backbone"], source))
+    head = _head(state, place, layout)
+    family = family or _family(state, place, layout, head)
+    if family == "byol" and found["backbone"] == "resnet50":
+        found["backbone"] = "resnet50_same"
+    return Recognised(
+        family, place, layout, head, {**found, **_head_spec(state, place, head, family)}
+    )
+
+
+def under(state: State, prefix: str) -> dict[str, np.ndarray]:
+    """The entries under `prefix`, without it and without BatchNorm's step counters."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix) and not key.endswith("num_batches_tracked")
+    }
+
+
+def networks(state: State) -> dict[str, str]:
+    """prefix -> layout of every network in a state dict, whatever it is for."""
+    found = {}
+    for layout in LAYOUTS:
+        first = layout.signature[0]
+        for key in state:
+            if key == first or key.endswith("." + first):
+                prefix = key.removesuffix(first)
+                if prefix not in found and all(prefix + k in state for k in layout.signature):
+                    found[prefix] = layout.name
+    return found
+
+
+def _layout(state: State, prefix: str) -> Layout | None:
+    for layout in LAYOUTS:
+        if all(prefix + key in state for key in layout.signature):
+            return layout
+    return None
+
+
+def _place(state: State, source: str, prefix: str | None) -> tuple[Place, Layout]:
+    places = PLACES
+    if prefix is not None:
+        places = [Place(prefix, inner) for inner in ("backbone.", "net.", "")]
+    for place in places:
+        layout = _layout(state, place.prefix + place.backbone)
+        if layout:
+            return place, layout
+    found = networks(state)
+    if prefix is None and len(found) == 1:
+        (only,) = found
+        return Place(only), _layout(state, only)
+    if found:
+        raise errors.UserError(
+            f"{source} holds networks under {', '.join(map(repr, sorted(found)))}; say which one "
+            "with prefix=."
+        )
+    some = ", ".join(sorted(state)[:5]) or "none"
+    raise errors.UserError(
+        f"{source} does not hold a network that is known: {len(state)} arrays, among them {some}. "
+        f"Known layouts: {', '.join(layout.name for layout in LAYOUTS)}."
+    )
+
+
+def _family(state: State, place: Place, layout: Layout, head: Head) -> str:
+    """Which code base wrote the checkpoint; between those that look the same, the first known."""
+    inside = place.prefix + place.backbone
+    if layout.name in ("sequential_resnet", "sslight_mobilenetv2") or place.prefix in (
+        "module.network.",
+    ):
+        return "sslight"
+    if place.prefix == "module.student." and place.backbone:
+        return "sslight"
+    if place.prefix == "module.encoder_q." and place.backbone == "backbone.":
+        return "sslight"
+    if place.backbone == "net.":
+        return "ressl"
+    if place.head or any(key.startswith("predict_q.") for key in state):
+        return "simreg"
+    if any(key.startswith("module.teacher_encoder_q.") for key in state):
+        return "disco"
+    if place.prefix == "module.student." or layout.name == "seed_mobilenetv3":
+        return "seed"
+    if place.prefix.endswith("encoder_q."):
+        keys = networks(state).get("module.encoder_k.", layout.name)
+        if layout.name == "lukemelas_efficientnet":
+            return "bingo" if keys != layout.name else "seed"
+        return "moco_v2" if len(head.linear) > 1 else "moco_v1"
+    if layout.name == "tensorflow_resnet" or place.prefix == "module.module.module.":
+        return "simclr"
+    if any("prototypes.prototypes" in key for key in state):
+        return "deepcluster_v2"
+    if head.root == "projection_head":
+        return "swav"
+    if any(key.endswith("last_layer.weight_v") for key in state) or layout.name == "xcit":
+        return "dino"
+    if inside == "module." and len(state.get("module.fc.weight", ())) != 1000:
+        return "compress"
+    if layout.name == "vit":
+        return "timm" if "head.weight" in state else "dino"
+    return "timm" if layout.name == "timm_inverted" else "torchvision"
+
+
+def backbone_spec(state: State, layout: Layout, source: str) -> dict[str, Any]:
+    """backbone, width, stem and grid of a backbone's state dict.
+
+    Raises:
+      UserError: when it is none of ours.
+    """
+    if layout.name.endswith("resnet"):
+        found = _resnet(state, layout)
+    elif layout.name == "vit":
+        found = _vit(state)
+    elif layout.name == "xcit":
+        found = _xcit(state)
+    else:
+        found = _inverted(state, layout)
+    if found is None:
+        raise errors.UserError(
+            f"{source} holds a backbone in the layout {layout.name} that is none of "
+            f"{', '.join(models.BACKBONES)}."
+        )
+    return {"width": 0, "stem": "", "grid": 0, **found}
+
+
+def _named(arch: str, found: str, source: str) -> dict[str, str]:
+    """{"backbone": ...} for a name that was given, checked against what the shapes say."""
+    if not arch:
+        return {}
+    name = arch.lower().replace("-", "_").removesuffix("_224").replace("_patch", "_p")
+    name = _ALIASES.get(name, name)
+    if name not in models.BACKBONES:
+        raise errors.unknown("arch", arch, models.BACKBONES)
+    # The layouts of one architecture differ in names, padding and epsilon, not in shapes.
+    if _bare(name) != _bare(found):
+        raise errors.UserError(f"{source} holds a {found}, not a {arch}.")
+    return {"backbone": name if name != _bare(found) else found}
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"^tf_|_(seed|tv|same)$", "", name)
+
+
+def _resnet(state: State, layout: Layout) -> dict[str, Any] | None:
+    if layout.name == "tensorflow_resnet":
+        width = len(state["conv2d.weight"])
+        count = sum(key.startswith("conv2d") for key in state)
+        if count != 53:
+            return None
+        return _wide("resnet50", width)
+    stage, first = {"sequential_resnet": ("encoder.", 4), "detectron2_resnet": ("res", 2)}.get(
+        layout.name, ("layer", 1)
+    )
+    sizes = tuple(n for n in (_count(state, f"{stage}{first + i}") for i in range(4)) if n)
+    stem = state[layout.signature[0]]
+    name = _RESNETS.get((sizes, f"{stage}{first}.0.conv3.weight" in state))
+    if name is None:
+        return None
+    found = _wide(name, len(stem))
+    table_stem = models.BACKBONES[found["backbone"]][1]["stem"]
+    own = "small" if stem.shape[-1] == 3 else "imagenet"
+    return {**found, "stem": "" if own == table_stem else own}
+
+
+def _wide(name: str, width: int) -> dict[str, Any]:
+    """The variant of a ResNet with `width` channels in its first stage."""
+    wide = f"{name}w{width // 64}"
+    if width == models.BACKBONES[name][1]["width"]:
+        return {"backbone": name}
+    if wide in models.BACKBONES and models.BACKBONES[wide][1]["width"] == width:
+        return {"backbone": wide}
+    return {"backbone": name, "width": width}
+
+
+def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
+    fixed = {
+        "sslight_mobilenetv2": "mobilenetv2",
+        "torchvision_mobilenetv2": "mobilenetv2",
+        "seed_mobilenetv3": "mobilenetv3_large_seed",
+        "torchvision_mobilenetv3": "mobilenetv3_large_tv",
+    }
+    if layout.name in fixed:
+        return {"backbone": fixed[layout.name]}
+    if layout.name == "timm_inverted" and "bn2.weight" not in state:
+        return {"backbone": "mobilenetv3_large"}
+    if layout.name == "timm_inverted" and not any(".se." in key for key in state):
+        return {"backbone": "mobilenetv2"}
+    if layout.name == "lukemelas_efficientnet":
+        name = {16: "efficientnet_b0_seed", 23: "efficientnet_b1_seed"}.get(
+            _count(state, "_blocks")
+        )
+    else:
+        root = "blocks" if layout.name == "timm_inverted" else "features"
+        first = 0 if root == "blocks" else 1
+        counts = tuple(_count(state, f"{root}.{first + s}") for s in range(7))
+        name = {
+            tuple(models.BACKBONES[n][1]["repeats"]): n
+            for n in ("efficientnet_b0", "efficientnet_b1")
+        }.get(counts)
+    return name and {"backbone": name}
+
+
+def _vit(state: State) -> dict[str, Any] | None:
+    width = state["cls_token"].shape[-1]
+    wanted = {
+        "width": width,
+        "patch": state["patch_embed.proj.weight"].shape[-1],
+        "depth": _count(state, "blocks"),
+    }
+    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    return _matching("vit", {"patch": 16, "depth": 12}, wanted, grid)
+
+
+def _xcit(state: State) -> dict[str, Any] | None:
+    convs = len([k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)])
+    wanted = {
+        "width": state["cls_token"].shape[-1],
+        "patch": 2**convs,
+        "depth": _count(state, "blocks"),
+    }
+    return _matching("xcit", {"patch": 16, "depth": 12}, wanted)
+
+
+def _matching(
+    family: str, defaults: dict[str, Any], wanted: dict[str, Any], grid: int = 0
+) -> dict[str, Any] | None:
+    """The variant of a family with the fields `wanted`."""
+    for name, (_, fields) in models.BACKBONES.items():
+        fields = {**defaults, **fields}
+        if name.startswith(family) and all(fields[k] == v for k, v in wanted.items()):
+            own = grid in (0, fields.get("grid", 14))
+            return {"backbone": name, "grid": 0 if own else grid}
+    return None
+
+
+def _count(state: Iterable[str], root: str) -> int:
+    """How many numbered children stand under `root`."""
+    pattern = re.compile(re.escape(root) + r"\.(\d+)\.")
+    return len({match[1] for key in state if (match := pattern.match(key))})
+
+
+def _head(state: State, place: Place, layout: Layout) -> Head:
+    if place.head:
+        return _sequence(under(state, place.head), "")
+    network = under(state, place.prefix)
+    own = f"{place.backbone}classifier.0." if layout.name == "seed_mobilenetv3" else ""
+    if layout.name == "torchvision_mobilenetv3":
+        own = "classifier.0."  # the backbone's last layer
+    network = {k: v for k, v in network.items() if not own or not k.startswith(own)}
+    for root in _HEADS:
+        head = _sequence(network, root)
+        if head.linear:
+            return dataclasses.replace(head, prototypes=_prototypes(network))
+    return Head(prototypes=_prototypes(network))
+
+
+def _sequence(network: State, root: str) -> Head:
+    """The linear and BatchNorm layers under `root`, in the order of their numbers."""
+    if root == "head.linear":  # ReSSL numbers them from 1, without a dot
+        names = [f"{n}" for n in (1, 2) if f"head.linear{n}.weight" in network]
+        return Head(root, tuple(names))
+    start = f"{root}." if root else ""
+    if getattr(network.get(f"{start}weight"), "ndim", 0) == 2:
+        return Head(root, ("",))
+    pattern = re.compile(re.escape(start) + r"(\d+)\.weight")
+    found = {int(m[1]): v for k, v in network.items() if (m := pattern.fullmatch(k))}
+    ordered = sorted(found)
+    linear = tuple(f".{n}" if root else f"{n}" for n in ordered if found[n].ndim == 2)
+    norm = tuple(f".{n}" if root else f"{n}" for n in ordered if found[n].ndim == 1)
+    return Head(root, linear, norm)
+
+
+def _prototypes(network: State) -> tuple[str, ...]:
+    if "head.last_layer.weight_v" in network:
+        return ("head.last_layer",)
+    for single in ("prototypes", "head.prototypes"):
+        if f"{single}.weight" in network:
+            return (single,)
+    pattern = re.compile(r"(prototypes\.prototypes\d+)\.weight")
+    return tuple(sorted(m[1] for key in network if (m := pattern.fullmatch(key))))
+
+
+def _head_spec(state: State, place: Place, head: Head, family: str) -> dict[str, Any]:
+    """head, hidden, dim and prototypes of a head."""
+    network = under(state, place.head or place.prefix)
+    tail = under(state, place.prefix)
+    counts = tuple(
+        len(tail.get(f"{name}.weight_v", tail.get(f"{name}.weight"))) for name in head.prototypes
+    )
+    if not head.linear:
+        return {"head": "none", "hidden": 0, "dim": 128, "prototypes": counts, "adapter": 0}
+    first, last = (network[f"{head.root}{head.linear[i]}.weight"] for i in (0, -1))
+    kind = _head_kind(head, family)
+    hidden = 0 if len(head.linear) == 1 else len(first)
+    return {
+        "head": kind,
+        "hidden": hidden,
+        "dim": len(last),
+        "prototypes": counts,
+        "adapter": 0,
+    }
+
+
+def _head_kind(head: Head, family: str) -> str:
+    layers, norms = len(head.linear), len(head.norm)
+    if layers == 4 and norms == 2:
+        return "regression"
+    if layers == 3 and head.root == "head.mlp":
+        return "dino_bn" if norms else "dino"
+    # SwAV's networks end on the unit sphere, inside DisCo's checkpoints too; SimCLR's in SEED do.
+    swav = head.root in ("projection_head", "head.projection.mlp")
+    unit = swav or bool(head.prototypes) or family == "simclr"
+    if norms:
+        return "swav" if unit else "mlp_bn"
+    return "mlp_unit" if unit else "mlp"

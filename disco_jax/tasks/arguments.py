@@ -1,0 +1,37 @@
+"""Command lines of the tasks that take a file instead of a config."""
+
+import argparse
+from collections.abc import Sequence
+
+from disco_jax import errors
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` whose mistakes are `UserError`s, with the nearest option named."""
+
+    def __init__(self, task: str, description: str):
+        super().__init__(
+            prog=f"disco-jax {task}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str):
+        raise errors.UserError(f"{message}.\n{self.format_usage().rstrip()}")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace | None:
+        """The values of `argv`; None after help was printed.
+
+        Raises:
+          UserError: for a word that is not understood.
+        """
+        if {"-h", "--help"} & set(argv):
+            self.print_help()
+            return None
+        values, rest = self.parse_known_args(argv)
+        if rest:
+            options = [word for action in self._actions for word in action.option_strings]
+            near = errors.did_you_mean(rest[0].partition("=")[0], options)
+            self.error(f"{rest[0]!r} is not understood.{near}".rstrip("."))
+        return values

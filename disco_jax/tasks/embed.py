@@ -1,0 +1,175 @@
+"""Write the features of a folder of images, with their file names, to .npz or .parquet."""
+
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from disco_jax import errors, flags
+from disco_jax.data import arrays, views
+from disco_jax.evaluate import features
+from disco_jax.tasks.arguments import Parser
+from disco_jax.tasks.opening import Opened, open_network
+
+_LOG = logging.getLogger(__name__)
+
+SUFFIXES = (".npz", ".parquet")
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """`disco-jax embed CHECKPOINT --images FOLDER --output FILE [--with-head] [--size PX]`."""
+    parser = Parser("embed", __doc__)
+    parser.add_argument("checkpoint", help="a run's or an import's directory, or a PyTorch file")
+    parser.add_argument("--images", required=True, help="a folder; its sub-folders are read too")
+    parser.add_argument("--output", required=True, help="a file in .npz or .parquet")
+    parser.add_argument("--with-head", action="store_true", help="the head's embedding as well")
+    parser.add_argument("--size", type=int, default=0, help="image size in px; 0: the run's")
+    parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once")
+    parser.add_argument("--network", default="student", help="student or momentum")
+    values = parser.read(argv)
+    if values is not None:
+        flags.prepare_jax(False)
+        run(**vars(values))
+
+
+def run(
+    checkpoint: str,
+    *,
+    images: str,
+    output: str,
+    with_head: bool = False,
+    size: int = 0,
+    batch_size: int = 64,
+    network: str = "student",
+) -> dict[str, Any]:
+    """Encodes every picture below a folder, resized and cropped as evaluations do it.
+
+    Args:
+      checkpoint: the directory of a run or of an import, or a PyTorch file.
+      images: the folder; names that end in .jpg, .png, .webp or .bmp count.
+      output: `.npz` with `files` (relative paths), `features` f32[N, F] and, with `with_head`,
+        `embedding` f32[N, D]; or `.parquet` with the same columns (needs pyarrow).
+      with_head: write the head's embedding as well.
+      size: of the images in px; 0: the run's.
+      batch_size: images encoded at once.
+      network: of a run: "student" or "momentum".
+
+    Returns:
+      {"output", "images", "unreadable": names}.
+
+    Raises:
+      UserError: no picture there that can be read, or a setting that cannot be.
+    """
+    target, folder = pathlib.Path(output), pathlib.Path(images)
+    _check(target, folder, batch_size, size)
+    files = [file for _, file in arrays.pictures(folder)]
+    if not files:
+        raise errors.UserError(
+            f"--images={images} has no pictures (names that end in {', '.join(arrays.SUFFIXES)})."
+        )
+    opened = open_network(checkpoint, network)
+    unreadable: list[str] = []
+    crops = _batches(opened, files, size, batch_size, unreadable)
+    found = features.extract(
+        opened.encoder, opened.variables, crops, views.build(opened.config.augment)
+    )
+    if not len(found.features):
+        raise errors.UserError(f"None of the {len(files)} pictures in {images} can be read.")
+    bad = set(unreadable)
+    columns = {
+        "files": np.array([str(f.relative_to(folder)) for f in files if str(f) not in bad]),
+        "features": found.features,
+    }
+    if with_head:
+        columns["embedding"] = found.embedding
+    _write(target, columns)
+    for name in unreadable:
+        _LOG.warning("%s cannot be read and was left out.", name)
+    width = found.features.shape[1]
+    print(f"{target}: {width} features of {len(found.features)} images from {opened.backbone}.")
+    return {"output": str(target), "images": len(found.features), "unreadable": unreadable}
+
+
+def _check(target: pathlib.Path, folder: pathlib.Path, batch_size: int, size: int) -> None:
+    if target.suffix not in SUFFIXES:
+        raise errors.UserError(f"--output={target} should end in {' or '.join(SUFFIXES)}.")
+    if not target.parent.is_dir():
+        raise errors.UserError(f"--output={target}: there is no folder {target.parent}.")
+    if not folder.is_dir():
+        raise errors.UserError(f"--images={folder} is not a folder.")
+    if batch_size < 1:
+        raise errors.UserError(f"--batch-size={batch_size} is below 1.")
+    if size < 0:
+        raise errors.UserError(f"--size={size} is below 0.")
+    if target.suffix == ".parquet":
+        _pyarrow()
+
+
+def _batches(
+    opened: Opened, files: list[pathlib.Path], size: int, batch_size: int, unreadable: list[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Crops of the pictures, in order, padded to whole batches; names what cannot be read."""
+    config = opened.config
+    side = size or config.augment.size
+    resize = config.data.eval_resize and round(config.data.eval_resize * side / config.augment.size)
+    devices = jax.local_device_count()
+    batch_size = -(-batch_size // devices) * devices
+
+    def read(file: pathlib.Path) -> np.ndarray | None:
+        try:
+            image = arrays.decode(file, 0)
+        except Exception:  # Pillow raises a dozen kinds on damaged files
+            return None
+        return arrays.evaluated(image, side, resize, config.augment.interpolation)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(files), batch_size):
+            names = files[start : start + batch_size]
+            crops = np.zeros((batch_size, side, side, 3), np.uint8)
+            mask = np.zeros(batch_size, bool)
+            for row, crop in enumerate(pool.map(read, names)):
+                if crop is None:
+                    unreadable.append(str(names[row]))
+                else:
+                    crops[row], mask[row] = crop, True
+            yield {"image": crops, "label": np.full(batch_size, -1, np.int32), "mask": mask}
+
+
+def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
+    """Writes all or nothing."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if target.suffix == ".npz":
+                np.savez(file, **columns)
+            else:
+                arrow, parquet = _pyarrow()
+                table = {
+                    key: arrow.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
+                    if value.ndim == 2
+                    else arrow.array(value.tolist())
+                    for key, value in columns.items()
+                }
+                parquet.write_table(arrow.table(table), file)
+        os.replace(name, target)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise errors.UserError(
+            '.parquet needs pyarrow: pip install "disco-jax[parquet]", or write .npz.'
+        ) from None
+    return pyarrow, pyarrow.parquet

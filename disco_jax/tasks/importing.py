@@ -1,0 +1,168 @@
+"""Bring a PyTorch checkpoint into a run directory, with a manifest of what came from where."""
+
+import contextlib
+import datetime
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax import convert, errors, flags, models
+from disco_jax.configs import common
+from disco_jax.convert.load import digest
+from disco_jax.convert.recognise import FAMILIES
+from disco_jax.tasks.arguments import Parser
+from disco_jax.train import checkpoint, teacher
+from disco_jax.train.state import TrainState
+from disco_jax.train.workdir import claim
+from disco_jax.version import __version__
+
+_LOG = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def main(argv: Sequence[str]) -> None:
+    """`disco-jax import FILE --workdir W [--family F] [--arch A] [--prefix P] [--allow X ...]`."""
+    parser = Parser("import", __doc__)
+    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors")
+    parser.add_argument("--workdir", required=True, help="where the imported network goes")
+    parser.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}")
+    parser.add_argument("--arch", default="", help="a network of disco-jax list")
+    parser.add_argument("--prefix", help="of the network's keys, where a file holds several")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        help="pattern of keys that may be left over or of weights that may be missing",
+    )
+    values = parser.read(argv)
+    if values is not None:
+        flags.prepare_jax(False)
+        run(**vars(values))
+
+
+def run(
+    file: str,
+    workdir: str,
+    *,
+    family: str = "",
+    arch: str = "",
+    prefix: str | None = None,
+    allow: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Imports a checkpoint; the directory can then be a teacher, be evaluated and exported.
+
+    Args:
+      file: see `convert.load`.
+      workdir: a directory that does not exist yet, or is empty.
+      family, arch, prefix, allow: see `convert.from_mapping`.
+
+    Returns:
+      The manifest, as written to `workdir`/manifest.json.
+
+    Raises:
+      UserError: see `convert.load`; or the directory will not do. Nothing is left behind.
+    """
+    imported = convert.read_network(file, family=family, arch=arch, prefix=prefix, allow=allow)
+    manifest = describe(imported, file)
+    with _cleared(epath.Path(workdir)), claim(workdir, config_of(imported)) as path:
+        with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
+            checkpoints.save(0, _state(imported), [[0, 0]], {})
+            checkpoints.wait()
+        (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _print(imported, manifest, workdir)
+    return manifest
+
+
+def config_of(imported: convert.Imported) -> ConfigDict:
+    """A pretraining config whose student is the imported network."""
+    config = common.pretrain()
+    config.name = imported.family
+    config.student.update(imported.spec)
+    config.teacher.head = "mlp"
+    config.augment.mean, config.augment.std = imported.normalisation
+    if imported.queue is not None:
+        config.objectives.contrast.update(
+            weight=1.0, queue_size=len(imported.queue.vectors), queue_init="random"
+        )
+        config.batch_size = 1  # divides a queue of any length
+    return config
+
+
+def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
+    """What the manifest says of an imported network."""
+    mean, std = imported.normalisation
+    encoder = imported.encoder
+    return {
+        "file": str(file),
+        "bytes": epath.Path(file).stat().length,
+        "sha256": digest(file),
+        "imported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "disco_jax": __version__,
+        "container": imported.container,
+        "family": imported.family,
+        "layout": imported.layout,
+        "network": {k: list(v) if isinstance(v, tuple) else v for k, v in imported.spec.items()},
+        "parameters": {
+            part: models.parameters(encoder, (part,)) for part in ("backbone", "head", "prototypes")
+        },
+        "preprocessing": {"range": [0, 1], "mean": list(mean), "std": list(std)},
+        "queue": None if imported.queue is None else list(imported.queue.vectors.shape),
+        "keys": imported.keys,
+        "not_taken": sorted(imported.left),
+    }
+
+
+def _state(imported: convert.Imported) -> TrainState:
+    queue = imported.queue
+    return TrainState(
+        step=np.int32(0),
+        student=imported.variables,
+        momentum={},
+        memory={} if queue is None else {"contrast": {teacher.KEYS: queue}},
+        opt_state=(),
+    )
+
+
+@contextlib.contextmanager
+def _cleared(path: epath.Path) -> Iterator[None]:
+    """Refuses a directory that holds anything; removes what was written when the import fails."""
+    existed = path.exists()
+    if existed and (not path.is_dir() or any(path.iterdir())):
+        raise errors.UserError(f"--workdir={path} is not empty; give a new directory.")
+    try:
+        yield
+    except BaseException:
+        if not existed and path.exists():
+            path.rmtree()
+        elif path.exists():
+            for entry in path.iterdir():
+                entry.rmtree() if entry.is_dir() else entry.unlink()
+        raise
+
+
+def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -> None:
+    if jax.process_index():
+        return
+    spec, counts = imported.spec, manifest["parameters"]
+    print(
+        f"{spec['backbone']} ({imported.family}, names of {imported.layout}): "
+        f"{counts['backbone'] / 2**20:.2f} M parameters without the head "
+        f"({counts['backbone']:,}; M = 2^20, as the papers count)."
+    )
+    print(
+        f"Head {spec['head']!r}: {counts['head'] / 2**20:.2f} M, embedding {spec['dim']} wide"
+        + (f", prototypes {sum(spec['prototypes'])}" if spec["prototypes"] else "")
+        + ("" if imported.queue is None else f"; queue of {manifest['queue'][0]} keys")
+        + "."
+    )
+    print(
+        f"{len(imported.keys)} arrays taken, {len(imported.left)} not ({workdir}/{MANIFEST} lists "
+        f"them). Use it as a teacher with --config.teacher.weights={workdir}"
+    )
