@@ -113,7 +113,9 @@ def from_mapping(
     found = recognise.recognise(state, source, family, arch, prefix)
     encoder = _build(found.spec)
     variables, keys, left = _fill(encoder, state, found, tuple(allow), source)
-    spec = {**found.spec, "dim": _dim(encoder, variables)}
+    spec = found.spec
+    if spec["head"] == "none":
+        spec = {**spec, "dim": _dim(encoder, variables)}
     return Imported(
         encoder=encoder,
         variables=variables,
@@ -166,7 +168,7 @@ def _build(spec: Mapping[str, Any]) -> Encoder:
 
 
 def _dim(encoder: Encoder, variables: Variables) -> int:
-    """The width of the embedding; without a head, that of the features."""
+    """The width of the embedding."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     out = jax.eval_shape(lambda v, x: encoder.apply(v, x, norm="running"), variables, images)
     return out.embedding.shape[-1]

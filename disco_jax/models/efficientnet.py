@@ -42,8 +42,8 @@ class EfficientNet(nn.Module):
       nominal: image size in px that "static" padding assumes.
       drop_path: stochastic depth of the last block; grows linearly from 0 at the first.
       dropout: of the features.
-      stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first two
-        strided stages, an eighth of the reduction.
+      stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
+        strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       dtype: of the computation; parameters stay float32.
     """
@@ -60,8 +60,7 @@ class EfficientNet(nn.Module):
     def blocks(self) -> list[list[Block]]:
         """The table of stages, written out block by block."""
         width, stages = STEM, []
-        # The stem's stride and the first two of the stages', an eighth together.
-        spared = 2 if self.stem == "small" else 0
+        spared = 1 if self.stem == "small" else 0
         for (kernel, stride, expansion, channels), count in zip(_STAGES, self.repeats, strict=True):
             if stride == 2 and spared:
                 stride, spared = 1, spared - 1

@@ -35,8 +35,8 @@ class MobileNet(nn.Module):
       activation: of the stem and the tail.
       style: of the code base.
       dropout: of the features.
-      stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first two
-        strided stages, an eighth of the reduction.
+      stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
+        strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       dtype: of the computation; parameters stay float32.
     """
@@ -55,7 +55,7 @@ class MobileNet(nn.Module):
     def blocks(self) -> list[list[Block]]:
         """The table of stages with every width worked out."""
         width, stages = self.stem_width, []
-        spared = 2 if self.stem == "small" else 0
+        spared = 1 if self.stem == "small" else 0
         for rows in self.stages:
             stages.append([])
             for kernel, stride, expansion, channels, squeeze, activation in rows:

@@ -1,9 +1,6 @@
-"""MoCo checkpoints of the PyTorch world as teachers: whole, checked, and never executed."""
+"""PyTorch checkpoints as networks and teachers: whole, recognised, checked."""
 
-import io
-import pathlib
 import pickle
-import zipfile
 
 import jax
 import numpy as np
@@ -12,19 +9,15 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 import helpers
-import reference_weights
 from disco_jax import convert, models
 from disco_jax.errors import UserError
 from disco_jax.train import teacher
 
-SPEC = dict(width=0, stem="imagenet", zero_init_residual=False, norm_group=0)
-
 
 @pytest.fixture(scope="module")
 def state():
-    """A whole MoCo ResNet-18 checkpoint: both encoders, queue and pointer."""
-    meta, _ = helpers.fixture("models/moco_resnet18")
-    made = reference_weights.make_state_dict(meta["manifest"], 0, 1.0)
+    """A whole MoCo ResNet-18 checkpoint: both encoders, a short queue and its pointer."""
+    made = dict(helpers.recorded_state("moco_resnet18")[2])
     made["module.queue"] = made["module.queue"][:, :256]
     made["module.queue_ptr"] = np.array([64])
     return made
@@ -38,98 +31,161 @@ def file(state, tmp_path_factory):
 
 
 def spec(file, **changes):
-    described = convert.describe(convert.read(file), str(file))._asdict()
-    return ConfigDict({**SPEC, **described, "weights": str(file), **changes})
+    fields = dict(backbone="resnet18", weights=str(file), head="auto")
+    return helpers.encoder_spec(**{**fields, **changes})
 
 
-def test_a_file_is_recognised_and_becomes_a_teacher(file, state):
-    config = spec(file)
-    assert (config.backbone, config.hidden, config.dim) == ("resnet18", 512, 128)
-    loaded = teacher.load(config, models.build_encoder(config), 32)
+def resolved(spec):
+    return teacher.resolve(ConfigDict({"teacher": spec})).teacher
+
+
+def test_a_file_gives_an_encoder_and_its_variables(file, state):
+    encoder, variables = convert.load(file)
+    kernel = variables["params"]["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(
-        loaded.variables["params"]["backbone"]["conv1"]["kernel"],
-        state["module.encoder_q.conv1.weight"].transpose(2, 3, 1, 0),
+        kernel, state["module.encoder_q.conv1.weight"].transpose(2, 3, 1, 0)
     )
+    out = encoder.apply(variables, np.ones((1, 32, 32, 3), np.float32), norm="running")
+    assert out.features.shape == (1, 512) and out.embedding.shape == (1, 128)
+    assert out.scores is None
+    again, _ = convert.from_state_dict(state)
+    assert again == encoder
+
+
+def test_a_file_is_a_teacher_with_its_queue(file, state):
+    config = resolved(spec(file))
+    assert (config.head, config.hidden, config.dim) == ("mlp", 512, 128)
+    loaded = teacher.load(config, models.build_encoder(config), 32)
     np.testing.assert_array_equal(loaded.queue.vectors, state["module.queue"].T)
     assert loaded.queue.pointer == 64
 
 
-def test_the_query_encoder_is_taken_not_the_teacher_beside_it():
-    """A DisCo file holds `teacher_encoder_q.` too, which contains `encoder_q.`."""
-    meta, _ = helpers.fixture("models/disco_resnet18")
-    made = reference_weights.make_state_dict(meta["manifest"], 0, 1.0)
-    assert convert.describe(made, "it") == ("resnet18", 2048, 128)
+def test_a_teacher_described_otherwise_is_refused(file):
+    with pytest.raises(UserError, match="holds a 'resnet18': set --config"):
+        resolved(spec(file, backbone="resnet34"))
+    for changes, message in (
+        (dict(hidden=2048), "config.teacher.hidden=2048, but the weights have 512"),
+        (dict(dim=64), "config.teacher.dim=64, but the weights have 128"),
+        (dict(head="mlp_unit"), "config.teacher.head='mlp_unit', but the weights have 'mlp'"),
+    ):
+        config = spec(file, **{"head": "mlp", **changes})
+        with pytest.raises(UserError, match="not the one described") as error:
+            teacher.load(config, models.build_encoder(config), 32)
+        assert message in str(error.value)
+
+
+def test_the_same_network_in_other_words_is_taken(file):
+    config = spec(file, head="mlp", hidden=-1, stem="imagenet", width=64)
+    assert teacher.load(config, models.build_encoder(config), 32).queue is not None
 
 
 def test_surplus_missing_and_misshaped_keys_are_listed(state):
-    described = dict(backbone="resnet18", hidden=512, dim=128)
-    encoder = models.build_encoder(ConfigDict(SPEC | described))
-    like = jax.eval_shape(lambda: encoder.create(0, 32))
     broken = dict(state)
     del broken["module.encoder_q.layer1.0.bn1.bias"]
     broken["module.encoder_q.extra.weight"] = np.zeros(3)
-    broken["module.encoder_q.fc.2.weight"] = np.zeros((64, 512))
+    broken["module.encoder_q.layer2.0.bn1.weight"] = np.zeros(64)
     with pytest.raises(UserError) as error:
-        convert.from_state_dict(broken, like, "broken.pth")
+        convert.from_state_dict(broken)
     for part in (
         "missing: params/backbone/layer1_0/bn1/bias",
-        "left over: extra.weight",
-        "params/head/out/kernel: shape (512, 64) instead of (512, 128)",
+        "left over: module.encoder_q.extra.weight",
+        "module.encoder_q.layer2.0.bn1.weight: shape (64,)",
     ):
         assert part in str(error.value)
+    assert "encoder_k" not in str(error.value)
 
 
-def test_another_network_than_described_is_refused(file):
-    with pytest.raises(UserError, match="does not fit the network"):
-        config = spec(file, backbone="resnet34")
-        teacher.load(config, models.build_encoder(config), 32)
-    with pytest.raises(UserError, match="does not hold a ResNet"):
-        convert.describe({"blocks.0.attn.qkv.weight": np.zeros((3, 3))}, "vit.pth")
+def test_patterns_allow_what_is_missing_or_left_over(state):
+    broken = dict(state)
+    missing = broken.pop("module.encoder_q.layer1.0.bn1.bias")
+    broken["module.encoder_q.extra.weight"] = np.zeros(3)
+    _, variables = convert.from_state_dict(
+        broken, allow=("*.extra.*", "params/backbone/layer1_0/bn1/*")
+    )
+    bias = variables["params"]["backbone"]["layer1_0"]["bn1"]["bias"]
+    assert bias.shape == missing.shape and not bias.any()
+    with pytest.raises(UserError, match="missing"):
+        convert.from_state_dict(broken, allow=("*.extra.*",))
 
 
-def test_damaged_and_strange_files_are_refused(tmp_path, file):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(arch="resnet50"), "holds a resnet18, not a resnet50"),
+        (dict(arch="resnet81"), "arch='resnet81' is not known. Did you mean 'resnet8'"),
+        (dict(family="mocov2"), "family='mocov2' is not known. Did you mean 'moco_v2'"),
+        (dict(prefix="module.teacher."), "holds networks under 'module.encoder_k.', 'module.enc"),
+    ],
+)
+def test_mistaken_options_are_told(state, options, message):
+    with pytest.raises(UserError, match=message):
+        convert.from_state_dict(state, **options)
+
+
+def test_a_head_of_another_width_is_its_own(state):
+    """The head's width is read from the file, not assumed."""
+    wide = dict(state)
+    wide["module.encoder_q.fc.0.weight"] = np.zeros((700, 512), np.float32)
+    wide["module.encoder_q.fc.0.bias"] = np.zeros(700, np.float32)
+    wide["module.encoder_q.fc.2.weight"] = np.zeros((32, 700), np.float32)
+    wide["module.encoder_q.fc.2.bias"] = np.zeros(32, np.float32)
+    found = convert.from_mapping(wide)
+    assert (found.spec["hidden"], found.spec["dim"]) == (700, 32)
+    assert found.queue is None  # of another width than the embedding
+    del wide["module.encoder_q.fc.0.bias"]
+    with pytest.raises(UserError, match="missing: params/head/hidden/bias"):
+        convert.from_mapping(wide)
+
+
+def test_nothing_known_is_said_with_what_was_there():
+    with pytest.raises(UserError, match=r"does not hold a network that is known: 1 arrays"):
+        convert.from_state_dict({"blocks.weight": np.zeros((3, 3))})
+    with pytest.raises(UserError, match="0 arrays, among them none"):
+        convert.from_state_dict({})
+
+
+def test_files_that_are_not_there_or_damaged_are_refused(tmp_path, file):
     truncated = tmp_path / "cut.safetensors"
     truncated.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
-        convert.read(truncated)
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="neither"):
-        convert.read(tmp_path / "weights.bin")
-    with pytest.raises(UserError, match="is not a file"):
-        convert.read(tmp_path / "nothing.pth")
+    (tmp_path / "weights.pth").write_bytes(b"x" * 100)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name, message in (
+        ("cut.safetensors", "damaged"),
+        ("nothing.pth", "does not exist"),
+        ("weights.pth", "weights.pth"),
+        ("empty.pth", "empty.pth"),
+        ("", "is a directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.load(tmp_path / name)
 
 
-class Hostile:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.path,)
-
-
-def test_pytorch_files_are_read_and_hostile_ones_are_not_executed(tmp_path, state):
-    torch = pytest.importorskip("torch")
-    tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-    path = tmp_path / "moco.pth.tar"
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": tensors}, path)
-    read = convert.read(path)
-    assert read.keys() == state.keys()
-    np.testing.assert_array_equal(read["module.queue"], state["module.queue"])
-    hostile, trap = tmp_path / "hostile.pth", tmp_path / "trap"
-    torch.save({"state_dict": Hostile(trap)}, hostile)
-    with pytest.raises(UserError, match="more than weights"):
-        convert.read(hostile)
-    assert not trap.exists()
+@pytest.mark.parametrize(
+    "container, wrap",
+    [
+        ("state_dict", lambda s: {"epoch": 200, "arch": "resnet18", "state_dict": s}),
+        ("model", lambda s: {"opt": "text", "model": s, "optimizer": {}, "epoch": 1}),
+        ("teacher", lambda s: {"student": {}, "teacher": s, "epoch": 1}),
+        ("model.state_dict", lambda s: {"model": {"state_dict": s}}),
+        ("", lambda s: s),
+    ],
+)
+def test_the_state_dict_is_found_in_its_container(tmp_path, state, container, wrap):
+    few = {k: v for k, v in state.items() if k.startswith("module.encoder_q.")}
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps(wrap(few)))
+    arrays, found = convert.read(path)
+    assert found == container and arrays.keys() == few.keys()
 
 
-def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({}))
-    path = tmp_path / "moco.pth"
-    path.write_bytes(content.getvalue())
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(UserError, match=r"disco-jax\[torch\]"):
-        convert.read(path)
+def test_a_file_without_weights_is_refused(tmp_path):
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps({"epoch": 3, "optimizer": {"lr": 0.1}}))
+    with pytest.raises(UserError, match="holds no state dict; it holds: epoch, optimizer"):
+        convert.load(path)
+
+
+def test_leaves_are_numpy_float32(state):
+    _, variables = convert.from_state_dict(state)
+    leaves = jax.tree.leaves(variables)
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in leaves)

@@ -1,0 +1,283 @@
+"""Every family of checkpoints is known by its keys, under its own prefixes and heads."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import convert, models
+from disco_jax.convert import names, recognise, save
+from disco_jax.errors import UserError
+
+
+def arrays(backbone, layout, prefix="", **fields):
+    """A state dict of zeros for a network in a layout, without a head."""
+    made = _zeros(backbone, layout, tuple(fields.items()))
+    return {prefix + key: value for key, value in made.items()}
+
+
+@functools.cache
+def _zeros(backbone, layout, fields):
+    encoder = models.build_encoder(helpers.encoder_spec(backbone, head="none", **dict(fields)))
+    like = jax.eval_shape(lambda: encoder.create(0, 224))
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)
+    made, _ = save._arrays(encoder, variables, layout, recognise.Place(""), recognise.Head())
+    return made
+
+
+def linear(name, width, fan_in, bias=True):
+    made = {f"{name}.weight": np.zeros((width, fan_in), np.float32)}
+    return {**made, f"{name}.bias": np.zeros(width, np.float32)} if bias else made
+
+
+def norm(name, width):
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    return {f"{name}.{leaf}": np.ones(width, np.float32) for leaf in leaves}
+
+
+def mlp(root, sizes, norms=(), places=None):
+    """Linear layers of the widths `sizes` under `root`, BatchNorms at the places `norms`."""
+    places = places or (0, 2) if len(sizes) == 3 else places
+    made = {}
+    for place, fan_in, width in zip(places, sizes[:-1], sizes[1:], strict=True):
+        made |= linear(f"{root}{place}", width, fan_in)
+    for place in norms:
+        before = max(p for p in places if p < place)
+        made |= norm(f"{root}{place}", sizes[places.index(before) + 1])
+    return made
+
+
+def r18(prefix="", layout=names.torchvision_resnet):
+    return arrays("resnet18", layout, prefix)
+
+
+# name -> (state dict, family, fields of the spec)
+FAMILIES = {
+    "moco v1": lambda: (
+        r18("module.encoder_q.") | linear("module.encoder_q.fc", 128, 512),
+        "moco_v1",
+        dict(head="mlp", hidden=0, dim=128),
+    ),
+    "moco v2": lambda: (
+        r18("module.encoder_q.")
+        | r18("module.encoder_k.")
+        | mlp("module.encoder_q.fc.", (512, 512, 128)),
+        "moco_v2",
+        dict(head="mlp", hidden=512, dim=128),
+    ),
+    "disco": lambda: (
+        r18("module.encoder_q.")
+        | mlp("module.encoder_q.fc.", (512, 2048, 128))
+        | r18("module.teacher_encoder_q."),
+        "disco",
+        dict(backbone="resnet18", hidden=2048),
+    ),
+    "disco swav": lambda: (
+        r18("module.")
+        | mlp("module.projection_head.", (512, 2048, 128), (1,), (0, 3))
+        | linear("module.prototypes", 30, 128, bias=False),
+        "swav",
+        dict(head="swav", hidden=2048, dim=128, prototypes=(30,)),
+    ),
+    "seed teacher, simclr": lambda: (
+        r18("module.module.module.")
+        | mlp("module.module.module.fc.", (512, 512, 128), (1,), (0, 3)),
+        "simclr",
+        dict(head="swav", hidden=512),
+    ),
+    "seed student": lambda: (
+        arrays("mobilenetv3_large_seed", names.seed_mobilenetv3, "module.student.")
+        | mlp("module.student.fc.", (1280, 1280, 128)),
+        "seed",
+        dict(backbone="mobilenetv3_large_seed", hidden=1280),
+    ),
+    "bingo": lambda: (
+        arrays("efficientnet_b0_seed", names.lukemelas_efficientnet, "module.encoder_q.")
+        | mlp("module.encoder_q.fc.", (1280, 2048, 128))
+        | r18("module.encoder_k."),
+        "bingo",
+        dict(backbone="efficientnet_b0_seed", hidden=2048),
+    ),
+    "seed, published": lambda: (
+        arrays("efficientnet_b1_seed", names.lukemelas_efficientnet, "module.encoder_q.")
+        | mlp("module.encoder_q.fc.", (1280, 1280, 128)),
+        "seed",
+        dict(backbone="efficientnet_b1_seed", hidden=1280),
+    ),
+    "swav without batch norm": lambda: (
+        r18("module.") | mlp("module.projection_head.", (512, 64, 32)),
+        "swav",
+        dict(head="mlp_unit", hidden=64, dim=32),
+    ),
+    "deepcluster v2": lambda: (
+        r18("module.")
+        | mlp("module.projection_head.", (512, 64, 32), (1,), (0, 3))
+        | linear("module.prototypes.prototypes0", 30, 32, bias=False)
+        | linear("module.prototypes.prototypes1", 40, 32, bias=False),
+        "deepcluster_v2",
+        dict(head="swav", prototypes=(30, 40)),
+    ),
+    "dino, resnet": lambda: (
+        r18("module.backbone.")
+        | mlp("module.head.mlp.", (512, 64, 64, 16), (1, 4), (0, 3, 6))
+        | {
+            "module.head.last_layer.weight_g": np.ones((50, 1), np.float32),
+            "module.head.last_layer.weight_v": np.ones((50, 16), np.float32),
+        },
+        "dino",
+        dict(head="dino_bn", hidden=64, dim=16, prototypes=(50,)),
+    ),
+    "dino, backbone": lambda: (
+        arrays("vit_small_p16", names.dino_vit),
+        "dino",
+        dict(backbone="vit_small_p16", head="none", dim=384),
+    ),
+    "ressl": lambda: (
+        r18("module.encoder_q.net.")
+        | linear("module.encoder_q.head.linear1", 4096, 512)
+        | linear("module.encoder_q.head.linear2", 512, 4096),
+        "ressl",
+        dict(head="mlp", hidden=4096, dim=512),
+    ),
+    "compress": lambda: (r18("module."), "compress", dict(head="none", dim=512)),
+    "compress, one queue": lambda: (
+        r18("module.") | linear("module.fc", 2048, 512),
+        "compress",
+        dict(head="mlp", hidden=0, dim=2048),
+    ),
+    "simreg": lambda: (
+        arrays("mobilenetv2", names.torchvision_mobilenetv2, "encoder_q.module.")
+        | r18("encoder_t.module.")
+        | mlp("predict_q.module.", (1280, 2560, 1280, 2560, 2048), (1, 5), (0, 3, 4, 7)),
+        "simreg",
+        dict(backbone="mobilenetv2", head="regression", dim=2048),
+    ),
+    "sslight, moco": lambda: (
+        arrays("mobilenetv2", names.sslight_mobilenetv2, "module.encoder_q.backbone.")
+        | mlp("module.encoder_q.head.mlp.", (1280, 2048, 128)),
+        "sslight",
+        dict(head="mlp", hidden=2048, dim=128),
+    ),
+    "sslight, resnet": lambda: (
+        r18("module.student.backbone.", names.sequential_resnet)
+        | {"module.classifier.weight": np.zeros((1000, 512), np.float32)},
+        "sslight",
+        dict(backbone="resnet18", head="none"),
+    ),
+    "torchvision": lambda: (
+        arrays("mobilenetv3_large_tv", names.torchvision_inverted)
+        | linear("classifier.3", 1000, 1280),
+        "torchvision",
+        dict(backbone="mobilenetv3_large_tv", head="mlp", hidden=0, dim=1000),
+    ),
+    "timm": lambda: (
+        arrays("efficientnet_b1", names.timm_inverted) | linear("classifier", 1000, 1280),
+        "timm",
+        dict(backbone="efficientnet_b1", head="mlp", hidden=0, dim=1000),
+    ),
+    "timm, xcit": lambda: (
+        names.to_timm_xcit(arrays("xcit_tiny_12_p16", names.xcit)),
+        "dino",
+        dict(backbone="xcit_tiny_12_p16", head="none"),
+    ),
+    "small images": lambda: (
+        arrays("resnet18", names.torchvision_resnet, stem="small"),
+        "torchvision",
+        dict(backbone="resnet18", stem="small"),
+    ),
+    "wide": lambda: (
+        arrays("resnet50", names.torchvision_resnet, "module.", width=24),
+        "compress",
+        dict(backbone="resnet50", width=24),
+    ),
+    "vit for large images": lambda: (
+        arrays("vit_tiny_p16", names.dino_vit, grid=24),
+        "dino",
+        dict(backbone="vit_tiny_p16", grid=24),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_known_by_its_keys(name):
+    state, family, fields = FAMILIES[name]()
+    found = convert.from_mapping(state)
+    assert found.family == family
+    assert {key: found.spec[key] for key in fields} == fields
+
+
+def test_the_recorded_checkpoints_are_known():
+    expected = {
+        "moco_resnet50": ("moco_v2", "resnet50", "mlp"),
+        "disco_efficientnet_b0": ("disco", "efficientnet_b0", "mlp"),
+        "disco_mobilenetv3_large": ("disco", "mobilenetv3_large", "mlp"),
+        "swav_resnet50": ("swav", "resnet50", "swav"),
+        "sslight_dino_mobilenetv2": ("sslight", "mobilenetv2", "dino_bn"),
+        "sslight_swav_mobilenetv2": ("sslight", "mobilenetv2", "swav"),
+        "seed_efficientnet_b0": ("seed", "efficientnet_b0_seed", "mlp"),
+        "dino_vit_tiny_p16": ("dino", "vit_tiny_p16", "dino"),
+        "xcit_tiny_12_p16": ("dino", "xcit_tiny_12_p16", "none"),
+    }
+    for name, (family, backbone, head) in expected.items():
+        state = helpers.recorded_state(name)[2]
+        found = recognise.recognise(state, name)
+        assert (found.family, found.spec["backbone"], found.spec["head"]) == (
+            family,
+            backbone,
+            head,
+        )
+
+
+def test_simclrs_flat_names_put_the_shortcut_first():
+    """In the port the first convolution of a stage widens the shortcut: 64 -> 256 channels."""
+    state = arrays("resnet50", names.tensorflow_resnet, width=8)
+    shapes = {n: state[f"conv2d_{n}.weight"].shape for n in (1, 2, 3, 4, 5, 11, 13, 24, 43, 52)}
+    assert shapes == {
+        1: (32, 8, 1, 1),
+        2: (8, 8, 1, 1),
+        3: (8, 8, 3, 3),
+        4: (32, 8, 1, 1),
+        5: (8, 32, 1, 1),
+        11: (64, 32, 1, 1),
+        13: (16, 16, 3, 3),
+        24: (128, 64, 1, 1),
+        43: (256, 128, 1, 1),
+        52: (256, 64, 1, 1),
+    }
+    found = convert.from_mapping(state | linear("fc", 1000, 256))
+    assert found.family == "simclr" and found.spec["width"] == 8
+    assert found.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_byol_cannot_be_told_from_its_keys_and_pads_as_tensorflow_does():
+    state = arrays("resnet50", names.torchvision_resnet)
+    assert convert.from_mapping(state).spec["backbone"] == "resnet50"
+    found = convert.from_mapping(state, family="byol")
+    assert found.spec["backbone"] == "resnet50_same"
+    assert found.encoder.backbone.padding == "same"
+
+
+def test_swavs_own_normalisation_is_kept():
+    state = helpers.recorded_state("swav_resnet50")[2]
+    assert convert.from_mapping(state).normalisation[1] == (0.228, 0.224, 0.225)
+    assert recognise.recognise(helpers.recorded_state("moco_resnet18")[2], "it").normalisation[
+        1
+    ] == (0.229, 0.224, 0.225)
+
+
+def test_an_architecture_that_is_not_ours_is_refused():
+    state = r18()
+    state = {k.replace("layer4.1", "layer4.2"): v for k, v in state.items()} | state
+    with pytest.raises(UserError, match=r"torchvision_resnet that is none of resnet18"):
+        convert.from_mapping(state)
+
+
+def test_usual_names_of_architectures_are_understood():
+    state = arrays("mobilenetv2", names.torchvision_mobilenetv2)
+    for arch in ("mobilenet_v2", "MobileNetV2_100", "mobilenetv2"):
+        assert convert.from_mapping(state, arch=arch).spec["backbone"] == "mobilenetv2"
+    state = arrays("efficientnet_b0", names.timm_inverted)
+    for arch in ("tf_efficientnet_b0", "efficientnet_b0"):
+        assert convert.from_mapping(state, arch=arch).spec["backbone"] == arch
