@@ -1,9 +1,7 @@
 """Networks out: state dicts as timm, torchvision, MoCo and Detectron2 name them."""
 
 import dataclasses
-import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ from disco_jax import errors
 from disco_jax.convert import names, pickles, table
 from disco_jax.convert.recognise import Head, Place
 from disco_jax.errors import UserError
+from disco_jax.files import whole
 from disco_jax.models import BACKBONES
 from disco_jax.models.encoder import Encoder, Variables
 
@@ -128,37 +127,23 @@ def write(path: str, saved: StateDict, naming: str) -> None:
       saved: from `state_dict`.
       naming: that it was made with.
     """
-    path = epath.Path(path)
-    if naming == "detectron2":
-        content = {
-            "model": saved.arrays,
-            "__author__": "disco_jax",
-            "matching_heuristics": True,
-        }
-        _atomically(path, lambda file: file.write_bytes(pickle.dumps(content, protocol=2)))
-    elif path.suffix == ".safetensors":
-        from safetensors.numpy import save
+    with whole(path) as file:
+        if naming == "detectron2":
+            content = {
+                "model": saved.arrays,
+                "__author__": "disco_jax",
+                "matching_heuristics": True,
+            }
+            file.write_bytes(pickle.dumps(content, protocol=4))
+        elif epath.Path(path).suffix == ".safetensors":
+            from safetensors.numpy import save
 
-        _atomically(path, lambda file: file.write_bytes(save(saved.arrays)))
-    elif naming == "moco":
-        extra = {"epoch": 0, "arch": saved.model or "disco_jax"}
-        _atomically(path, lambda file: pickles.write(file, saved.arrays, extra))
-    else:
-        _atomically(path, lambda file: pickles.write(file, saved.arrays))
-
-
-def _atomically(path: epath.Path, write_to: Callable[[epath.Path], Any]) -> None:
-    if "://" in str(path):
-        write_to(path)
-        return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write_to(epath.Path(name))
-        os.replace(name, path)
-    except BaseException:
-        epath.Path(name).unlink(missing_ok=True)
-        raise
+            file.write_bytes(save(saved.arrays))
+        elif naming == "moco":
+            extra = {"epoch": 0, "arch": saved.model or "disco_jax"}
+            pickles.write(file, saved.arrays, extra)
+        else:
+            pickles.write(file, saved.arrays)
 
 
 def _layout(backbone: str, naming: str) -> tuple[Callable, Callable]:

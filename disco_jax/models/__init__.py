@@ -70,6 +70,12 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     )
 
 
+def backbone(name: str) -> Encoder:
+    """A backbone of `BACKBONES` in float32 without a head."""
+    cls, fields = BACKBONES[name]
+    return Encoder(cls(**fields), heads.Identity())
+
+
 def build_network(spec: Any, norm: str, dtype: str, setting: str) -> Network:
     """`build_encoder` with the BatchNorm mode `norm` that it trains in."""
     if norm not in MODES:

@@ -3,7 +3,6 @@
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from disco_jax import errors, flags
 from disco_jax.data import arrays, views
 from disco_jax.evaluate import features
+from disco_jax.files import whole
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.opening import Opened, open_network
 
@@ -144,24 +144,18 @@ def _batches(
 
 def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
     """Writes all or nothing."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if target.suffix == ".npz":
-                np.savez(file, **columns)
-            else:
-                arrow, parquet = _pyarrow()
-                table = {
-                    key: arrow.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
-                    if value.ndim == 2
-                    else arrow.array(value.tolist())
-                    for key, value in columns.items()
-                }
-                parquet.write_table(arrow.table(table), file)
-        os.replace(name, target)
-    except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
-        raise
+    with whole(target) as path, path.open("wb") as file:
+        if target.suffix == ".npz":
+            np.savez(file, **columns)
+            return
+        arrow, parquet = _pyarrow()
+        table = {
+            key: arrow.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
+            if value.ndim == 2
+            else arrow.array(value.tolist())
+            for key, value in columns.items()
+        }
+        parquet.write_table(arrow.table(table), file)
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -2,21 +2,30 @@
 
 import ast
 from collections.abc import Sequence
+from typing import Any
 
 from disco_jax import flags
 from disco_jax.configs import common
+from disco_jax.tasks.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the list; takes no flags."""
-    if argv:
-        print("usage: disco-jax list (no flags)")
-        return
-    run()
+    """`disco-jax list [--sizes]`."""
+    parser = Parser("list", __doc__)
+    parser.add_argument(
+        "--sizes", action="store_true", help="count the parameters of every network: 20 seconds"
+    )
+    values = parser.read(argv)
+    if values is not None:
+        run(sizes=values.sizes)
 
 
-def run() -> dict[str, dict[str, str]]:
-    """Prints and returns {"recipes", "objectives", "networks", "data sets"}: name -> what it is."""
+def run(sizes: bool = False) -> dict[str, dict[str, str]]:
+    """Prints and returns {"recipes", "objectives", "networks", ...}: name -> what it is.
+
+    Args:
+      sizes: count the parameters of every network, without its head, in M = 2^20 as the papers.
+    """
     from disco_jax import methods, models
 
     found = {
@@ -29,10 +38,10 @@ def run() -> dict[str, dict[str, str]]:
             for name, cls in methods.OBJECTIVES.items()
         },
         "networks": {
-            name: f"{spec['block']} blocks {spec['stage_sizes']}, width {spec['width']}, "
-            f"{spec['stem']} stem"
-            for name, (_, spec) in models.BACKBONES.items()
+            name: (f"{_millions(name):>7.2f} M  " if sizes else "") + _fields(cls, fields)
+            for name, (cls, fields) in models.BACKBONES.items()
         },
+        "heads": {name: _head(name) for name in models.HEADS},
         "data sets with settings of their own (any other TFDS name works too)": {
             name: f"{fields['size']} px, evaluated on {fields['eval_split']!r}"
             for name, fields in common.DATA.items()
@@ -42,8 +51,32 @@ def run() -> dict[str, dict[str, str]]:
         width = max(map(len, rows))
         print(f"{title}:")
         for name, text in rows.items():
-            print(f"  {name:{width}}  {text}")
+            print(f"  {name:{width}}  {text}".rstrip())
     return found
+
+
+def _head(name: str) -> str:
+    from disco_jax.models import heads
+
+    fields = heads.VARIANTS.get(name)
+    if fields is None:
+        kind = heads.Identity if name == "none" else heads.RegressionHead
+        return _first_line(kind.__doc__)
+    options = ", ".join(f"{k}={v}" for k, v in fields.items())
+    return options or _first_line(heads.ProjectionHead.__doc__)
+
+
+def _fields(cls: type, fields: dict[str, Any]) -> str:
+    """The options of a variant that fit on a line."""
+    shown = [f"{k}={v}" for k, v in fields.items() if isinstance(v, int | float | str)]
+    shown += [f"blocks={fields[k]}" for k in ("stage_sizes", "repeats") if k in fields]
+    return f"{cls.__name__}: {', '.join(shown)}"
+
+
+def _millions(backbone: str) -> float:
+    from disco_jax import models
+
+    return models.parameters(models.backbone(backbone)) / 2**20
 
 
 def _first_line(text: str | None) -> str:
