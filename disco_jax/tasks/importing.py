@@ -34,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="where the imported network goes")
     parser.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--arch", default="", help="a network of disco-jax list")
+    parser.add_argument(
+        "--entry", default="", help="of the file that holds the weights, e.g. student of DINO's"
+    )
     parser.add_argument("--prefix", help="of the network's keys, where a file holds several")
     parser.add_argument(
         "--allow",
@@ -53,6 +56,7 @@ def run(
     *,
     family: str = "",
     arch: str = "",
+    entry: str = "",
     prefix: str | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -61,6 +65,7 @@ def run(
     Args:
       file: see `convert.load`.
       workdir: a directory that does not exist yet, or is empty.
+      entry: see `convert.read`.
       family, arch, prefix, allow: see `convert.from_mapping`.
 
     Returns:
@@ -69,7 +74,9 @@ def run(
     Raises:
       UserError: see `convert.load`; or the directory will not do. Nothing is left behind.
     """
-    imported = convert.read_network(file, family=family, arch=arch, prefix=prefix, allow=allow)
+    imported = convert.read_network(
+        file, entry=entry, family=family, arch=arch, prefix=prefix, allow=allow
+    )
     manifest = describe(imported, file)
     with _cleared(epath.Path(workdir)), claim(workdir, config_of(imported)) as path:
         with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:

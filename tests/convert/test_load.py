@@ -178,6 +178,21 @@ def test_the_state_dict_is_found_in_its_container(tmp_path, state, container, wr
     assert found == container and arrays.keys() == few.keys()
 
 
+def test_another_entry_can_be_asked_for(tmp_path, state):
+    few = {k: v for k, v in state.items() if k.startswith("module.encoder_q.")}
+    other = {**few, "module.encoder_q.conv1.weight": few["module.encoder_q.conv1.weight"] + 1}
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps({"student": other, "teacher": few}))
+    found = convert.read_network(path, entry="student")
+    assert found.container == "student"
+    np.testing.assert_array_equal(
+        found.variables["params"]["backbone"]["conv1"]["kernel"],
+        other["module.encoder_q.conv1.weight"].transpose(2, 3, 1, 0),
+    )
+    with pytest.raises(UserError, match="Did you mean 'student'"):
+        convert.load(path, entry="studnt")
+
+
 def test_a_file_without_weights_is_refused(tmp_path):
     path = tmp_path / "file.pkl"
     path.write_bytes(pickle.dumps({"epoch": 3, "optimizer": {"lr": 0.1}}))

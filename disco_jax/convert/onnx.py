@@ -1,0 +1,107 @@
+"""ONNX: a network as one file for onnxruntime and whatever else reads the format."""
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import Array
+
+from disco_jax import files
+from disco_jax.errors import UserError
+
+# The oldest version of the operators that jax2onnx writes without fault.
+OPSET = 18
+# Protocol buffers hold less than 2 GiB; more would need a second file for the weights.
+_LARGEST = 2**31 - 1
+
+
+def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -> None:
+    """Writes a network as a model: "images" f32[batch, 3, size, size] -> "features" f32[batch, F].
+
+    Args:
+      function: f32[B, size, size, 3] normalised images -> f32[B, F]; can be jitted, and its
+        weights are closed over. The file takes channels first, as ONNX has them.
+      size: of the images, px.
+      path: of the file; replaced whole, or left as it was when anything fails.
+
+    Raises:
+      UserError: jax2onnx is not installed, or the weights are too large for one file.
+    """
+    to_onnx = _package("jax2onnx").to_onnx
+
+    def padded(images: Array) -> Array:
+        with _padded_pools():
+            return function(images)
+
+    with _quiet(), jax.numpy_rank_promotion("allow"):  # jax2onnx broadcasts biases
+        model = to_onnx(
+            padded,
+            [("batch", size, size, 3)],
+            model_name="disco_jax",
+            opset=OPSET,
+            inputs_as_nchw=[0],
+            input_names=["images"],
+            output_names=["features"],
+        )
+    if model.ByteSize() > _LARGEST:
+        raise UserError("The weights take more than 2 GiB, the most that one ONNX file holds.")
+    with files.whole(path) as unfinished:
+        unfinished.write_bytes(model.SerializeToString())
+
+
+def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
+    """What a file makes of normalised f32[B, size, size, 3] images in onnxruntime, on the CPU.
+
+    Raises:
+      UserError: onnxruntime is not installed.
+    """
+    runtime = _package("onnxruntime")
+    session = runtime.InferenceSession(
+        epath.Path(path).read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    channels_first = np.asarray(images, np.float32).transpose(0, 3, 1, 2)
+    return session.run(["features"], {"images": channels_first})[0]
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'{name} cannot be imported: pip install "disco-jax[onnx]".') from error
+
+
+@contextlib.contextmanager
+def _padded_pools() -> Iterator[None]:
+    """Pads before max-pools: jax2onnx 0.17 reads any padding given in numbers as none."""
+    theirs = nn.max_pool
+
+    def max_pool(x, window_shape, strides=None, padding="VALID"):
+        if not isinstance(padding, str):
+            widths = ((0, 0), *padding, (0, 0))
+            x, padding = jnp.pad(x, widths, constant_values=-jnp.inf), "VALID"
+        return theirs(x, window_shape=window_shape, strides=strides, padding=padding)
+
+    nn.max_pool = max_pool
+    try:
+        yield
+    finally:
+        nn.max_pool = theirs
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line of log for each inner shape that the file does not note down."""
+    logger = logging.getLogger("onnx_ir.serde")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

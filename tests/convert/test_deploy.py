@@ -1,0 +1,200 @@
+"""Networks in other runtimes: the same features, however many images, and whole files or none."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import helpers
+from disco_jax import errors, files, models
+from disco_jax.convert import onnx, stablehlo, tflite
+from disco_jax.models import heads
+from disco_jax.models.encoder import Encoder
+
+SPEC = dict(head="none", hidden=-1, dim=16, prototypes=(), adapter=0, norm_group=0)
+# What only some families have.
+SPEC |= dict(width=4, stem="", zero_init_residual=False, grid=0)
+RUNTIMES = {"onnx": onnx, "tflite": tflite, "stablehlo": stablehlo}
+NEEDS = {"onnx": ("jax2onnx", "onnxruntime"), "tflite": ("tensorflow",), "stablehlo": ()}
+
+
+def runtime(name):
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    return RUNTIMES[name]
+
+
+def network(encoder, size):
+    """Images -> embedding of a network none of whose numbers is where it starts."""
+    rng = np.random.default_rng(0)
+
+    def disturbed(path, x):
+        x = np.asarray(x)
+        if path[-1].key == "var":
+            return rng.uniform(0.5, 2, x.shape).astype(np.float32)
+        factor, shift = rng.uniform(0.7, 1.3, x.shape), rng.normal(0, 0.1, x.shape)
+        return (x * factor + shift * (x.ndim < 2)).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(disturbed, dict(encoder.create(0, size)))
+    return lambda images: encoder.apply(variables, images, norm="running").embedding
+
+
+def resnet(**fields):
+    """A narrow ResNet for images of 16 px."""
+    spec = ConfigDict({**SPEC, "backbone": "resnet8", **fields})
+    return network(models.build_encoder(spec), 16)
+
+
+def shallow(backbone):
+    """A network for images of 64 px with one block where the backbone has several."""
+    cls, fields = models.BACKBONES[backbone]
+    fields = dict(fields)
+    if "stages" in fields:
+        fields["stages"] = tuple(blocks[:1] for blocks in fields["stages"])
+    elif "repeats" in fields:
+        fields["repeats"] = (1,) * len(fields["repeats"])
+    else:
+        fields["depth"] = 1
+    return network(Encoder(cls(**fields), heads.Identity()), 64)
+
+
+def images(count, size):
+    return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    assert helpers.relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_computes_the_same_for_one_image_and_for_three(name, tmp_path):
+    deploy = runtime(name)
+    function = jax.jit(resnet(stem="imagenet", head="swav"))
+    path = tmp_path / "network"
+    deploy.write(function, 16, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["network"]
+    for count in (1, 3):
+        x = images(count, 16)
+        assert_same(deploy.run(path, x), function(x))
+        assert_same(deploy.run(str(path), x.astype(np.float64)), function(x))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "mobilenetv2",
+        "mobilenetv3_large",
+        "efficientnet_b0_seed",
+        "vit_tiny_p16",
+        "xcit_tiny_12_p16",
+    ],
+)
+def test_every_family_computes_the_same(name, backbone, tmp_path):
+    deploy = runtime(name)
+    function, x = shallow(backbone), images(3, 64)
+    deploy.write(function, 64, tmp_path / "network")
+    assert_same(deploy.run(tmp_path / "network", x), jax.jit(function)(x))
+
+
+def test_stablehlo_runs_on_three_platforms_at_the_precision_of_the_function(tmp_path):
+    stablehlo.write(resnet(), 16, tmp_path / "network")
+    exported = jax.export.deserialize(bytearray((tmp_path / "network").read_bytes()))
+    assert exported.platforms == stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
+    convolutions = [line for line in exported.mlir_module().splitlines() if "convolution(" in line]
+    assert convolutions and all("HIGHEST" in line for line in convolutions)
+
+
+def test_onnx_takes_channels_first_and_any_batch(tmp_path):
+    runtime("onnx")
+    from onnx import checker, load
+
+    onnx.write(resnet(), 16, tmp_path / "network.onnx")
+    checker.check_model(load(tmp_path / "network.onnx"), full_check=True)
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    ends = [(end.name, end.shape) for end in (*session.get_inputs(), *session.get_outputs())]
+    assert ends == [("images", ["batch", 3, 16, 16]), ("features", ["batch", 16])]
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (1, 1)), ((0, 1), (2, 0))])
+def test_onnx_pads_the_max_pools_of_flax(padding, tmp_path):
+    import flax.linen as nn
+
+    deploy, theirs = runtime("onnx"), nn.max_pool
+
+    def function(x):
+        x = nn.max_pool(-jnp.square(x), window_shape=(3, 3), strides=(2, 2), padding=padding)
+        return x.reshape(x.shape[0], -1)
+
+    deploy.write(function, 8, tmp_path / "network")
+    assert_same(deploy.run(tmp_path / "network", images(2, 8)), function(images(2, 8)))
+    assert nn.max_pool is theirs
+
+
+def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
+    for name in ("jax2onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(errors.UserError, match=r"jax2onnx.*pip install \"disco-jax\[onnx\]\""):
+        onnx.write(lambda x: x, 16, tmp_path / "network")
+    (tmp_path / "network").write_bytes(b"")
+    with pytest.raises(errors.UserError, match=r"onnxruntime.*pip install \"disco-jax\[onnx\]\""):
+        onnx.run(tmp_path / "network", images(1, 16))
+
+
+def test_onnx_refuses_what_one_file_cannot_hold(monkeypatch, tmp_path):
+    runtime("onnx")
+    monkeypatch.setattr(onnx, "_LARGEST", 100)
+    with pytest.raises(errors.UserError, match="2 GiB"):
+        onnx.write(resnet(), 16, tmp_path / "network")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_weights_are_a_quarter_of_the_size_and_close(tmp_path):
+    runtime("tflite")
+    function, x = resnet(width=32), images(3, 16)
+    tflite.write(function, 16, tmp_path / "full")
+    tflite.write(function, 16, tmp_path / "int8", int8=True)
+    full, small = ((tmp_path / name).stat().st_size for name in ("full", "int8"))
+    assert small < 0.35 * full
+    expected = function(x)
+    assert_same(tflite.run(tmp_path / "int8", x), expected, 0.1)
+    assert helpers.relative_error(tflite.run(tmp_path / "int8", x), expected) > 1e-5
+
+
+def test_tflite_falls_back_on_litert(monkeypatch, tmp_path):
+    runtime("tflite")
+    import tensorflow as tf
+
+    tflite.write(resnet(), 16, tmp_path / "network")
+    expected = tflite.run(tmp_path / "network", images(2, 16))
+    monkeypatch.setattr(tf, "lite", object())
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "ai_edge_litert", None)
+        with pytest.raises(errors.UserError, match="pip install ai-edge-litert"):
+            tflite.run(tmp_path / "network", images(2, 16))
+    pytest.importorskip("ai_edge_litert.interpreter")
+    assert_same(tflite.run(tmp_path / "network", images(2, 16)), expected)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("when", ["traced", "replaced"])
+def test_a_failure_leaves_what_was_there(name, when, monkeypatch, tmp_path):
+    deploy = runtime(name)
+    path = tmp_path / "network"
+    path.write_bytes(b"before")
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    if when == "replaced":
+        monkeypatch.setattr(files.os, "replace", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        deploy.write(broken if when == "traced" else lambda x: x[:, 0, 0], 16, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["network"]
+    assert path.read_bytes() == b"before"
