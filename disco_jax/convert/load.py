@@ -12,7 +12,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, models
-from disco_jax.convert import names, pickles, recognise, table
+from disco_jax.convert.names import timm_xcit
+from disco_jax.convert.pickles import read as read_pickle
+from disco_jax.convert.recognise import Recognised, State, recognise
+from disco_jax.convert.table import entries
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
@@ -109,8 +112,8 @@ def from_mapping(
       UserError: nothing known is there; or keys are missing, left over or of another shape, all
         of which are listed.
     """
-    state = names.timm_xcit({key: np.asarray(value) for key, value in state.items()})
-    found = recognise.recognise(state, source, family, arch, prefix)
+    state = timm_xcit({key: np.asarray(value) for key, value in state.items()})
+    found = recognise(state, source, family, arch, prefix)
     encoder = _build(found.spec)
     variables, keys, left = _fill(encoder, state, found, tuple(allow), source)
     spec = found.spec
@@ -147,7 +150,7 @@ def read(path: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
         raise UserError(f"{path} is a directory, not a checkpoint file of PyTorch.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path), ""
-    content, container = pickles.read(path), []
+    content, container = read_pickle(path), []
     for name in entry.split(".") if entry else ():
         if not isinstance(content, dict) or name not in content:
             held = content if isinstance(content, dict) else ()
@@ -188,8 +191,8 @@ def _dim(encoder: Encoder, variables: Variables) -> int:
 
 def _fill(
     encoder: Encoder,
-    state: recognise.State,
-    found: recognise.Recognised,
+    state: State,
+    found: Recognised,
     allow: tuple[str, ...],
     source: str,
 ) -> tuple[Variables, dict[str, str], tuple[str, ...]]:
@@ -199,7 +202,7 @@ def _fill(
     leaves, structure = jax.tree_util.tree_flatten_with_path(dict(like))
     wanted = {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
     taken, keys, problems = {}, {}, []
-    for entry in table.entries(encoder, found.layout, found.place, found.head):
+    for entry in entries(encoder, found.layout, found.place, found.head):
         if entry.theirs not in state or entry.ours not in wanted:
             continue
         value = entry.leaf.load(state[entry.theirs])
@@ -254,7 +257,7 @@ def _known_extra(key: str) -> bool:
     return key.rpartition(".")[2] in ("queue", "queue_ptr", "queue2", "small_queue", "center")
 
 
-def _queue(state: recognise.State, dim: int) -> Queue | None:
+def _queue(state: State, dim: int) -> Queue | None:
     for name in _QUEUES:
         vectors = state.get(name)
         if vectors is not None and vectors.ndim == 2 and len(vectors) == dim:

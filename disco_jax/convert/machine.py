@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from disco_jax.convert import archive
-from disco_jax.convert.archive import Refused, StorageId
+from disco_jax.convert.archive import STORAGES, Refused, StorageId
 from disco_jax.convert.rebuild import LATER, Global, Stub, atoms, fill, find, pairs, shown
 
 
@@ -105,7 +104,7 @@ class Machine:
             self._stack.append(name[0])
             return
         storage, key, _, count, *view = name
-        dtype = archive.STORAGES.get(storage.name.split(".")[-1])
+        dtype = STORAGES.get(storage.name.split(".")[-1])
         view = tuple(view[0][1:]) if view and view[0] is not None else None
         if kind != "storage" or dtype is None or type(key) is not str:
             raise Refused(f"has a storage of an unknown kind, {shown(storage.name)}.")

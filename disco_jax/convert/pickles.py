@@ -15,8 +15,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from disco_jax.convert import archive
-from disco_jax.convert.archive import Refused, StorageId
+from disco_jax.convert.archive import (
+    DTYPES,
+    LOCAL_HEADER,
+    STORAGES,
+    Archive,
+    Refused,
+    StorageId,
+    dense,
+    stream,
+    tensor,
+)
 from disco_jax.convert.machine import Machine
 from disco_jax.convert.rebuild import LATER, Stub, shown
 from disco_jax.errors import UserError
@@ -28,7 +37,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DEPTH = 100  # of containers in one another
 # The classes of storages that `write` writes.
 _WRITTEN = {
-    archive.DTYPES[archive.STORAGES[f"{name}Storage"]]: f"{name}Storage"
+    DTYPES[STORAGES[f"{name}Storage"]]: f"{name}Storage"
     for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
 }
 _ALIGNMENT = 64  # of the members that `write` writes, in bytes, as torch.save has it
@@ -73,7 +82,7 @@ def _open(path: epath.Path) -> Any:
 def _parse(file: Any) -> Any:
     buffer = file.getbuffer() if isinstance(file, io.BytesIO) else memoryview(file)
     if buffer[:4] == b"PK\3\4":
-        members = archive.Archive(file, buffer)
+        members = Archive(file, buffer)
         pickled = io.BytesIO(members.member("data.pkl"))
         return Machine(members.storage, len(buffer)).run(pickled)
     if buffer[:1] == b"\x80":
@@ -115,12 +124,12 @@ def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
         if name.view is None:
             return storage
         first, count = name.view
-        return archive.tensor(storage, first, (count,), (1,), spend=lambda size: None)
+        return tensor(storage, first, (count,), (1,), spend=lambda size: None)
 
     Machine(note, len(buffer)).run(file)
     keys = Machine(_no_storage, len(buffer)).run(file)
     dtypes = {key: name.dtype for key, name in named.items()}
-    storages = archive.stream(buffer, file.tell(), keys, dtypes)
+    storages = stream(buffer, file.tell(), keys, dtypes)
     file.seek(start)
     return Machine(view, len(buffer)).run(file)
 
@@ -215,7 +224,7 @@ def _pickled(value: Any, records: list[np.ndarray]) -> bytes:
 def _pickled_tensor(value: np.ndarray, records: list[np.ndarray]) -> bytes:
     """A call of PyTorch's _rebuild_tensor_v2 on a storage that only this tensor has."""
     kind = _WRITTEN[value.dtype]
-    strides = tuple(archive.dense([max(n, 1) for n in value.shape]))
+    strides = tuple(dense([max(n, 1) for n in value.shape]))
     storage = [
         *(_pickled("storage", records), f"ctorch\n{kind}\n".encode()),
         *(_pickled(item, records) for item in (str(len(records)), "cpu", value.size)),
@@ -238,7 +247,7 @@ def _write_zip(file: BinaryIO, members: Mapping[str, Any]) -> None:
         for name, content in members.items():
             info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
             info.create_system = 3  # the same on every system
-            start = position + archive.LOCAL_HEADER.size + len(info.filename) + 4
+            start = position + LOCAL_HEADER.size + len(info.filename) + 4
             padding = -start % _ALIGNMENT
             info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
             output.writestr(info, content)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.convert import archive
-from disco_jax.convert.archive import Refused
+from disco_jax.convert.archive import DTYPES, STORAGES, Refused, proper, tensor
 
 LATER = object()  # instead of a storage or tensor, while only the types of storages are wanted
 _SIMPLE = re.compile(r"[biufc?SU]\d*")  # dtypes of numbers and of strings
@@ -69,7 +68,7 @@ def find(module: str, name: str) -> Any:
     full = _OLD_NAMES.get(full, full)
     if full in _CALLS or full in _NAMES:
         return Global(full, _CALLS.get(full))
-    if module == "torch" and name in archive.DTYPES:
+    if module == "torch" and name in DTYPES:
         return full
     package = module.split(".")[0]
     foreign = package not in (*sys.stdlib_module_names, "torch", "numpy")
@@ -140,7 +139,7 @@ def _device(machine: Any, kind: str, index: int | None = None) -> str:
 def _tensor(machine: Any, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     if storage is LATER:
         return LATER
-    return archive.tensor(storage, offset, size, stride, machine.spend)
+    return tensor(storage, offset, size, stride, machine.spend)
 
 
 def _typed_tensor(
@@ -149,9 +148,9 @@ def _typed_tensor(
     """A tensor of a type that has no class of storages: (requires_grad, hooks, dtype, ...)."""
     if storage is LATER:
         return LATER
-    dtype = archive.DTYPES[rest[2].removeprefix("torch.")]
+    dtype = DTYPES[rest[2].removeprefix("torch.")]
     whole = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
-    return archive.tensor(whole, offset, size, stride, machine.spend)
+    return tensor(whole, offset, size, stride, machine.spend)
 
 
 def _parameter(machine: Any, data: Any, *_: Any) -> Any:
@@ -183,7 +182,7 @@ def _raw(machine: Any, shape: Any, dtype: np.dtype, raw: Any) -> bytes:
     raw = _bytes(machine, raw) if type(raw) is str else raw
     if type(raw) not in (bytes, bytearray) or not isinstance(dtype, np.dtype):
         raise Refused("is damaged: an array has no bytes.")
-    if type(shape) is not tuple or not archive.proper(shape):
+    if type(shape) is not tuple or not proper(shape):
         raise Refused("is damaged: an array has no proper shape.")
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise Refused(f"is damaged: an array of shape {shape} has {len(raw)} bytes.")
@@ -240,8 +239,8 @@ _CALLS = {
 # Names that stand for themselves.
 _NAMES = {
     *("argparse.Namespace", "builtins.object", "builtins.str", "numpy.ndarray", "typing.Any"),
-    *(f"numpy.{name}" for name in (*archive.DTYPES, "bool_")),
-    *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in archive.STORAGES),
+    *(f"numpy.{name}" for name in (*DTYPES, "bool_")),
+    *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGES),
     "torch.storage.UntypedStorage",
 }
 # What Python 2 calls them.

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from disco_jax import convert, errors, flags
-from disco_jax.convert import onnx, save, stablehlo, tflite
+from disco_jax.convert import frameworks, onnx, save, stablehlo, tflite
 from disco_jax.tasks import card
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.opening import Opened, open_network
@@ -156,11 +156,13 @@ def _state_dict(
     with jax.default_matmul_precision("highest"):
         read = again.encoder.apply(again.variables, images, norm="running")
     found = {"disco_jax, read again": _error(getattr(read, output), ours)}
-    if saved.model and not with_head:
-        images = _images(_native(opened, size), opened)
-        theirs = _their_features(naming, saved, images)
-        if theirs is not None:
+    if saved.model and not with_head and naming in frameworks.FRAMEWORKS:
+        if frameworks.installed(naming):
+            images = _images(_native(opened, size), opened)
+            theirs = frameworks.features(naming, saved.model, path, images)
             found[naming] = _error(theirs, np.asarray(opened(images)))
+        else:
+            _LOG.warning("%s is not installed: the export was not run in it.", naming)
     return found, {"model": saved.model, "notes": list(saved.notes)}
 
 
@@ -179,30 +181,6 @@ def _arch(backbone: str, model: str) -> str:
     if model.startswith("tf_"):
         return model
     return backbone
-
-
-def _their_features(naming: str, saved: save.StateDict, images: np.ndarray) -> Any:
-    """Features from timm or torchvision itself; None where it is not installed."""
-    try:
-        import torch
-
-        library = __import__(naming)
-    except ImportError:
-        _LOG.warning("%s is not installed: the export was not run in it.", naming)
-        return None
-    state = {key: torch.from_numpy(value.copy()) for key, value in saved.arrays.items()}
-    if naming == "timm":
-        model = library.create_model(saved.model, num_classes=0)
-    else:
-        model = library.models.get_model(saved.model)
-        if saved.model.startswith("mobilenet_v3"):
-            model.classifier[3] = torch.nn.Identity()
-        else:
-            last = "fc" if hasattr(model, "fc") else "classifier"
-            setattr(model, last, torch.nn.Identity())
-    model.load_state_dict(state, strict=True)
-    with torch.inference_mode():
-        return model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
 
 def _program(

@@ -144,11 +144,17 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     names = ("backbone", "head")
     if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
         return
+    fields = [(field, _plain(spec[field]), _plain(found[field])) for field in SHAPE]
     differing = [
-        f"config.teacher.{field}={spec[field]!r}, but the weights have {found[field]!r}"
-        for field in SHAPE
-        if spec[field] != found[field]
+        f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"
+        for field, ours, theirs in fields
+        if ours != theirs
     ]
     raise errors.UserError(
         f"The network in {path} is not the one described:\n  " + "\n  ".join(differing)
     )
+
+
+def _plain(value: Any) -> Any:
+    """A field as it is in a config; what comes from JSON has lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,7 +1,11 @@
-"""Weights of timm's and torchvision's own models in and out, compared inside those frameworks.
+"""Weights of timm's and torchvision's own models in and out, compared with those frameworks.
 
-Skipped where they are not installed: `pip install timm torchvision`.
+Skipped where they are not installed: `pip install "disco-jax[torch]"`.
 """
+
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,119 +13,95 @@ import pytest
 
 import helpers
 from disco_jax import convert
-from disco_jax.convert import save
+from disco_jax.convert import frameworks, pickles, save
 
-torch = pytest.importorskip("torch")
-
-TIMM = {
-    "resnet18": "resnet18",
-    "resnet50": "resnet50",
-    "efficientnet_b0": "efficientnet_b0",
-    "efficientnet_b1": "efficientnet_b1",
-    "tf_efficientnet_b0": "tf_efficientnet_b0",
-    "mobilenetv2_100": "mobilenetv2",
-    "mobilenetv3_large_100": "mobilenetv3_large",
-    "vit_tiny_patch16_224": "vit_tiny_p16",
-    "xcit_tiny_12_p16_224": "xcit_tiny_12_p16",
+MODELS = {
+    "timm": {
+        "resnet18": "resnet18",
+        "resnet50": "resnet50",
+        "efficientnet_b0": "efficientnet_b0",
+        "efficientnet_b1": "efficientnet_b1",
+        "tf_efficientnet_b0": "tf_efficientnet_b0",
+        "mobilenetv2_100": "mobilenetv2",
+        "mobilenetv3_large_100": "mobilenetv3_large",
+        "vit_tiny_patch16_224": "vit_tiny_p16",
+        "xcit_tiny_12_p16_224": "xcit_tiny_12_p16",
+    },
+    "torchvision": {
+        "resnet18": "resnet18",
+        "mobilenet_v2": "mobilenetv2",
+        "mobilenet_v3_large": "mobilenetv3_large_tv",
+        "efficientnet_b0": "efficientnet_b0",
+    },
 }
-TORCHVISION = {
-    "resnet18": "resnet18",
-    "mobilenet_v2": "mobilenetv2",
-    "mobilenet_v3_large": "mobilenetv3_large_tv",
-    "efficientnet_b0": "efficientnet_b0",
-}
+CASES = [(framework, name) for framework, names in MODELS.items() for name in names]
 
 
-def scrambled(model):
-    """Weights of ordinary size, and BatchNorm statistics that are not 0 and 1."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith(("running_var", "norm.weight")) or value.ndim == 1:
-                value.copy_(torch.rand_like(value.float()) * 0.5 + 0.75)
-                if name.endswith(("bias", "running_mean")):
-                    value.sub_(1)
-            elif not value.ndim:
-                continue
-            elif "pos_embed" in name or "cls_token" in name:
-                value.normal_(std=0.5)
-    return model.eval()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function: framework -> folder of its models, made once."""
+    folders = {}
+
+    def make(framework):
+        if not frameworks.installed(framework):
+            pytest.skip(f"{framework} is not installed")
+        if framework not in folders:
+            folder = tmp_path_factory.mktemp(framework)
+            program = pathlib.Path(__file__).with_name("their_models.py")
+            words = [framework, str(folder), *MODELS[framework]]
+            subprocess.run([sys.executable, "-P", str(program), *words], check=True)
+            folders[framework] = folder
+        return folders[framework]
+
+    return make
 
 
-def library(name):
-    return pytest.importorskip(name)
-
-
-def theirs(name, kind):
-    if kind == "timm":
-        return library("timm").create_model(name)
-    return library("torchvision").models.get_model(name)
-
-
-def features(model, kind, images):
-    """(pooled features, logits) of their model."""
-    with torch.inference_mode():
-        x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-        if kind == "timm":
-            found = model.forward_head(model.forward_features(x), pre_logits=True)
-        else:
-            found = None
-        return found, model(x).numpy()
-
-
-MODELS = [(n, "timm", ours) for n, ours in TIMM.items()]
-MODELS += [(n, "torchvision", ours) for n, ours in TORCHVISION.items()]
-
-
-@pytest.mark.parametrize("name, kind, ours", MODELS)
-def test_their_weights_compute_the_same_here_and_go_back(name, kind, ours, tmp_path):
-    model = scrambled(theirs(name, kind))
-    path = tmp_path / "model.pth"
-    torch.save(model.state_dict(), path)
-    arch = ours if ours.startswith("tf_") else ""
-    found = convert.read_network(path, arch=arch)
+@pytest.mark.parametrize("framework, name", CASES)
+def test_their_weights_compute_the_same_here_and_go_back(framework, name, made, tmp_path):
+    folder, ours = made(framework), MODELS[framework][name]
+    found = convert.read_network(folder / f"{name}.pth", arch=ours)
     assert found.spec["backbone"] == ours and found.spec["dim"] == 1000
-    images = np.random.default_rng(0).standard_normal((2, 224, 224, 3)).astype(np.float32)
-    out = jax.jit(lambda v, x: found.encoder.apply(v, x, norm="running"))(found.variables, images)
-    pooled, logits = features(model, kind, images)
+    with np.load(folder / f"{name}.npz") as recorded:
+        images, logits = recorded["images"], recorded["logits"]
+    apply = jax.jit(lambda v, x: found.encoder.apply(v, x, norm="running"))
+    out = apply(found.variables, images)
     assert helpers.relative_error(out.embedding, logits) < 1e-4
-    if pooled is not None:
-        assert helpers.relative_error(out.features, pooled.numpy()) < 1e-4
 
-    saved = save.state_dict(ours, found.encoder, found.variables, kind, with_head=False)
+    saved = save.state_dict(ours, found.encoder, found.variables, framework)
     assert saved.model == name
     exported = tmp_path / "exported.pth"
-    save.write(exported, saved, kind)
-    again = torch.load(exported, weights_only=True)
-    original = model.state_dict()
+    save.write(exported, saved, framework)
+    original = pickles.read(folder / f"{name}.pth")
+    again = pickles.read(exported)
     assert not again.keys() - original.keys()
     for key, value in again.items():
         if not key.endswith("num_batches_tracked"):
-            torch.testing.assert_close(value, original[key], rtol=0, atol=0)
+            np.testing.assert_array_equal(value, original[key], err_msg=key)
+    theirs = frameworks.features(framework, name, exported, images)
+    assert helpers.relative_error(out.features, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("kind, epsilon", [("timm", 1e-3), ("torchvision", 1e-5)])
-def test_another_epsilon_is_worked_into_the_variances(kind, epsilon, tmp_path):
+@pytest.mark.parametrize("framework", MODELS)
+def test_another_epsilon_is_worked_into_the_variances(framework, made, tmp_path):
     """torchvision's MobileNetV3 adds 1e-3 to variances, timm's 1e-5; weights go both ways."""
-    other = {"timm": "torchvision", "torchvision": "timm"}[kind]
-    names = {"timm": "mobilenetv3_large_100", "torchvision": "mobilenet_v3_large"}
-    source = scrambled(theirs(names[other], other))
-    state = {key: value.numpy() for key, value in source.state_dict().items()}
-    found = convert.from_mapping(state)
-    saved = save.state_dict(found.spec["backbone"], found.encoder, found.variables, kind)
+    source = {"timm": "torchvision", "torchvision": "timm"}[framework]
+    name = {"timm": "mobilenetv3_large_100", "torchvision": "mobilenet_v3_large"}
+    found = convert.read_network(made(source) / f"{name[source]}.pth")
+    saved = save.state_dict(found.spec["backbone"], found.encoder, found.variables, framework)
     assert any("epsilon" in note for note in saved.notes)
-    model = theirs(names[kind], kind)
-    arrays = {key: torch.from_numpy(value) for key, value in saved.arrays.items()}
-    missing, surplus = model.load_state_dict(arrays, strict=False)
-    assert not surplus and all(key.startswith("classifier") for key in missing)
+    path = tmp_path / "exported.safetensors"
+    save.write(path, saved, framework)
+    made(framework)  # skips where it is not installed
     images = np.random.default_rng(0).standard_normal((2, 96, 96, 3)).astype(np.float32)
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    out = found.encoder.apply(found.variables, images, norm="running").features
-    with torch.inference_mode():
-        model.eval()
-        if kind == "timm":
-            expected = model.forward_head(model.forward_features(x), pre_logits=True)
-        else:
-            pooled = model.avgpool(model.features(x)).flatten(1)
-            expected = model.classifier[1](model.classifier[0](pooled))
-    assert helpers.relative_error(out, expected.numpy()) < 1e-4
+    apply = jax.jit(lambda v, x: found.encoder.apply(v, x, norm="running"))
+    out = apply(found.variables, images)
+    theirs = frameworks.features(framework, name[framework], path, images)
+    assert helpers.relative_error(out.features, theirs) < 1e-4
+
+
+def test_weights_that_do_not_load_there_are_told(made, tmp_path):
+    made("timm")
+    path = tmp_path / "broken.pth"
+    pickles.write(path, {"conv1.weight": np.zeros((1, 1), np.float32)})
+    with pytest.raises(RuntimeError, match=r"timm could not run .*broken.pth"):
+        frameworks.features("timm", "resnet18", path, np.zeros((1, 32, 32, 3), np.float32))

@@ -81,7 +81,7 @@ def test_mistakes(folder, teacher, changes, message):
 def test_a_teacher_of_another_shape_is_refused(teacher, tmp_path):
     config = helpers.smoke_config("disco", **{"teacher.weights": str(teacher), "batch_size": 16})
     config.teacher.width = 8
-    with pytest.raises(UserError, match=r"config\.teacher\.width=8, but the run has 4"):
+    with pytest.raises(UserError, match=r"config\.teacher\.width=8, but the weights have 4"):
         pretrain.run(config, str(tmp_path / "run"), ArraySource(helpers.digits_splits()))
     assert not (tmp_path / "run").exists()
 

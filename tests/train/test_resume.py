@@ -18,6 +18,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
+from disco_jax.train import teacher
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def start(digits_file, workdir, steps):
 
 def final(workdir, digits_file, steps):
     """Every array of the last checkpoint."""
-    config = helpers.flags_config(arguments(digits_file, workdir, steps))
+    config = teacher.resolve(helpers.flags_config(arguments(digits_file, workdir, steps)))
     _, state, _, _ = helpers.smoke(config, 1)
     return helpers.restore(workdir, state)
 
