@@ -34,7 +34,8 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
     Raises:
       UserError: jax2onnx is not installed, or the weights are too large for one file.
     """
-    to_onnx = _package("jax2onnx").to_onnx
+    with _quiet():
+        to_onnx = _package("jax2onnx").to_onnx
 
     def padded(images: Array) -> Array:
         with _padded_pools():
@@ -97,11 +98,15 @@ def _padded_pools() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line of log for each inner shape that the file does not note down."""
-    logger = logging.getLogger("onnx_ir.serde")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without a line of log for each inner shape that the file does not note down, nor a traceback
+    for each package that jax2onnx could translate and does not find.
+    """
+    loggers = [logging.getLogger(name) for name in ("onnx_ir.serde", "jax2onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
