@@ -21,31 +21,40 @@ class Place:
       prefix: of all its keys.
       backbone: of the backbone's, behind `prefix`.
       head: of the head's keys where they stand elsewhere (SimReg's predictor).
+      family: that alone puts its network there; "": several do.
     """
 
     prefix: str
     backbone: str = ""
     head: str = ""
+    family: str = ""
 
 
 # In order: what a training checkpoint means by its network comes before its other copies, and
 # the prefixes that contain others before those. Matched from the start of the key, so that
 # "module.teacher_encoder_q." is not taken for "encoder_q.".
 PLACES = (
-    Place("module.encoder_q.", "backbone."),  # SSLight MoCo
-    Place("module.encoder_q.", "net."),  # ReSSL
+    Place("module.encoder_q.", "backbone.", family="sslight"),  # its MoCo
+    Place("module.encoder_q.", "net.", family="ressl"),
     Place("module.encoder_q."),  # MoCo, DisCo, BINGO, published SEED students
-    Place("encoder_q.module.", head="predict_q.module."),  # SimReg
+    Place("encoder_q.module.", head="predict_q.module.", family="simreg"),
     Place("encoder_q."),
-    Place("module.student.", "backbone."),  # SSLight DINO
-    Place("module.network.", "backbone."),  # SSLight SwAV
-    Place("module.student."),  # SEED
-    Place("module.module.module."),  # SimCLR in SEED
+    Place("module.student.", "backbone.", family="sslight"),  # its DINO
+    Place("module.network.", "backbone.", family="sslight"),  # its SwAV
+    Place("module.student.", family="seed"),
+    Place("module.module.module.", family="simclr"),  # SEED's teacher
     Place("module.", "backbone."),  # DINO's networks with BatchNorm
     Place("", "backbone."),  # DINO's other networks
     Place("module."),  # SwAV, CompRess
     Place(""),
 )
+# Layouts that one family alone has.
+_OWN_LAYOUTS = {
+    "sequential_resnet": "sslight",
+    "sslight_mobilenetv2": "sslight",
+    "seed_mobilenetv3": "seed",
+    "tensorflow_resnet": "simclr",
+}
 
 # Sequences of linear and BatchNorm layers that end a network, by the name they stand under.
 _HEADS = (
@@ -238,38 +247,24 @@ def _place(state: State, source: str, prefix: str | None) -> tuple[Place, Layout
 
 
 def _family(state: State, place: Place, layout: Layout, head: Head) -> str:
-    """Which code base wrote the checkpoint; between those that look the same, the first known."""
-    inside = place.prefix + place.backbone
-    if layout.name in ("sequential_resnet", "sslight_mobilenetv2") or place.prefix in (
-        "module.network.",
-    ):
-        return "sslight"
-    if place.prefix == "module.student." and place.backbone:
-        return "sslight"
-    if place.prefix == "module.encoder_q." and place.backbone == "backbone.":
-        return "sslight"
-    if place.backbone == "net.":
-        return "ressl"
-    if place.head or any(key.startswith("predict_q.") for key in state):
-        return "simreg"
+    """Which code base wrote the checkpoint; between those that look the same, the likeliest."""
+    if place.family or layout.name in _OWN_LAYOUTS:
+        return place.family or _OWN_LAYOUTS[layout.name]
     if any(key.startswith("module.teacher_encoder_q.") for key in state):
         return "disco"
-    if place.prefix == "module.student." or layout.name == "seed_mobilenetv3":
-        return "seed"
     if place.prefix.endswith("encoder_q."):
-        keys = networks(state).get("module.encoder_k.", layout.name)
         if layout.name == "lukemelas_efficientnet":
-            return "bingo" if keys != layout.name else "seed"
+            # BINGO's second encoder is its teacher, of another architecture.
+            other = networks(state).get("module.encoder_k.", layout.name)
+            return "bingo" if other != layout.name else "seed"
         return "moco_v2" if len(head.linear) > 1 else "moco_v1"
-    if layout.name == "tensorflow_resnet" or place.prefix == "module.module.module.":
-        return "simclr"
     if any("prototypes.prototypes" in key for key in state):
         return "deepcluster_v2"
     if head.root == "projection_head":
         return "swav"
     if any(key.endswith("last_layer.weight_v") for key in state) or layout.name == "xcit":
         return "dino"
-    if inside == "module." and len(state.get("module.fc.weight", ())) != 1000:
+    if place.prefix == "module." and len(state.get("module.fc.weight", ())) != 1000:
         return "compress"
     if layout.name == "vit":
         return "timm" if "head.weight" in state else "dino"
