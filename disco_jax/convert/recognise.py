@@ -105,8 +105,27 @@ _ALIASES = {
     "vit_tiny": "vit_tiny_p16",
     "vit_small": "vit_small_p16",
     "vit_base": "vit_base_p16",
+    "vits16": "vit_small_p16",
+    "vits8": "vit_small_p8",
+    "vitb16": "vit_base_p16",
+    "vitb8": "vit_base_p8",
     "deit_tiny": "vit_tiny_p16",
+    "deit_tiny_p16": "vit_tiny_p16",
     "deit_small": "vit_small_p16",
+    "deit_small_p16": "vit_small_p16",
+    "xcit_tiny": "xcit_tiny_12_p16",
+    "xcit_small": "xcit_small_12_p16",
+}
+_FAMILY_ALIASES = {
+    "moco": "moco_v2",
+    "mocov1": "moco_v1",
+    "mocov2": "moco_v2",
+    "deepcluster": "deepcluster_v2",
+    "deepclusterv2": "deepcluster_v2",
+    "sela": "deepcluster_v2",  # the same heads and names
+    "selav2": "deepcluster_v2",
+    "sela_v2": "deepcluster_v2",
+    "xcit": "dino",
 }
 # ResNets by blocks a stage and whether a block has three convolutions.
 _RESNETS = {
@@ -170,7 +189,7 @@ def recognise(
     Args:
       state: full keys to arrays in PyTorch's layout.
       source: what to call it in messages.
-      family: one of `FAMILIES`; "": from the keys.
+      family: one of `FAMILIES`, or a usual spelling of one; "": from the keys.
       arch: a backbone of ours, or a usual alias of one; "": from the shapes.
       prefix: where the network stands, e.g. "module.teacher_encoder_q."; None: the network that
         the checkpoint is about.
@@ -178,14 +197,16 @@ def recognise(
     Raises:
       UserError: when nothing known is there, or a name given is not known.
     """
-    if family and family not in FAMILIES:
+    plain = family.lower().replace("-", "_")
+    plain = _FAMILY_ALIASES.get(plain, plain)
+    if plain and plain not in FAMILIES:
         raise errors.unknown("family", family, FAMILIES)
     place, layout = _place(state, source, prefix)
     backbone = under(state, place.prefix + place.backbone)
     found = backbone_spec(backbone, layout, source)
     found.update(_named(arch, found["backbone"], source))
     head = _head(state, place, layout)
-    family = family or _family(state, place, layout, head)
+    family = plain or _family(state, place, layout, head)
     if family == "byol" and found["backbone"] == "resnet50":
         found["backbone"] = "resnet50_same"
     return Recognised(

@@ -113,7 +113,7 @@ def test_patterns_allow_what_is_missing_or_left_over(state):
     [
         (dict(arch="resnet50"), "holds a resnet18, not a resnet50"),
         (dict(arch="resnet81"), "arch='resnet81' is not known. Did you mean 'resnet8'"),
-        (dict(family="mocov2"), "family='mocov2' is not known. Did you mean 'moco_v2'"),
+        (dict(family="mocow2"), "family='mocow2' is not known. Did you mean 'moco_v2'"),
         (dict(prefix="module.teacher."), "holds networks under 'module.encoder_k.', 'module.enc"),
     ],
 )

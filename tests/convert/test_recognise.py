@@ -281,3 +281,14 @@ def test_usual_names_of_architectures_are_understood():
     state = arrays("efficientnet_b0", names.timm_inverted)
     for arch in ("tf_efficientnet_b0", "efficientnet_b0"):
         assert convert.from_mapping(state, arch=arch).spec["backbone"] == arch
+
+
+def test_usual_names_of_families_are_understood():
+    state = r18("module.")
+    for family, ours in (("MoCo", "moco_v2"), ("SeLa-v2", "deepcluster_v2"), ("byol", "byol")):
+        assert recognise.recognise(state, "it", family=family).family == ours
+
+
+def test_aliases_lead_to_names_that_exist():
+    assert set(recognise._ALIASES.values()) <= models.BACKBONES.keys()
+    assert set(recognise._FAMILY_ALIASES.values()) <= set(recognise.FAMILIES)
