@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from disco_jax import errors, models
 from disco_jax.convert.names import LAYOUTS, Layout
+from disco_jax.convert.shapes import backbone_spec
 
 State = Mapping[str, np.ndarray]
 
@@ -126,17 +127,6 @@ _FAMILY_ALIASES = {
     "selav2": "deepcluster_v2",
     "sela_v2": "deepcluster_v2",
     "xcit": "dino",
-}
-# ResNets by blocks a stage and whether a block has three convolutions.
-_RESNETS = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
-    ((1, 1, 1), False): "resnet8",
-    ((2, 2, 2), False): "resnet14",
-    ((3, 3, 3), False): "resnet20",
 }
 
 
@@ -292,28 +282,6 @@ def _family(state: State, place: Place, layout: Layout, head: Head) -> str:
     return "timm" if layout.name == "timm_inverted" else "torchvision"
 
 
-def backbone_spec(state: State, layout: Layout, source: str) -> dict[str, Any]:
-    """backbone, width, stem and grid of a backbone's state dict.
-
-    Raises:
-      UserError: when it is none of ours.
-    """
-    if layout.name.endswith("resnet"):
-        found = _resnet(state, layout)
-    elif layout.name == "vit":
-        found = _vit(state)
-    elif layout.name == "xcit":
-        found = _xcit(state)
-    else:
-        found = _inverted(state, layout)
-    if found is None:
-        raise errors.UserError(
-            f"{source} holds a backbone in the layout {layout.name} that is none of "
-            f"{', '.join(models.BACKBONES)}."
-        )
-    return {"width": 0, "stem": "", "grid": 0, **found}
-
-
 def _named(arch: str, found: str, source: str) -> dict[str, str]:
     """{"backbone": ...} for a name that was given, checked against what the shapes say."""
     if not arch:
@@ -330,104 +298,6 @@ def _named(arch: str, found: str, source: str) -> dict[str, str]:
 
 def _bare(name: str) -> str:
     return re.sub(r"^tf_|_(seed|tv|same)$", "", name)
-
-
-def _resnet(state: State, layout: Layout) -> dict[str, Any] | None:
-    if layout.name == "tensorflow_resnet":
-        width = len(state["conv2d.weight"])
-        count = sum(key.startswith("conv2d") for key in state)
-        if count != 53:
-            return None
-        return _wide("resnet50", width)
-    stage, first = {"sequential_resnet": ("encoder.", 4), "detectron2_resnet": ("res", 2)}.get(
-        layout.name, ("layer", 1)
-    )
-    sizes = tuple(n for n in (_count(state, f"{stage}{first + i}") for i in range(4)) if n)
-    stem = state[layout.signature[0]]
-    name = _RESNETS.get((sizes, f"{stage}{first}.0.conv3.weight" in state))
-    if name is None:
-        return None
-    found = _wide(name, len(stem))
-    table_stem = models.BACKBONES[found["backbone"]][1]["stem"]
-    own = "small" if stem.shape[-1] == 3 else "imagenet"
-    return {**found, "stem": "" if own == table_stem else own}
-
-
-def _wide(name: str, width: int) -> dict[str, Any]:
-    """The variant of a ResNet with `width` channels in its first stage."""
-    wide = f"{name}w{width // 64}"
-    if width == models.BACKBONES[name][1]["width"]:
-        return {"backbone": name}
-    if wide in models.BACKBONES and models.BACKBONES[wide][1]["width"] == width:
-        return {"backbone": wide}
-    return {"backbone": name, "width": width}
-
-
-def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
-    fixed = {
-        "sslight_mobilenetv2": "mobilenetv2",
-        "torchvision_mobilenetv2": "mobilenetv2",
-        "seed_mobilenetv3": "mobilenetv3_large_seed",
-        "torchvision_mobilenetv3": "mobilenetv3_large_tv",
-    }
-    if layout.name in fixed:
-        return {"backbone": fixed[layout.name]}
-    if layout.name == "timm_inverted" and "bn2.weight" not in state:
-        return {"backbone": "mobilenetv3_large"}
-    if layout.name == "timm_inverted" and not any(".se." in key for key in state):
-        return {"backbone": "mobilenetv2"}
-    if layout.name == "lukemelas_efficientnet":
-        name = {16: "efficientnet_b0_seed", 23: "efficientnet_b1_seed"}.get(
-            _count(state, "_blocks")
-        )
-    else:
-        root = "blocks" if layout.name == "timm_inverted" else "features"
-        first = 0 if root == "blocks" else 1
-        counts = tuple(_count(state, f"{root}.{first + s}") for s in range(7))
-        name = {
-            tuple(models.BACKBONES[n][1]["repeats"]): n
-            for n in ("efficientnet_b0", "efficientnet_b1")
-        }.get(counts)
-    return name and {"backbone": name}
-
-
-def _vit(state: State) -> dict[str, Any] | None:
-    width = state["cls_token"].shape[-1]
-    wanted = {
-        "width": width,
-        "patch": state["patch_embed.proj.weight"].shape[-1],
-        "depth": _count(state, "blocks"),
-    }
-    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    return _matching("vit", {"patch": 16, "depth": 12}, wanted, grid)
-
-
-def _xcit(state: State) -> dict[str, Any] | None:
-    convs = len([k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)])
-    wanted = {
-        "width": state["cls_token"].shape[-1],
-        "patch": 2**convs,
-        "depth": _count(state, "blocks"),
-    }
-    return _matching("xcit", {"patch": 16, "depth": 12}, wanted)
-
-
-def _matching(
-    family: str, defaults: dict[str, Any], wanted: dict[str, Any], grid: int = 0
-) -> dict[str, Any] | None:
-    """The variant of a family with the fields `wanted`."""
-    for name, (_, fields) in models.BACKBONES.items():
-        fields = {**defaults, **fields}
-        if name.startswith(family) and all(fields[k] == v for k, v in wanted.items()):
-            own = grid in (0, fields.get("grid", 14))
-            return {"backbone": name, "grid": 0 if own else grid}
-    return None
-
-
-def _count(state: Iterable[str], root: str) -> int:
-    """How many numbered children stand under `root`."""
-    pattern = re.compile(re.escape(root) + r"\.(\d+)\.")
-    return len({match[1] for key in state if (match := pattern.match(key))})
 
 
 def _head(state: State, place: Place, layout: Layout) -> Head:
