@@ -157,14 +157,11 @@ def read(path: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
             raise errors.unknown(f"An entry of {path}", name, map(str, held))
         content = content[name]
         container.append(name)
-    arrays = _arrays(content)
-    while len(arrays) < 2 and isinstance(content, dict):
-        inner = next((n for n in _CONTAINERS if isinstance(content.get(n), dict)), None)
-        if inner is None:
-            break
+    # Best accuracies and the like may stand as arrays beside the state dict.
+    while inner := next((n for n in _CONTAINERS if _holds_dict(content, n)), None):
         content = content[inner]
         container.append(inner)
-        arrays = _arrays(content)
+    arrays = _arrays(content)
     if not arrays:
         kinds = ", ".join(map(str, content)) if isinstance(content, dict) else type(content)
         raise UserError(f"{path} holds no state dict; it holds: {kinds}.")
@@ -264,6 +261,11 @@ def _queue(state: State, dim: int) -> Queue | None:
             pointer = int(np.ravel(state.get(f"{name}_ptr", 0))[0])
             return Queue(np.ascontiguousarray(vectors.T, np.float32), np.int32(pointer))
     return None
+
+
+def _holds_dict(content: Any, name: str) -> bool:
+    """Whether there is a dict with anything in it under a name."""
+    return isinstance(content, dict) and bool(content.get(name)) and isinstance(content[name], dict)
 
 
 def _arrays(content: Any) -> dict[str, np.ndarray]:

@@ -167,6 +167,7 @@ def test_files_that_are_not_there_or_damaged_are_refused(tmp_path, file):
         ("model", lambda s: {"opt": "text", "model": s, "optimizer": {}, "epoch": 1}),
         ("teacher", lambda s: {"student": {}, "teacher": s, "epoch": 1}),
         ("model.state_dict", lambda s: {"model": {"state_dict": s}}),
+        ("state_dict", lambda s: {f"top{n}": np.ones(3) for n in (1, 5)} | {"state_dict": s}),
         ("", lambda s: s),
     ],
 )
