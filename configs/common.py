@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from disco_jax.data.stacks import STACKS
+from disco_jax.data.stacks import NO_LOCALS, STACKS
 from disco_jax.errors import UserError, unknown
 
 # name: source, splits, image size, what an evaluation resizes to first (0: straight to the size),
@@ -72,6 +72,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     )
     config.views = 2  # crops an image; the objectives number them from 0
     config.augment = {**STACKS["moco_v2"], "size": known["size"]}
+    # Further, smaller crops, numbered after those; all else is as in augment.
+    config.local = dict(NO_LOCALS)
 
     encoder = dict(
         backbone="resnet18",

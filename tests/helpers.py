@@ -137,8 +137,8 @@ def smoke_config(recipe, **changes):
 
 def smoke(config, replicas):
     """(step of one replica, state, frozen, batch with a leading replica axis)."""
-    recipe = views.build(config.augment, config.views)
-    method = methods.build(config, config.views)
+    recipe = views.build(config.augment, config.views, config.local)
+    method = methods.build(config, config.views, config.local.count)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
     tx = optimizer.build(config.optimizer, rate)
     train_step = make_train_step(
@@ -155,8 +155,11 @@ def smoke(config, replicas):
     if "teacher" in method.plan:
         frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
     rng = np.random.default_rng(0)
-    shape = (replicas, config.batch_size // replicas, size, size, 3)
-    crops = {v: rng.integers(0, 256, shape, np.uint8) for v in range(config.views)}
+    shape = (replicas, config.batch_size // replicas)
+    crops = {
+        v: rng.integers(0, 256, (*shape, side, side, 3), np.uint8)
+        for v, side in enumerate(recipe.sizes)
+    }
     return train_step, train_state, frozen, {"views": crops, "aux": {}}
 
 

@@ -1,11 +1,15 @@
 """Named augmentation stacks as plain settings; what each does is in `views.py`.
 
 Kept free of imports so that configs, the help page and `disco-jax list` load it at no cost.
-Sources: MoCo-v2 (arXiv:2003.04297) and the official release's `main_moco.py`.
+Sources: the official releases of MoCo (`main_moco.py`), SwAV (`multicropdataset.py`), SEED
+(`tools/utils.py`), DINO (`main_dino.py`) and SimReg.
 """
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# SwAV's code normalises with another standard deviation.
+SWAV_STD = (0.228, 0.224, 0.225)
 
 # `order` lists the photometric operations in the order in which they act.
 _PLAIN = dict(
@@ -19,22 +23,60 @@ _PLAIN = dict(
     jitter=(0.0, 0.0, 0.0, 0.0),  # brightness, contrast, saturation, hue
     jitter_prob=0.0,
     grey_prob=0.0,
-    blur_prob=0.0,
+    blur_prob=0.0,  # this and solarize_prob: a number, or one for each global view
     blur_sigma=(0.1, 2.0),  # in pixels
     solarize_prob=0.0,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
 )
 
+_MOCO_V2 = {
+    **_PLAIN,
+    "scale": (0.2, 1.0),
+    "order": ("jitter", "grey", "blur", "flip"),
+    "jitter": (0.4, 0.4, 0.4, 0.1),
+    "jitter_prob": 0.8,
+    "grey_prob": 0.2,
+    "blur_prob": 0.5,
+}
+
 STACKS = {
     "weak": _PLAIN,
-    "moco_v2": {
+    "weak02": {**_PLAIN, "scale": (0.2, 1.0)},  # SimReg's, and ReSSL's of the key
+    "linear": _PLAIN,  # the training crops of linear probes
+    "moco_v1": {
         **_PLAIN,
         "scale": (0.2, 1.0),
-        "order": ("jitter", "grey", "blur", "flip"),
-        "jitter": (0.4, 0.4, 0.4, 0.1),
-        "jitter_prob": 0.8,
+        "order": ("grey", "jitter", "flip"),
+        "jitter": (0.4, 0.4, 0.4, 0.4),
+        "jitter_prob": 1.0,
         "grey_prob": 0.2,
-        "blur_prob": 0.5,
+    },
+    "moco_v2": _MOCO_V2,
+    "swav": {
+        **_MOCO_V2,
+        "scale": (0.14, 1.0),
+        "order": ("flip", "jitter", "grey", "blur"),
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "std": SWAV_STD,
+    },
+    "seed_swav": {**_MOCO_V2, "scale": (0.14, 1.0)},  # SEED's crops of SwAV, MoCo's colours
+    "dino": {
+        **_MOCO_V2,
+        "scale": (0.4, 1.0),
+        "interpolation": "bicubic",
+        "order": ("flip", "jitter", "grey", "blur", "solarize"),
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
     },
 }
+
+# What differs in the smaller, local views of multi-crop recipes; all else is as in the stack.
+_LOCAL = dict(count=6, size=96, scale=(0.05, 0.14), blur_prob=0.5, solarize_prob=0.0)
+LOCALS = {
+    "swav": _LOCAL,
+    "seed_swav": _LOCAL,
+    "dino": {**_LOCAL, "count": 8, "scale": (0.05, 0.4)},
+}
+NO_LOCALS = {**_LOCAL, "count": 0}

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import chex
@@ -23,6 +23,8 @@ OPERATIONS = {
     "blur": ops.gaussian_blur,
     "solarize": ops.solarize,
 }
+# Settings that may be given for each global view, as DINO's two differ in them.
+PER_VIEW = ("blur_prob", "solarize_prob")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -208,25 +210,66 @@ class Recipe:
         return ops.normalize(_unit(images), first.mean, first.std)
 
 
-def build(augment: Mapping[str, Any], count: int = 2) -> Recipe:
-    """The recipe of `count` views that all share the settings `augment`.
+def build(
+    augment: Mapping[str, Any], count: int = 2, local: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe of `count` global views with the settings `augment`, and of local views.
 
     Args:
       augment: a mapping or ConfigDict with the fields of a stack in `stacks.py`, all of them.
-      count: how many views, at least 1.
+        `blur_prob` and `solarize_prob` may be tuples with a number for each global view.
+      count: how many global views, at least 1.
+      local: the fields of `stacks.LOCALS`: how many further, smaller views, and in what their
+        settings differ; None: there are none.
 
     Raises:
-      UserError: a field is missing, unknown or out of its range; named as config.augment.FIELD.
+      UserError: a field is missing, unknown or out of its range; named as config.augment.FIELD
+        or config.local.FIELD.
     """
     assert count >= 1, count
-    settings = {name: augment[name] for name in augment}
+    settings = _Given({name: augment[name] for name in augment})
     _check_fields(settings)
-    for check in (_check_crop, _check_order, _check_photometric, _check_effects):
-        check(settings)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    crop = Crop(**{name: settings[name] for name in _names(Crop)})
-    photometric = Photometric(**{name: settings[name] for name in _names(Photometric)})
-    return Recipe((crop,) * count, (photometric,) * count)
+    views = [_of_view(settings, view, count) for view in range(count)]
+    further = 0 if local is None else local["count"]
+    if not (isinstance(further, numbers.Integral) and further >= 0):
+        raise UserError(f"config.local.count={further!r} will not do; use 0 or more views.")
+    if further:
+        changes = {name: local[name] for name in local if name != "count"}
+        views += [_Given({**settings, **changes}, changes.keys())] * further
+    for view in views:
+        for check in (_check_crop, _check_order, _check_photometric, _check_effects):
+            check(view)
+    return Recipe(
+        tuple(_make(Crop, view) for view in views),
+        tuple(_make(Photometric, view) for view in views),
+    )
+
+
+class _Given(dict):
+    """Settings of a view, and where each was given."""
+
+    def __init__(self, values: Mapping[str, Any], local: Iterable[str] = ()):
+        super().__init__(values)
+        self._local = frozenset(local)
+
+    def name(self, field: str) -> str:
+        return f"config.{'local' if field in self._local else 'augment'}.{field}"
+
+
+def _of_view(settings: _Given, view: int, count: int) -> _Given:
+    """The settings of one global view, where some are given for each."""
+    made = _Given(settings)
+    for field in PER_VIEW:
+        if isinstance(settings[field], (tuple, list)):
+            each = f"a probability in 0..1, or {count} of them, one for each global view"
+            _require(len(settings[field]) == count, settings, field, each)
+            made[field] = settings[field][view]
+    return made
+
+
+def _make(cls: type, settings: Mapping[str, Any]) -> Any:
+    values = {name: settings[name] for name in _names(cls)}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _unit(images: Array) -> Array:
@@ -260,7 +303,7 @@ def _check_fields(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _check_crop(settings: Mapping[str, Any]) -> None:
+def _check_crop(settings: _Given) -> None:
     size, scale, ratio = (settings[field] for field in ("size", "scale", "ratio"))
     whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
     _require(whole and size >= 1, settings, "size", "a whole number of pixels, 1 or more")
@@ -273,7 +316,7 @@ def _check_crop(settings: Mapping[str, Any]) -> None:
     _require(isinstance(settings["antialias"], bool), settings, "antialias", "True or False")
 
 
-def _check_order(settings: Mapping[str, Any]) -> None:
+def _check_order(settings: _Given) -> None:
     order = settings["order"]
     names = f"a tuple of names, each once, among {', '.join(OPERATIONS)}"
     _require(isinstance(order, (tuple, list)), settings, "order", names)
@@ -283,7 +326,7 @@ def _check_order(settings: Mapping[str, Any]) -> None:
     _require(len(set(order)) == len(order), settings, "order", names)
 
 
-def _check_photometric(settings: Mapping[str, Any]) -> None:
+def _check_photometric(settings: _Given) -> None:
     for name in OPERATIONS:
         value = settings[f"{name}_prob"]
         ok = _are_numbers([value], 1) and 0 <= value <= 1
@@ -299,7 +342,7 @@ def _check_photometric(settings: Mapping[str, Any]) -> None:
     _require(ok, settings, "std", "three numbers above 0")
 
 
-def _check_effects(settings: Mapping[str, Any]) -> None:
+def _check_effects(settings: _Given) -> None:
     """Refuses a probability that nothing would read."""
     for name in OPERATIONS:
         idle = settings[f"{name}_prob"] > 0 and name not in settings["order"]
@@ -307,9 +350,9 @@ def _check_effects(settings: Mapping[str, Any]) -> None:
         _require(not idle, settings, f"{name}_prob", where)
 
 
-def _require(ok: bool, settings: Mapping[str, Any], field: str, allowed: str) -> None:
+def _require(ok: bool, settings: _Given, field: str, allowed: str) -> None:
     if not ok:
-        raise UserError(f"config.augment.{field}={settings[field]!r} will not do; use {allowed}.")
+        raise UserError(f"{settings.name(field)}={settings[field]!r} will not do; use {allowed}.")
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -16,12 +16,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def build(config: Any, views: int = 2) -> Method:
+def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     """The method that a config's `objectives`, `student`, `momentum` and `teacher` describe.
 
     Args:
       config: a pretraining config; see `configs/common.py`.
-      views: how many views the recipe makes.
+      views: how many global views the recipe makes, numbered from 0.
+      local_views: how many local ones, numbered after them.
 
     Raises:
       UserError: when no objective is left, or the settings contradict one another.
@@ -37,7 +38,8 @@ def build(config: Any, views: int = 2) -> Method:
             + ", ".join(f"config.objectives.{name}.weight" for name in config.objectives)
             + "."
         )
-    method = Method({}, objectives, Views(tuple(range(views))))
+    numbers = tuple(range(views + local_views))
+    method = Method({}, objectives, Views(numbers[:views], numbers[views:]))
     for name, objective in objectives.items():
         _check(name, objective, config.batch_size)
         _check_needs(name, objective, method.views)
@@ -62,12 +64,13 @@ def _check_needs(name: str, objective: Objective, views: Views) -> None:
     for network, wanted in objective.needs(views).items():
         if network not in NETWORKS:
             raise errors.unknown(f"A network of config.objectives.{name}", network, NETWORKS)
-        missing = sorted(set(wanted) - set(views.globals))
+        made = (*views.globals, *views.locals)
+        missing = sorted(set(wanted) - set(made))
         if missing:
             raise errors.UserError(
                 f"config.objectives.{name} reads view {missing[0]} of the {network}, but the "
-                f"recipe makes {len(views.globals)}, counted from 0: raise config.views or change "
-                f"the views of config.objectives.{name}."
+                f"recipe makes {len(made)}, counted from 0: raise config.views or "
+                f"config.local.count, or change the views of config.objectives.{name}."
             )
 
 

@@ -60,8 +60,9 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     _check_numbers(config)
     _check_devices(config)
     config = teacher.resolve(config)
-    recipe = views.build(config.augment, config.views)
-    method = methods.build(config, config.views)
+    recipe = views.build(config.augment, config.views, config.local)
+    method = methods.build(config, config.views, config.local.count)
+    _check_views(recipe, method)
     losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
     if config.checkpoint.best_metric not in ("", *losses):
         raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
@@ -219,6 +220,17 @@ def _check_numbers(config: ConfigDict) -> None:
         low.append(f"config.momentum.ema_rate={config.momentum.ema_rate} is above 1.")
     if low:
         raise errors.UserError("\n  ".join(low))
+
+
+def _check_views(recipe: views.Recipe, method: Method) -> None:
+    """Refuses views that cost time and that nobody reads."""
+    read = {view for wanted in method.plan.values() for view in wanted}
+    idle = sorted(set(range(len(recipe.crops))) - read)
+    if idle:
+        raise errors.UserError(
+            f"The recipe makes view {idle[0]}, which no objective reads: lower config.views or "
+            "config.local.count, or let an objective read it (config.objectives.*.views, .pairs)."
+        )
 
 
 def _check_devices(config: ConfigDict) -> None:

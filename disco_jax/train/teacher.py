@@ -127,7 +127,7 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     _LOG.info("Teacher: step %d of %s", step, path)
     if not config.objectives.contrast.weight:
         return Teacher(variables)
-    method = methods.build(config, config.views)
+    method = methods.build(config, config.views, config.local.count)
     abstract = jax.eval_shape(lambda: state.create(method, optax.identity(), 0, size))
     if KEYS not in abstract.memory["contrast"]:
         return Teacher(variables)

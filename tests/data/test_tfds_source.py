@@ -32,6 +32,19 @@ def train(source, n, batch_size, views, start=START, max_unreadable=0):
     return list(itertools.islice(batches, n))
 
 
+def test_views_of_other_sizes_leave_the_first_as_it_is(data_dir, path):
+    """Each view draws for itself, so that a recipe can be widened without changing its start."""
+    both = {0: crop(8), 1: crop(8)}
+    more = {**both, 2: crop(4, scale=(0.05, 0.14)), 3: crop(5, interpolation="bicubic")}
+    for name in ("digits", "photographs"):
+        source = TfdsSource(name, data_dir)
+        few, many = (train(source, 2, 4, views, max_unreadable=9) for views in (both, more))
+        for a, b in zip(few, many, strict=True):
+            assert [b.views[v].shape for v in range(4)] == [(4, s, s, 3) for s in (8, 8, 4, 5)]
+            for view in both:
+                np.testing.assert_array_equal(a.views[view], b.views[view])
+
+
 def assert_equal(ours, theirs):
     assert [b.position for b in ours] == [b.position for b in theirs]
     for a, b in zip(ours, theirs, strict=True):

@@ -62,10 +62,102 @@ def near(share, expected):
 
 def test_stacks_build():
     for name, stack in stacks.STACKS.items():
-        recipe = views.build(stack, count=3)
-        assert recipe.sizes == (224,) * 3, name
-        assert len(recipe.photometric_ops) == 3
+        recipe = views.build(stack, count=2)
+        assert recipe.sizes == (224,) * 2, name
+        assert len(recipe.photometric_ops) == 2
         assert recipe.crops[0].scale == stack["scale"]
+
+
+# Scale, operations in order, jitter and its probability, grey, blur and solarize of both views.
+PAPERS = {
+    "weak": ((0.08, 1), ("flip",), None, 0, (0, 0), (0, 0)),
+    "weak02": ((0.2, 1), ("flip",), None, 0, (0, 0), (0, 0)),
+    "linear": ((0.08, 1), ("flip",), None, 0, (0, 0), (0, 0)),
+    "moco_v1": ((0.2, 1), ("grey", "jitter", "flip"), (0.4, 0.4, 0.4, 0.4, 1), 0.2, (0, 0), (0, 0)),
+    "moco_v2": (
+        (0.2, 1),
+        ("jitter", "grey", "blur", "flip"),
+        (0.4, 0.4, 0.4, 0.1, 0.8),
+        0.2,
+        (0.5, 0.5),
+        (0, 0),
+    ),
+    "swav": (
+        (0.14, 1),
+        ("flip", "jitter", "grey", "blur"),
+        (0.8, 0.8, 0.8, 0.2, 0.8),
+        0.2,
+        (0.5, 0.5),
+        (0, 0),
+    ),
+    "seed_swav": (
+        (0.14, 1),
+        ("jitter", "grey", "blur", "flip"),
+        (0.4, 0.4, 0.4, 0.1, 0.8),
+        0.2,
+        (0.5, 0.5),
+        (0, 0),
+    ),
+    "dino": (
+        (0.4, 1),
+        ("flip", "jitter", "grey", "blur", "solarize"),
+        (0.4, 0.4, 0.2, 0.1, 0.8),
+        0.2,
+        (1.0, 0.1),
+        (0, 0.2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", stacks.STACKS)
+def test_stacks_are_those_of_the_official_code(name):
+    scale, order, jitter, grey, blur, solarize = PAPERS[name]
+    recipe = views.build(stacks.STACKS[name])
+    for view, (crop, ops) in enumerate(zip(recipe.crops, recipe.photometric_ops, strict=True)):
+        assert crop.scale == scale
+        assert crop.interpolation == ("bicubic" if name == "dino" else "bilinear")
+        assert set(ops.active) <= set(order) and ops.order == order
+        assert ops.flip_prob == 0.5 and ops.grey_prob == grey
+        assert (ops.blur_prob, ops.solarize_prob) == (blur[view], solarize[view])
+        assert ops.jitter_prob == (jitter[4] if jitter else 0)
+        assert jitter is None or ops.jitter == jitter[:4]
+        assert ops.std == ((0.228, 0.224, 0.225) if name == "swav" else (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("name", stacks.LOCALS)
+def test_local_views_differ_in_what_is_named_alone(name):
+    local = stacks.LOCALS[name]
+    recipe = views.build(stacks.STACKS[name], 2, local)
+    assert recipe.sizes == (224, 224) + (96,) * local["count"]
+    assert len(recipe.photometric_ops) == len(recipe.crops)
+    crop, ops = recipe.crops[-1], recipe.photometric_ops[-1]
+    assert crop.scale == local["scale"] and crop.ratio == recipe.crops[0].ratio
+    assert crop.interpolation == recipe.crops[0].interpolation
+    assert (ops.blur_prob, ops.solarize_prob) == (0.5, 0.0)
+    assert ops.jitter == recipe.photometric_ops[0].jitter and ops.std == stacks.STACKS[name]["std"]
+
+
+def test_no_local_views_leave_the_recipe_as_it_is():
+    stack = stacks.STACKS["moco_v2"]
+    assert views.build(stack, 2, stacks.NO_LOCALS) == views.build(stack)
+
+
+@pytest.mark.parametrize(
+    "changes, local, message",
+    [
+        ({}, {"scale": (0.5, 0.1)}, r"config.local.scale=\(0.5, 0.1\) will not do"),
+        ({}, {"size": 0}, r"config.local.size=0 will not do"),
+        ({}, {"count": -1}, r"config.local.count=-1 will not do"),
+        ({}, {"solarize_prob": 0.5}, r"config.local.solarize_prob=0.5 .*lacks 'solarize'"),
+        ({"blur_prob": (0.5, 0.5, 0.5)}, {}, r"config.augment.blur_prob=.* or 2 of them"),
+        ({"blur_prob": (0.5, 1.5)}, {}, r"config.augment.blur_prob=1.5 will not do"),
+        ({"flip_prob": (0.5, 0.5)}, {}, r"config.augment.flip_prob=.* will not do"),
+    ],
+)
+def test_settings_of_views_name_themselves(changes, local, message):
+    stack = {**stacks.STACKS["moco_v2"], **changes}
+    with pytest.raises(UserError, match=message):
+        views.build(stack, 2, {**stacks.LOCALS["swav"], **local})
 
 
 def test_a_config_dict_builds_the_same_recipe():

@@ -51,6 +51,24 @@ def two_steps(config, replicas):
     return jax.device_get((state, metrics))
 
 
+def test_local_views_are_encoded_at_their_own_size_on_any_number_of_devices():
+    """The teacher is followed on two small crops too; the contrast stays with the large ones."""
+    changes = {"local.count": 2, "local.size": 8, "student.norm": "sync", "teacher.norm": "sync"}
+    config = helpers.smoke_config("disco", **changes)
+    config.momentum.norm = "sync"
+    config.objectives.distill.views = (0, 1, 2, 3)
+    method = methods.build(config, config.views, config.local.count)
+    assert method.plan == {"student": (0, 1, 2, 3), "momentum": (1,), "teacher": (0, 1, 2, 3)}
+    assert (method.views.globals, method.views.locals) == ((0, 1), (2, 3))
+    _, _, _, batch = helpers.smoke(config, 1)
+    assert [batch["views"][v].shape[2] for v in range(4)] == [16, 16, 8, 8]
+    (alone, first), (four, second) = two_steps(config, 1), two_steps(config, 4)
+    assert helpers.relative_error(second["loss"], first["loss"]) < 1e-5
+    assert np.isfinite(first["loss"])
+    for a, b in zip(*(jax.tree.leaves(s.student) for s in (alone, four)), strict=True):
+        assert helpers.relative_error(b, a) < 1e-4
+
+
 DEVICE_FREE = {  # statistics that do not depend on the number of devices
     "moco_v2": {"student.norm": "sync"},
     "disco": {"student.norm_group": 2, "teacher.norm_group": 2, "batch_size": 16},
