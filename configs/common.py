@@ -61,14 +61,15 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.data = dict(
         source="tfds",  # tfds | folder | npz
         name=data,
-        dir="",  # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder or an .npz file
+        # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder, a pattern of pictures'
+        # names, or an .npz file
+        dir="",
         train_split="train",
         eval_split=known["eval_split"],
         eval_resize=known["eval_resize"],
         shuffle_buffer=16_384,
         cache=False,  # keep the encoded records in memory; small data sets always are
         max_unreadable=100,  # images that may be skipped before the run stops
-        max_memory_gb=8.0,  # of a folder or an .npz held in memory
     )
     config.views = 2  # crops an image; the objectives number them from 0
     config.augment = {**STACKS["moco_v2"], "size": known["size"]}

@@ -13,7 +13,7 @@ import importlib
 
 from disco_jax.version import __version__
 
-TASKS = ("pretrain", "distill", "knn", "linear", "demo")
+TASKS = ("pretrain", "distill", "knn", "linear", "demo", "export", "embed")
 
 __all__ = ["__version__", *TASKS]
 

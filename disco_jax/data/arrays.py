@@ -1,4 +1,4 @@
-"""Images held in memory: arrays, .npz files and folders of pictures, without TensorFlow.
+"""Images held in memory: arrays and .npz files, without TensorFlow.
 
 Every host holds the whole data set and reads its own share of each epoch's shuffle.
 """
@@ -12,20 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from disco_jax.data import base
 from disco_jax.data.crops import boxes, centre, resized, uniforms
 from disco_jax.errors import UserError, unknown
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-}
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _THREADS = min(8, os.cpu_count() or 1)
 # Below this many pixels an image is handled faster than it is handed to another thread.
 _SMALL = 96 * 96
@@ -91,53 +84,6 @@ class ArraySource:
         splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
         return cls(splits, **{"name": path.stem, **kwargs})
 
-    @classmethod
-    def from_folder(
-        cls,
-        path: str | os.PathLike,
-        max_gb: float,
-        *,
-        resize: int = 512,
-        max_unreadable: int = 0,
-        **kwargs,
-    ) -> "ArraySource":
-        """Reads a folder of JPEG, PNG, WebP and BMP pictures; what else lies in it is ignored.
-
-        Sub-folders train, validation (or val) and test are splits; without them everything is
-        the split "train". In a split the pictures below each sub-folder are a class, numbered
-        in sorted order over all splits; pictures beside them have the label -1. Names that begin
-        with a dot are passed over.
-
-        A picture is turned as its EXIF orientation says and becomes RGB of 8 bits: transparency
-        is laid over white, as viewers show it, and 16 bits keep their upper half.
-
-        Args:
-          path: of the folder.
-          max_gb: the most memory, in units of 2**30 bytes, that the decoded pictures may take.
-          resize: pictures whose shorter side is longer are shrunk to it, in pixels; 0 keeps all.
-          max_unreadable: how many pictures may be skipped because they cannot be decoded.
-          **kwargs: of the constructor.
-        """
-        path = pathlib.Path(path)
-        files = _list_folder(path)
-        classes = sorted({label for _, label, _ in files if label})
-        numbers = {label: number for number, label in enumerate(classes)}
-        name, unreadable = kwargs.pop("name", path.name), []
-        splits = {}
-        decoded = _decode_all([file for *_, file in files], resize, max_gb, path)
-        for (split, label, file), image in zip(files, decoded, strict=True):
-            if isinstance(image, Exception):
-                reason = f"{file.relative_to(path)} ({image})"
-                base.report_unreadable(name, unreadable, [reason], max_unreadable)
-                continue
-            images, labels = splits.setdefault(split, ([], []))
-            images.append(image)
-            labels.append(numbers.get(label, -1))
-        if not splits:
-            raise UserError(f"None of the {len(files)} pictures in {path} can be decoded.")
-        kwargs = {"num_classes": len(classes) or None, **kwargs}
-        return cls(splits, name=name, unreadable=unreadable, **kwargs)
-
     @property
     def splits(self) -> list[str]:
         """The names of the splits."""
@@ -146,6 +92,12 @@ class ArraySource:
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
         return len(self._split(split)[0])
+
+    def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
+        """(place in the split, image, label or -1) of every record, in the stored order."""
+        images, labels = self._split(split)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield f"record {i}", image, int(label)
 
     def train(
         self,
@@ -157,7 +109,7 @@ class ArraySource:
         max_unreadable: int,
     ) -> Iterator[base.HostBatch]:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
-        _check_crops(views)
+        check_crops(views)
         base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
         images, _ = self._split(split)
         share = len(images) // self._hosts
@@ -253,7 +205,7 @@ def _resize(image, height, width, interpolation):
     """An antialiased resize by Pillow, u8[height, width, 3 or 1]."""
     if image.shape[:2] != (height, width):
         picture = Image.fromarray(np.ascontiguousarray(image))
-        image = np.asarray(picture.resize((width, height), _FILTERS[interpolation]))
+        image = np.asarray(picture.resize((width, height), FILTERS[interpolation]))
     return image[..., None] if image.ndim == 2 else image
 
 
@@ -267,15 +219,17 @@ def _mapper(images, size):
         yield pool.map
 
 
-def _check_crops(views):
+def check_crops(views: Mapping[int, Any]) -> None:
+    """Raises UserError for a crop that Pillow cannot make."""
     for view, crop in views.items():
         if not crop.antialias:
             raise UserError(
                 f"config.augment.antialias=False (view {view}) needs a TFDS data set; images in "
-                "memory are always resized with antialiasing. Set config.augment.antialias=True."
+                "memory and in folders are always resized with antialiasing. Set "
+                "config.augment.antialias=True."
             )
-        if crop.interpolation not in _FILTERS:
-            raise unknown("config.augment.interpolation", crop.interpolation, _FILTERS)
+        if crop.interpolation not in FILTERS:
+            raise unknown("config.augment.interpolation", crop.interpolation, FILTERS)
 
 
 def _checked(name, split, images, labels):
@@ -299,82 +253,3 @@ def _checked(name, split, images, labels):
             f"{labels.shape}; labels are whole numbers, one an image."
         )
     return images, labels.astype(np.int32)
-
-
-def _list_folder(path):
-    """Sorted (split, class or "", file) of every picture below a folder."""
-    if not path.is_dir():
-        raise UserError(f"There is no folder {path}; config.data.dir names the one to read.")
-    inside = sorted(child for child in path.iterdir() if child.is_dir())
-    splits = [child for child in inside if child.name in _SPLIT_FOLDERS]
-    if {"val", "validation"} <= {child.name for child in splits}:
-        raise UserError(f"{path} has both val and validation; keep one of them.")
-    roots = [(_SPLIT_FOLDERS[child.name], child) for child in splits] or [("train", path)]
-    files = [(split, *found) for split, root in roots for found in pictures(root)]
-    if not files:
-        raise UserError(f"{path} has no pictures (names that end in {', '.join(SUFFIXES)}).")
-    return files
-
-
-def pictures(root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
-    """Sorted (first sub-folder or "", file) below a folder; follows links, but not in circles."""
-    found, seen = [], set()
-    for folder, inside, names in os.walk(root, followlinks=True):
-        folder = pathlib.Path(folder)
-        if folder.resolve() in seen:
-            inside.clear()
-            continue
-        seen.add(folder.resolve())
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        parts = folder.relative_to(root).parts
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                found.append((parts[0] if parts else "", folder / name))
-    return sorted(found)
-
-
-def _decode_all(files, resize, max_gb, path):
-    """Decodes in threads and in order; a file's exception stands in for its image."""
-
-    def read(file):
-        try:
-            return decode(file, resize)
-        except Exception as error:  # Pillow raises a dozen kinds on damaged files
-            return error
-
-    size = 0
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for done, image in enumerate(pool.map(read, files), start=1):
-            size += getattr(image, "nbytes", 0)
-            if size > max_gb * 2**30:
-                raise UserError(
-                    f"The first {done} of {len(files)} pictures in {path} take more than "
-                    f"config.data.max_memory_gb={max_gb} of memory. Raise it, or write the "
-                    "pictures once as a TFDS data set (a tfds.ImageFolder builder or "
-                    "`tfds build`) and set config.data.source='tfds', which reads from disk."
-                )
-            yield image
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def decode(file: str | os.PathLike, resize: int) -> np.ndarray:
-    """Reads one picture as u8[H, W, 3]; see `ArraySource.from_folder`."""
-    with Image.open(file) as opened:
-        picture = _rgb(ImageOps.exif_transpose(opened))
-    if resize and min(picture.size) > resize:
-        height, width = resized(picture.height, picture.width, resize)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
-
-
-def _rgb(picture):
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip at 255
-        grey = np.clip(np.asarray(picture), 0, 65_535) >> 8
-        picture = Image.fromarray(grey.astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")

@@ -71,6 +71,13 @@ class Source(Protocol):
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
 
+    def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
+        """Every record of a split as it is kept, in the stored order, whatever the host.
+
+        Yields its name, then the image (a path, encoded bytes, or u8[H, W] or u8[H, W, 3]), then
+        its label, -1 where there is none.
+        """
+
     def train(
         self,
         split: str,

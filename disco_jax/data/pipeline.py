@@ -39,10 +39,12 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
         raise unknown("config.data.source", data.source, SOURCES)
     if not data.dir:
         raise UserError(f"config.data.source={data.source!r} reads config.data.dir: set it.")
+    if data.source == "folder":
+        from disco_jax.data.folders import FolderSource
+
+        return FolderSource(data.dir, **common)
     from disco_jax.data.arrays import ArraySource
 
-    if data.source == "folder":
-        return ArraySource.from_folder(data.dir, data.max_memory_gb, **common)
     common.pop("max_unreadable")
     return ArraySource.from_npz(data.dir, **common)
 

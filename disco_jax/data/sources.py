@@ -240,6 +240,13 @@ class TfdsSource:
             )
         )
 
+    def pictures(self, split: str) -> Iterator[tuple[str, bytes, int]]:
+        """(place in the split, encoded image, label or -1) of every record, in the stored order."""
+        self.count(split)
+        with self._readable(split):
+            for position, encoded, label in _Order(self, split, None, 0).everything():
+                yield f"record {int(position)}", encoded.numpy(), int(label)
+
     def train(
         self,
         split: str,

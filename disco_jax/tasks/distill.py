@@ -1,5 +1,6 @@
 """Distil a student from your images and a teacher, with the settings chosen for you."""
 
+import glob
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,8 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
     """Distils `student` from `teacher` on the images in `data`.
 
     Args:
-      data: a folder of images, a prepared TFDS data set's version folder, or an .npz file.
+      data: a folder of images, a pattern such as "photos/**/*.jpg", a prepared TFDS data set's
+        version folder, or an .npz file.
       teacher: the directory of a pretraining run or of an import, or a checkpoint of PyTorch.
       student: a backbone, e.g. "resnet18".
       workdir: where the run lives.
@@ -75,7 +77,7 @@ def resolve(*, data: str, teacher: str, student: str) -> tuple[ConfigDict, Sourc
         raise errors.unknown("--student", student, models.BACKBONES)
     config = disco.get_config()
     config.student.backbone = student
-    config.data.update(_data(data))
+    config.data.update(data_fields(data))
     _follow_teacher(config, teacher)
     source = pipeline.open_source(config.data)
     _fit_data(config, source)
@@ -87,13 +89,15 @@ def _train(config: ConfigDict, workdir: str, source: Source | None) -> dict[str,
     return pretrain.run(config, workdir, source)
 
 
-def _data(data: str) -> dict[str, str]:
-    """Fields of `config.data` for a path."""
+def data_fields(data: str) -> dict[str, str]:
+    """Fields of `config.data` for a folder, a pattern, an .npz file or a TFDS version folder."""
     path = pathlib.Path(data).expanduser()
+    if not path.exists() and glob.has_magic(data):
+        return {"source": "folder", "name": "pictures", "dir": str(path)}
     if not path.exists():
         raise errors.UserError(
-            f"--data={data} does not exist. Give a folder of images, a TFDS version folder "
-            "(with dataset_info.json), or an .npz file."
+            f"--data={data} does not exist. Give a folder of images or a pattern of their names, "
+            "a TFDS version folder (with dataset_info.json), or an .npz file."
         )
     if path.suffix == ".npz":
         return {"source": "npz", "name": path.stem, "dir": str(path), "eval_split": "test"}
@@ -141,7 +145,7 @@ def _fit_data(config: ConfigDict, source: Source) -> None:
 
 def _define(values: absl_flags.FlagValues) -> None:
     for name, text in (
-        ("data", "a folder of images, a TFDS version folder, or an .npz file"),
+        ("data", "a folder or pattern of images, a TFDS version folder, or an .npz file"),
         ("teacher", "the directory of a run or of an import, or a checkpoint of PyTorch"),
         ("student", "a backbone; see disco-jax list"),
     ):

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from disco_jax import errors, flags
-from disco_jax.data import arrays, views
+from disco_jax.data import folders, views
+from disco_jax.data.arrays import evaluated
 from disco_jax.evaluate import features
 from disco_jax.files import whole
 from disco_jax.tasks.arguments import Parser
@@ -69,10 +70,10 @@ def run(
     """
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
-    files = [file for _, file in arrays.pictures(folder)]
+    files = [pathlib.Path(file) for _, file in folders.pictures(folder)]
     if not files:
         raise errors.UserError(
-            f"--images={images} has no pictures (names that end in {', '.join(arrays.SUFFIXES)})."
+            f"--images={images} has no pictures (names that end in {', '.join(folders.SUFFIXES)})."
         )
     opened = open_network(checkpoint, network)
     unreadable: list[str] = []
@@ -124,10 +125,10 @@ def _batches(
 
     def read(file: pathlib.Path) -> np.ndarray | None:
         try:
-            image = arrays.decode(file, 0)
-        except Exception:  # Pillow raises a dozen kinds on damaged files
+            image = folders.decode(file)
+        except folders.Unreadable:
             return None
-        return arrays.evaluated(image, side, resize, config.augment.interpolation)
+        return evaluated(image, side, resize, config.augment.interpolation)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(files), batch_size):

@@ -32,7 +32,6 @@ FREE = (
     "checkpoint.",
     "data.dir",
     "data.cache",
-    "data.max_memory_gb",
     "data.max_unreadable",
 )
 _PACKAGES = (

@@ -1,8 +1,7 @@
-"""The in-memory source: order, continuation, hosts, folders, and Pillow's pixels."""
+"""The in-memory source: order, continuation, hosts, and Pillow's pixels."""
 
 import itertools
 import json
-import logging
 import os
 import pathlib
 import subprocess
@@ -11,7 +10,6 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from disco_jax.data import arrays, base, crops
 from disco_jax.data.arrays import ArraySource
@@ -274,133 +272,6 @@ def test_npz(tmp_path):
         ArraySource.from_npz(path)
 
 
-def save(path, mode="RGB", colour=(200, 30, 60), size=(20, 16), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
-
-
-def test_folder_with_splits_and_classes(tmp_path):
-    for split, names in (("train", "ab"), ("val", "bc"), ("test", "a")):
-        for i, name in enumerate(names):
-            save(tmp_path / split / name / f"{i}.png")
-            save(tmp_path / split / name / "deeper" / "é 图.JPG")
-    (tmp_path / "train" / "a" / "notes.txt").write_text("not a picture")
-    (tmp_path / "train" / "a" / ".hidden.png").write_bytes(b"")
-    save(tmp_path / "other" / "ignored.png")
-    source = ArraySource.from_folder(tmp_path, 1.0)
-    assert source.num_classes == 3 and source.name == tmp_path.name
-    counts = {split: source.count(split) for split in ("train", "validation", "test")}
-    assert counts == {"train": 4, "validation": 4, "test": 2}
-    (batch,) = source.evaluate("validation", 8, 0, "bilinear", 4)
-    assert batch["label"].tolist() == [1, 1, 2, 2]
-
-
-def test_flat_folder_is_unlabelled(tmp_path):
-    for i in range(5):
-        save(tmp_path / f"{i}.bmp")
-        save(tmp_path / f"{i}.webp", lossless=True)
-    source = ArraySource.from_folder(tmp_path, 1.0, name="mine")
-    assert (source.num_classes, source.name, source.count("train")) == (None, "mine", 10)
-    (batch,) = source.evaluate("train", 8, 0, "bilinear", 10)
-    assert (batch["label"] == -1).all()
-    assert (batch["image"] == (200, 30, 60)).all()
-    assert len(train(source, 2)) == 2
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    want = {}
-    save(tmp_path / "grey.png", "L", 77)
-    want["grey.png"] = (77, 77, 77)
-    save(tmp_path / "bit.png", "1", 1)
-    want["bit.png"] = (255, 255, 255)
-    picture = Image.new("RGB", (20, 16), (10, 200, 30)).quantize(4)
-    picture.save(tmp_path / "palette.png")
-    want["palette.png"] = (10, 200, 30)
-    picture.save(tmp_path / "palette_clear.png", transparency=0)
-    want["palette_clear.png"] = (255, 255, 255)
-    save(tmp_path / "alpha.png", "RGBA", (0, 0, 255, 51))
-    want["alpha.png"] = (204, 204, 255)
-    save(tmp_path / "grey_alpha.png", "LA", (0, 0))
-    want["grey_alpha.png"] = (255, 255, 255)
-    Image.fromarray(np.full((16, 20), 0x4D12, np.uint16)).save(tmp_path / "deep.png")
-    want["deep.png"] = (0x4D, 0x4D, 0x4D)
-    save(tmp_path / "cmyk.jpg", "CMYK", (0, 255, 255, 0), quality=100)
-    want["cmyk.jpg"] = (255, 0, 0)
-    source = ArraySource.from_folder(tmp_path, 1.0)
-    (batch,) = source.evaluate("train", 8, 0, "bilinear", len(want))
-    for image, name in zip(batch["image"], sorted(want), strict=True):
-        assert np.abs(image.astype(int) - want[name]).max() <= 2, name
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    picture = Image.new("RGB", (20, 10))
-    picture.paste((255, 255, 255), (0, 0, 10, 10))  # the left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: left becomes top
-    picture.save(tmp_path / "turned.png", exif=exif)
-    turned = arrays.decode(tmp_path / "turned.png", 0)
-    assert turned.shape == (20, 10, 3)
-    assert (turned[:10] == 255).all() and (turned[10:] == 0).all()
-
-
-def test_large_pictures_are_shrunk(tmp_path):
-    save(tmp_path / "large.png", size=(300, 200))
-    save(tmp_path / "small.png", size=(30, 20))
-    assert arrays.decode(tmp_path / "large.png", 64).shape == (64, 96, 3)
-    assert arrays.decode(tmp_path / "large.png", 0).shape == (200, 300, 3)
-    assert arrays.decode(tmp_path / "small.png", 64).shape == (20, 30, 3)
-
-
-def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
-    for i in range(4):
-        save(tmp_path / "a" / f"{i}.jpg", size=(64, 64))
-    Image.fromarray(noise(1, 64)[0]).save(tmp_path / "a" / "cut.jpg")
-    whole = (tmp_path / "a" / "cut.jpg").read_bytes()
-    (tmp_path / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "a" / "empty.png").write_bytes(b"")
-    (tmp_path / "a" / "text.webp").write_text("hello")
-    with caplog.at_level(logging.WARNING):
-        source = ArraySource.from_folder(tmp_path, 1.0, max_unreadable=3)
-    assert source.count("train") == 4
-    assert [name.split()[0] for name in source.unreadable] == [
-        "a/cut.jpg",
-        "a/empty.png",
-        "a/text.webp",
-    ]
-    assert all(sum(name in line for line in caplog.messages) == 1 for name in source.unreadable)
-    with pytest.raises(UserError, match=r"cut\.jpg.*max_unreadable"):
-        source.train("train", VIEWS, 2, 0, Position(0, 0), 2)
-    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2.*a/cut\.jpg"):
-        ArraySource.from_folder(tmp_path, 1.0, max_unreadable=2)
-
-
-def test_folders_that_cannot_work_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no folder.*config\.data\.dir"):
-        ArraySource.from_folder(tmp_path / "none", 1.0)
-    with pytest.raises(UserError, match="no pictures"):
-        ArraySource.from_folder(tmp_path, 1.0)
-    (tmp_path / "a.txt").write_text("hello")
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        ArraySource.from_folder(tmp_path, 1.0)
-    (tmp_path / "train" / "a.png").write_text("hello")
-    with pytest.raises(UserError, match="decoded"):
-        ArraySource.from_folder(tmp_path, 1.0, max_unreadable=5)
-    save(tmp_path / "train" / "b.png", size=(100, 100))
-    with pytest.raises(UserError, match=r"config\.data\.max_memory_gb=1e-05.*TFDS"):
-        ArraySource.from_folder(tmp_path, 1e-5, max_unreadable=5)
-    for name in ("val", "validation"):
-        save(tmp_path / name / "a.png")
-    with pytest.raises(UserError, match="both val and validation"):
-        ArraySource.from_folder(tmp_path, 1.0)
-
-
-def test_links_in_a_circle_end(tmp_path):
-    save(tmp_path / "a" / "1.png")
-    (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
-    assert ArraySource.from_folder(tmp_path, 1.0).count("train") == 1
-
-
 def test_large_images_are_cropped_in_threads_to_the_same_bytes(monkeypatch):
     source = ArraySource({"train": (noise(6, 100), None)})
     threaded = train(source, 2, batch_size=3, views={0: crop(64)})
@@ -418,8 +289,7 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Position
 np.savez("ours.npz", train_images=np.zeros((8, 6, 6), np.uint8))
 source = pipeline.open_source(ConfigDict(dict(
-    source="npz", dir="ours.npz", name="", cache=False, shuffle_buffer=1, max_unreadable=0,
-    max_memory_gb=1.0)))
+    source="npz", dir="ours.npz", name="", cache=False, shuffle_buffer=1, max_unreadable=0)))
 crop = types.SimpleNamespace(
     size=4, scale=(0.2, 1.0), ratio=(0.75, 1.33), interpolation="bilinear", antialias=True)
 print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position)

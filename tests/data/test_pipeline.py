@@ -21,7 +21,6 @@ def data(**changes):
         cache=False,
         shuffle_buffer=16,
         max_unreadable=0,
-        max_memory_gb=1.0,
     )
     return ConfigDict({**fields, **changes})
 

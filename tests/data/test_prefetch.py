@@ -74,6 +74,6 @@ def test_transform_runs_in_the_thread():
 
 @pytest.mark.parametrize("source", ["folder", "npz"])
 def test_a_source_without_a_place_is_refused(source):
-    data = ConfigDict(dict(source=source, dir="", name="", max_unreadable=0, max_memory_gb=1.0))
+    data = ConfigDict(dict(source=source, dir="", name="", max_unreadable=0))
     with pytest.raises(UserError, match=r"config\.data\.dir"):
         pipeline.open_source(data)

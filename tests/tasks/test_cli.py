@@ -132,7 +132,12 @@ def test_help_and_version_are_quick_and_import_nothing_heavy():
 def test_every_task_has_its_help(capsys):
     for task in main.TASKS:
         assert main.main([task, "--help"]) == 0
-        word = {"list": "--sizes", "export": "--format", "embed": "--images"}.get(task, "--workdir")
+        word = {
+            "list": "--sizes",
+            "export": "--format",
+            "embed": "--images",
+            "data": "--limit",
+        }.get(task, "--workdir")
         assert word in capsys.readouterr().out
 
 

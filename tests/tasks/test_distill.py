@@ -48,6 +48,14 @@ def test_settings_follow_the_teacher_and_the_images(folder, teacher):
     assert config.objectives.contrast.queue_size == 160
 
 
+def test_a_pattern_of_names_is_data_too(folder, teacher):
+    pattern = str(folder / "train" / "**" / "*.png")
+    config, source = distill.resolve(data=pattern, teacher=str(teacher), student="resnet14")
+    assert config.data.source == "folder" and source.count("train") == 160
+    with pytest.raises(UserError, match="matches no pictures"):
+        distill.resolve(data=str(folder / "*.bmp"), teacher=str(teacher), student="resnet14")
+
+
 def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path, capsys):
     result = disco_jax.distill(
         data=str(folder),

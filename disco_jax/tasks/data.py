@@ -1,0 +1,190 @@
+"""Check a data set before a run needs it: counts, classes, sizes, unreadable images, speed."""
+
+import collections
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from disco_jax import errors
+from disco_jax.configs import common
+from disco_jax.data import folders, pipeline, views
+from disco_jax.data.base import Position, Source
+from disco_jax.files import whole
+from disco_jax.tasks.arguments import Parser
+from disco_jax.tasks.distill import data_fields
+
+_LOG = logging.getLogger(__name__)
+
+# Lower bounds of the histogram of shorter sides, in px.
+SIDES = (1, 32, 64, 128, 224, 384, 768, 1536)
+_THREADS = os.cpu_count() or 1
+_SHOWN = 10
+
+
+def main(argv: Sequence[str]) -> None:
+    """`disco-jax data DATA [--data-dir DIR] [--limit N] [--seconds S] [--output FILE]`."""
+    parser = Parser("data", __doc__)
+    parser.add_argument(
+        "data", help="a folder or pattern of images, an .npz file, a TFDS name or version folder"
+    )
+    parser.add_argument("--data-dir", default="", help="where prepared TFDS data sets lie")
+    parser.add_argument("--limit", type=int, default=0, help="images of a split to read; 0: all")
+    parser.add_argument("--seconds", type=float, default=5.0, help="to measure the speed for")
+    parser.add_argument("--output", default="", help="a .json file for the report")
+    values = parser.read(argv)
+    if values is not None:
+        run(**vars(values))
+
+
+def run(
+    data: str, *, data_dir: str = "", limit: int = 0, seconds: float = 5.0, output: str = ""
+) -> dict[str, Any]:
+    """Reads and decodes every image once, then measures how fast training would be fed.
+
+    Args:
+      data: a folder or pattern of images, an .npz file, or the name or version folder of a
+        prepared TFDS data set.
+      data_dir: where prepared TFDS data sets lie; "": $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      limit: images of each split to read; 0: all.
+      seconds: how long to measure the speed of two 224 px crops an image; 0: not at all.
+      output: a .json file for what is returned.
+
+    Returns:
+      {"name", "classes", "splits": {split: {"images", "read", "labelled", "classes_seen",
+      "per_class", "sides", "unreadable"}}, "images_per_s"}.
+
+    Raises:
+      UserError: nothing there that can be read; for ImageNet, with what to place where.
+    """
+    if output and pathlib.Path(output).suffix != ".json":
+        raise errors.UserError(f"--output={output} should end in .json.")
+    if limit < 0 or seconds < 0:
+        raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
+    source = _open(data, data_dir)
+    splits = {split: _inspect(source, split, limit) for split in source.splits}
+    report = {
+        "name": source.name,
+        "classes": source.num_classes,
+        "splits": splits,
+        "images_per_s": _speed(source, splits, seconds) if seconds else None,
+    }
+    _print(report)
+    if output:
+        with whole(output) as path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _open(data: str, data_dir: str) -> Source:
+    """The source that a run with this data would have."""
+    config = common.pretrain().data
+    path = pathlib.Path(data).expanduser()
+    if path.exists() or any(mark in data for mark in "*?["):
+        config.update(data_fields(data))
+    else:
+        config.update(source="tfds", name=data, dir=data_dir)
+    config.max_unreadable = 2**31
+    return pipeline.open_source(config, shared=False)
+
+
+def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
+    """What one split holds."""
+    sides, labels = collections.Counter(), collections.Counter()
+    unreadable, read, told = [], 0, time.monotonic()
+    records = source.pictures(split)
+    for name, label, shape in _decoded(itertools.islice(records, limit or None)):
+        read += 1
+        labels[label] += 1
+        if shape is None:
+            unreadable.append(name)
+        else:
+            sides[max(side for side in SIDES if side <= min(shape))] += 1
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            _LOG.info("%s: %d of %d read", split, read, source.count(split))
+    counts = [count for label, count in labels.items() if label >= 0]
+    return {
+        "images": source.count(split),
+        "read": read,
+        "labelled": sum(counts),
+        "classes_seen": len(counts),
+        "per_class": [min(counts), max(counts)] if counts else None,
+        "sides": {str(side): sides[side] for side in SIDES if sides[side]},
+        "unreadable": unreadable,
+    }
+
+
+def _decoded(records: Iterator[tuple[str, Any, int]]) -> Iterator[tuple[str, int, Any]]:
+    """(name, label, (height, width) or None) of each record, decoded whole in threads."""
+
+    def shape(record: tuple[str, Any, int]) -> Any:
+        _, image, _ = record
+        if isinstance(image, np.ndarray):
+            return image.shape[:2]
+        try:
+            return folders.decode(io.BytesIO(image) if isinstance(image, bytes) else image).shape[
+                :2
+            ]
+        except folders.Unreadable:
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while chunk := list(itertools.islice(records, 16 * _THREADS)):
+            for (name, _, label), found in zip(chunk, pool.map(shape, chunk), strict=True):
+                yield name, label, found
+
+
+def _speed(source: Source, splits: dict[str, Any], seconds: float) -> float | None:
+    """Images a second that this host makes two 224 px crops of; None if none can be read."""
+    split = "train" if "train" in splits else next(iter(splits))
+    readable = source.count(split) - len(splits[split]["unreadable"])
+    batch = max(1, min(64, readable // 2))
+    recipe = views.build(common.pretrain().augment)
+    batches = source.train(split, dict(enumerate(recipe.crops)), batch, 0, Position.start(), 2**31)
+    try:
+        next(batches)
+    except errors.UserError:
+        return None  # nothing can be read
+    begin, count = time.monotonic(), 0
+    while (spent := time.monotonic() - begin) < seconds:
+        count += len(next(batches).views[0])
+    return count / spent
+
+
+def _print(report: dict[str, Any]) -> None:
+    classes = f"{report['classes']} classes" if report["classes"] else "no labels"
+    print(f"{report['name']}: {classes}")
+    for split, found in report["splits"].items():
+        unreadable = found["unreadable"]
+        line = f"  {split}: {found['images']:,} images"
+        if found["read"] < found["images"]:
+            line += f", {found['read']:,} read"
+        if found["per_class"]:
+            least, most = found["per_class"]
+            line += f", {least} to {most} in each of {found['classes_seen']} classes"
+        print(line + f", {len(unreadable)} unreadable")
+        bounds = (*SIDES[1:], 0)
+        for side, above in zip(SIDES, bounds, strict=True):
+            if count := found["sides"].get(str(side)):
+                span = f"{side} to {above - 1}" if above else f"{side} and more"
+                print(f"    shorter side {span:>12} px: {count:,}")
+        for name in unreadable[:_SHOWN]:
+            print(f"    unreadable: {name}")
+        if len(unreadable) > _SHOWN:
+            print(f"    and {len(unreadable) - _SHOWN} more")
+    rate = report["images_per_s"]
+    if rate:
+        split = max(report["splits"].values(), key=lambda found: found["images"])
+        print(
+            f"  two 224 px crops of {rate:,.0f} images/s on {_THREADS} cores: an epoch of "
+            f"{split['images']:,} in {split['images'] / rate / 60:.1f} minutes at the most"
+        )

@@ -1,0 +1,301 @@
+"""Folders of pictures: names, kinds, order, continuation, hosts, damage, and Pillow's pixels."""
+
+import itertools
+import logging
+import types
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+
+import helpers
+from disco_jax.data import folders
+from disco_jax.data.arrays import ArraySource
+from disco_jax.data.base import Position
+from disco_jax.data.folders import FolderSource
+from disco_jax.errors import UserError
+
+START = Position.start()
+
+
+def crop(size=8, **changes):
+    fields = dict(
+        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+    )
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
+
+
+def train(source, n, batch_size=7, seed=3, start=START, views=VIEWS, max_unreadable=0):
+    batches = source.train("train", views, batch_size, seed, start, max_unreadable)
+    return list(itertools.islice(batches, n))
+
+
+def assert_equal(ours, theirs):
+    assert [b.position for b in ours] == [b.position for b in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.views.keys() == b.views.keys()
+        for view in a.views:
+            np.testing.assert_array_equal(a.views[view], b.views[view])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (23, 20, 26, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def noisy(noise, tmp_path_factory):
+    """A folder of 23 pictures of noise, their names in the order of the array."""
+    folder = tmp_path_factory.mktemp("noisy")
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
+    """One order, one set of boxes, one resize: the folder is only another place."""
+    memory = ArraySource({"train": (noise, None)})
+    assert_equal(train(FolderSource(noisy), 7), train(memory, 7))
+    kept = memory.evaluate("train", 12, 16, "bicubic", 5)
+    for a, b in zip(FolderSource(noisy).evaluate("train", 12, 16, "bicubic", 5), kept, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_batches_do_not_depend_on_the_threads(noisy, monkeypatch, threads):
+    usual = train(FolderSource(noisy), 4)
+    monkeypatch.setattr(folders, "_THREADS", threads)
+    assert_equal(train(FolderSource(noisy), 4), usual)
+
+
+def test_reading_on_from_any_position_repeats_the_rest(noisy):
+    source = FolderSource(noisy)
+    whole = train(source, 9, batch_size=5)
+    for i, batch in enumerate(whole[:-1]):
+        rest = train(source, 8 - i, batch_size=5, start=batch.position)
+        assert_equal(rest, whole[i + 1 :])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_an_epoch_without_repeats(tmp_path, hosts):
+    for i in range(24):
+        save(tmp_path / f"{i:02}.png", "L", 10 * i, size=(6, 6))
+    seen = []
+    for host in range(hosts):
+        source = FolderSource(tmp_path, process_index=host, process_count=hosts)
+        for batch in train(source, 2, batch_size=12 // hosts):
+            assert batch.position.epoch == 0 or batch.position == Position(1, 0)
+            seen += (batch.views[0][:, 0, 0, 0] // 10).tolist()
+    assert sorted(seen) == list(range(24))
+
+
+def test_the_seed_decides_order_and_crops(noisy):
+    source = FolderSource(noisy)
+    assert_equal(train(source, 3), train(source, 3))
+    other = train(source, 3, seed=4)
+    assert any(
+        (a.views[0] != b.views[0]).any() for a, b in zip(train(source, 3), other, strict=True)
+    )
+
+
+def save(path, mode="RGB", colour=(200, 30, 60), size=(20, 16), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def test_folder_with_splits_and_classes(tmp_path):
+    for split, names in (("train", "ab"), ("val", "bc"), ("test", "a")):
+        for i, name in enumerate(names):
+            save(tmp_path / split / name / f"{i}.png")
+            save(tmp_path / split / name / "deeper" / "é 图.JPG")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "a" / ".hidden.png").write_bytes(b"")
+    save(tmp_path / "other" / "ignored.png")
+    source = FolderSource(tmp_path)
+    assert source.num_classes == 3 and source.name == tmp_path.name
+    counts = {split: source.count(split) for split in ("train", "validation", "test")}
+    assert counts == {"train": 4, "validation": 4, "test": 2}
+    (batch,) = source.evaluate("validation", 8, 0, "bilinear", 4)
+    assert batch["label"].tolist() == [1, 1, 2, 2]
+
+
+def test_flat_folder_is_unlabelled(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.bmp")
+        save(tmp_path / f"{i}.webp", lossless=True)
+    source = FolderSource(tmp_path, name="mine")
+    assert (source.num_classes, source.name, source.count("train")) == (None, "mine", 10)
+    (batch,) = source.evaluate("train", 8, 0, "bilinear", 10)
+    assert (batch["label"] == -1).all()
+    assert (batch["image"] == (200, 30, 60)).all()
+    assert len(train(source, 2)) == 2
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    want = {}
+    save(tmp_path / "grey.png", "L", 77)
+    want["grey.png"] = (77, 77, 77)
+    save(tmp_path / "bit.png", "1", 1)
+    want["bit.png"] = (255, 255, 255)
+    picture = Image.new("RGB", (20, 16), (10, 200, 30)).quantize(4)
+    picture.save(tmp_path / "palette.png")
+    want["palette.png"] = (10, 200, 30)
+    picture.save(tmp_path / "palette_clear.png", transparency=0)
+    want["palette_clear.png"] = (255, 255, 255)
+    save(tmp_path / "alpha.png", "RGBA", (0, 0, 255, 51))
+    want["alpha.png"] = (204, 204, 255)
+    save(tmp_path / "grey_alpha.png", "LA", (0, 0))
+    want["grey_alpha.png"] = (255, 255, 255)
+    Image.fromarray(np.full((16, 20), 0x4D12, np.uint16)).save(tmp_path / "deep.png")
+    want["deep.png"] = (0x4D, 0x4D, 0x4D)
+    save(tmp_path / "cmyk.jpg", "CMYK", (0, 255, 255, 0), quality=100)
+    want["cmyk.jpg"] = (255, 0, 0)
+    source = FolderSource(tmp_path)
+    (batch,) = source.evaluate("train", 8, 0, "bilinear", len(want))
+    for image, name in zip(batch["image"], sorted(want), strict=True):
+        assert np.abs(image.astype(int) - want[name]).max() <= 2, name
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (20, 10))
+    picture.paste((255, 255, 255), (0, 0, 10, 10))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: left becomes top
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turned = folders.decode(tmp_path / "turned.png")
+    assert turned.shape == (20, 10, 3)
+    assert (turned[:10] == 255).all() and (turned[10:] == 0).all()
+
+
+def test_folders_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no folder.*config\.data\.dir"):
+        FolderSource(tmp_path / "none")
+    with pytest.raises(UserError, match="no pictures"):
+        FolderSource(tmp_path)
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        FolderSource(tmp_path)
+    with pytest.raises(UserError, match="matches no pictures"):
+        FolderSource(tmp_path / "*.txt")
+    for name in ("val", "validation"):
+        save(tmp_path / name / "a.png")
+    with pytest.raises(UserError, match="both val and validation"):
+        FolderSource(tmp_path)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert FolderSource(tmp_path).count("train") == 1
+
+
+def test_a_pattern_takes_what_it_matches(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    save(tmp_path / "a" / "deep" / "2.jpg")
+    save(tmp_path / "b" / "3.png")
+    (tmp_path / "a" / "4.txt").write_text("no picture")
+    for pattern, count in (("**/*.png", 2), ("a/**", 2), ("[ab]/*", 2), ("a/?.png", 1)):
+        source = FolderSource(str(tmp_path / pattern))
+        assert source.count("train") == count, pattern
+        assert source.num_classes is None
+
+
+def test_the_same_name_in_two_classes_and_empty_classes(tmp_path):
+    for name in "ab":
+        save(tmp_path / name / "same.png", colour=(0, 0, 255 if name == "b" else 0))
+    (tmp_path / "empty").mkdir()
+    source = FolderSource(tmp_path)
+    (batch,) = source.evaluate("train", 4, 0, "bilinear", 2)
+    assert source.num_classes == 2 and batch["label"].tolist() == [0, 1]
+    assert batch["image"][:, 0, 0, 2].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (20_000, 3)])
+def test_pictures_of_any_shape_are_cropped(tmp_path, size):
+    for i in range(2):
+        save(tmp_path / f"{i}.png", size=size)
+    (batch,) = train(FolderSource(tmp_path), 1, batch_size=2)
+    assert batch.views[0].shape == (2, 8, 8, 3)
+    assert (batch.views[0] == (200, 30, 60)).all()
+    (batch,) = FolderSource(tmp_path).evaluate("train", 8, 10, "bilinear", 2)
+    assert (batch["image"] == (200, 30, 60)).all()
+
+
+def damage(folder):
+    """Four good pictures and three that cannot be decoded."""
+    for i in range(4):
+        save(folder / "a" / f"{i}.jpg", size=(64, 64))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "a" / "cut.jpg")
+    whole = (folder / "a" / "cut.jpg").read_bytes()
+    (folder / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "a" / "empty.png").write_bytes(b"")
+    (folder / "a" / "text.webp").write_text("hello")
+    return ["a/cut.jpg", "a/empty.png", "a/text.webp"]
+
+
+def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
+    bad = damage(tmp_path)
+    source = FolderSource(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        batches = train(source, 4, batch_size=2, max_unreadable=3)
+    assert sorted(name.split()[0] for name in source.unreadable) == bad
+    assert all(sum(name in line for line in caplog.messages) == 1 for name in bad)
+    # Four of seven can be read: two batches an epoch, wherever the others stand in it.
+    assert [b.position.epoch for b in batches][-1] >= 1
+    assert all(np.abs(b.views[0].astype(int) - (200, 30, 60)).max() < 9 for b in batches)
+    for i, batch in enumerate(batches[:-1]):
+        rest = train(source, 3 - i, batch_size=2, start=batch.position, max_unreadable=3)
+        assert_equal(rest, batches[i + 1 :])
+    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2"):
+        train(FolderSource(tmp_path), 4, batch_size=2, max_unreadable=2)
+
+
+def test_evaluation_skips_and_names_unreadable_pictures(tmp_path):
+    bad = damage(tmp_path)
+    source = FolderSource(tmp_path, max_unreadable=3)
+    batches = list(source.evaluate("train", 8, 0, "bilinear", 3))
+    assert [len(b["image"]) for b in batches] == [3, 3, 3]
+    assert sum(b["mask"].sum() for b in batches) == 4
+    assert sorted(name.split()[0] for name in source.unreadable) == bad
+    with pytest.raises(UserError, match="max_unreadable=0"):
+        list(FolderSource(tmp_path).evaluate("train", 8, 0, "bilinear", 3))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    with pytest.raises(UserError, match="has 0: choose a batch"):
+        train(FolderSource(tmp_path), 1, batch_size=2, max_unreadable=9)
+
+
+def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch):
+    """The photograph, eight times enlarged, as a camera would leave it."""
+    _, stored = helpers.fixture("augment/resized_crop_a")
+    photo = Image.fromarray(stored["image"])
+    large = photo.resize((photo.width * 8, photo.height * 8), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "large.jpg", quality=95)
+    views = {0: crop(32, scale=(0.5, 1.0)), 1: crop(16, scale=(0.2, 0.5))}
+    drafts, kind = [], JpegImagePlugin.JpegImageFile
+    monkeypatch.setattr(kind, "draft", lambda s, m, z, d=kind.draft: (drafts.append(z), d(s, m, z)))
+    small = folders.crops_of(tmp_path / "large.jpg", views, (0, 0, 0), 5)
+    monkeypatch.setattr(folders, "_SHRINKS", ())
+    whole = folders.crops_of(tmp_path / "large.jpg", views, (0, 0, 0), 5)
+    assert drafts[0] < large.size and drafts[1] == large.size
+    for a, b in zip(small, whole, strict=True):
+        difference = np.abs(a.astype(int) - b.astype(int))
+        assert difference.mean() < 2 and (a != b).any()
+
+
+def test_crops_are_never_enlarged_by_decoding_small(tmp_path):
+    """A narrow crop decides: it must keep as many pixels as it has to show."""
+    place = {0: (0, 0, 100, 400), 1: (0, 0, 60, 60)}
+    views = {0: crop(48), 1: crop(16)}
+    assert folders._smallest(place, views, 400, 401) == (200, 201)
+    assert folders._smallest(place, {0: crop(16), 1: crop(8)}, 400, 401) == (100, 101)
+    assert folders._smallest(place, {0: crop(101), 1: crop(8)}, 400, 401) == (400, 401)

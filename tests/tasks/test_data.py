@@ -1,0 +1,83 @@
+"""`disco-jax data`: what a data set holds, before a run needs it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import helpers
+from disco_jax import main
+from disco_jax.data import digits
+from disco_jax.tasks import data
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of pictures of two sizes, one of them cut short, one with a name only."""
+    for name, count in (("cat", 3), ("dog", 1)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (300, 20 * (i + 1)), "red").save(
+                tmp_path / "photos" / name / f"{i}.png"
+            )
+    (tmp_path / "photos" / "dog" / "empty.jpg").write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_counted_and_measured(photos, tmp_path, capsys):
+    output = tmp_path / "report.json"
+    assert main.main(["data", str(photos), "--seconds=0.2", f"--output={output}"]) == 0
+    report = json.loads(output.read_text())
+    assert (report["name"], report["classes"]) == ("photos", 2)
+    assert report["splits"] == {
+        "train": {
+            "images": 5,
+            "read": 5,
+            "labelled": 5,
+            "classes_seen": 2,
+            "per_class": [2, 3],
+            "sides": {"1": 2, "32": 2},
+            "unreadable": ["dog/empty.jpg"],
+        }
+    }
+    assert report["images_per_s"] > 0
+    out = capsys.readouterr().out
+    for part in ("2 to 3 in each of 2 classes, 1 unreadable", "1 to 31 px: 2", "dog/empty.jpg"):
+        assert part in out, part
+
+
+def test_a_prepared_data_set_and_an_npz_file_are_read_too(tmp_path):
+    digits.write(str(tmp_path))
+    found = data.run("digits", data_dir=str(tmp_path), limit=100, seconds=0)
+    assert found["images_per_s"] is None and found["classes"] == 10
+    assert found["splits"]["train"]["images"] == 1437 and found["splits"]["train"]["read"] == 100
+    assert found["splits"]["test"]["sides"] == {"1": 100}
+    folder = next((tmp_path / "digits").glob("*/dataset_info.json")).parent
+    assert data.run(str(folder), limit=3, seconds=0)["splits"]["test"]["read"] == 3
+    np.savez(tmp_path / "a.npz", **helpers.digits())
+    assert data.run(str(tmp_path / "a.npz"), seconds=0.1)["splits"]["test"]["labelled"] == 360
+
+
+def test_nothing_readable_is_reported_not_raised(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    found = data.run(str(tmp_path), seconds=0.1)
+    assert len(found["splits"]["train"]["unreadable"]) == 3 and found["images_per_s"] is None
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["imagenet2012", "--data-dir={here}"], "ILSVRC2012_img_train.tar"),
+        (["{here}"], "has no pictures"),
+        (["{here}/*.png"], "matches no pictures"),
+        (["{here}", "--output=a.txt"], "should end in .json"),
+        (["{here}", "--limit=-1"], "must not be below 0"),
+        (["{here}", "--limits=1"], "Did you mean '--limit'"),
+    ],
+)
+def test_what_cannot_be_checked_is_told(tmp_path, words, message, capsys):
+    assert main.main(["data", *(w.format(here=tmp_path) for w in words)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
