@@ -32,7 +32,8 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
       path: of the file; replaced whole, or left as it was when anything fails.
 
     Raises:
-      UserError: jax2onnx is not installed, or the weights are too large for one file.
+      UserError: jax2onnx is not installed or too old for this jax (0.17.1 is for some networks in
+        jax 0.12), or the weights are too large for one file.
     """
     with _quiet():
         to_onnx = _package("jax2onnx").to_onnx
@@ -42,15 +43,21 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
             return function(images)
 
     with _quiet(), jax.numpy_rank_promotion("allow"):  # jax2onnx broadcasts biases
-        model = to_onnx(
-            padded,
-            [("batch", size, size, 3)],
-            model_name="disco_jax",
-            opset=OPSET,
-            inputs_as_nchw=[0],
-            input_names=["images"],
-            output_names=["features"],
-        )
+        try:
+            model = to_onnx(
+                padded,
+                [("batch", size, size, 3)],
+                model_name="disco_jax",
+                opset=OPSET,
+                inputs_as_nchw=[0],
+                input_names=["images"],
+                output_names=["features"],
+            )
+        except AttributeError as error:  # it reaches into jax, where names move
+            raise UserError(
+                f"The installed jax2onnx does not know jax {jax.__version__} ({error}); an "
+                "environment with jax 0.10 can write this file."
+            ) from error
     if model.ByteSize() > _LARGEST:
         raise UserError("The weights take more than 2 GiB, the most that one ONNX file holds.")
     with files.whole(path) as unfinished:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax import Array
@@ -29,6 +30,10 @@ def write(
       path: of the file; replaced whole, or left as it was when anything fails.
       int8: keep weights in 8 bits, with a scale for each channel; what they are multiplied with
         is quantised on the fly ("dynamic range"). A quarter of the size.
+
+    Raises:
+      UserError: this TensorFlow's converter lacks what this jax writes; seen with transformers in
+        jax 0.12 and TensorFlow 2.21.
     """
     tf = _tensorflow()
     from jax.experimental import jax2tf
@@ -44,8 +49,15 @@ def write(
     )
     if int8:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    try:
+        content = converter.convert()
+    except Exception as error:  # of a private module of TensorFlow
+        raise UserError(
+            f"TensorFlow {tf.__version__} cannot translate this network as jax {jax.__version__} "
+            "writes it; an environment with jax 0.10 can, and so can another format."
+        ) from error
     with files.whole(path) as unfinished:
-        unfinished.write_bytes(converter.convert())
+        unfinished.write_bytes(content)
 
 
 def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
