@@ -25,6 +25,7 @@ from disco_jax.ops.memory import Queue
 _CONTAINERS = ("state_dict", "teacher", "model", "student", "net", "state_dict_ema", "model_ema")
 _QUEUES = ("module.queue", "queue")
 _SHOWN = 20
+_SIDE = 64  # of the images that shapes are worked out with, px; no weight depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _build(spec: Mapping[str, Any]) -> Encoder:
 
 def _dim(encoder: Encoder, variables: Variables) -> int:
     """The width of the embedding."""
-    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    images = jax.ShapeDtypeStruct((1, _SIDE, _SIDE, 3), np.float32)
     out = jax.eval_shape(lambda v, x: encoder.apply(v, x, norm="running"), variables, images)
     return out.embedding.shape[-1]
 
@@ -194,8 +195,7 @@ def _fill(
     source: str,
 ) -> tuple[Variables, dict[str, str], tuple[str, ...]]:
     """Variables of `encoder`, key -> path for those taken, and the keys of other networks."""
-    side = 224 if not found.spec["grid"] else 16 * found.spec["grid"]
-    like = jax.eval_shape(lambda: encoder.create(0, side))
+    like = jax.eval_shape(lambda: encoder.create(0, _SIDE))
     leaves, structure = jax.tree_util.tree_flatten_with_path(dict(like))
     wanted = {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
     taken, keys, problems = {}, {}, []
@@ -229,16 +229,16 @@ def _fill(
             + "\nKeys that may be missing or left over can be allowed by a pattern."
         )
     if fresh:
-        taken |= _fresh(encoder, side, fresh)
+        taken |= _fresh(encoder, fresh)
     arrays = [np.ascontiguousarray(taken[path], np.float32) for path in wanted]
     return jax.tree.unflatten(structure, arrays), keys, tuple(left)
 
 
-def _fresh(encoder: Encoder, side: int, paths: list[tuple[str, ...]]) -> dict[Any, np.ndarray]:
+def _fresh(encoder: Encoder, paths: list[tuple[str, ...]]) -> dict[Any, np.ndarray]:
     """Initial values of what a checkpoint does not hold."""
-    made = {}
+    made, created = {}, encoder.create(0, _SIDE)
     for path in paths:
-        leaf = encoder.create(0, side)
+        leaf = created
         for part in path:
             leaf = leaf[part]
         made[path] = np.asarray(leaf)

@@ -17,6 +17,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
+    def add_network(self) -> None:
+        """The words that name a network, and what is wanted of it."""
+        self.add_argument("checkpoint", help="a run's or an import's directory, or a PyTorch file")
+        self.add_argument("--network", default="student", help="student or momentum")
+        self.add_argument("--size", type=int, default=0, help="image size in px; 0: the run's")
+        self.add_argument("--with-head", action="store_true", help="keep the projection head")
+
     def error(self, message: str):
         raise errors.UserError(f"{message}.\n{self.format_usage().rstrip()}")
 

@@ -27,13 +27,10 @@ _THREADS = min(8, os.cpu_count() or 1)
 def main(argv: Sequence[str]) -> None:
     """`disco-jax embed CHECKPOINT --images FOLDER --output FILE [--with-head] [--size PX]`."""
     parser = Parser("embed", __doc__)
-    parser.add_argument("checkpoint", help="a run's or an import's directory, or a PyTorch file")
+    parser.add_network()
     parser.add_argument("--images", required=True, help="a folder; its sub-folders are read too")
     parser.add_argument("--output", required=True, help="a file in .npz or .parquet")
-    parser.add_argument("--with-head", action="store_true", help="the head's embedding as well")
-    parser.add_argument("--size", type=int, default=0, help="image size in px; 0: the run's")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once")
-    parser.add_argument("--network", default="student", help="student or momentum")
     values = parser.read(argv)
     if values is not None:
         flags.prepare_jax(False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,12 +51,9 @@ Check = dict[str, float]
 def main(argv: Sequence[str]) -> None:
     """`disco-jax export CHECKPOINT --format F [--output FILE] [--with-head] [--size PX]`."""
     parser = Parser("export", __doc__)
-    parser.add_argument("checkpoint", help="a run's or an import's directory, or a PyTorch file")
+    parser.add_network()
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--output", default="", help="the file; by default beside the checkpoint")
-    parser.add_argument("--with-head", action="store_true", help="keep the projection head")
-    parser.add_argument("--size", type=int, default=0, help="image size in px; 0: the run's")
-    parser.add_argument("--network", default="student", help="student or momentum")
     values = parser.read(argv)
     if values is not None:
         flags.prepare_jax(False)
@@ -87,7 +85,7 @@ def run(
 
     Raises:
       UserError: nothing to export, or not in this format.
-      RuntimeError: the written file does not compute the same; it was removed.
+      RuntimeError: the written file does not compute the same; a file that was there stays.
     """
     if format not in FORMATS:
         raise errors.unknown("--format", format, FORMATS)
@@ -96,14 +94,14 @@ def run(
     opened = open_network(checkpoint, network)
     path = _output(checkpoint, output, format, opened)
     size = size or opened.config.augment.size
-    with _nothing_left(path):
+    with _checked_first(path) as unchecked:
         if FORMATS[format].naming:
-            found, facts = _state_dict(opened, path, FORMATS[format].naming, with_head, size)
+            found, facts = _state_dict(opened, unchecked, FORMATS[format].naming, with_head, size)
         else:
-            found, facts = _program(opened, path, format, with_head, size)
+            found, facts = _program(opened, unchecked, format, with_head, size)
         _refuse_wrong(path, format, found)
-        result = {"output": str(path), "format": format, "errors": found, **facts}
-        result["card"] = str(card.write(path, opened, result, size, with_head))
+    result = {"output": str(path), "format": format, "errors": found, **facts}
+    result["card"] = str(card.write(path, opened, result, size, with_head))
     print(f"{path} ({path.stat().length / 2**20:.1f} MiB)")
     for runtime, error in found.items():
         print(f"  largest relative error in {runtime}: {error:.1e}")
@@ -112,16 +110,20 @@ def run(
 
 
 @contextlib.contextmanager
-def _nothing_left(path: epath.Path) -> Iterator[None]:
-    """Makes the folder of `path`; removes both again when the export fails."""
+def _checked_first(path: epath.Path) -> Iterator[epath.Path]:
+    """A path of the same name in a folder of its own, which becomes `path` when all went well.
+
+    Until then a file that was there stays as it is; when the export fails nothing new is left.
+    """
     made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".unchecked.{os.getpid()}"
+    folder.mkdir(parents=True)
     try:
-        yield
+        yield folder / path.name
+        (folder / path.name).replace(path)
+        folder.rmtree()
     except BaseException:
-        path.unlink(missing_ok=True)
-        if made:
-            path.parent.rmtree()
+        (path.parent if made else folder).rmtree()
         raise
 
 
@@ -228,4 +230,4 @@ def _refuse_wrong(path: epath.Path, format: str, found: Check) -> None:
     limit = INT8_TOLERANCE if format == "tflite-int8" else TOLERANCE
     if max(found.values()) <= limit:
         return
-    raise RuntimeError(f"{path} would not compute the same: {found}; it was removed.")
+    raise RuntimeError(f"{path} would not compute the same: {found}; it was not kept.")

@@ -189,6 +189,27 @@ def test_a_wrong_export_is_removed_again(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_export_leaves_the_one_before(run, tmp_path, monkeypatch):
+    output = tmp_path / "a.pth"
+    output.write_bytes(b"before")
+
+    def broken(*_):
+        raise UserError("nothing there computes the same")
+
+    for name, error in (("state_dict", UserError), ("write", OSError)):
+        monkeypatch.setattr(save, name, broken if name == "state_dict" else full)
+        with pytest.raises(error):
+            export.run(str(run), format="timm", output=str(output), size=16)
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+        assert output.read_bytes() == b"before"
+
+
+def full(path, *_):
+    path.write_bytes(b"half")
+    raise OSError("No space left on device")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

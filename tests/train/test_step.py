@@ -9,6 +9,7 @@ import helpers
 from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
+from disco_jax.train import step as step_module
 from disco_jax.train.state import everywhere
 from disco_jax.train.step import parallel
 
@@ -49,6 +50,20 @@ def two_steps(config, replicas):
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
     return jax.device_get((state, metrics))
+
+
+def test_dropout_acts_in_the_student_alone(monkeypatch):
+    dropped, real = {}, step_module.encode
+
+    def encode(network, *args, dropout=False):
+        dropped[id(network)] = dropout
+        return real(network, *args, dropout=dropout)
+
+    monkeypatch.setattr(step_module, "encode", encode)
+    config = helpers.smoke_config("disco")
+    step, state, frozen, batch = helpers.smoke(config, replicas=1)
+    jax.eval_shape(jax.vmap(step, in_axes=(None, None, 0), axis_name=AXIS), state, frozen, batch)
+    assert sorted(dropped.values()) == [False, False, True]
 
 
 def test_local_views_are_encoded_at_their_own_size_on_any_number_of_devices():
