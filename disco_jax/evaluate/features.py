@@ -119,7 +119,9 @@ def of_split(trained: Trained, source: Source, split: str, batch_size: int) -> F
         augment.interpolation,
         -(-batch_size // devices) * devices,
     )
-    found = extract(trained.encoder, trained.variables, batches, views.build(augment))
+    found = extract(
+        trained.encoder, trained.variables, batches, views.build(augment, trained.config.views)
+    )
     if (found.labels < 0).any():
         raise errors.UserError(
             f"Split {split!r} of {source.name} has images without a label; kNN and linear probes "

@@ -76,7 +76,10 @@ def run(
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     found = features.extract(
-        opened.encoder, opened.variables, crops, views.build(opened.config.augment)
+        opened.encoder,
+        opened.variables,
+        crops,
+        views.build(opened.config.augment, opened.config.views),
     )
     if not len(found.features):
         raise errors.UserError(f"None of the {len(files)} pictures in {images} can be read.")

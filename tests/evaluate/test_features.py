@@ -5,6 +5,7 @@ import pytest
 
 import helpers
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.stacks import STACKS
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 
@@ -31,3 +32,13 @@ def test_a_split_without_labels_or_images_is_refused(trained, monkeypatch):
     monkeypatch.setattr(source, "count", lambda split: 0)
     with pytest.raises(UserError, match="is empty"):
         features.of_split(trained, source, "bare", 8)
+
+
+def test_settings_for_each_view_do_not_stand_in_the_way():
+    """An evaluation makes no views, but reads the normalisation of a recipe that has them."""
+    config = helpers.smoke_config("moco_v2", views=3)
+    per_view = {"blur_prob": (1.0, 0.1, 0.5), "solarize_prob": 0.0}
+    config.augment = helpers.ConfigDict({**STACKS["dino"], **per_view, "size": 16})
+    source = ArraySource(helpers.digits_splits())
+    found = features.of_split(features.untrained(config), source, "test", 64)
+    assert found.features.shape[0] == 360
