@@ -35,6 +35,7 @@ setup(
         "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
+        "opencv-python-headless>=4.11",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
         "safetensors>=0.4",

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from disco_jax.data import base
-from disco_jax.data.crops import boxes, centre, resized, uniforms
+from disco_jax.data.crops import boxes, uniforms
+from disco_jax.data.decode import evaluated, resize
+from disco_jax.data.encoded import check_crops
 from disco_jax.errors import UserError, unknown
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _THREADS = min(8, os.cpu_count() or 1)
 # Below this many pixels an image is handled faster than it is handed to another thread.
 _SMALL = 96 * 96
@@ -170,20 +170,6 @@ class ArraySource:
         return self._splits[split]
 
 
-def evaluated(image: np.ndarray, size: int, resize: int, interpolation: str) -> np.ndarray:
-    """u8[size, size, 3 or 1]: an image resized, then cut to its middle; see `base.Source`.
-
-    Equal to torchvision's Resize and CenterCrop on a PIL image.
-    """
-    height, width = image.shape[:2]
-    new_height, new_width = resized(height, width, resize) if resize else (size, size)
-    picture = _resize(image, new_height, new_width, interpolation)
-    if not resize:
-        return picture
-    top, left = centre(new_height, new_width, size)
-    return picture[top : top + size, left : left + size]
-
-
 def _crop_all(images, crop, where, run):
     """One view of a batch, u8[b, S, S, 3]."""
     heights, widths = np.array([image.shape[:2] for image in images]).T
@@ -194,19 +180,11 @@ def _crop_all(images, crop, where, run):
     def one(row):
         top, left, height, width = places[row]
         cut = images[row][top : top + height, left : left + width]
-        out[row] = _resize(cut, crop.size, crop.size, crop.interpolation)
+        out[row] = resize(cut, crop.size, crop.size, crop.interpolation, crop.antialias)
 
     for _ in run(one, range(len(images))):
         pass
     return out
-
-
-def _resize(image, height, width, interpolation):
-    """An antialiased resize by Pillow, u8[height, width, 3 or 1]."""
-    if image.shape[:2] != (height, width):
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        image = np.asarray(picture.resize((width, height), FILTERS[interpolation]))
-    return image[..., None] if image.ndim == 2 else image
 
 
 @contextlib.contextmanager
@@ -217,19 +195,6 @@ def _mapper(images, size):
         return
     with ThreadPoolExecutor(_THREADS) as pool:
         yield pool.map
-
-
-def check_crops(views: Mapping[int, Any]) -> None:
-    """Raises UserError for a crop that Pillow cannot make."""
-    for view, crop in views.items():
-        if not crop.antialias:
-            raise UserError(
-                f"config.augment.antialias=False (view {view}) needs a TFDS data set; images in "
-                "memory and in folders are always resized with antialiasing. Set "
-                "config.augment.antialias=True."
-            )
-        if crop.interpolation not in FILTERS:
-            raise unknown("config.augment.interpolation", crop.interpolation, FILTERS)
 
 
 def _checked(name, split, images, labels):

@@ -26,6 +26,7 @@ OPERATIONS = {
 # Settings that may be given for each global view, as DINO's two differ in them.
 PER_VIEW = ("blur_prob", "solarize_prob")
 INTERPOLATIONS = ("bilinear", "bicubic")
+ANTIALIAS = ("exact", "area", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Crop:
       scale: (lowest, highest) share of the image's area that a crop covers.
       ratio: (lowest, highest) width over height of a crop.
       interpolation: "bilinear" or "bicubic".
-      antialias: whether shrinking averages over all pixels, as PIL does.
+      antialias: "exact", "area" or "none": what shrinking averages over, see `decode.resize`.
     """
 
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
     interpolation: str
-    antialias: bool
+    antialias: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +314,8 @@ def _check_crop(settings: _Given) -> None:
     _require(_are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], settings, "ratio", ratios)
     if settings["interpolation"] not in INTERPOLATIONS:
         raise unknown("config.augment.interpolation", settings["interpolation"], INTERPOLATIONS)
-    _require(isinstance(settings["antialias"], bool), settings, "antialias", "True or False")
+    if settings["antialias"] not in ANTIALIAS:
+        raise unknown("config.augment.antialias", settings["antialias"], ANTIALIAS)
 
 
 def _check_order(settings: _Given) -> None:

@@ -1,7 +1,6 @@
 """Check a data set before a run needs it: counts, classes, sizes, unreadable images, speed."""
 
 import collections
-import io
 import itertools
 import json
 import logging
@@ -16,7 +15,7 @@ import numpy as np
 
 from disco_jax import errors
 from disco_jax.configs import common
-from disco_jax.data import folders, pipeline, views
+from disco_jax.data import decode, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.files import whole
 from disco_jax.tasks.arguments import Parser
@@ -131,10 +130,8 @@ def _decoded(records: Iterator[tuple[str, Any, int]]) -> Iterator[tuple[str, int
         if isinstance(image, np.ndarray):
             return image.shape[:2]
         try:
-            return folders.decode(io.BytesIO(image) if isinstance(image, bytes) else image).shape[
-                :2
-            ]
-        except folders.Unreadable:
+            return decode.decode(image).shape[:2]
+        except decode.Unreadable:
             return None
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from disco_jax import errors, flags
-from disco_jax.data import folders, views
-from disco_jax.data.arrays import evaluated
+from disco_jax.data import decode, folders, views
+from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
 from disco_jax.files import whole
 from disco_jax.tasks.arguments import Parser
@@ -125,8 +125,8 @@ def _batches(
 
     def read(file: pathlib.Path) -> np.ndarray | None:
         try:
-            image = folders.decode(file)
-        except folders.Unreadable:
+            image = decode.decode(file)
+        except decode.Unreadable:
             return None
         return evaluated(image, side, resize, config.augment.interpolation)
 

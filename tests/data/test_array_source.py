@@ -15,7 +15,7 @@ from disco_jax.data.base import Position
 
 WHOLE = {
     0: types.SimpleNamespace(
-        size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", antialias=True
+        size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", antialias="exact"
     )
 }
 IMAGES = np.broadcast_to(np.arange(60, dtype=np.uint8)[:, None, None], (60, 8, 8))

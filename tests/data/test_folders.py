@@ -6,10 +6,9 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 
-import helpers
-from disco_jax.data import folders
+from disco_jax.data import encoded
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.data.folders import FolderSource
@@ -20,7 +19,11 @@ START = Position.start()
 
 def crop(size=8, **changes):
     fields = dict(
-        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+        size=size,
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        antialias="exact",
     )
     return types.SimpleNamespace(**{**fields, **changes})
 
@@ -68,7 +71,7 @@ def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
 @pytest.mark.parametrize("threads", [1, 7])
 def test_batches_do_not_depend_on_the_threads(noisy, monkeypatch, threads):
     usual = train(FolderSource(noisy), 4)
-    monkeypatch.setattr(folders, "_THREADS", threads)
+    monkeypatch.setattr(encoded, "_THREADS", threads)
     assert_equal(train(FolderSource(noisy), 4), usual)
 
 
@@ -133,42 +136,6 @@ def test_flat_folder_is_unlabelled(tmp_path):
     assert (batch["label"] == -1).all()
     assert (batch["image"] == (200, 30, 60)).all()
     assert len(train(source, 2)) == 2
-
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    want = {}
-    save(tmp_path / "grey.png", "L", 77)
-    want["grey.png"] = (77, 77, 77)
-    save(tmp_path / "bit.png", "1", 1)
-    want["bit.png"] = (255, 255, 255)
-    picture = Image.new("RGB", (20, 16), (10, 200, 30)).quantize(4)
-    picture.save(tmp_path / "palette.png")
-    want["palette.png"] = (10, 200, 30)
-    picture.save(tmp_path / "palette_clear.png", transparency=0)
-    want["palette_clear.png"] = (255, 255, 255)
-    save(tmp_path / "alpha.png", "RGBA", (0, 0, 255, 51))
-    want["alpha.png"] = (204, 204, 255)
-    save(tmp_path / "grey_alpha.png", "LA", (0, 0))
-    want["grey_alpha.png"] = (255, 255, 255)
-    Image.fromarray(np.full((16, 20), 0x4D12, np.uint16)).save(tmp_path / "deep.png")
-    want["deep.png"] = (0x4D, 0x4D, 0x4D)
-    save(tmp_path / "cmyk.jpg", "CMYK", (0, 255, 255, 0), quality=100)
-    want["cmyk.jpg"] = (255, 0, 0)
-    source = FolderSource(tmp_path)
-    (batch,) = source.evaluate("train", 8, 0, "bilinear", len(want))
-    for image, name in zip(batch["image"], sorted(want), strict=True):
-        assert np.abs(image.astype(int) - want[name]).max() <= 2, name
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    picture = Image.new("RGB", (20, 10))
-    picture.paste((255, 255, 255), (0, 0, 10, 10))  # the left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: left becomes top
-    picture.save(tmp_path / "turned.png", exif=exif)
-    turned = folders.decode(tmp_path / "turned.png")
-    assert turned.shape == (20, 10, 3)
-    assert (turned[:10] == 255).all() and (turned[10:] == 0).all()
 
 
 def test_folders_that_cannot_work_are_refused(tmp_path):
@@ -272,30 +239,3 @@ def test_nothing_readable_is_an_error(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no")
     with pytest.raises(UserError, match="has 0: choose a batch"):
         train(FolderSource(tmp_path), 1, batch_size=2, max_unreadable=9)
-
-
-def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch):
-    """The photograph, eight times enlarged, as a camera would leave it."""
-    _, stored = helpers.fixture("augment/resized_crop_a")
-    photo = Image.fromarray(stored["image"])
-    large = photo.resize((photo.width * 8, photo.height * 8), Image.Resampling.BICUBIC)
-    large.save(tmp_path / "large.jpg", quality=95)
-    views = {0: crop(32, scale=(0.5, 1.0)), 1: crop(16, scale=(0.2, 0.5))}
-    drafts, kind = [], JpegImagePlugin.JpegImageFile
-    monkeypatch.setattr(kind, "draft", lambda s, m, z, d=kind.draft: (drafts.append(z), d(s, m, z)))
-    small = folders.crops_of(tmp_path / "large.jpg", views, (0, 0, 0), 5)
-    monkeypatch.setattr(folders, "_SHRINKS", ())
-    whole = folders.crops_of(tmp_path / "large.jpg", views, (0, 0, 0), 5)
-    assert drafts[0] < large.size and drafts[1] == large.size
-    for a, b in zip(small, whole, strict=True):
-        difference = np.abs(a.astype(int) - b.astype(int))
-        assert difference.mean() < 2 and (a != b).any()
-
-
-def test_crops_are_never_enlarged_by_decoding_small(tmp_path):
-    """A narrow crop decides: it must keep as many pixels as it has to show."""
-    place = {0: (0, 0, 100, 400), 1: (0, 0, 60, 60)}
-    views = {0: crop(48), 1: crop(16)}
-    assert folders._smallest(place, views, 400, 401) == (200, 201)
-    assert folders._smallest(place, {0: crop(16), 1: crop(8)}, 400, 401) == (100, 101)
-    assert folders._smallest(place, {0: crop(101), 1: crop(8)}, 400, 401) == (400, 401)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disco_jax.data import arrays, base, decode, digits, sources
+from disco_jax.data import base, decode, digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -24,7 +24,11 @@ SHAPES = ((40, 56), (56, 40), (33, 47))
 
 def crop(size=8, **changes):
     fields = dict(
-        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+        size=size,
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        antialias="exact",
     )
     return types.SimpleNamespace(**{**fields, **changes})
 
@@ -189,53 +193,6 @@ def test_a_batch_larger_than_a_share_is_refused(data_dir):
 # ---- pixels
 
 
-@pytest.mark.parametrize("case", range(4))
-def test_boxes_are_distributed_as_torchvisions(parity, case):
-    """Those of `decode.boxes_of`; `test_arrays.py` holds the other sampler to the same figures."""
-    tf, _ = sources.tensorflow()
-    path = parity / "augment" / "random_resized_crop_a.json"
-    want = json.loads(path.read_text())["params"][case]
-    m, sides = 4000, (want["height"], want["width"])
-    scale, ratio = np.array([want["scale"]], np.float32), np.log([want["ratio"]])
-
-    def box(position):
-        return decode.boxes_of(7, position, tf.constant(sides), scale, ratio.astype(np.float32))
-
-    made = tf.data.Dataset.range(m).map(box, num_parallel_calls=2).batch(m)
-    top, left, h, w = np.reshape(made.get_single_element(), (m, 4)).T
-    assert (h > 0).all() and (w > 0).all() and (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= sides[0]).all() and (left + w <= sides[1]).all()
-    area, log_ratio, tolerance = h * w / np.prod(sides), np.log(w / h), 4 / np.sqrt(m)
-    assert abs(area.mean() - want["area_mean"]) < tolerance * want["area_std"]
-    assert abs(log_ratio.mean() - want["log_ratio_mean"]) < tolerance * want["log_ratio_std"]
-    assert abs(area.std() / want["area_std"] - 1) < 0.1
-    assert abs(log_ratio.std() / want["log_ratio_std"] - 1) < 0.1
-    free = sides[0] - h
-    place = (top / np.maximum(free, 1))[free > 20]
-    assert abs(place.mean() - want["relative_top_mean"]) < 0.05
-
-
-def test_resized_crops_equal_torchvisions(parity):
-    path = parity / "augment" / "resized_crop_a"
-    params, stored = (
-        json.loads(path.with_suffix(".json").read_text())["params"],
-        np.load(f"{path}.npz"),
-    )
-    for i, p in enumerate(params):
-        rows, columns = (
-            slice(p["top"], p["top"] + p["height"]),
-            slice(p["left"], p["left"] + p["width"]),
-        )
-        cut, shape = stored["image"][rows, columns], (p["size"], p["size"])
-        how = crop(interpolation=p["interpolation"])
-        ours = np.asarray(decode.resized(cut, shape, how))
-        want = np.clip(255 * stored[f"crop{i}_float_antialias"], 0, 255)
-        assert np.abs(ours - want).max() < 0.51
-        if p["interpolation"] == "bilinear":
-            ours = np.asarray(decode.resized(cut, shape, crop(antialias=False)))
-            assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 0.51
-
-
 def test_evaluation_equals_torchvisions(parity, tmp_path):
     path = parity / "augment" / "eval_a"
     params, stored = (
@@ -269,18 +226,9 @@ def test_formats_are_decoded_as_pillow_does(data_dir):
         ),
         strict=True,
     ):
-        want = arrays.evaluated(np.asarray(original.convert("RGB")), 24, 26, "bilinear")
+        want = decode.evaluated(np.asarray(original.convert("RGB")), 24, 26, "bilinear")
         assert np.abs(image.astype(int) - want).max() <= 1
     assert len(train(source, 3, 4)) == 3
-
-
-def test_jpegs_are_decoded_as_pillow_does(data_dir):
-    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    for image, options in ((noise, {}), (noise, {"subsampling": 0}), (noise[..., 0], {})):
-        encoded = encode(image, **options)
-        ours = np.asarray(decode.whole(encoded))
-        want = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        np.testing.assert_array_equal(ours, want)
 
 
 # ---- evaluation
@@ -335,16 +283,16 @@ def test_unreadable_records_are_skipped_and_named_once(damaged, caplog):
     for epoch in (batches[:5], batches[5:10]):
         seen = [i for b in epoch for i in numbers(b.views[0])]
         assert len(seen) == len(set(seen)) == 20 and not set(seen) & set(BAD)
-    assert sorted(source.unreadable) == sorted(NAMES)
+    assert sorted(name.split()[0] for name in source.unreadable) == sorted(NAMES)
     for name in NAMES:
         assert sum(name in line for line in caplog.messages) == 1
 
 
 def test_reading_on_past_unreadable_records_repeats_the_rest(damaged):
-    whole = train(damaged(), 7, 4, limit=3)
+    whole = train(damaged(), 12, 4, limit=3)
     assert any(b.position.offset % 4 for b in whole)
-    for i in (2, 4):
-        assert_equal(train(damaged(), 6 - i, 4, start=whole[i].position, limit=3), whole[i + 1 :])
+    for i in (2, 4, 7):
+        assert_equal(train(damaged(), 11 - i, 4, start=whole[i].position, limit=3), whole[i + 1 :])
 
 
 def test_too_many_unreadable_records_are_an_error(damaged):
@@ -357,7 +305,7 @@ def test_evaluation_skips_and_names_unreadable_records(damaged):
     batches = list(source.evaluate("train", 8, 0, "bilinear", 10))
     images = np.concatenate([b["image"][b["mask"]] for b in batches])
     assert numbers(images) == [i for i in range(24) if i not in BAD]
-    assert source.unreadable == NAMES and len(batches) == 3
+    assert [name.split()[0] for name in source.unreadable] == NAMES and len(batches) == 3
     with pytest.raises(UserError, match=r"3 records.*max_unreadable=2"):
         list(damaged(max_unreadable=2).evaluate("train", 8, 0, "bilinear", 10))
 

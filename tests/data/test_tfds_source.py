@@ -1,4 +1,4 @@
-"""The TFDS source where it is damaged, or read by way of TensorFlow's own crops."""
+"""The TFDS source where it is damaged, kept in memory or streamed."""
 
 import io
 import itertools
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import helpers
-from disco_jax.data import decode, digits, sources
+from disco_jax.data import digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -19,7 +18,11 @@ START = Position.start()
 
 def crop(size=8, **changes):
     fields = dict(
-        size=size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear", antialias=True
+        size=size,
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        antialias="exact",
     )
     return types.SimpleNamespace(**{**fields, **changes})
 
@@ -64,7 +67,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(params=["in memory", "streamed"])
 def path(request, monkeypatch):
-    """Both ways to read: kept and cropped by NumPy, or from the disk and cropped by TensorFlow."""
+    """Both ways to read: kept and cropped a batch at a time, or from the disk, one by one."""
     if request.param == "streamed":
         monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
         monkeypatch.setattr(sources, "_SMALL_PIXELS", 0)
@@ -82,24 +85,11 @@ def test_both_ways_read_every_digit_of_a_part_once(data_dir, path):
     assert seen == sorted(image.tobytes() for image in digits._load()["train"][0][:100])
 
 
-def test_evaluation_equals_torchvisions(data_dir):
-    """To one grey level; a bicubic filter overshoots, and Pillow clips that between its passes."""
-    meta, stored = helpers.fixture("augment/eval_a")
-    tf, _ = sources.tensorflow()
-    encoded = tf.io.encode_png(stored["image"])
-    for i, p in enumerate(meta["params"]):
-        how = p["crop"], p["resize"], p["interpolation"]
-        image, _ = decode.evaluated(*how, 0, encoded, tf.constant(0))
-        difference = np.abs(np.asarray(image).astype(int) - stored[f"eval{i}_pil"])
-        assert difference.max() <= (1 if p["interpolation"] == "bilinear" else 5)
-        assert (difference > 1).mean() < 0.001 and difference.mean() < 0.2
-
-
 # ---- damaged records
 
 BAD = {"train": (0, 12, 13, 29, 39), "test": (3, 10)}
 COUNTS = {"train": 40, "test": 11}
-CROPS = {0: crop(16), 1: crop(8, antialias=False)}
+CROPS = {0: crop(16), 1: crop(8, antialias="none")}
 
 
 def jpeg(level, size):
@@ -177,7 +167,7 @@ def test_damaged_records_are_skipped_and_named_and_read_past(data_dir, path, cap
     for epoch in (whole[:5], whole[5:]):
         read = sorted(level for b in epoch for level in levels(b.views[0]))
         assert read == sorted(set(range(40)) - set(BAD["train"]))
-    assert set(source.unreadable) == named("train", BAD["train"])
+    assert {name.split()[0] for name in source.unreadable} == named("train", BAD["train"])
     assert all(sum(name in line for line in caplog.messages) == 1 for name in source.unreadable)
     for i in (0, 3, 5):
         again = TfdsSource("photographs", data_dir, shuffle_buffer=16)
@@ -191,7 +181,7 @@ def test_too_many_damaged_records_are_an_error(data_dir, path):
         train(source, 10, 7, CROPS, max_unreadable=4)
     source = TfdsSource("photographs", data_dir, max_unreadable=1)
     with pytest.raises(
-        UserError, match=r"2 records.*max_unreadable=1.*__3, photographs-test.*__10"
+        UserError, match=r"2 records.*max_unreadable=1.*__3 .*, photographs-test.*__10"
     ):
         list(source.evaluate("test", 16, 20, "bilinear", 4))
 
@@ -205,7 +195,7 @@ def test_evaluation_leaves_damaged_records_out(data_dir, hosts):
         )
         made = list(source.evaluate("test", 16, 20, "bicubic", 4))
         batches.add(len(made))
-        names |= set(source.unreadable)
+        names |= {name.split()[0] for name in source.unreadable}
         for batch in made:
             read = levels(batch["image"][batch["mask"]])
             assert read == batch["label"][batch["mask"]].tolist()

@@ -11,7 +11,7 @@ from PIL import Image
 import helpers
 from disco_jax import convert, main, models
 from disco_jax.convert import pickles, save
-from disco_jax.data import arrays, folders
+from disco_jax.data import decode
 from disco_jax.errors import UserError
 from disco_jax.tasks import embed, export, importing
 from disco_jax.tasks.opening import open_network
@@ -259,7 +259,7 @@ def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, c
         opened = open_network(str(run))
         mean, std = (np.array(opened.preprocessing[k], np.float32) for k in ("mean", "std"))
         for i, name in enumerate(found["files"]):
-            picture = arrays.evaluated(folders.decode(photos / name), 16, 18, "bilinear")
+            picture = decode.evaluated(decode.decode(photos / name), 16, 18, "bilinear")
             image = ((picture / np.float32(255) - mean) / std)[None]
             for output in ("features", "embedding"):
                 error = helpers.relative_error(found[output][i], opened(image, output)[0])
