@@ -67,7 +67,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         train_split="train",
         eval_split=known["eval_split"],
         eval_resize=known["eval_resize"],
-        shuffle_buffer=16_384,
+        subset="",  # a list of file names, one a line: training reads these alone
+        shuffle_buffer=16_384,  # encoded records held to be mixed, of TFRecord files
         cache=False,  # keep the encoded records in memory; small data sets always are
         max_unreadable=100,  # images that may be skipped before the run stops
     )

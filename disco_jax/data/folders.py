@@ -7,7 +7,7 @@ place of an epoch costs nothing: an epoch is a permutation of the names.
 import glob
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class FolderSource(EncodedSource):
         path: str | os.PathLike,
         *,
         name: str = "",
+        subset: Mapping[str, Collection[str]] | None = None,
         max_unreadable: int = 0,
         process_index: int = 0,
         process_count: int = 1,
@@ -53,12 +54,13 @@ class FolderSource(EncodedSource):
         Args:
           path: of the folder, or a pattern with *, ? or [...].
           name: of the data set, for messages; "": the folder's.
+          subset: split -> the file names to keep of it, without folders.
           max_unreadable: how many pictures may be skipped because they cannot be decoded.
           process_index: of this host.
           process_count: hosts that share the records.
 
         Raises:
-          UserError: no such folder, or no picture in it.
+          UserError: no such folder, no picture in it, or none of a name in `subset`.
         """
         self._root = pathlib.Path(path)
         listed = _matches(str(path)) if glob.has_magic(str(path)) else _list_folder(self._root)
@@ -70,6 +72,8 @@ class FolderSource(EncodedSource):
         self._splits = {}
         for split in dict.fromkeys(split for split, _, _ in listed):
             mine = [(label, file) for s, label, file in listed if s == split]
+            if split in (subset or {}):
+                mine = _only(mine, subset[split], f"the split {split!r} of {self.name}")
             labels = np.array([numbers.get(label, -1) for label, _ in mine], np.int32)
             self._splits[split] = _Split([file for _, file in mine], labels)
 
@@ -119,6 +123,21 @@ def pictures(root: pathlib.Path) -> list[tuple[str, str]]:
             if _is_picture(name):
                 found.append((parts[0] if parts else "", os.path.join(folder, name)))
     return sorted(found)
+
+
+def _only(listed: list[tuple[str, str]], names: Collection[str], where: str):
+    """Those (class, file) whose file has one of the names."""
+    names, found = frozenset(names), [pair for pair in listed if _basename(pair) in names]
+    if missing := sorted(names - {_basename(pair) for pair in found}):
+        raise UserError(
+            f"{len(missing)} of {len(names)} file names of config.data.subset are not in {where}, "
+            f"{missing[0]!r} for one."
+        )
+    return found
+
+
+def _basename(pair: tuple[str, str]) -> str:
+    return os.path.basename(pair[1])
 
 
 def _is_picture(name: str) -> bool:

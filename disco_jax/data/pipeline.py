@@ -1,5 +1,6 @@
 """From a config to device-ready batches: sources by name, device layout, prefetch."""
 
+import pathlib
 import queue
 import threading
 import time
@@ -33,7 +34,12 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
         from disco_jax.data.sources import TfdsSource
 
         return TfdsSource(
-            data.name, data.dir, cache=data.cache, shuffle_buffer=data.shuffle_buffer, **common
+            data.name,
+            data.dir,
+            cache=data.cache,
+            shuffle_buffer=data.shuffle_buffer,
+            subset=_subset(data),
+            **common,
         )
     if data.source not in SOURCES:
         raise unknown("config.data.source", data.source, SOURCES)
@@ -42,11 +48,33 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
     if data.source == "folder":
         from disco_jax.data.folders import FolderSource
 
-        return FolderSource(data.dir, **common)
+        return FolderSource(data.dir, subset=_subset(data), **common)
+    if data.subset:
+        raise UserError(
+            f"config.data.subset={data.subset!r} picks files by name; the images of an .npz file "
+            "have none. Leave it empty."
+        )
     from disco_jax.data.arrays import ArraySource
 
     common.pop("max_unreadable")
     return ArraySource.from_npz(data.dir, **common)
+
+
+def _subset(data: Any) -> dict[str, frozenset[str]]:
+    """Split -> names, from the list that `config.data.subset` names; {} without one."""
+    if not data.subset:
+        return {}
+    path = pathlib.Path(data.subset).expanduser()
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config.data.subset={data.subset!r} cannot be read as a list of file names: {error}"
+        ) from error
+    names = frozenset(pathlib.PurePath(line.strip()).name for line in lines if line.strip())
+    if not names:
+        raise UserError(f"config.data.subset={data.subset!r} holds no file name.")
+    return {data.train_split: names}
 
 
 def to_devices(tree: Any, local_devices: int) -> Any:

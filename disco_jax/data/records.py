@@ -51,7 +51,7 @@ class Rows:
         _, tfds = tensorflow()
         self._builder, self._split = builder, split
         self._image, self._label, self._text = image, label, text
-        parts = builder.info.splits[split].file_instructions
+        self._instructions = parts = builder.info.splits[split].file_instructions
         self._files = [os.fspath(part.filename) for part in parts]
         self._skips = np.array([part.skip for part in parts], np.int64)
         takes = [part.examples_in_shard if part.take < 0 else part.take for part in parts]
@@ -91,17 +91,20 @@ class Rows:
         return self._at_will(range(first, last)) if self.at_will else self._in_runs([(first, last)])
 
     def _at_will(self, rows: Sequence[int]) -> Iterator[tuple[Record, str]]:
-        if self._source is None:
-            decoders, _ = self._decoding()
-            self._source = self._builder.as_data_source(self._split, decoders=decoders)
+        decoders, features = self._decoding()
         for begin in range(0, len(rows), _READ_AT_ONCE):
             part = [int(row) for row in rows[begin : begin + _READ_AT_ONCE]]
             with self._whole_files():
+                if self._source is None:
+                    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+                    self._source = ArrayRecordDataSource(self._instructions)
                 found = self._source.__getitems__(part)
-            for row, record in zip(part, found, strict=True):
+            for row, raw in zip(part, found, strict=True):
+                record = features.deserialize_example_np(raw, decoders=decoders.decoders)
                 label = int(record[self._label]) if self._label else -1
                 text = bytes(record[self._text]).decode() if self._text else ""
-                yield Record(row, record[self._image], label), text
+                yield Record(row, bytes(record[self._image]), label), text
 
     def _in_runs(self, runs, files_at_once: int = 1) -> Iterator[tuple[Record, str]]:
         wanted, found = sum(last - first for first, last in runs), 0

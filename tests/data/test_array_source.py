@@ -77,7 +77,7 @@ import jax, numpy as np
 from ml_collections import ConfigDict
 from disco_jax.data import pipeline, stacks, views
 from disco_jax.data.base import Position
-data = ConfigDict(dict(source="npz", dir="digits.npz", max_unreadable=0))
+data = ConfigDict(dict(source="npz", dir="digits.npz", subset="", max_unreadable=0))
 source = pipeline.open_source(data)
 recipe = views.build({**stacks.STACKS["moco_v2"], "size": 12})
 batches = source.train("train", dict(enumerate(recipe.crops)), 479, 0, Position.start(), 0)

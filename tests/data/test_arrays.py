@@ -291,7 +291,7 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Position
 np.savez("ours.npz", train_images=np.zeros((8, 6, 6), np.uint8))
 source = pipeline.open_source(ConfigDict(dict(
-    source="npz", dir="ours.npz", name="", cache=False, shuffle_buffer=1, max_unreadable=0)))
+    source="npz", dir="ours.npz", name="", subset="", max_unreadable=0)))
 crop = types.SimpleNamespace(
     size=4, scale=(0.2, 1.0), ratio=(0.75, 1.33), interpolation="bilinear", antialias="exact")
 print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position)

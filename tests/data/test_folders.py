@@ -239,3 +239,15 @@ def test_nothing_readable_is_an_error(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no")
     with pytest.raises(UserError, match="has 0: choose a batch"):
         train(FolderSource(tmp_path), 1, batch_size=2, max_unreadable=9)
+
+
+def test_a_subset_keeps_the_named_files(tmp_path):
+    for split in ("train", "val"):
+        for i in range(4):
+            save(tmp_path / split / "ab"[i % 2] / f"{i}.png", colour=(i, i, i))
+    source = FolderSource(tmp_path, subset={"train": ["1.png", "2.png"]})
+    assert (source.count("train"), source.count("validation"), source.num_classes) == (2, 4, 2)
+    (batch,) = source.evaluate("train", 8, 0, "bilinear", 2)
+    assert batch["label"].tolist() == [0, 1] and batch["image"][:, 0, 0, 0].tolist() == [2, 1]
+    with pytest.raises(UserError, match=r"1 of 2 file names of config\.data\.subset.*'9\.png'"):
+        FolderSource(tmp_path, subset={"train": ["1.png", "9.png"]})

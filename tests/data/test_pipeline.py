@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from disco_jax.data import pipeline
 from disco_jax.data.pipeline import Prefetcher
@@ -18,6 +19,8 @@ def data(**changes):
         source="npz",
         name="",
         dir="",
+        train_split="train",
+        subset="",
         cache=False,
         shuffle_buffer=16,
         max_unreadable=0,
@@ -32,6 +35,23 @@ def test_sources_are_opened_by_name(tmp_path):
         pipeline.open_source(data(source="folder", dir=str(tmp_path)))
     with pytest.raises(UserError, match=r"config\.data\.source='tdfs'.*Did you mean 'tfds'"):
         pipeline.open_source(data(source="tdfs"))
+
+
+def test_a_list_of_file_names_makes_a_subset(tmp_path):
+    for name in ("n01_1", "n01_2", "n02_3"):
+        (tmp_path / "train" / name[:3]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "train" / name[:3] / f"{name}.JPEG")
+    chosen = tmp_path / "chosen.txt"
+    chosen.write_text("n01_2.JPEG\n\ntrain/n02/n02_3.JPEG \n")  # names or paths
+    folder = data(source="folder", dir=str(tmp_path), subset=str(chosen))
+    assert pipeline.open_source(folder).count("train") == 2
+    for text in ("\n", None):
+        chosen.write_text(text) if text else chosen.unlink()
+        with pytest.raises(UserError, match=r"config\.data\.subset"):
+            pipeline.open_source(folder)
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((4, 5, 5), np.uint8))
+    with pytest.raises(UserError, match=r"config\.data\.subset.*npz"):
+        pipeline.open_source(data(dir=str(tmp_path / "a.npz"), subset=str(chosen)))
 
 
 def test_to_devices_splits_the_batch_of_every_leaf():

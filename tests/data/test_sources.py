@@ -1,5 +1,6 @@
 """TFDS data sets: order, continuation, hosts, damaged records, and torchvision's pixels."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disco_jax.data import base, decode, digits, sources
+from disco_jax.data import base, decode, digits, records, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -42,41 +43,64 @@ def encode(image, kind="JPEG", **options):
     return file.getvalue()
 
 
-def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10):
-    """A data set as `tfds build` leaves it; records is {split: [(bytes, label)]}."""
-    tf, tfds = sources.tensorflow()
+def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10, kind="tfrecord"):
+    """A data set as `tfds build` leaves it; records is {split: [(bytes, label)]}.
+
+    Record i of a split has the file name "i.jpg".
+    """
+    _, tfds = sources.tensorflow()
     folder = pathlib.Path(data_dir) / name / "1.0.0"
     folder.mkdir(parents=True)
-    fields = {"image": tfds.features.Image(shape=shape)}
+    fields = {"image": tfds.features.Image(shape=shape), "file_name": tfds.features.Text()}
     if classes:
         fields["label"] = tfds.features.ClassLabel(num_classes=classes)
     features = tfds.features.FeaturesDict(fields)
-    infos = []
-    for split, examples in records.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=name, split=split, filetype_suffix="tfrecord"
-        )
-        lengths, size = [], 0
-        for i in range(files):
-            part = examples[len(examples) * i // files : len(examples) * (i + 1) // files]
-            lengths.append(len(part))
-            path = template.sharded_filepath(shard_index=i, num_shards=files)
-            with tf.io.TFRecordWriter(str(path)) as out:
-                for encoded, label in part:
-                    example = {"image": io.BytesIO(encoded)}
-                    if classes:
-                        example["label"] = label
-                    out.write(features.serialize_example(features.encode_example(example)))
-                    size += len(encoded)
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
-            )
-        )
+    infos = [
+        write_split(folder, name, split, examples, features, files, bool(classes), "tfrecord")
+        for split, examples in records.items()
+    ]
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features, split_infos=infos, version="1.0.0"
     )
+    if kind != "tfrecord":  # the description is made from TFRecord files alone
+        for file in folder.glob("*tfrecord*"):
+            file.unlink()
+        for split, examples in records.items():
+            write_split(folder, name, split, examples, features, files, bool(classes), kind)
+        info = folder / "dataset_info.json"
+        info.write_text(info.read_text().replace("tfrecord", kind))
     return folder
+
+
+def write_split(folder, name, split, examples, features, files, labelled, kind):
+    """The files of one split, and TFDS's description of them."""
+    _, tfds = sources.tensorflow()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, split=split, filetype_suffix=kind
+    )
+    lengths, size = [], 0
+    for i in range(files):
+        begin, end = (len(examples) * n // files for n in (i, i + 1))
+        lengths.append(end - begin)
+        path = template.sharded_filepath(shard_index=i, num_shards=files)
+        with writer(kind, str(path)) as out:
+            for number, (encoded, label) in enumerate(examples[begin:end], begin):
+                example = {"image": io.BytesIO(encoded), "file_name": f"{number}.jpg"}
+                if labelled:
+                    example["label"] = label
+                out.write(features.serialize_example(features.encode_example(example)))
+                size += len(encoded)
+    return tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+    )
+
+
+def writer(kind, path):
+    if kind == "tfrecord":
+        return sources.tensorflow()[0].io.TFRecordWriter(path)
+    from array_record.python import array_record_module
+
+    return contextlib.closing(array_record_module.ArrayRecordWriter(path, "group_size:1"))
 
 
 def plain(i, shape=SHAPES[0]):
@@ -96,6 +120,7 @@ def data_dir(tmp_path_factory):
     digits.write(str(path))
     jpegs = [(plain(i, SHAPES[i % 3]), i % 10) for i in range(COUNT)]
     write(path, "plain", {"train": jpegs, "test": jpegs[:10]}, files=4)
+    write(path, "at_will", {"train": jpegs, "test": jpegs[:10]}, files=3, kind="array_record")
     noise = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), np.uint8)
     mixed = [
         (encode(noise[0]), 0),
@@ -107,12 +132,12 @@ def data_dir(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(params=["digits", "kept", "streamed"])
+@pytest.fixture(params=["digits", "kept", "streamed", "at_will"])
 def kind(request, data_dir, monkeypatch):
-    """Opens a source that reads in each of the three ways."""
-    if request.param == "streamed":
+    """Opens a source that reads in each of the four ways."""
+    if request.param in ("streamed", "at_will"):
         monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-    name = "digits" if request.param == "digits" else "plain"
+    name = request.param if request.param in ("digits", "at_will") else "plain"
 
     def make(**options):
         return TfdsSource(name, data_dir, shuffle_buffer=16, **options)
@@ -160,14 +185,16 @@ def test_batches_have_the_promised_layout(kind):
     assert all(x.dtype == np.uint8 for x in batch.views.values())
 
 
-@pytest.mark.parametrize("bytes_kept", [0, 1e9])
+@pytest.mark.parametrize(
+    ("name", "bytes_kept"), [("plain", 0), ("plain", 1e9), ("at_will", 0), ("at_will", 1e9)]
+)
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, bytes_kept):
+def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, name, bytes_kept):
     monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
     seen = [[], []]
     for host in range(hosts):
         source = TfdsSource(
-            "plain", data_dir, shuffle_buffer=16, process_index=host, process_count=hosts
+            name, data_dir, shuffle_buffer=16, process_index=host, process_count=hosts
         )
         per_epoch = COUNT // hosts // 4
         for i, batch in enumerate(train(source, 2 * per_epoch, 4)):
@@ -175,6 +202,72 @@ def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, byte
             seen[i // per_epoch] += numbers(batch.views[0])
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(COUNT))
     assert seen[0] != seen[1]
+
+
+def test_reading_on_reads_no_more_than_a_group_of_files(data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    source = TfdsSource("plain", data_dir, shuffle_buffer=24)  # groups of 12: one of the 4 files
+    read, mixed = [], records.Rows.mixed
+    monkeypatch.setattr(
+        records.Rows, "mixed", lambda rows, runs: read.append(runs) or mixed(rows, runs)
+    )
+    rest = list(source._shuffled("train", 3, 0, 30))
+    assert len(rest) == 18 and [r[0][1] - r[0][0] for r in read] == [12, 12]
+    again = TfdsSource("plain", data_dir, shuffle_buffer=24)
+    assert [r.row for r in again._shuffled("train", 3, 0, 0)][30:] == [r.row for r in rest]
+
+
+def test_groups_mix_files_and_every_epoch_other_ones(data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    source = TfdsSource("plain", data_dir, shuffle_buffer=48)  # groups of 24: two files
+    firsts = set()
+    for epoch in range(6):
+        rows = [record.row for record in source._shuffled("train", 3, epoch, 0)]
+        assert sorted(rows) == list(range(COUNT))
+        files = np.array(rows).reshape(2, 24) // 12
+        assert all(len(set(half)) == 2 and (np.diff(half) != 0).sum() > 4 for half in files)
+        firsts.add(frozenset(files[0].tolist()))
+    assert len(firsts) > 1
+
+
+# ---- parts of a data set
+
+
+@pytest.mark.parametrize("name", ["plain", "at_will"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_subset_keeps_the_named_files(data_dir, name, hosts):
+    wanted = {f"{i}.jpg" for i in range(0, COUNT, 3)}
+    seen = []
+    for host in range(hosts):
+        source = TfdsSource(
+            name, data_dir, subset={"train": wanted}, process_index=host, process_count=hosts
+        )
+        assert (source.count("train"), source.count("test")) == (16, 10)
+        for batch in train(source, 2, 8 // hosts):
+            seen += numbers(batch.views[0])
+        labels = [b["label"][b["mask"]] for b in source.evaluate("train", 8, 0, "bilinear", 5)]
+        first = host * 16 // hosts
+        assert np.concatenate(labels).tolist() == [
+            3 * i % 10 for i in range(first, first + 16 // hosts)
+        ]
+    assert sorted(seen) == list(range(0, COUNT, 3))
+
+
+def test_a_subset_that_cannot_be_found_is_an_error(data_dir):
+    source = TfdsSource("plain", data_dir, subset={"train": ["0.jpg", "99.jpg"]})
+    with pytest.raises(UserError, match=r"1 of 2 file names of config\.data\.subset.*'99\.jpg'"):
+        train(source, 1, 1)
+    with pytest.raises(UserError, match="no feature 'file_name'"):
+        TfdsSource("digits", data_dir, subset={"train": ["0.jpg"]})
+
+
+@pytest.mark.parametrize("name", ["plain", "at_will"])
+def test_parts_of_a_split_are_read(data_dir, name):
+    source = TfdsSource(name, data_dir)
+    assert source.count("train[10:25]") == 15
+    made = list(source.pictures("train[10:25]"))
+    assert [label for _, _, label in made] == [i % 10 for i in range(10, 25)]
+    assert made[0][0].startswith(f"{name}-train.") and made[0][0].endswith("__10")
 
 
 def test_cache_keeps_what_is_large(data_dir, monkeypatch):
@@ -247,11 +340,12 @@ def test_evaluation_reads_everything_once_in_order(data_dir):
         source.evaluate("test", 8, 7, "bilinear", 4)
 
 
+@pytest.mark.parametrize("name", ["plain", "at_will"])
 @pytest.mark.parametrize(("hosts", "limit"), [(1, 0), (3, 0), (4, 0), (1, 5), (3, 5), (4, 2)])
-def test_hosts_evaluate_everything_in_as_many_batches(data_dir, hosts, limit):
+def test_hosts_evaluate_everything_in_as_many_batches(data_dir, hosts, limit, name):
     seen, batches = [], set()
     for host in range(hosts):
-        source = TfdsSource("plain", data_dir, process_index=host, process_count=hosts)
+        source = TfdsSource(name, data_dir, process_index=host, process_count=hosts)
         found = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
         batches.add(len(found))
         seen += [i for b in found for i in numbers(b["image"][b["mask"]])]
@@ -339,10 +433,12 @@ def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad
 
 @pytest.mark.parametrize("bytes_kept", [0, 1e9], ids=["streamed", "kept"])
 @pytest.mark.parametrize("task", ["train", "evaluate"])
-def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept, task):
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept, task, kind):
     monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
-    folder = write(tmp_path, "cut", {"train": [(plain(i), 0) for i in range(24)]}, files=2)
-    path = folder / "cut-train.tfrecord-00001-of-00002"
+    pictures = [(plain(i), 0) for i in range(24)]
+    folder = write(tmp_path, "cut", {"train": pictures}, files=2, kind=kind)
+    path = folder / f"cut-train.{kind}-00001-of-00002"
     path.write_bytes(path.read_bytes()[:-3000])
     source = TfdsSource("cut", str(tmp_path), max_unreadable=100)
     with pytest.raises(UserError, match="cut"):
@@ -356,7 +452,9 @@ def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept
 
 
 def test_a_missing_data_set_says_what_is_there_and_how_to_prepare_it(data_dir, monkeypatch):
-    with pytest.raises(UserError, match=r"Did you mean 'digits'.*digits, mixed, plain") as error:
+    with pytest.raises(
+        UserError, match=r"Did you mean 'digits'.*at_will, digits, mixed, plain"
+    ) as error:
         TfdsSource("digit", data_dir)
     assert data_dir in str(error.value) and "tfds build digit" in str(error.value)
     monkeypatch.setenv("TFDS_DATA_DIR", f"{data_dir}/none")
