@@ -2,28 +2,34 @@
 
     python benchmarks/input.py [--images 200] [--seconds 4] [--data DIR --name imagenet2012]
 
-Everything runs on one core, in turns, for three rounds; the medians and their ratios are printed as
-a table and as one line of JSON. Without --data the pictures are photographs' stand-ins: smooth
-noise of 500 x 375 px, saved as JPEG of quality 92.
+Everything runs on one core, in turns, for five rounds; the medians and those of the ratios within a
+round are printed as a table and as one line of JSON, then what each stage costs. Without --data the
+pictures are photographs' stand-ins: smooth noise of 500 x 375 px, saved as JPEG of quality 92.
 
-  bare decode        Pillow decodes the whole JPEG, nothing else
+  bare decode        the whole JPEG to pixels and nothing else, the faster of Pillow and OpenCV
   two-crop Pillow    what torchvision's MoCo-v2 loader does on PIL images: decode, two random
-                     resized crops, colour jitter, grey, blur, flip, to float, normalise
-  folder             `data.folders.FolderSource`: two 224 px crops, uint8; the rest is the step's
-  tfds               `data.sources.TfdsSource`, the same, by TensorFlow
-  tfds, plain        the same with augment.antialias=False: other pixels, see the table's text
+                     resized crops, colour jitter, grey, Pillow's blur, flip, to float, normalise
+  torchvision        the same by torchvision's own transforms, where it is installed; "GaussianBlur"
+                     with its own blur (23 taps), which many loaders have in the place of Pillow's
+  folder, tfds       `FolderSource` and `TfdsSource`: two 224 px crops, uint8, the rest is the
+                     step's; "area" is the default of the recipes
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
 import os
 import pathlib
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"
 with contextlib.suppress(AttributeError):  # Linux alone pins a process to a core
@@ -32,9 +38,9 @@ with contextlib.suppress(AttributeError):  # Linux alone pins a process to a cor
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from disco_jax.data import folders, sources, stacks, views
+from disco_jax.data import decode, folders, sources, stacks, views
 from disco_jax.data.base import Position
-from disco_jax.data.crops import boxes
+from disco_jax.data.crops import boxes, uniforms
 
 SIZE, BATCH = 224, 32
 RECIPE = views.build(stacks.STACKS["moco_v2"])
@@ -54,15 +60,22 @@ def main():
         loaders = {
             "bare decode": lambda: bare(encoded),
             "two-crop Pillow": lambda: two_crops(encoded),
-            "folder": lambda: crops(folders.FolderSource(folder), "train"),
         }
+        for kind in views.ANTIALIAS:
+            loaders[f"folder, {kind}"] = lambda kind=kind: crops(
+                folders.FolderSource(folder), "train", kind
+            )
         if values.data:
             opened = sources.TfdsSource(values.name, values.data)
             split = max(opened.splits, key=opened.count)
-            plain = views.build({**stacks.STACKS["moco_v2"], "antialias": False})
-            loaders["tfds"] = lambda: crops(opened, split)
-            loaders["tfds, plain"] = lambda: crops(opened, split, plain)
-        report(loaders, values.seconds)
+            for kind in views.ANTIALIAS:
+                loaders[f"tfds, {kind}"] = lambda kind=kind: crops(opened, split, kind)
+        timed = {name: partial(timed_here, loader) for name, loader in loaders.items()}
+        if importlib.util.find_spec("torchvision"):
+            for blur in ("Pillow", "GaussianBlur"):
+                timed[f"torchvision, {blur}"] = partial(timed_apart, folder, blur)
+        report(timed, values.seconds)
+        stages(encoded)
 
 
 def photographs(values):
@@ -91,9 +104,55 @@ def made_up(count):
 
 def bare(encoded):
     for picture in itertools.cycle(encoded):
-        with Image.open(io.BytesIO(picture)) as opened:
-            opened.convert("RGB").load()
+        decode.decode(picture)
         yield 1
+
+
+def torchvision(encoded, blur):
+    """torchvision's own transforms of MoCo-v2."""
+    import torch
+    import torchvision.transforms as T
+
+    torch.set_num_threads(1)
+
+    def pillows(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+    stack = T.Compose(
+        [
+            T.RandomResizedCrop(SIZE, (0.2, 1.0)),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([pillows if blur == "Pillow" else T.GaussianBlur(23, (0.1, 2.0))], 0.5),
+            T.RandomHorizontalFlip(),
+            T.ToTensor(),
+            T.Normalize(stacks.IMAGENET_MEAN, stacks.IMAGENET_STD),
+        ]
+    )
+    for picture in itertools.cycle(encoded):
+        with Image.open(io.BytesIO(picture)) as opened:
+            image = opened.convert("RGB")
+        stack(image), stack(image)
+        yield 1
+
+
+def timed_here(loader, seconds):
+    return rate(loader(), seconds)
+
+
+def timed_apart(folder, blur, seconds):
+    """In a process of its own: PyTorch and TensorFlow do not get along in one."""
+    loader = f"input.torchvision(input.files({folder!r}), {blur!r})"
+    code = f"import input; print(input.rate({loader}, {seconds}))"
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def files(folder):
+    return [path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())]
 
 
 def two_crops(encoded):
@@ -138,27 +197,75 @@ def turned(image, rng):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def crops(source, split, recipe=RECIPE):
+def crops(source, split, antialias):
     """Two crops a picture of one of our sources; a batch at a time."""
+    recipe = views.build({**stacks.STACKS["moco_v2"], "antialias": antialias})
     made = source.train(split, dict(enumerate(recipe.crops)), BATCH, 0, Position.start(), 100)
     for batch in made:
         yield len(batch.views[0])
 
 
-def report(loaders, seconds):
-    rates = {name: [] for name in loaders}
-    for _ in range(3):
-        for name, loader in loaders.items():
-            rates[name].append(rate(loader(), seconds))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    reference, decode = medians["two-crop Pillow"], medians["bare decode"]
-    print(f"{'loader':18} {'images/s':>9} {'of Pillow':>10} {'of decode':>10}   rounds")
-    for name, median in medians.items():
-        rounds = ", ".join(f"{x:.0f}" for x in rates[name])
-        print(
-            f"{name:18} {median:9.0f} {median / reference:10.2f} {median / decode:10.2f}   {rounds}"
-        )
-    print(json.dumps({name: round(median, 1) for name, median in medians.items()}))
+def stages(encoded, rounds=3):
+    """Milliseconds an image of each stage of our pipeline, and how much of it is Python's own."""
+    images = [decode.decode(picture) for picture in encoded]
+    sides = np.array([image.shape[:2] for image in images])
+    crop = RECIPE.crops[0]
+
+    def drawn():
+        for begin in range(0, len(encoded), 16):
+            some = sides[begin : begin + 16]
+            for view in range(2):
+                draws = uniforms(0, 0, 0, view, begin, len(some))
+                boxes(draws, *some.T, crop.scale, crop.ratio)
+
+    draws = uniforms(0, 0, 0, 0, 0, len(encoded))
+    places = boxes(draws, *sides.T, crop.scale, crop.ratio).tolist()
+
+    def cut(kind):
+        for image, (top, left, height, width) in zip(images, places, strict=True):
+            part = image[top : top + height, left : left + width]
+            decode.resize(part, SIZE, SIZE, "bilinear", kind)
+
+    made = {
+        "read the header": lambda: [decode._header(picture) for picture in encoded],
+        "draw two boxes": drawn,
+        "decode (OpenCV)": lambda: [decode.decode(picture) for picture in encoded],
+        "decode (Pillow)": lambda: [
+            np.asarray(Image.open(io.BytesIO(p)).convert("RGB")) for p in encoded
+        ],
+        **{f"resize two crops, {kind}": lambda kind=kind: cut(kind) for kind in views.ANTIALIAS},
+        "put a batch together": lambda: [np.stack([c] * BATCH) for c in [images[0][:SIZE, :SIZE]]],
+    }
+    for name, stage in made.items():
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            stage()
+            times.append(time.perf_counter() - begin)
+        per = BATCH if name.startswith("put") else len(encoded)
+        twice = 2 if "two crops" in name or name.startswith("put") else 1
+        print(f"{name:28} {1e3 * twice * statistics.median(times) / per:7.3f} ms an image")
+
+
+def report(timed, seconds, rounds=5):
+    """Medians over rounds of images/s, and of the ratios within a round."""
+    rates = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, measure in timed.items():
+            rates[name].append(measure(seconds))
+    against = [
+        n for n in ("torchvision, GaussianBlur", "two-crop Pillow", "bare decode") if n in rates
+    ]
+    print(f"{'loader':26} {'images/s':>9} " + " ".join(f"{'of ' + n:>28}" for n in against))
+    table = {}
+    for name, found in rates.items():
+        ratios = [
+            statistics.median(x / y for x, y in zip(found, rates[other], strict=True))
+            for other in against
+        ]
+        table[name] = [round(x, 2) for x in (statistics.median(found), *ratios)]
+        print(f"{name:26} {table[name][0]:9.0f} " + " ".join(f"{x:28.2f}" for x in ratios))
+    print(json.dumps(table))
 
 
 def rate(items, seconds):
