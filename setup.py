@@ -47,6 +47,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        # The TPU's compiler, for `disco-jax plan`; it needs no TPU.
+        "plan": ["jax[tpu]>=0.10"],
         # jax2onnx asks for an Orbax below 0.11.37 and does not import it; with
         # `pip install --no-deps jax2onnx` the newest stays (see launch/test.sh).
         "onnx": ["jax2onnx>=0.17,<0.18", "onnxruntime>=1.24"],
@@ -57,6 +59,7 @@ setup(
         "test": [
             *DEMO,
             "hypothesis>=6.100",
+            "jax[tpu]>=0.10; platform_machine=='x86_64' and sys_platform=='linux'",
             "onnx-ir>=0.2.1",
             "onnxruntime>=1.24",
             "pyarrow>=17",

@@ -95,7 +95,10 @@ class Photometric:
         """
         draws = self.draw(key, positions)
         images = _unit(images)
-        for name in self.active:
+        if {"blur", "flip"} <= draws.keys():
+            # Mirroring can come at any place, and the blur's matrix does it for nothing.
+            draws["blur"] += draws.pop("flip")
+        for name in filter(draws.__contains__, self.active):
             images = OPERATIONS[name](images, *draws[name])
         return ops.normalize(images, self.mean, self.std)
 
@@ -276,7 +279,9 @@ def _make(cls: type, settings: Mapping[str, Any]) -> Any:
 def _unit(images: Array) -> Array:
     """u8[B, H, W, 3] -> f32[B, H, W, 3] in [0, 1]."""
     chex.assert_type(images, jnp.uint8)
-    return images.astype(jnp.float32) / 255.0
+    # A channel at a time, as the operations that follow read them.
+    planes = (images[..., channel].astype(jnp.float32) / 255.0 for channel in range(3))
+    return jnp.stack(tuple(planes), axis=-1)
 
 
 def _uniforms(key: Array, positions: Array) -> tuple[Array, Array]:

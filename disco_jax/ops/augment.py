@@ -3,7 +3,13 @@
 Each computes on floats in [0, 1] what torchvision computes on the bytes of a PIL image, so results
 differ by the rounding of those bytes: about a grey level of 255 an operation, more for hue, which
 PIL turns in steps of 1/256.
+
+Operations that mix channels work on the three planes apart and stack them at the end. Between two
+of them the compiler drops the stack and the slices, so that one pass over the image does for both.
 """
+
+import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -15,11 +21,7 @@ JITTER = ("brightness", "contrast", "saturation", "hue")  # what the columns of 
 # PIL's weights of red, green and blue in the grey image; torchvision on floats has 0.2989 for red.
 _LUMA = (0.299, 0.587, 0.114)
 
-# At this width, in pixels, the weight of a neighbour underflows to zero in float32.
-_SMALLEST_SIGMA = 0.05
-
-# Offsets beyond the image that a blur sums one by one; it integrates the rest.
-_TAIL = 32
+Planes = tuple[Array, ...]  # red, green and blue, each f32[B, H, W]
 
 
 def brightness(images: Array, factors: Array) -> Array:
@@ -35,8 +37,7 @@ def brightness(images: Array, factors: Array) -> Array:
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    _check(images, factors)
-    return _clip(_column(factors) * images)
+    return _on_planes(_brightness, images, factors)
 
 
 def contrast(images: Array, factors: Array) -> Array:
@@ -52,9 +53,7 @@ def contrast(images: Array, factors: Array) -> Array:
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    _check(images, factors)
-    mean = jnp.mean(_grey(images), axis=(1, 2, 3), keepdims=True)  # PIL rounds it to a byte
-    return _blend(images, mean, factors)
+    return _on_planes(_contrast, images, factors)
 
 
 def saturation(images: Array, factors: Array) -> Array:
@@ -70,8 +69,7 @@ def saturation(images: Array, factors: Array) -> Array:
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    _check(images, factors)
-    return _blend(images, _grey(images), factors)
+    return _on_planes(_saturation, images, factors)
 
 
 def hue(images: Array, shifts: Array) -> Array:
@@ -91,11 +89,7 @@ def hue(images: Array, shifts: Array) -> Array:
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    _check(images, shifts)
-    value = jnp.max(images, axis=-1)
-    chroma = value - jnp.min(images, axis=-1)
-    turn = _sixths(images, value, chroma) + 6.0 * shifts[:, None, None]
-    return _clip(jnp.stack([_hue_channel(value, chroma, n + turn) for n in (5, 3, 1)], axis=-1))
+    return _on_planes(_hue, images, shifts)
 
 
 def grayscale(images: Array, mask: Array) -> Array:
@@ -112,7 +106,9 @@ def grayscale(images: Array, mask: Array) -> Array:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     _check(images, mask, bool)
-    return jnp.where(_column(mask), _grey(images), images)
+    planes = _planes(images)
+    grey, mask = _grey(planes), _column(mask)
+    return _stack(tuple(jnp.where(mask, grey, plane) for plane in planes))
 
 
 def solarize(images: Array, mask: Array) -> Array:
@@ -129,7 +125,7 @@ def solarize(images: Array, mask: Array) -> Array:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     _check(images, mask, bool)
-    return jnp.where(_column(mask) & (images >= 0.5), 1.0 - images, images)
+    return jnp.where(mask[:, None, None, None] & (images >= 0.5), 1.0 - images, images)
 
 
 def flip(images: Array, mask: Array) -> Array:
@@ -146,19 +142,21 @@ def flip(images: Array, mask: Array) -> Array:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     _check(images, mask, bool)
-    return jnp.where(_column(mask), images[:, :, ::-1], images)
+    return jnp.where(mask[:, None, None, None], images[:, :, ::-1], images)
 
 
-def gaussian_blur(images: Array, sigma: Array) -> Array:
-    """Convolution of each image with a Gaussian of its own width; edge pixels are repeated.
+def gaussian_blur(images: Array, sigma: Array, mirrored: Array | None = None) -> Array:
+    """Pillow's Gaussian blur, which the published recipes use: three extended box filters an axis.
 
-    The kernel is not cut off: each axis is one batched product with a matrix whose rows hold the
-    whole Gaussian. Pillow, behind the published recipes, has three box filters of the same
-    variance, a few grey levels away.
+    Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box
+    filtering", with edge pixels repeated before each of the three; Pillow also rounds to bytes
+    six times on the way. An axis is one batched product with a matrix an image, which mirrors the
+    image at no cost.
 
     Args:
       images: f32[B, H, W, 3] in [0, 1].
-      sigma: f32[B], at least 0, in pixels; up to 0.05 the image stays as it is.
+      sigma: f32[B], at least 0, in pixels; 0 keeps the image.
+      mirrored: bool[B], the images to mirror left to right as well; None: none of them.
 
     Returns:
       f32[B, H, W, 3] in [0, 1].
@@ -167,13 +165,17 @@ def gaussian_blur(images: Array, sigma: Array) -> Array:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     _check(images, sigma)
+    mirrored = jnp.zeros(sigma.shape, bool) if mirrored is None else mirrored
+    chex.assert_type(mirrored, bool)
+    chex.assert_equal_shape([sigma, mirrored])
     _, height, width, _ = images.shape
+    across = _thrice(sigma, width, mirrored)
+    down = _thrice(sigma, height, jnp.zeros_like(mirrored))
     # One bfloat16 product, the default of TPUs, would round images to half a grey level; "high"
     # is off by an eighth (TF32) or less, and twice as fast as "highest".
-    precision = jax.lax.Precision.HIGH
-    down, across = _blur_matrix(sigma, height), _blur_matrix(sigma, width)
-    images = jnp.einsum("bij,bjwc->biwc", down, images, precision=precision)
-    return _clip(jnp.einsum("bkw,bhwc->bhkc", across, images, precision=precision))
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGH)
+    planes = (product("bij,bjw->biw", down, plane) for plane in _planes(images))
+    return _clip(_stack(tuple(product("bkw,bhw->bhk", across, plane) for plane in planes)))
 
 
 def jitter(images: Array, factors: Array, order: Array) -> Array:
@@ -195,11 +197,12 @@ def jitter(images: Array, factors: Array, order: Array) -> Array:
     """
     chex.assert_type([images, factors, order], [jnp.float32, jnp.float32, jnp.int32])
     chex.assert_shape([factors, order], [(images.shape[0], 4), (4,)])
-    operations = (brightness, contrast, saturation, hue)
+    operations = (_brightness, _contrast, _saturation, _hue)
     branches = [_bind(operation, factors[:, i]) for i, operation in enumerate(operations)]
+    planes = _planes(images)
     for position in range(4):
-        images = jax.lax.switch(order[position], branches, images)
-    return images
+        planes = jax.lax.switch(order[position], branches, planes)
+    return _stack(planes)
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -229,74 +232,122 @@ def _check(images: Array, factors: Array, dtype: type = jnp.float32) -> None:
     chex.assert_shape(factors, images.shape[:1])
 
 
+def _on_planes(operation: Callable[[Planes, Array], Planes], images: Array, values: Array) -> Array:
+    """f32[B, H, W, 3] through an operation on planes."""
+    _check(images, values)
+    return _stack(operation(_planes(images), values))
+
+
+def _planes(images: Array) -> Planes:
+    """[B, H, W, 3] -> three of [B, H, W]."""
+    return tuple(images[..., i] for i in range(3))
+
+
+def _stack(planes: Planes) -> Array:
+    """Three of [B, H, W] -> [B, H, W, 3]."""
+    return jnp.stack(planes, axis=-1)
+
+
 def _column(factors: Array) -> Array:
-    """[B] -> [B, 1, 1, 1], to meet the images."""
-    return factors[:, None, None, None]
+    """[B] -> [B, 1, 1], to meet a plane."""
+    return factors[:, None, None]
 
 
 def _clip(images: Array) -> Array:
     return jnp.clip(images, 0.0, 1.0)
 
 
-def _grey(images: Array) -> Array:
-    """f32[B, H, W, 1]: PIL's grey version of the images."""
-    red, green, blue = (weight * images[..., i] for i, weight in enumerate(_LUMA))
-    return (red + green + blue)[..., None]
-
-
-def _blend(images: Array, others: Array, factors: Array) -> Array:
-    """factor * images + (1 - factor) * others, clipped to [0, 1]; exact at a factor of 1."""
+def _brightness(planes: Planes, factors: Array) -> Planes:
     factors = _column(factors)
-    return _clip(factors * images + (1.0 - factors) * others)
+    return tuple(jnp.minimum(factors * plane, 1.0) for plane in planes)  # none is below 0
 
 
-def _sixths(images: Array, value: Array, chroma: Array) -> Array:
+def _contrast(planes: Planes, factors: Array) -> Planes:
+    mean = jnp.mean(_grey(planes), axis=(1, 2), keepdims=True)  # PIL rounds it to a byte
+    return _blend(planes, mean, factors)
+
+
+def _saturation(planes: Planes, factors: Array) -> Planes:
+    return _blend(planes, _grey(planes), factors)
+
+
+def _hue(planes: Planes, shifts: Array) -> Planes:
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    turn = _sixths(planes, value, chroma) + 6.0 * _column(shifts)
+    channels = (_hue_channel(value, chroma, n + turn) for n in (5, 3, 1))
+    return tuple(jnp.maximum(channel, 0.0) for channel in channels)  # none is above 1
+
+
+def _grey(planes: Planes) -> Array:
+    """f32[B, H, W]: PIL's grey version of the images."""
+    red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
+    return red + green + blue
+
+
+def _blend(planes: Planes, other: Array, factors: Array) -> Planes:
+    """factor * plane + (1 - factor) * other, clipped to [0, 1]; exact at a factor of 1."""
+    factors = _column(factors)
+    other = (1.0 - factors) * other
+    return tuple(_clip(factors * plane + other) for plane in planes)
+
+
+def _sixths(planes: Planes, value: Array, chroma: Array) -> Array:
     """f32[B, H, W] in [-1, 5]: hue in sixths of a turn, 0 for grey pixels."""
-    red, green, blue = (images[..., i] for i in range(3))
-    chroma = jnp.where(chroma > 0, chroma, 1.0)
-    near_green, near_blue = 2.0 + (blue - red) / chroma, 4.0 + (red - green) / chroma
-    others = jnp.where(value == green, near_green, near_blue)
-    return jnp.where(value == red, (green - blue) / chroma, others)
+    red, green, blue = planes
+    scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
+    # The difference of the two channels that are not the largest, and where its sixth begins.
+    others = jnp.where(value == green, blue - red, red - green)
+    difference = jnp.where(value == red, green - blue, others)
+    begin = jnp.where(value == red, 0.0, jnp.where(value == green, 2.0, 4.0))
+    return begin + difference * scale
 
 
 def _hue_channel(value: Array, chroma: Array, turn: Array) -> Array:
     """V - C clip(min(k, 4 - k), 0, 1) for k = turn mod 6."""
-    k = turn - 6.0 * jnp.floor(turn / 6.0)  # several times faster than `mod` on a CPU
-    return value - chroma * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+    k = turn - 6.0 * jnp.floor(turn * (1 / 6))  # several times faster than `mod` on a CPU
+    return value - chroma * _clip(jnp.minimum(k, 4.0 - k))
 
 
-def _blur_matrix(sigma: Array, size: int) -> Array:
-    """f32[B, size, size], rows of sum 1: the blur of one axis, edge pixels repeated.
+def _thrice(sigma: Array, size: int, mirrored: Array) -> Array:
+    """f32[B, size, size], rows of sum 1: three box filters after one another along one axis."""
+    box = _box_matrix(sigma, size, jnp.zeros_like(mirrored))
+    last = _box_matrix(sigma, size, mirrored)
+    product = functools.partial(jnp.einsum, "bij,bjk->bik", precision=jax.lax.Precision.HIGH)
+    return product(last, product(box, box))
 
-    What a row gives to pixels outside the image, it gives to the edge pixel on that side.
+
+def _box_matrix(sigma: Array, size: int, mirrored: Array) -> Array:
+    """f32[B, size, size], rows of sum 1: an extended box filter along one axis.
+
+    The box has weight w at offsets up to l and a w, 0 <= a < 1, at l + 1, such that three of them
+    have the variance sigma^2. What falls outside the image goes to the edge pixel on that side.
     """
+    variance = jnp.square(sigma) / 3
+    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    part = part / (6 * (variance - jnp.square(whole + 1)))
+    weight = (1 / (2 * (whole + part) + 1))[:, None, None]
+    whole, part = whole[:, None, None], part[:, None, None]
+    column = jnp.arange(size, dtype=jnp.float32)[None, None, :]
+    row = column.reshape(1, size, 1)
+    row = jnp.where(mirrored[:, None, None], size - 1 - row, row)
+
+    def at(offset):
+        return jnp.where(offset <= whole, 1.0, jnp.where(offset <= whole + 1, part, 0.0))
+
+    def beyond(offset):  # the sum of `at` over this offset and all further ones
+        return jnp.maximum(jnp.where(offset <= whole + 1, whole + 1 - offset + part, 0.0), 0.0)
+
     if size == 1:
         return jnp.ones((sigma.shape[0], 1, 1), jnp.float32)
-    sigma = jnp.maximum(sigma, _SMALLEST_SIGMA)
-    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
-    inside = _gaussian(jnp.abs(row - column)[None], sigma[:, None, None])
-    outward = _tails(sigma, size)  # [B, size]: all the weight at an offset or beyond it
-    left, right = outward[:, :, None], outward[:, ::-1, None]
-    weights = jnp.where(column[None] == 0, left, jnp.where(column[None] == size - 1, right, inside))
-    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    inside = at(jnp.abs(row - column))
+    left, right = beyond(row), beyond(size - 1 - row)
+    inside = jnp.where(column == 0, left, jnp.where(column == size - 1, right, inside))
+    return weight * inside
 
 
-def _tails(sigma: Array, size: int) -> Array:
-    """f32[B, size]: sum of the Gaussian over all offsets d >= i, for i in 0..size-1."""
-    offsets = jnp.arange(size + _TAIL)[None]
-    terms = _gaussian(offsets, sigma[:, None])
-    # Midpoint rule: a Gaussian that is wide enough to reach this far is smooth from pixel to pixel.
-    end = (size + _TAIL - 0.5) / (jnp.sqrt(2.0) * sigma)
-    rest = sigma * jnp.sqrt(jnp.pi / 2) * jax.lax.erfc(end)
-    sums = jnp.cumsum(terms[:, ::-1], axis=1)[:, ::-1] + rest[:, None]
-    return sums[:, :size]
-
-
-def _gaussian(offsets: Array, sigma: Array) -> Array:
-    """exp(-d^2 / 2 sigma^2), not normalised; ranks must agree."""
-    return jnp.exp(-0.5 * jnp.square(offsets / sigma))
-
-
-def _bind(operation, factors: Array):
-    """The branch of a switch: images -> images."""
-    return lambda images: operation(images, factors)
+def _bind(operation: Callable[[Planes, Array], Planes], factors: Array) -> Callable:
+    """The branch of a switch: planes -> planes."""
+    return lambda planes: operation(planes, factors)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from disco_jax.data import stacks, views
 from disco_jax.errors import UserError
+from disco_jax.ops import augment
 
 MANY = 8192
 EVERYTHING = {
@@ -293,6 +294,23 @@ def test_operations_act_in_the_given_order():
         for order in (("grey", "solarize"), ("solarize", "grey"))
     ]
     assert jnp.max(jnp.abs(results[0] - results[1])) > 0.1
+
+
+@pytest.mark.parametrize("order", [("flip", "jitter", "grey", "blur"), EVERYTHING["order"][::-1]])
+def test_a_flip_that_the_blur_does_is_in_its_place(order):
+    """At the size of a crop, against the operations one by one in their order."""
+    active = dict.fromkeys(("flip_prob", "grey_prob", "blur_prob", "solarize_prob"), 0.5)
+    active["solarize_prob"] *= "solarize" in order
+    operation = photometric(order=order, **active)
+    batch, key = images(8, 12), jax.random.key(3)
+    draws = operation.draw(key, everywhere(8))
+    assert 0 < jnp.sum(draws["flip"][0]) < 8 and 0 < jnp.sum(draws["blur"][0] > 0) < 8
+    expected = jnp.asarray(batch, jnp.float32) / 255.0
+    for name in order:
+        expected = views.OPERATIONS[name](expected, *draws[name])
+    expected = augment.normalize(expected, operation.mean, operation.std)
+    result = jax.jit(operation.__call__)(batch, key, everywhere(8))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
 
 
 def test_nothing_active_is_plain():

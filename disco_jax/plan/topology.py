@@ -1,0 +1,150 @@
+"""TPU slices that are not there: their devices for the compiler, and what a chip can do.
+
+`libtpu` brings the compiler and needs no TPU for it; it is the extra `plan`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+
+from disco_jax.errors import UserError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Figures of one chip, from Google's public tables of Cloud TPU.
+
+    Attributes:
+      flops: peak operations a second in bfloat16.
+      hbm_bytes: memory.
+      hbm_bytes_per_s: its bandwidth.
+      ici_bytes_per_s: what the links to the neighbours send together, in one direction.
+      clock_hz: of the matrix units, to turn the compiler's cycles into seconds.
+      axes: of the torus that the links form.
+      wrap: a side that is a multiple of this closes to a ring.
+      largest: chips of the largest slice.
+      host_bounds: chips of a host, a side.
+      config: the compiler's name of the chip's arrangement in which one device is one chip.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+    ici_bytes_per_s: float
+    clock_hz: float
+    axes: int
+    wrap: int
+    largest: int
+    host_bounds: tuple[int, int, int] = (2, 2, 1)
+    config: str = ""
+
+
+_GB, _GIB = 1e9, 2**30
+CHIPS = {
+    "v4": Chip(275e12, 32 * _GIB, 1200 * _GB, 300 * _GB, 1.05e9, 3, 4, 4096, config="megacore"),
+    "v5e": Chip(197e12, 16 * _GIB, 819 * _GB, 200 * _GB, 1.5e9, 2, 16, 256),
+    "v5p": Chip(459e12, 95 * _GIB, 2765 * _GB, 600 * _GB, 1.75e9, 3, 4, 8960),
+    "v6e": Chip(918e12, 32 * _GIB, 1640 * _GB, 448 * _GB, 1.75e9, 2, 16, 256),
+}
+
+# What libtpu asks the metadata server of a TPU machine for, and must not wait for elsewhere.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice of chips that programs can be compiled for.
+
+    Attributes:
+      name: e.g. "v5e:4x4".
+      chip: what each can do.
+      sides: of the torus.
+      devices: one a chip.
+    """
+
+    name: str
+    chip: Chip
+    sides: tuple[int, ...]
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def hosts(self) -> int:
+        """Machines that hold the chips."""
+        return len({device.process_index for device in self.devices})
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the sides of a topology's name.
+
+    Raises:
+      UserError: not of the form v5e:4x4, or no such chip or slice.
+    """
+    kind, _, layout = name.partition(":")
+    if kind not in CHIPS:
+        raise unknown("The chip of --topology", kind, CHIPS)
+    chip = CHIPS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout) or layout.count("x") != chip.axes - 1:
+        example = "x".join(["4"] * chip.axes)
+        raise UserError(f"--topology={name!r} needs {chip.axes} sides, e.g. {kind}:{example}.")
+    sides = tuple(map(int, layout.split("x")))
+    if math.prod(sides) > chip.largest:
+        raise UserError(
+            f"--topology={name} has {math.prod(sides)} chips; the largest {kind} slice has "
+            f"{chip.largest}."
+        )
+    return chip, sides
+
+
+@functools.cache
+def open_slice(name: str) -> Slice:
+    """A slice by name.
+
+    Args:
+      name: e.g. "v5e:4x4", "v4:2x2x4".
+
+    Raises:
+      UserError: no such slice, or `libtpu` is not installed.
+    """
+    chip, sides = parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "The TPU's compiler is not installed. It needs no TPU: pip install 'disco-jax[plan]'."
+        )
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": chip.config} if chip.config else {}
+    bounds = (*sides, 1, 1)[:3]
+    small = math.prod(sides) <= 8 and chip.axes == 2
+    if small or any(side % part for side, part in zip(bounds, chip.host_bounds, strict=True)):
+        options["chips_per_host_bounds"] = bounds  # all on one host
+    with _quietly():
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"--topology={name}: the compiler says: {error}.") from error
+    return Slice(name, chip, sides, tuple(found.devices))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """libtpu without questions to a machine that is not there; settings of the user's stay."""
+    missing = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]

@@ -1,0 +1,56 @@
+"""Reading the text of compiled programs."""
+
+import pytest
+
+from disco_jax.plan import hlo
+
+PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %inner = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"1000000"}
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  ROOT %turn = (s32[], f32[8]{0}) fusion(%t), calls=%fused, backend_config={"estimated_cycles":"5"}
+}
+
+%dear (p.1: f32[8]) -> f32[8] {
+  %p.1 = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} fusion(%p.1), calls=%fused, backend_config={"estimated_cycles":"300"}
+}
+
+%cheap (p.2: f32[8]) -> f32[8] {
+  ROOT %p.2 = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %f = f32[8]{0} fusion(%x), calls=%fused, backend_config={"estimated_cycles":"20"}
+  %w = (s32[], f32[8]{0}) while(%f), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %choice = f32[8]{0} conditional(%i, %f, %f), branch_computations={%dear, %cheap}
+  %r = (f32[8,4]{1,0:T(8,128)}, bf16[16]{0}) all-reduce(%f, %g), replica_groups={{0,1}}
+  %gs = ((f32[8]{0}), (f32[16]{0:T(128)}, s8[3]{0})) all-gather-start(%f), dimensions={0}
+  %gd = (f32[16]{0}, s8[3]{0}) all-gather-done(%gs)
+  %shuffled = u8[100]{0} all-to-all(%x)
+  ROOT %out = f32[8]{0} fusion(%choice), calls=%fused, backend_config={"estimated_cycles":"1"}
+}
+"""  # noqa: E501
+
+
+def test_cycles_count_loops_by_turns_choices_by_their_mean_and_fusions_once():
+    assert hlo.cycles(PROGRAM) == 20 + 7 * 5 + (300 + 0) / 2 + 1
+
+
+def test_collectives_are_counted_once_with_what_they_make():
+    assert hlo.collective_bytes(PROGRAM) == {
+        "all-gather": hlo.Collective(1, 16 * 4 + 3),
+        "all-reduce": hlo.Collective(1, 8 * 4 * 4 + 16 * 2),
+        "all-to-all": hlo.Collective(1, 100),
+    }
+
+
+def test_a_text_that_is_no_program_is_an_error():
+    with pytest.raises(KeyError):
+        hlo.cycles(PROGRAM.replace("ENTRY", "lost"))
