@@ -176,9 +176,9 @@ def _train(
 
 
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
-    """A host's batch -> what the step takes, [local_devices, B, ...], and where the next starts."""
+    """A host's batch -> [local_devices, B, ...] on the devices, and where the next one starts."""
     tree = pipeline.to_devices({"views": batch.views, "aux": batch.aux}, jax.local_device_count())
-    return tree, (batch.position.epoch, batch.position.offset)
+    return state.apart(tree), (batch.position.epoch, batch.position.offset)
 
 
 def _resume(

@@ -10,7 +10,7 @@ from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import step as step_module
-from disco_jax.train.state import everywhere
+from disco_jax.train.state import apart, everywhere
 from disco_jax.train.step import parallel
 
 FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
@@ -164,3 +164,19 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message)
     with pytest.raises(UserError, match=message):
         config = helpers.smoke_config("disco", **changes)
         methods.build(config, config.views)
+
+
+def test_a_batch_that_was_read_ahead_is_not_moved_again():
+    rows = np.arange(4 * 6, dtype=np.float32).reshape(4, 6)
+
+    def total(state, frozen, batch):
+        return state + jax.lax.psum(batch.sum(), AXIS), frozen
+
+    step, start = parallel(total), np.float32(1)
+    state, _ = step(everywhere(start), everywhere(start), rows)
+    assert state == 1 + rows.sum()
+    ahead, state, frozen = apart({"x": rows})["x"], everywhere(start), everywhere(start)
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, frozen, ahead)
+        with pytest.raises(Exception, match="Disallowed host-to-device"):
+            step(state, frozen, rows)
