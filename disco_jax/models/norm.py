@@ -1,6 +1,9 @@
 """One BatchNorm for every network; the mode is an argument of the call."""
 
+import math
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -42,31 +45,50 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", zeros, None, (features,))
         var = self.variable("batch_stats", "var", ones, None, (features,))
         if norm == "running":
-            x = (x.astype(jnp.float32) - _last(mean.value, x)) * _last(
-                scale * jnp.reciprocal(jnp.sqrt(var.value + self.epsilon)), x
-            )
-        else:
-            groups = 1 if norm == "sync" or not self.group else x.shape[0] // self.group
-            rows = x.astype(jnp.float32).reshape(groups, -1, features)
-            rows, batch_mean, batch_var = self._normalise(rows, sync=norm == "sync")
-            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-                keep = self.momentum
-                mean.value = keep * mean.value + (1 - keep) * batch_mean
-                var.value = keep * var.value + (1 - keep) * batch_var
-            x = rows.reshape(x.shape) * _last(scale, x)
-        return (x + _last(bias, x)).astype(self.dtype or x.dtype)
+            return self._applied(x, mean.value, var.value, scale, bias)
+        groups = 1 if norm == "sync" or not self.group else x.shape[0] // self.group
+        rows = x.reshape(groups, -1, *x.shape[1:])
+        batch_mean, batch_var, unbiased = _statistics(rows, mean.value, sync=norm == "sync")
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            keep = self.momentum
+            mean.value = keep * mean.value + (1 - keep) * jnp.mean(batch_mean, axis=0)
+            var.value = keep * var.value + (1 - keep) * jnp.mean(unbiased, axis=0)
+        return self._applied(rows, batch_mean, batch_var, scale, bias).reshape(x.shape)
 
-    def _normalise(self, rows: Array, sync: bool) -> tuple[Array, Array, Array]:
-        """f32[G, N, C] -> normalised rows, and the mean and unbiased variance f32[C] to store."""
-        across = pmean if sync else lambda tree: tree
-        count = rows.shape[1] * (replicas() if sync else 1)
-        mean = across(jnp.mean(rows, axis=1, keepdims=True))
-        var = across(jnp.mean(jnp.square(rows - mean), axis=1, keepdims=True))
-        rows = (rows - mean) * jnp.reciprocal(jnp.sqrt(var + self.epsilon))
-        unbiased = var * (count / max(count - 1, 1))
-        return rows, jnp.mean(mean, axis=(0, 1)), jnp.mean(unbiased, axis=(0, 1))
+    def _applied(self, x: Array, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
+        """x normalised, in one pass over it."""
+        mean, var, scale, bias = (_meet(channels, x) for channels in (mean, var, scale, bias))
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        normal = (x.astype(jnp.float32) - mean) * factor + bias
+        return normal.astype(self.dtype or x.dtype)
 
 
-def _last(channels: Array, like: Array) -> Array:
-    """f32[C] with leading axes of length 1, to meet an array of `like`'s rank."""
-    return channels.reshape((1,) * (like.ndim - 1) + (-1,))
+def _statistics(rows: Array, near: Array, sync: bool) -> tuple[Array, Array, Array]:
+    """Mean, variance and unbiased variance of groups, in one pass over them.
+
+    The mean square is taken about a point `near` the mean, the stored one: about 0 the difference
+    to the squared mean would cancel where a channel's mean is many times its deviation.
+
+    Args:
+      rows: float[G, ..., C].
+      near: f32[C].
+      sync: over all replicas.
+
+    Returns:
+      f32[G, C] each.
+    """
+    across = pmean if sync else lambda tree: tree
+    axes = tuple(range(1, rows.ndim - 1))
+    count = math.prod(rows.shape[1:-1]) * (replicas() if sync else 1)
+    near = jax.lax.stop_gradient(near)
+    wide = rows.astype(jnp.float32) - _meet(near, rows)
+    mean, power = across((jnp.mean(wide, axis=axes), jnp.mean(jnp.square(wide), axis=axes)))
+    var = jnp.maximum(power - jnp.square(mean), 0.0)
+    return mean + near[None], var, var * (count / max(count - 1, 1))
+
+
+def _meet(channels: Array, like: Array) -> Array:
+    """f32[C] or f32[G, C] with axes of length 1 between and before, to meet `like`'s rank."""
+    lead = channels.shape[:-1]
+    ones = (1,) * (like.ndim - len(lead) - 1)
+    return channels.reshape(*lead, *ones, channels.shape[-1])
