@@ -141,6 +141,7 @@ def smoke(config, replicas):
     method = methods.build(config, config.views, config.local.count)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
     tx = optimizer.build(config.optimizer, rate)
+    method = method.fitted(10, 1000)
     train_step = make_train_step(
         method,
         recipe,
@@ -150,10 +151,10 @@ def smoke(config, replicas):
         seed=config.seed,
     )
     size = config.augment.size
-    train_state = state.create(method, tx, config.seed, size)
     frozen = {}
     if "teacher" in method.plan:
         frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
+    train_state = state.create(method, tx, config.seed, size, reused=frozen.get("teacher"))
     rng = np.random.default_rng(0)
     shape = (replicas, config.batch_size // replicas)
     crops = {

@@ -51,7 +51,7 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
     return jnp.mean(_huber(_cosines(student) - _cosines(teacher)))
 
 
-def bank_divergence(
+def bank_cross_entropy(
     student: Array,
     target: Array,
     student_bank: Array,
@@ -60,10 +60,10 @@ def bank_divergence(
     student_temperature: float,
     target_temperature: float,
 ) -> Array:
-    """KL divergence of a target's similarities to its bank from the student's to its own.
+    """Cross-entropy between a target's similarities to its bank and the student's to its own.
 
-    CompRess (arXiv:2010.14713) eq. 1-2; ReSSL (arXiv:2107.09282) eq. 5 but for the entropy of the
-    target, which has no gradient: loss_i = sum_j p_ij (log p_ij - log s_ij).
+    ReSSL (arXiv:2107.09282) eq. 5, where both banks are one; the target's own embedding is not
+    among them: loss_i = -sum_j p_ij log s_ij.
 
     Args:
       student: f32[B, D], unit rows; the only input that needs a gradient.
@@ -79,27 +79,52 @@ def bank_divergence(
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    chex.assert_type([student, target, student_bank, target_bank], jnp.float32)
-    chex.assert_equal_shape_prefix([student, target], 1)
-    chex.assert_equal_shape_prefix([student_bank, target_bank], 1)
-    own = jnp.matmul(student, student_bank.T, precision=_HIGHEST) / student_temperature
-    theirs = jnp.matmul(target, target_bank.T, precision=_HIGHEST) / target_temperature
-    theirs = jax.nn.log_softmax(theirs, axis=-1)
-    return jnp.sum(jnp.exp(theirs) * (theirs - jax.nn.log_softmax(own, axis=-1)), axis=-1)
+    own = _log_shares(student, student_bank, student_temperature)
+    theirs = _log_shares(target, target_bank, target_temperature)
+    return -jnp.sum(jnp.exp(theirs) * own, axis=-1)
 
 
-def attention(maps: Array) -> Array:
+def bank_divergence(
+    student: Array,
+    target: Array,
+    student_bank: Array,
+    target_bank: Array,
+    *,
+    student_temperature: float,
+    target_temperature: float,
+) -> Array:
+    """`bank_cross_entropy` less the target's entropy. CompRess (arXiv:2010.14713) eq. 1-2.
+
+    Args:
+      student, target, student_bank, target_bank, student_temperature, target_temperature: see
+        `bank_cross_entropy`.
+
+    Returns:
+      f32[B] in nats, at least 0: KL(target || student), one value an example.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype does not hold.
+    """
+    own = _log_shares(student, student_bank, student_temperature)
+    theirs = _log_shares(target, target_bank, target_temperature)
+    return jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1)
+
+
+def attention(maps: Array, size: tuple[int, int]) -> Array:
     """Where a feature map is active: the mean square over its channels, as unit vectors.
 
     Attention transfer (arXiv:1612.03928) eq. 2 with F^2 averaged over the channels.
 
     Args:
       maps: float[B, H, W, C].
+      size: height and width that the mean square is resized to, if it has others.
 
     Returns:
-      f32[B, H * W], unit rows.
+      f32[B, height * width], unit rows.
     """
     power = jnp.mean(jnp.square(maps.astype(jnp.float32)), axis=-1)
+    if power.shape[1:] != size:
+        power = jax.image.resize(power, (len(power), *size), "linear")
     return unit(power.reshape(len(power), -1))
 
 
@@ -108,16 +133,20 @@ def attention_distance(student: Array, teacher: Array) -> Array:
 
     Args:
       student: float[B, H, W, C]; the only input that needs a gradient.
-      teacher: float[B, H, W, E], a map of the same size.
+      teacher: float[B, H', W', E]; of another size it is resized, linearly and antialiased.
 
     Returns:
       f32[B], one value an example; the objective takes the mean.
-
-    Raises:
-      AssertionError: while tracing, when the sizes differ.
     """
-    chex.assert_equal_shape_prefix([student, teacher], 3)
-    return jnp.mean(jnp.square(attention(student) - attention(teacher)), axis=-1)
+    size = student.shape[1:3]
+    return jnp.mean(jnp.square(attention(student, size) - attention(teacher, size)), axis=-1)
+
+
+def _log_shares(rows: Array, bank: Array, temperature: float) -> Array:
+    """f32[B, K]: log softmax of the similarities to a bank."""
+    chex.assert_type([rows, bank], jnp.float32)
+    chex.assert_shape(bank, (None, rows.shape[-1]))
+    return jax.nn.log_softmax(jnp.matmul(rows, bank.T, precision=_HIGHEST) / temperature, axis=-1)
 
 
 def _scaled_distances(rows: Array) -> Array:

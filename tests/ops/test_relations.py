@@ -26,9 +26,7 @@ def assert_loss(loss, student, expected, gradient):
 def test_rkd_matches_official(name, kind):
     _, ref = helpers.fixture(f"losses/rkd_{name}")
     loss = {"distance": relations.rkd_distance, "angle": relations.rkd_angle}[kind]
-    assert_loss(
-        lambda s: loss(s, ref["teacher"]), ref["student"], ref[kind], ref[f"grad_{kind}"]
-    )
+    assert_loss(lambda s: loss(s, ref["teacher"]), ref["student"], ref[kind], ref[f"grad_{kind}"])
 
 
 def test_rkd_of_equal_rows_has_a_finite_gradient():
