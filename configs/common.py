@@ -42,6 +42,17 @@ def parse(arg: str | None, **defaults) -> ConfigDict:
     return ConfigDict(values)
 
 
+def join(arg: ConfigDict, without: str) -> str:
+    """`arg` as the text that another recipe's `get_config` takes, but for one key."""
+    return ",".join(f"{key}={value}" for key, value in arg.items() if key != without)
+
+
+def augment(config: ConfigDict, stack: str) -> None:
+    """Takes another of `STACKS`; the size of the images and their handedness stay."""
+    kept = ("size", "flip_prob")
+    config.augment.update({k: v for k, v in STACKS[stack].items() if k not in kept})
+
+
 def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     """Every field of a pretraining config. The objectives all have weight 0.
 

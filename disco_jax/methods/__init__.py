@@ -159,6 +159,11 @@ def _check_data(objectives: dict[str, Objective], config: Any, local_views: int)
                 f"config.objectives.{name} needs to know which images the teacher finds alike: "
                 "make the bags with `disco-jax bags` and set config.bags.file."
             )
+        if objective.makes and config.views > min(objective.makes):
+            raise errors.UserError(
+                f"config.views={config.views}, but view {min(objective.makes)} is what "
+                f"config.objectives.{name} mixes: set config.views={min(objective.makes)}."
+            )
         if objective.makes and local_views:
             raise errors.UserError(
                 f"config.objectives.{name} mixes whole views (CutMix) and config.local.count="

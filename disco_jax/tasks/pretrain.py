@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, methods
 from disco_jax.data import pipeline, views
+from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position, Source
 from disco_jax.methods.base import Method, Record
 from disco_jax.ops import schedules
@@ -70,7 +71,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
         raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
     record = state.shapes(method, recipe.sizes)
     method.check(record)
-    source = source or pipeline.open_source(config.data)
+    source = _bagged(source or pipeline.open_source(config.data), config, method)
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
     rate = optimizer.learning_rate(
@@ -236,6 +237,45 @@ def _check_numbers(config: ConfigDict) -> None:
         low.append(f"config.momentum.ema_rate={config.momentum.ema_rate} is above 1.")
     if low:
         raise errors.UserError("\n  ".join(low))
+
+
+def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
+    """The source with the bags that some objective reads."""
+    members = {view for o in method.objectives.values() for view in o.members}
+    if not config.bags.file:
+        return source
+    bags = Bags.load(config.bags.file)
+    classifies = any("cluster" in o.aux for o in method.objectives.values())
+    if not members and not classifies:
+        raise errors.UserError(
+            f"config.bags.file={config.bags.file!r}, but no objective reads bags: leave it empty, "
+            "or give config.objectives.bags or .pseudo_labels a weight."
+        )
+    if classifies:
+        _check_clusters(config, bags)
+    return BagSource(
+        source,
+        bags,
+        sorted(members),
+        sampling=config.bags.sampling,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _check_clusters(config: ConfigDict, bags: Bags) -> None:
+    """Refuses pseudo labels that the student's prototypes do not count."""
+    if bags.clusters is None:
+        raise errors.UserError(
+            "config.objectives.pseudo_labels needs clusters, and config.bags.file holds "
+            "neighbours: make it with `disco-jax bags --config.kind=kmeans`."
+        )
+    count, classes = int(bags.clusters.max()) + 1, sum(config.student.prototypes)
+    if count > classes:
+        raise errors.UserError(
+            f"config.student.prototypes={tuple(config.student.prototypes)} are fewer than the "
+            f"{count} clusters of config.bags.file: set config.student.prototypes=({count},)."
+        )
 
 
 def _check_views(recipe: views.Recipe, method: Method) -> None:
