@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from disco_jax import errors, models
 from disco_jax.methods import distill
 from disco_jax.methods.attention import Attention
 from disco_jax.methods.bags import Bags
-from disco_jax.methods.base import NETWORKS, OUTPUTS, Method, Objective, Views
+from disco_jax.methods.base import NETWORKS, OUTPUTS, Method, Objective, Record, Views
 from disco_jax.methods.binary import BinaryContrast
 from disco_jax.methods.clusters import OnlineClusters, PseudoLabels
 from disco_jax.methods.compress import Compress
@@ -16,6 +19,7 @@ from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.distill import Distill
 from disco_jax.methods.relations import Relations
 from disco_jax.methods.similarity import Similarity
+from disco_jax.models.encoder import Encoded
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrast": Contrast,
@@ -149,6 +153,23 @@ def dim(spec: Any, output: str = "embedding") -> int:
     if output == "features" or spec.head == "none":
         return models.width(spec)
     return spec.dim
+
+
+def memory_bytes(method: Method, config: Any) -> int:
+    """Bytes that the objectives remember from step to step, on every device.
+
+    Args:
+      method: what `build` made of `config`.
+      config: resolved: the widths of its networks are known.
+    """
+    encoded = {}
+    for name, views in method.plan.items():
+        spec = config.teacher if name == "teacher" else config.student
+        sizes = dim(spec, "features"), dim(spec), sum(spec.prototypes)
+        out = Encoded(*(jax.ShapeDtypeStruct((1, size), jnp.float32) for size in sizes))
+        encoded[name] = dict.fromkeys(views, out)
+    memory = jax.eval_shape(lambda: method.memory(jax.random.key(0), Record(encoded, {})))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
 def _check_data(objectives: dict[str, Objective], config: Any, local_views: int) -> None:
