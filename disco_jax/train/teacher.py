@@ -84,7 +84,18 @@ def resolve(config: Any) -> Any:
       UserError: the weights cannot be read, or are of another backbone.
     """
     config = config.copy_and_resolve_references()
-    spec, known = config.teacher, config.teacher.weights not in ("", RANDOM)
+    fill(config.teacher)
+    _follow(config)
+    return config
+
+
+def fill(spec: Any) -> None:
+    """Writes into `config.teacher` what its weights decide: the head, the normalisation.
+
+    Raises:
+      UserError: see `resolve`.
+    """
+    known = spec.weights not in ("", RANDOM)
     if spec.head == AUTO:
         found = describe(spec.weights) if known else {"head": "mlp", "backbone": spec.backbone}
         if found["backbone"] != spec.backbone:
@@ -95,8 +106,6 @@ def resolve(config: Any) -> Any:
         spec.update(found)
     if known and not spec.mean and not spec.std:
         spec.mean, spec.std = normalisation(spec.weights)
-    _follow(config)
-    return config
 
 
 def _follow(config: Any) -> None:
