@@ -42,6 +42,17 @@ def parse(arg: str | None, **defaults) -> ConfigDict:
     return ConfigDict(values)
 
 
+def join(arg: ConfigDict, without: str) -> str:
+    """`arg` as the text that another recipe's `get_config` takes, but for one key."""
+    return ",".join(f"{key}={value}" for key, value in arg.items() if key != without)
+
+
+def augment(config: ConfigDict, stack: str) -> None:
+    """Takes another of `STACKS`; the size of the images and their handedness stay."""
+    kept = ("size", "flip_prob")
+    config.augment.update({k: v for k, v in STACKS[stack].items() if k not in kept})
+
+
 def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     """Every field of a pretraining config. The objectives all have weight 0.
 
@@ -77,6 +88,10 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     # Further, smaller crops, numbered after those; all else is as in augment.
     config.local = dict(NO_LOCALS)
 
+    # Which images the teacher finds alike, made by `disco-jax bags`. sampling: images | clusters
+    # (evenly over the clusters).
+    config.bags = dict(file="", sampling="images")
+
     encoder = dict(
         backbone="resnet18",
         width=0,  # channels of the first stage; 0: the backbone's own
@@ -90,11 +105,14 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         dim=128,
         prototypes=(),  # on top of the head: their number, for each set of them
     )
-    config.student = dict(encoder, norm="local")
+    # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
+    # and kept still, behind a learned adapter (RETRO).
+    config.student = dict(encoder, norm="local", reuse=())
     config.momentum = dict(ema_rate=0.999, norm="shuffle")
     # weights: the workdir of a run or of an import, or a PyTorch checkpoint. head="auto": all but
-    # the backbone's name is taken from them.
-    config.teacher = dict(encoder, norm="local", head="auto", weights="")
+    # the backbone's name is taken from them. mean, std: what its images are normalised by; ():
+    # what the weights say, else as the student's.
+    config.teacher = dict(encoder, norm="local", head="auto", weights="", mean=(), std=())
 
     config.objectives = dict(
         contrast=dict(
@@ -105,14 +123,55 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             queue_size=65_536,
             queue_init="teacher",  # the teacher's queue where it has one | random (disagreement D3)
         ),
-        distill=dict(weight=0.0, views=(0, 1), reduction="mean"),
+        distill=dict(
+            weight=0.0,
+            views=(0, 1),
+            reduction="mean",
+            teacher_output="embedding",  # embedding | features
+            teacher_views=(),  # (): the same
+        ),
         similarity=dict(
             weight=0.0,
-            view=0,
+            groups=(((0, 0),),),  # of (student view, teacher view); a queue a group
             student_temperature=0.2,
-            teacher_temperature=0.01,
+            teacher_temperature=0.01,  # 0: one-hot
             queue_size=65_536,
             queue_init="random",
+        ),
+        relations=dict(weight=0.0, view=0, distance=1.0, angle=1.0, group=0),
+        attention=dict(weight=0.0, view=0, layers="all", resize="none"),
+        compress=dict(
+            weight=0.0,
+            view=0,
+            bank="momentum",  # momentum | student | teacher
+            teacher_output="features",
+            temperature=0.04,
+            queue_size=128_000,
+        ),
+        bags=dict(
+            weight=0.0,
+            temperature=0.2,
+            queue_size=65_536,
+            queue_init="random",
+            cutmix=True,
+            own_epochs=11,  # of the image's own key alone
+        ),
+        consistency=dict(
+            weight=0.0,
+            query_view=0,
+            key_view=1,
+            student_temperature=0.1,
+            target_temperature=0.04,
+            queue_size=131_072,
+        ),
+        pseudo_labels=dict(weight=0.0, view=0),
+        online_clusters=dict(weight=0.0, view=0, count=4096, temperature=0.2, rate=0.9, idle=0.01),
+        binary_contrast=dict(
+            weight=0.0,
+            view=0,
+            temperature=0.07,
+            population=0,  # 0: the images there are
+            queue_size=65_536,
         ),
     )
     config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=1e-4)
@@ -125,6 +184,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         warmup_epochs=0,
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
+    # Collapse: health/std below min_std (0: never) in `patience` log lines in a row.
+    config.health = dict(min_std=0.01, patience=10, stop=False)
     config.log = dict(every_steps=50, tensorboard=True)
     config.checkpoint = dict(
         every_steps=1000,
@@ -141,8 +202,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
 def small_images(config: ConfigDict, queue_size: int) -> None:
     """Small sets of grey images of 16 to 28 px: batch, queue and augmentation that fit them."""
     config.batch_size = 128
-    for objective in ("contrast", "similarity"):
-        config.objectives[objective].queue_size = queue_size
+    _set_queues(config, queue_size)
     config.total_epochs = 40
     config.augment.antialias = "exact"  # costs nothing here
     config.augment.flip_prob = 0.0  # digits and shoes have a handedness
@@ -157,7 +217,13 @@ def tiny(config: ConfigDict) -> None:
     config.augment.size = 32
     config.student.update(hidden=32, dim=16)
     config.teacher.update(hidden=32, dim=16)
-    for objective in ("contrast", "similarity"):
-        config.objectives[objective].queue_size = 64
+    config.objectives.online_clusters.count = 16
+    _set_queues(config, 64)
     config.log.every_steps = 1
     config.checkpoint.every_steps = 1
+
+
+def _set_queues(config: ConfigDict, size: int) -> None:
+    for fields in config.objectives.values():
+        if "queue_size" in fields:
+            fields.queue_size = size

@@ -36,6 +36,7 @@ TASKS = {
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
+    "bags": Task("images that a teacher finds alike: neighbours, clusters", "configs/bags.py"),
     "data": Task("check a data set: counts, classes, sizes, unreadable images, speed", None),
     "import": Task("a PyTorch checkpoint into a run directory", None, "importing"),
     "export": Task("a network to PyTorch, Detectron2, ONNX, TFLite or StableHLO", None),

@@ -18,7 +18,7 @@ from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import optimizer, state
+from disco_jax.train import optimizer, state, teacher
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import make_train_step
 
@@ -121,18 +121,47 @@ class Identity:
         return views
 
 
-RECIPES = ("moco_v2", "disco", "disco_star", "seed")
+RECIPES = (
+    "moco_v2",
+    "disco",
+    "disco_star",
+    "seed",
+    "seed:views=cross",
+    "seed:views=small_patch",
+    "retro",
+    "retro:symmetric=false",
+    "rkd",
+    "attention",
+    "disco_seed:rkd=true",
+    "squared_distance",
+    "binary_contrast",
+    "online_clusters",
+    "pseudo_labels",
+    "simreg",
+    "compress",
+    "compress:queues=1",
+    "bingo",
+    "ressl",
+)
+
+
+QUIET = {}  # changes that a test makes to every smoke config
 
 
 def smoke_config(recipe, **changes):
     """A shipped recipe with numbers so small that its step compiles in seconds."""
-    arg = "student=resnet8,smoke=true" + ("" if recipe == "moco_v2" else ",teacher=resnet8")
-    config = flags.load(f"{recipe}:{arg},data=digits")
+    name, _, given = recipe.partition(":")
+    arg = "student=resnet8,smoke=true,data=digits"
+    if name not in ("moco_v2", "ressl", "pseudo_labels"):
+        arg += ",teacher=resnet8"
+    config = flags.load(f"{name}:{arg}" + (f",{given}" if given else ""))
     config.augment.size = 16
+    config.local.size = 8
     config.student.width = config.teacher.width = 4
-    config.teacher.head = "mlp"  # random weights have none to tell
-    config.update_from_flattened_dict(changes)
-    return config
+    if config.bags.sampling == "clusters" or config.objectives.bags.weight:
+        config.bags.file = "bags.npz"  # which is not read before a run starts
+    config.update_from_flattened_dict({**QUIET, **changes})
+    return teacher.resolve(config)
 
 
 def smoke(config, replicas):
@@ -141,6 +170,7 @@ def smoke(config, replicas):
     method = methods.build(config, config.views, config.local.count)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
     tx = optimizer.build(config.optimizer, rate)
+    method = method.fitted(10, 1000)
     train_step = make_train_step(
         method,
         recipe,
@@ -150,17 +180,18 @@ def smoke(config, replicas):
         seed=config.seed,
     )
     size = config.augment.size
-    train_state = state.create(method, tx, config.seed, size)
     frozen = {}
     if "teacher" in method.plan:
         frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
+    train_state = state.create(method, tx, config.seed, size, reused=frozen.get("teacher"))
     rng = np.random.default_rng(0)
     shape = (replicas, config.batch_size // replicas)
     crops = {
         v: rng.integers(0, 256, (*shape, side, side, 3), np.uint8)
         for v, side in enumerate(recipe.sizes)
     }
-    return train_step, train_state, frozen, {"views": crops, "aux": {}}
+    aux = {"cluster": rng.integers(0, 16, shape, np.int32)} if config.bags.file else {}
+    return train_step, train_state, frozen, {"views": crops, "aux": aux}
 
 
 @functools.cache

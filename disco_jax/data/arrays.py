@@ -125,7 +125,7 @@ class ArraySource:
                 for begin in range(offset, share - batch_size + 1, batch_size):
                     chosen = [images[i] for i in order[begin : begin + batch_size]]
                     made = {
-                        view: _crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
+                        view: crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
                         for view, crop in views.items()
                     }
                     after = base.next_position(epoch, begin + batch_size, share, batch_size)
@@ -170,8 +170,15 @@ class ArraySource:
         return self._splits[split]
 
 
-def _crop_all(images, crop, where, run):
-    """One view of a batch, u8[b, S, S, 3]."""
+def crop_all(images, crop, where, run):
+    """One view of a batch, u8[b, S, S, 3].
+
+    Args:
+      images: b of u8[H, W] or u8[H, W, 3].
+      crop: with the fields of `views.Crop`.
+      where: (seed, epoch, host, view, position of the first image), what the boxes follow.
+      run: a `map`, e.g. of threads.
+    """
     heights, widths = np.array([image.shape[:2] for image in images]).T
     draws = uniforms(*where, len(images))
     places = boxes(draws, heights, widths, crop.scale, crop.ratio)

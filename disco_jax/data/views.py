@@ -23,8 +23,8 @@ OPERATIONS = {
     "blur": ops.gaussian_blur,
     "solarize": ops.solarize,
 }
-# Settings that may be given for each global view, as DINO's two differ in them.
-PER_VIEW = ("blur_prob", "solarize_prob")
+# Settings that may be given for each global view, as DINO's and ReSSL's two differ in them.
+PER_VIEW = ("jitter_prob", "grey_prob", "blur_prob", "solarize_prob")
 INTERPOLATIONS = ("bilinear", "bicubic")
 ANTIALIAS = ("exact", "area", "none")
 

@@ -6,7 +6,7 @@ An objective says which views it needs of which network, keeps its own memory an
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import Queue
 
 NETWORKS = ("student", "momentum", "teacher")  # learned; its EMA copy; frozen
+OUTPUTS = ("embedding", "features")  # after the head; after pooling
 
 
 class Views(NamedTuple):
@@ -41,6 +42,10 @@ class Record(NamedTuple):
         """f32[B, D], not normalised."""
         return self.encoded[network][view].embedding
 
+    def output(self, network: str, view: int, name: str) -> Array:
+        """f32[B, D], not normalised: "embedding" or "features", see `OUTPUTS`."""
+        return getattr(self.encoded[network][view], name)
+
 
 class Term(NamedTuple):
     """What an objective makes of a record.
@@ -57,9 +62,23 @@ class Term(NamedTuple):
 
 
 class Objective(Protocol):
-    """One term of a method's loss."""
+    """One term of a method's loss.
+
+    Only `needs` and the call have to be written; the rest is for those that want more.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      reads_maps: whether it reads the backbones' feature maps.
+      makes: views that `mix` adds to the recipe's.
+      members: views that must show another image of the bag, see `data/bags.py`.
+      aux: names of what it reads of `Record.aux`.
+    """
 
     weight: float
+    reads_maps: ClassVar[bool] = False
+    makes: ClassVar[tuple[int, ...]] = ()
+    members: ClassVar[tuple[int, ...]] = ()
+    aux: ClassVar[tuple[str, ...]] = ()
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
         """Network -> views that the objective reads."""
@@ -73,7 +92,37 @@ class Objective(Protocol):
           record: of shapes (`jax.ShapeDtypeStruct` leaves).
           inherited: the queue that came with the teacher, if one did.
         """
-        ...
+        return ()
+
+    def matches(self) -> str | None:
+        """What of the teacher is as wide as the student's embedding.
+
+        "embedding" or "features"; None where the two may differ.
+        """
+        return None
+
+    def check(self, setting: str, record: Record) -> None:
+        """Refuses networks whose outputs it cannot compare.
+
+        Args:
+          setting: where the objective stands in the config, for messages.
+          record: of shapes (`jax.ShapeDtypeStruct` leaves).
+
+        Raises:
+          UserError: with the shapes and what would do.
+        """
+
+    def mix(
+        self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
+    ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
+        """Views and what else there is of a batch, with what the objective makes of them.
+
+        Args:
+          views: view -> f32[B, H, W, 3], normalised.
+          aux: name -> array[B, ...] or what earlier objectives made.
+          rng: a key of this step, equal on every replica.
+        """
+        return views, aux
 
     def __call__(self, record: Record, memory: Any, step: Array) -> Term: ...
 
@@ -86,11 +135,13 @@ class Method:
       networks: name -> network; only those that some objective reads, and the student.
       objectives: name -> objective.
       views: what the recipe makes of an image.
+      reuse: parts of the student that are the teacher's, copied and never changed, e.g. "head".
     """
 
     networks: Mapping[str, Network]
     objectives: Mapping[str, Objective]
     views: Views
+    reuse: tuple[str, ...] = ()
 
     @property
     def plan(self) -> dict[str, tuple[int, ...]]:
@@ -100,6 +151,43 @@ class Method:
             for network, views in objective.needs(self.views).items():
                 wanted.setdefault(network, set()).update(views)
         return {name: tuple(sorted(wanted[name])) for name in NETWORKS if name in wanted}
+
+    def reads_maps(self, network: str) -> bool:
+        """Whether some objective reads the feature maps of a network."""
+        return any(
+            objective.reads_maps and network in objective.needs(self.views)
+            for objective in self.objectives.values()
+        )
+
+    def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The student's parameters that are learned, and those that are the teacher's."""
+        learned = {part: tree for part, tree in params.items() if part not in self.reuse}
+        return learned, {part: params[part] for part in self.reuse if part in params}
+
+    def mix(
+        self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
+    ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
+        """See `Objective.mix`, of all objectives."""
+        for i, (_, objective) in enumerate(sorted(self.objectives.items())):
+            views, aux = objective.mix(views, aux, jax.random.fold_in(rng, i))
+        return views, aux
+
+    def fitted(self, steps_per_epoch: int, images: int) -> "Method":
+        """The method with what its objectives left to be known of the data filled in."""
+        objectives = {}
+        for name, objective in self.objectives.items():
+            changes = {}
+            if hasattr(objective, "steps_per_epoch"):
+                changes["steps_per_epoch"] = steps_per_epoch
+            if getattr(objective, "population", None) == 0:
+                changes["population"] = images
+            objectives[name] = dataclasses.replace(objective, **changes) if changes else objective
+        return dataclasses.replace(self, objectives=objectives)
+
+    def check(self, record: Record) -> None:
+        """See `Objective.check`, of all objectives."""
+        for name, objective in self.objectives.items():
+            objective.check(f"config.objectives.{name}", record)
 
     def memory(self, rng: Array, record: Record, inherited: Queue | None = None) -> dict[str, Any]:
         """Every objective's memory at step 0; see `Objective.init`."""

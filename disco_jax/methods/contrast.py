@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import contrast_accuracy, info_nce, unit
 from disco_jax.ops.memory import Queue
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Contrast(Objective):
     """The student's query must find its own key among a queue of past keys.
 
     MoCo (arXiv:1911.05722) eq. 1; two pairs make it symmetric (RETRO eq. 3). The logits use the
@@ -40,6 +40,9 @@ class Contrast:
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         queries, keys = zip(*self.pairs, strict=True)
         return {"student": queries, self.keys_from: keys}
+
+    def matches(self) -> str | None:
+        return "embedding" if self.keys_from == "teacher" else None
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         dim = record.embedding("student", self.pairs[0][0]).shape[-1]

@@ -1,19 +1,18 @@
-"""DisCo's distillation: the student's final embedding copies the teacher's."""
+"""The student's embedding copies the teacher's: DisCo, SimReg, and SEED's squared distance."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.ops.losses import squared_distance, unit
-from disco_jax.ops.memory import Queue
 
 REDUCTIONS = ("mean", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
-class Distill:
+class Distill(Objective):
     """Squared distance of unit embeddings on each view. DisCo (arXiv:2104.09124) eq. 1.
 
     Attributes:
@@ -22,24 +21,29 @@ class Distill:
       views: on which student and teacher are compared; their losses are added.
       reduction: "mean" over the batch; "sum" over this replica's batch, as the official code
         writes it, which makes the effective weight depend on the number of devices.
+      teacher_output: "embedding", or "features": SimReg (arXiv:2201.05131) copies the teacher's
+        features after pooling; on unit vectors the squared distance is its 2 - 2 cos.
+      teacher_views: which view of the teacher belongs to each of `views`; (): the same one.
     """
 
     weight: float = 32.0
     views: tuple[int, ...] = (0, 1)
     reduction: str = "mean"
+    teacher_output: str = "embedding"
+    teacher_views: tuple[int, ...] = ()
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
-        return {"student": self.views, "teacher": self.views}
+        return {"student": self.views, "teacher": self.teacher_views or self.views}
 
-    def init(self, rng: Array, record: Record, inherited: Queue | None) -> tuple[()]:
-        return ()
+    def matches(self) -> str:
+        return self.teacher_output
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         reduce = jnp.mean if self.reduction == "mean" else jnp.sum
         losses, cosines = [], []
-        for view in self.views:
+        for view, theirs in zip(self.views, self.teacher_views or self.views, strict=True):
             student = unit(record.embedding("student", view))
-            teacher = unit(record.embedding("teacher", view))
+            teacher = unit(record.output("teacher", theirs, self.teacher_output))
             losses.append(reduce(squared_distance(student, teacher)))
             cosines.append(jnp.mean(jnp.sum(student * teacher, axis=-1)))
         metrics = {

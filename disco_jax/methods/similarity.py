@@ -6,58 +6,88 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
 from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import soft_cross_entropy, unit
 from disco_jax.ops.memory import Queue
 
+Pairs = tuple[tuple[int, int], ...]
+
 
 @dataclasses.dataclass(frozen=True)
-class Similarity:
+class Similarity(Objective):
     """Soft cross-entropy over a queue that the teacher fills. SEED (arXiv:2101.04731) eq. 5.
 
-    The same view feeds both networks. The similarities use the queue as it is before this step's
-    teacher embeddings enter it.
+    The similarities use the queue as it is before this step's teacher embeddings enter it.
 
     Attributes:
       weight: of the term in the method's loss.
-      view: the view that student and teacher encode.
+      groups: of (student view, teacher view) pairs. A group's loss is the mean over its pairs, its
+        queue that of the first pair's teacher view, which is also what enters the queue; the
+        groups' losses are added. SEED's four ways (fig. 6 of its appendix), view 0 large, 1 to 6
+        small:
+          identical   (((0, 0),),)
+          cross       (((0, 1),),), two large views
+          to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is the large view's, always
+          small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
       student_temperature: tau_S > 0.
-      teacher_temperature: tau_T > 0; 0.01 is the paper's, 1e-4 the code's (disagreement S1).
-      queue_size: teacher embeddings remembered; a multiple of the global batch.
+      teacher_temperature: tau_T >= 0; 0.01 is the paper's, 1e-4 the code's (disagreement S1); at
+        0 the target is one-hot and the loss InfoNCE.
+      queue_size: teacher embeddings remembered a queue; a multiple of the global batch.
       queue_init: "random" as SEED starts, "teacher" to start from the teacher's own queue.
     """
 
     weight: float = 1.0
-    view: int = 0
+    groups: tuple[Pairs, ...] = (((0, 0),),)
     student_temperature: float = 0.2
     teacher_temperature: float = 0.01
     queue_size: int = 65_536
     queue_init: str = "random"
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
-        return {"student": (self.view,), "teacher": (self.view,)}
+        students, teachers = zip(*(pair for group in self.groups for pair in group), strict=True)
+        return {"student": students, "teacher": teachers}
 
-    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
-        dim = record.embedding("teacher", self.view).shape[-1]
-        if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return inherited
-        return Queue.create(jax.random.fold_in(rng, self.view), self.queue_size, dim)
+    def matches(self) -> str:
+        return "embedding"
 
-    def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
-        student = unit(record.embedding("student", self.view))
-        teacher = unit(record.embedding("teacher", self.view))
-        losses = soft_cross_entropy(
-            student,
-            teacher,
-            memory.vectors,
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-        )
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
+        banks = {}
+        for group in self.groups:
+            view = group[0][1]
+            dim = record.embedding("teacher", view).shape[-1]
+            fresh = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
+            takes = self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim)
+            banks[_bank(group)] = inherited if takes else fresh
+        return banks
+
+    def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
+        losses, banks = [], {}
+        for group in self.groups:
+            bank = memory[_bank(group)]
+            losses.append(jnp.mean(jnp.stack([self._pair(record, bank, *pair) for pair in group])))
+            banks[_bank(group)] = bank.push(gather(unit(record.embedding("teacher", group[0][1]))))
+        view, theirs = self.groups[0][0]
+        student, teacher = record.embedding("student", view), record.embedding("teacher", theirs)
         metrics = {
-            "cosine": jnp.mean(jnp.sum(student * teacher, axis=-1)),
-            "student_std": spread(student),
-            "teacher_std": spread(teacher),
+            "cosine": jnp.mean(jnp.sum(unit(student) * unit(teacher), axis=-1)),
+            "student_std": spread(unit(student)),
+            "teacher_std": spread(unit(teacher)),
         }
-        return Term(jnp.mean(losses), memory.push(gather(teacher)), metrics)
+        return Term(jnp.sum(jnp.stack(losses)), banks, metrics)
+
+    def _pair(self, record: Record, bank: Queue, view: int, theirs: int) -> Array:
+        return jnp.mean(
+            soft_cross_entropy(
+                unit(record.embedding("student", view)),
+                unit(record.embedding("teacher", theirs)),
+                bank.vectors,
+                student_temperature=self.student_temperature,
+                teacher_temperature=self.teacher_temperature,
+            )
+        )
+
+
+def _bank(group: Pairs) -> str:
+    return f"view_{group[0][1]}"

@@ -1,6 +1,7 @@
 """Networks by name. A family is a module whose `VARIANTS` table ends its file."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from disco_jax import errors
 from disco_jax.models import efficientnet, heads, mobilenet, resnet, vit, xcit
-from disco_jax.models.encoder import Encoder, Network
+from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.norm import MODES
 
 FAMILIES = {
@@ -76,11 +77,50 @@ def backbone(name: str) -> Encoder:
     return Encoder(cls(**fields), heads.Identity())
 
 
-def build_network(spec: Any, norm: str, dtype: str, setting: str) -> Network:
-    """`build_encoder` with the BatchNorm mode `norm` that it trains in."""
+def build_network(
+    spec: Any, norm: str, dtype: str, setting: str, normalisation: tuple[Any, Any] | None = None
+) -> Network:
+    """`build_encoder` with the BatchNorm mode `norm` that it trains in.
+
+    Args:
+      spec, dtype, setting: see `build_encoder`; `spec.mean` and `spec.std`, if there are any,
+        are what the network's images are normalised by.
+      norm: a name in `norm.MODES`.
+      normalisation: mean and standard deviation that the recipe normalises by.
+    """
     if norm not in MODES:
         raise errors.unknown(f"{setting}.norm", norm, MODES)
-    return Network(build_encoder(spec, dtype, setting), norm)
+    rescale, own = None, [tuple(spec.get(name, ())) for name in ("mean", "std")]
+    if normalisation and any(own):
+        if [len(values) for values in own] != [3, 3] or min(own[1]) <= 0:
+            raise errors.UserError(
+                f"{setting}.mean={own[0]} and {setting}.std={own[1]} must be three numbers each, "
+                "those of std above 0, or both () to take the recipe's."
+            )
+        rescale = rescaling((own[0], own[1]), normalisation)
+    return Network(build_encoder(spec, dtype, setting), norm, rescale)
+
+
+def width(spec: Any) -> int:
+    """How many features the backbone of a network's part of a config has."""
+    fields = tuple((name, spec[name]) for name in ("backbone", *_OPTIONAL))
+    return _width(fields)
+
+
+@functools.cache
+def _width(fields: tuple[tuple[str, Any], ...]) -> int:
+    spec = dict(fields)
+    if spec["backbone"] not in BACKBONES:
+        raise errors.unknown("The backbone", spec["backbone"], BACKBONES)
+    cls, variant = BACKBONES[spec["backbone"]]
+    known = {field.name for field in dataclasses.fields(cls)}
+    given = {n: spec[n] for n, off in _OPTIONAL.items() if spec[n] != off and n in known}
+    backbone = Encoder(cls(**{**variant, **given}), heads.Identity())
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(
+        lambda x: backbone.init_with_output(jax.random.key(0), x, norm="running")[0], images
+    )
+    return shapes.features.shape[-1]
 
 
 def parameters(encoder: Encoder, parts: Iterable[str] = ("backbone",), size: int = 224) -> int:

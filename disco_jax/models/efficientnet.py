@@ -19,6 +19,7 @@ from disco_jax.models.inverted import (
     conv,
     shrink,
 )
+from disco_jax.models.maps import keep as keep_map
 
 STEM, FEATURES = 32, 1280
 # Table 1: kernel, stride, expansion, channels of a stage.
@@ -102,6 +103,7 @@ class EfficientNet(nn.Module):
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
                 size, done = shrink(size, block.stride), done + 1
+            keep_map(self, s, x)
         x = conv(style, FEATURES, 1, 1, size, False, self.dtype, name="head_conv")(x)
         x = nn.swish(batch_norm(style, self.norm_group, self.dtype, name="head_bn")(x, norm=norm))
         return dropout(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), self.dropout)

@@ -20,6 +20,7 @@ from disco_jax.models.inverted import (
     conv,
     divisible,
 )
+from disco_jax.models.maps import keep as keep_map
 
 FEATURES = 1280
 
@@ -85,6 +86,7 @@ class MobileNet(nn.Module):
                     dtype=self.dtype,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
+            keep_map(self, s, x)
         x = conv(style, self.tail_width, 1, 1, 0, False, self.dtype, name="tail_conv")(x)
         x = act(batch_norm(style, self.norm_group, self.dtype, name="tail_bn")(x, norm=norm))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.models.init import he_fan_out
+from disco_jax.models.maps import keep as keep_map
 from disco_jax.models.norm import BatchNorm
 
 STEMS = ("imagenet", "small")
@@ -68,6 +69,7 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and i == 0 else 1,
                     name=f"layer{stage + 1}_{i}",
                 )(x, norm=norm)
+            keep_map(self, stage, x)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 

@@ -63,8 +63,8 @@ def soft_cross_entropy(
       teacher: f32[B, D], unit rows; also the first column of the bank.
       negatives: f32[K, D], unit rows: past embeddings of the teacher.
       student_temperature: tau_S > 0; SEED uses 0.2.
-      teacher_temperature: tau_T > 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
-        target, for which the loss tends to `info_nce`).
+      teacher_temperature: tau_T >= 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
+        target). At 0 the target is one-hot on the image itself and the loss is `info_nce`.
 
     Returns:
       f32[B] in nats, one value an example; the objective takes the mean.
@@ -72,9 +72,87 @@ def soft_cross_entropy(
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
+    if teacher_temperature == 0:
+        return info_nce(student, teacher, negatives, temperature=student_temperature)
     targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)
     scores = _logits(student, teacher, negatives) / student_temperature
     return -jnp.sum(targets * jax.nn.log_softmax(scores, axis=-1), axis=-1)
+
+
+def binary_contrast(
+    student: Array, teacher: Array, negatives: Array, *, temperature: float, population: int
+) -> Array:
+    """Telling the teacher's embedding of the image from those of others, one yes or no each.
+
+    CRD (arXiv:1910.10699) eq. 17-18, as SEED's appendix compares with:
+    loss_i = -log h(s_i, t_i) - sum_j log(1 - h(s_i, n_j)),
+    h(s, t) = e^{s.t/tau} / (e^{s.t/tau} + K / N).
+
+    Args:
+      student: f32[B, D], unit rows; the only input that needs a gradient.
+      teacher: f32[B, D], unit rows.
+      negatives: f32[K, D], unit rows: past embeddings of the teacher.
+      temperature: tau > 0; CRD uses 0.07.
+      population: N >= 1, the images of the data set.
+
+    Returns:
+      f32[B] in nats, summed over the K + 1 decisions; the objective takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    logits = _logits(student, teacher, negatives) / temperature
+    prior = jnp.log(jnp.float32(negatives.shape[0] / population))
+    total = jnp.logaddexp(logits, prior)
+    return total[:, 0] - logits[:, 0] + jnp.sum(total[:, 1:] - prior, axis=-1)
+
+
+def softened_cross_entropy(
+    student: Array,
+    teacher: Array,
+    labels: Array,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 2.0,
+    reduction: str = "element",
+) -> Array:
+    """Supervised distillation: a teacher's softened classes beside the labels.
+
+    Hinton et al. (arXiv:1503.02531): alpha T^2 KL(teacher || student) + (1 - alpha) CE. DisCo's
+    code averages the divergence over the classes as well as the images (disagreement A1).
+
+    Args:
+      student: f32[B, C], logits; the only input that needs a gradient.
+      teacher: f32[B, C], logits.
+      labels: i32[B].
+      alpha: in 0..1, the share of the teacher; DisCo uses 0.5.
+      temperature: T > 0; DisCo uses 2.
+      reduction: of the divergence: "element" divides it by C, "batch" does not.
+
+    Returns:
+      f32[B] in nats, one value an example; the caller takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape, dtype or the reduction is another.
+    """
+    chex.assert_type([student, teacher], jnp.float32)
+    chex.assert_equal_shape([student, teacher])
+    chex.assert_shape(labels, student.shape[:1])
+    assert reduction in ("element", "batch"), reduction
+    target = jax.nn.log_softmax(teacher / temperature, axis=-1)
+    given = jax.nn.log_softmax(student / temperature, axis=-1)
+    divergence = jnp.sum(jnp.exp(target) * (target - given), axis=-1)
+    if reduction == "element":
+        divergence /= student.shape[-1]
+    return alpha * temperature**2 * divergence + (1 - alpha) * class_cross_entropy(student, labels)
+
+
+def class_cross_entropy(scores: Array, labels: Array) -> Array:
+    """f32[B] in nats: cross-entropy of f32[B, C] logits with the classes i32[B]."""
+    chex.assert_type(scores, jnp.float32)
+    chex.assert_shape(labels, scores.shape[:1])
+    chosen = jnp.take_along_axis(scores, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=-1) - chosen
 
 
 def squared_distance(student: Array, teacher: Array) -> Array:

@@ -28,19 +28,30 @@ class Queue:
         """A queue of `size` random directions in `dim` dimensions, as MoCo starts."""
         return cls(unit(jax.random.normal(rng, (size, dim))), jnp.zeros((), jnp.int32))
 
+    @classmethod
+    def uniform(cls, rng: Array, size: int, dim: int) -> "Queue":
+        """A queue as CompRess starts it: U(+-sqrt(3 / D)), of length 1 on average only."""
+        edge = (3 / dim) ** 0.5
+        vectors = jax.random.uniform(rng, (size, dim), minval=-edge, maxval=edge)
+        return cls(vectors, jnp.zeros((), jnp.int32))
+
     def push(self, rows: Array) -> "Queue":
         """The queue with its oldest rows replaced.
 
         Args:
-          rows: f32[B, D], unit rows of the global batch, in the order of the batch. B divides K,
-            so that a push never wraps inside.
+          rows: f32[B, D], unit rows of the global batch, in the order of the batch, B <= K. A
+            push goes on at the first row where it meets the end; if B divides K it never does.
 
         Raises:
-          AssertionError: while tracing, when a shape, dtype or the divisibility does not hold.
+          AssertionError: while tracing, when a shape or dtype above does not hold.
         """
         chex.assert_type(rows, jnp.float32)
         size, dim = self.vectors.shape
         chex.assert_shape(rows, (None, dim))
-        assert size % rows.shape[0] == 0, (size, rows.shape)
-        vectors = jax.lax.dynamic_update_slice(self.vectors, rows, (self.pointer, 0))
+        assert rows.shape[0] <= size, (size, rows.shape)
+        if size % rows.shape[0]:
+            places = (self.pointer + jnp.arange(rows.shape[0])) % size
+            vectors = self.vectors.at[places].set(rows)
+        else:
+            vectors = jax.lax.dynamic_update_slice(self.vectors, rows, (self.pointer, 0))
         return Queue(vectors, (self.pointer + rows.shape[0]) % size)

@@ -139,8 +139,9 @@ def _fit_data(config: ConfigDict, source: Source) -> None:
     batch = min(256, max(count // 8, 1)) // devices * devices or devices
     config.batch_size = batch
     queue = max(min(65_536, count) // batch, 1) * batch
-    for objective in ("contrast", "similarity"):
-        config.objectives[objective].queue_size = queue
+    for fields in config.objectives.values():
+        if "queue_size" in fields:
+            fields.queue_size = queue
 
 
 def _define(values: absl_flags.FlagValues) -> None:

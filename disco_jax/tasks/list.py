@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(sizes: bool = False) -> dict[str, dict[str, str]]:
-    """Prints and returns {"recipes", "objectives", "networks", ...}: name -> what it is.
+    """Prints and returns {"recipes", "methods", "networks", ...}: name -> what it is.
 
     Args:
       sizes: count the parameters of every network, without its head, in M = 2^20 as the papers.
@@ -32,6 +32,9 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
         "recipes": {
             f"configs/{name}.py": _first_line(ast.get_docstring(ast.parse(path.read_text())))
             for name, path in flags.recipes().items()
+        },
+        "methods (crops of an image; forward passes a step; what is remembered on a device)": {
+            f"configs/{name}.py": text for name in flags.recipes() if (text := _needs(name))
         },
         "objectives": {
             f"config.objectives.{name}": _first_line(cls.__doc__)
@@ -53,6 +56,29 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
         for name, text in rows.items():
             print(f"  {name:{width}}  {text}".rstrip())
     return found
+
+
+def _needs(recipe: str) -> str:
+    """The views, networks and memory of a pretraining recipe as it ships; "" for the others."""
+    from disco_jax import methods
+    from disco_jax.train import teacher
+
+    config = flags.load(recipe)
+    if "objectives" not in config:
+        return ""
+    config.bags.file = config.bags.file or "bags.npz"  # made before a run that needs it
+    config.dtype = "float32"  # "auto" would look for accelerators
+    config = teacher.resolve(config)
+    method = methods.build(config, config.views, config.local.count)
+    crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
+    networks = ", ".join(f"{name} {len(views)}" for name, views in method.plan.items())
+    also = ["the teacher's weights"] if "teacher" in method.plan else []
+    if any(o.members or o.aux for o in method.objectives.values()):
+        also.append("bags (disco-jax bags)")
+    also += ["the teacher's head"] if method.reuse else []
+    needs = f"; needs {', '.join(also)}" if also else ""
+    memory = methods.memory_bytes(method, config) / 2**20
+    return f"{crops} crop{'s' if crops != '1' else ''}; {networks}; {memory:.0f} MiB{needs}"
 
 
 def _head(name: str) -> str:

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, methods
 from disco_jax.data import pipeline, views
+from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position, Source
-from disco_jax.methods.base import Method
+from disco_jax.methods.base import Method, Record
 from disco_jax.ops import schedules
-from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher
+from disco_jax.train import checkpoint, health, loop, optimizer, state, step, teacher
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
 
@@ -38,6 +39,7 @@ class Prepared:
       learning_rate: step -> rate.
       tx: the optimizer.
       teacher: frozen weights; None if the method has no teacher.
+      record: of shapes: what the networks make of an image.
     """
 
     config: ConfigDict
@@ -49,6 +51,7 @@ class Prepared:
     learning_rate: schedules.Schedule
     tx: optax.GradientTransformation
     teacher: teacher.Teacher | None
+    record: Record
 
 
 def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
@@ -66,8 +69,11 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
     if config.checkpoint.best_metric not in ("", *losses):
         raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
-    source = source or pipeline.open_source(config.data)
+    record = state.shapes(method, recipe.sizes)
+    method.check(record)
+    source = _bagged(source or pipeline.open_source(config.data), config, method)
     steps_per_epoch = _steps_per_epoch(source, config)
+    method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
     rate = optimizer.learning_rate(
         config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
     )
@@ -85,6 +91,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
         learning_rate=rate,
         tx=optimizer.build(config.optimizer, rate),
         teacher=loaded,
+        record=record,
     )
 
 
@@ -112,8 +119,15 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
-        queue = ready.teacher and ready.teacher.queue
-        fresh = state.create(ready.method, ready.tx, config.seed, config.augment.size, queue)
+        fresh = state.create(
+            ready.method,
+            ready.tx,
+            config.seed,
+            config.augment.size,
+            inherited=ready.teacher and ready.teacher.queue,
+            reused=ready.teacher and ready.teacher.variables,
+            record=ready.record,
+        )
         begin, position = _resume(checkpoints, fresh)
         _describe(config, ready, begin)
         if int(begin.step) < ready.total:
@@ -172,6 +186,7 @@ def _train(
             ),
             logger,
             checkpoints,
+            health.Watch(config.health.min_std, config.health.patience, config.health.stop),
         )
 
 
@@ -212,6 +227,8 @@ def _check_numbers(config: ConfigDict) -> None:
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 1,
         "momentum.ema_rate": 0,
+        "health.min_std": 0,
+        "health.patience": 1,
         "data.max_unreadable": 0,
     }
     values = {name: functools.reduce(getattr, name.split("."), config) for name in least}
@@ -220,6 +237,45 @@ def _check_numbers(config: ConfigDict) -> None:
         low.append(f"config.momentum.ema_rate={config.momentum.ema_rate} is above 1.")
     if low:
         raise errors.UserError("\n  ".join(low))
+
+
+def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
+    """The source with the bags that some objective reads."""
+    members = {view for o in method.objectives.values() for view in o.members}
+    if not config.bags.file:
+        return source
+    bags = Bags.load(config.bags.file)
+    classifies = any("cluster" in o.aux for o in method.objectives.values())
+    if not members and not classifies:
+        raise errors.UserError(
+            f"config.bags.file={config.bags.file!r}, but no objective reads bags: leave it empty, "
+            "or give config.objectives.bags or .pseudo_labels a weight."
+        )
+    if classifies:
+        _check_clusters(config, bags)
+    return BagSource(
+        source,
+        bags,
+        sorted(members),
+        sampling=config.bags.sampling,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _check_clusters(config: ConfigDict, bags: Bags) -> None:
+    """Refuses pseudo labels that the student's prototypes do not count."""
+    if bags.clusters is None:
+        raise errors.UserError(
+            "config.objectives.pseudo_labels needs clusters, and config.bags.file holds "
+            "neighbours: make it with `disco-jax bags --config.kind=kmeans`."
+        )
+    count, classes = int(bags.clusters.max()) + 1, sum(config.student.prototypes)
+    if count > classes:
+        raise errors.UserError(
+            f"config.student.prototypes={tuple(config.student.prototypes)} are fewer than the "
+            f"{count} clusters of config.bags.file: set config.student.prototypes=({count},)."
+        )
 
 
 def _check_views(recipe: views.Recipe, method: Method) -> None:
@@ -249,6 +305,12 @@ def _check_devices(config: ConfigDict) -> None:
                 f"config.{network}.norm_group={group} does not divide the {batch // devices} "
                 f"images of a device; what does: {', '.join(map(str, fits))}, or 0 for all of them."
             )
+    group = config.objectives.relations.group
+    if config.objectives.relations.weight and group and (batch // devices) % group:
+        raise errors.UserError(
+            f"config.objectives.relations.group={group} does not divide the {batch // devices} "
+            "images of a device; take a divisor, or 0 for all of them."
+        )
 
 
 def _steps_per_epoch(source: Source, config: ConfigDict) -> int:
@@ -277,11 +339,14 @@ def _describe(config: ConfigDict, ready: Prepared, begin: state.TrainState) -> N
     backbone, everything = (
         sum(x.size for x in jax.tree.leaves(tree)) / 2**20 for tree in (params["backbone"], params)
     )
+    count = sum(map(len, ready.method.plan.values()))
+    still = sum(x.size for x in jax.tree.leaves(ready.method.split(params)[1])) / 2**20
+    frozen = f", {everything - still:.2f} M of it learned" if still else ""
     passes = ", ".join(f"{name} {list(views)}" for name, views in ready.method.plan.items())
     print(
         f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
-        f"with head {everything:.2f} M (M = 2^20, as the papers count); forward passes a step: "
-        f"{passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"with head {everything:.2f} M (M = 2^20, as the papers count){frozen}; {count} forward "
+        f"passes a step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
         + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else ""),
         flush=True,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ def run(
     schedule: Schedule,
     logger: Logger,
     checkpoints: Checkpoints | None = None,
+    watch: Callable[[int, Mapping[str, float]], None] = lambda step, summary: None,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -63,6 +64,7 @@ def run(
       schedule: when to do what.
       logger: for the metrics.
       checkpoints: None saves nothing, as a probe does.
+      watch: called with every summary that is logged; may raise to end the run.
 
     Returns:
       The last state.
@@ -92,6 +94,7 @@ def run(
                 logger.write(step, summary)
                 if schedule.verbose and jax.process_index() == 0:
                     print(progress.line(step, summary), flush=True)
+                watch(step, summary)
             if save:
                 checkpoints.save(step, state, _everyone(position), summary)
             if stopping and not last:

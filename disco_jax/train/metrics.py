@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from disco_jax.errors import NumericError
+from disco_jax.train.health import effective_rank
 
 FILE = "metrics.jsonl"
 
@@ -77,7 +78,7 @@ def _until(text: str, step: int) -> list[str]:
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
-    """The mean of each metric over the last steps.
+    """The mean of each metric over the last steps; of a Gram matrix, the last one's rank.
 
     Args:
       window: metrics of consecutive steps, still on the device, the last one that of `step`.
@@ -88,14 +89,20 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
     """
     fetched = jax.device_get(list(window))
     for i, metrics in enumerate(fetched):
-        bad = sorted(key for key, value in metrics.items() if not np.isfinite(value))
+        bad = sorted(key for key, value in metrics.items() if not np.isfinite(value).all())
         if bad:
             first = step - len(fetched) + 1 + i
             raise NumericError(
                 f"Not finite at step {first}: {', '.join(bad)}. The last good checkpoint is kept. "
                 "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
             )
-    return {key: float(np.mean([metrics[key] for metrics in fetched])) for key in fetched[0]}
+    last = fetched[-1]
+    return {
+        key: effective_rank(last[key])
+        if np.ndim(last[key])
+        else float(np.mean([metrics[key] for metrics in fetched]))
+        for key in last
+    }
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """What a run is at a step: arrays only, with no device axis, equal on all replicas."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from jax import Array
 
 from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Encoded, Network, Variables
+from disco_jax.models.maps import COLLECTION, by_size
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 
@@ -44,6 +46,8 @@ def create(
     seed: int,
     size: int,
     inherited: Queue | None = None,
+    reused: Variables | None = None,
+    record: Record | None = None,
 ) -> TrainState:
     """The state at step 0, on the host; nothing is compiled for the networks.
 
@@ -53,15 +57,18 @@ def create(
       seed: of the initial weights and queues.
       size: of the images in px.
       inherited: the queue that came with the teacher, if one did.
+      reused: the teacher's variables; `method.reuse` says which parts the student copies.
+      record: what `shapes` gave, if it is there already.
     """
-    student = method.networks["student"].encoder.create(seed, size)
-    record = _shapes(method, student, size)
+    student = _reusing(method, method.networks["student"].encoder.create(seed, size), reused)
+    record = record or shapes(method, (size,) * 32)
+    learned, _ = method.split(student["params"])
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,
         momentum=student if "momentum" in method.plan else {},
         memory=method.memory(jax.random.fold_in(jax.random.key(seed), 1), record, inherited),
-        opt_state=tx.init(student["params"]),
+        opt_state=tx.init(learned),
     )
 
 
@@ -94,22 +101,43 @@ def apart(tree: Tree) -> Tree:
     return jax.device_put(tree, sharding)
 
 
-def _shapes(method: Method, student: Variables, size: int) -> Record:
-    """A record of `jax.ShapeDtypeStruct`s: what the networks make of a batch."""
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+def shapes(method: Method, sizes: Sequence[int]) -> Record:
+    """What the networks make of one image: a record of `jax.ShapeDtypeStruct`s.
 
-    def shape(network: Network, variables: Variables) -> Encoded:
-        apply = network.encoder.apply
-        return jax.eval_shape(lambda v, x: apply(v, x, norm="running"), variables, images)
-
+    Args:
+      method: whose plan is followed.
+      sizes: of each view that the recipe makes, in px; views that an objective mixes have the
+        size of view 0.
+    """
     encoded = {}
     for name, views in method.plan.items():
-        network = method.networks[name]
-        # A teacher's variables are not at hand, and only the shape of its embedding is asked for.
-        variables = student
-        if name == "teacher":
-            variables = jax.eval_shape(
-                lambda x, n=network: n.encoder.init(jax.random.key(0), x, norm="running"), images
-            )
-        encoded[name] = dict.fromkeys(views, shape(network, variables))
+        network, maps = method.networks[name], method.reads_maps(name)
+        of_size = functools.cache(functools.partial(_shape, network, maps))
+        encoded[name] = {v: of_size(sizes[v if v < len(sizes) else 0]) for v in views}
     return Record(encoded, {})
+
+
+def _shape(network: Network, maps: bool, size: int) -> Encoded:
+    def first(images: Array) -> Encoded:
+        encoder = network.encoder
+        out, kept = encoder.init_with_output(
+            jax.random.key(0), images, norm="running", mutable=["params", "batch_stats", *wanted]
+        )
+        found = by_size(kept.get(COLLECTION, {})) if maps else None
+        return out._replace(maps=found)
+
+    wanted = [COLLECTION] if maps else []
+    return jax.eval_shape(first, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+
+
+def _reusing(method: Method, student: Variables, teacher: Variables | None) -> Variables:
+    """The student with the parts of the teacher that it reuses."""
+    if not method.reuse:
+        return student
+    assert teacher is not None, "the parts to reuse come from the teacher"
+    made = {}
+    for collection, tree in student.items():
+        theirs = {p: teacher[collection][p] for p in method.reuse if p in teacher[collection]}
+        mine = {part: value for part, value in tree.items() if part not in method.reuse}
+        made[collection] = {**mine, **theirs}
+    return made

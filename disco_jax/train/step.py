@@ -1,6 +1,6 @@
 """The train step, written for one replica, and its `pmap`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,8 +12,11 @@ from disco_jax.methods.base import Method, Record, Term
 from disco_jax.models.encoder import Variables, encode
 from disco_jax.ops.collectives import AXIS, pmean, positions
 from disco_jax.ops.schedules import Schedule
+from disco_jax.train import health
 from disco_jax.train.state import TrainState
 
+# Keys of views below this are augmentation's.
+_MIXING = 1 << 16
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Mapping[str, Variables], Any], tuple[TrainState, Metrics]]
 
@@ -60,33 +63,39 @@ def make_train_step(
         augment_rng, shuffle_rng = jax.random.split(rng)
         size = next(iter(batch["views"].values())).shape[0]
         views = recipe.photometric(batch["views"], augment_rng, positions(size))
+        views, aux = method.mix(views, batch["aux"], jax.random.fold_in(augment_rng, _MIXING))
         rate = ema_rate(state.step)
-        momentum = follow(state.momentum, state.student, rate)
-        targets, stats = {}, {}
-        for name, variables in {"momentum": momentum, **frozen}.items():
-            if name in plan:
-                encoded = encode(networks[name], variables, views, plan[name], shuffle_rng)
-                targets[name], stats[name] = jax.lax.stop_gradient(encoded)
-        stats.pop("teacher", None)  # frozen: its stored statistics stay what they are
+        momentum = follow(state.momentum, state.student, rate, method.reuse)
+        targets, stats = _targets(method, {"momentum": momentum, **frozen}, views, shuffle_rng)
 
-        def loss_fn(params):
-            variables = {**state.student, "params": params}
+        learned, still = method.split(state.student["params"])
+
+        def loss_fn(learned):
+            variables = {**state.student, "params": {**learned, **still}}
             student, new = encode(
-                networks["student"], variables, views, plan["student"], shuffle_rng, dropout=True
+                networks["student"],
+                variables,
+                views,
+                plan["student"],
+                shuffle_rng,
+                dropout=True,
+                maps=method.reads_maps("student"),
             )
-            record = Record({"student": student, **targets}, batch["aux"])
+            record = Record({"student": student, **targets}, aux)
             terms = {
                 name: objective(record, state.memory[name], state.step)
                 for name, objective in method.objectives.items()
             }
-            return method.total(terms), (terms, new)
+            signals = health.signals(record, state.memory, state.step)
+            return method.total(terms), (terms, new, signals)
 
-        params = state.student["params"]
-        (loss, (terms, new)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, aside), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
+        terms, new, signals = aside
         stats["student"] = new
-        grads, stats, metrics = pmean((grads, stats, _report(loss, terms)))
-        updates, opt_state = tx.update(grads, state.opt_state, params)
-        student = {"params": optax.apply_updates(params, updates), "batch_stats": stats["student"]}
+        grads, stats, metrics = pmean((grads, stats, _report(loss, terms) | signals))
+        updates, opt_state = tx.update(grads, state.opt_state, learned)
+        params = {**optax.apply_updates(learned, updates), **still}
+        student = {"params": params, "batch_stats": stats["student"]}
         if momentum:
             momentum = {**momentum, "batch_stats": stats["momentum"]}
             metrics["ema_rate"] = rate
@@ -98,17 +107,42 @@ def make_train_step(
     return train_step
 
 
-def follow(momentum: Variables, student: Variables, rate: Array) -> Variables:
+def _targets(
+    method: Method, variables: Mapping[str, Variables], views: Mapping[int, Array], rng: Array
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the networks that do not learn encode, and the new statistics of the momentum one."""
+    targets, stats = {}, {}
+    for name in sorted(variables.keys() & method.plan.keys()):
+        encoded = encode(
+            method.networks[name],
+            variables[name],
+            views,
+            method.plan[name],
+            rng,
+            maps=method.reads_maps(name),
+        )
+        targets[name], stats[name] = jax.lax.stop_gradient(encoded)
+    stats.pop("teacher", None)  # frozen: its stored statistics stay what they are
+    return targets, stats
+
+
+def follow(
+    momentum: Variables, student: Variables, rate: Array, still: Sequence[str] = ()
+) -> Variables:
     """The EMA of the student's parameters: rate * old + (1 - rate) * student; {} stays {}.
 
-    MoCo (arXiv:1911.05722) eq. 2. BatchNorm statistics are the momentum network's own.
+    MoCo (arXiv:1911.05722) eq. 2. BatchNorm statistics are the momentum network's own, and parts
+    of the student that never change, `still`, are left as they are to the bit.
     """
     if not momentum:
         return momentum
+    moving = {part: tree for part, tree in momentum["params"].items() if part not in still}
     params = jax.tree.map(
-        lambda old, new: rate * old + (1 - rate) * new, momentum["params"], student["params"]
+        lambda old, new: rate * old + (1 - rate) * new,
+        moving,
+        {part: student["params"][part] for part in moving},
     )
-    return {**momentum, "params": params}
+    return {**momentum, "params": {**momentum["params"], **params}}
 
 
 def parallel(train_step: Step) -> Step:

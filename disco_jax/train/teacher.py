@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 import jax
-import optax
 from etils import epath
 
 from disco_jax import convert, errors, methods, models
@@ -61,27 +60,66 @@ def describe(weights: str) -> dict[str, Any]:
     return {field: spec[field] for field in SHAPE}
 
 
+def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that weights were trained on, by channel.
+
+    Raises:
+      UserError: nothing there, or nothing that is understood.
+    """
+    path = _existing(weights)
+    if path.is_dir():
+        augment = workdir.read_config(path).augment
+        return tuple(augment.mean), tuple(augment.std)
+    mean, std = convert.read_network(path).normalisation
+    return tuple(mean), tuple(std)
+
+
 def resolve(config: Any) -> Any:
-    """A copy of a pretraining config in which `config.teacher.head="auto"` has been replaced.
+    """A copy of a pretraining config in which what the teacher decides has been filled in.
+
+    `config.teacher.head="auto"`, `config.teacher.mean` and `.std` that are (), and of the student
+    `dim=0` and the head that it reuses.
 
     Raises:
       UserError: the weights cannot be read, or are of another backbone.
     """
     config = config.copy_and_resolve_references()
-    spec = config.teacher
-    if spec.head != AUTO:
-        return config
-    if spec.weights in ("", RANDOM):
-        spec.head = "mlp"
-        return config
-    found = describe(spec.weights)
-    if found["backbone"] != spec.backbone:
-        raise errors.UserError(
-            f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} holds a "
-            f"{found['backbone']!r}: set --config.teacher.backbone={found['backbone']}."
-        )
-    spec.update(found)
+    fill(config.teacher)
+    _follow(config)
     return config
+
+
+def fill(spec: Any) -> None:
+    """Writes into `config.teacher` what its weights decide: the head, the normalisation.
+
+    Raises:
+      UserError: see `resolve`.
+    """
+    known = spec.weights not in ("", RANDOM)
+    if spec.head == AUTO:
+        found = describe(spec.weights) if known else {"head": "mlp", "backbone": spec.backbone}
+        if found["backbone"] != spec.backbone:
+            raise errors.UserError(
+                f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} holds a "
+                f"{found['backbone']!r}: set --config.teacher.backbone={found['backbone']}."
+            )
+        spec.update(found)
+    if known and not spec.mean and not spec.std:
+        spec.mean, spec.std = normalisation(spec.weights)
+
+
+def _follow(config: Any) -> None:
+    """Gives the student the head that it reuses, or the width of what it copies."""
+    student, spec = config.student, config.teacher
+    if "head" in student.reuse and spec.head != "none":
+        student.update({field: spec[field] for field in ("head", "hidden", "dim")})
+        student.adapter = models.width(spec)
+    elif student.dim == 0:
+        copies_features = any(
+            fields.weight and fields.get("teacher_output") == "features"
+            for fields in config.objectives.values()
+        )
+        student.dim = methods.dim(spec, "features" if copies_features else "embedding")
 
 
 def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
@@ -128,10 +166,11 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     if not config.objectives.contrast.weight:
         return Teacher(variables)
     method = methods.build(config, config.views, config.local.count)
-    abstract = jax.eval_shape(lambda: state.create(method, optax.identity(), 0, size))
-    if KEYS not in abstract.memory["contrast"]:
+    record = state.shapes(method, (size,) * 32)
+    abstract = jax.eval_shape(lambda: method.memory(jax.random.key(0), record))
+    if KEYS not in abstract["contrast"]:
         return Teacher(variables)
-    memory, _ = checkpoint.load(path, "memory", abstract.memory)
+    memory, _ = checkpoint.load(path, "memory", abstract)
     return Teacher(variables, memory["contrast"][KEYS])
 
 

@@ -31,7 +31,7 @@ def test_create_gives_unit_rows_that_follow_the_key():
     assert not np.allclose(queue.vectors, other.vectors)
 
 
-@pytest.mark.parametrize("rows", [(5, 8), (4, 7)])
+@pytest.mark.parametrize("rows", [(13, 8), (4, 7)])
 def test_push_refuses_rows_that_do_not_fit(rows):
     with pytest.raises(AssertionError):
         Queue.create(jax.random.key(0), 12, 8).push(np.ones(rows, np.float32))

@@ -146,6 +146,19 @@ def test_list_names_what_there_is(capsys):
     out = capsys.readouterr().out
     for name in ("configs/disco.py", "config.objectives.similarity", "resnet34", "fashion_mnist"):
         assert name in out
+    needs = {line.split()[0]: line for line in out.splitlines() if " crop" in line and ";" in line}
+    assert set(needs) == {
+        f"configs/{name}.py"
+        for name in flags.recipes()
+        if name not in ("bags", "demo", "knn", "linear")
+    }
+    # 65,536 keys of 128 float32, and the pointer's four bytes; RETRO has two banks.
+    assert "2 crops; student 2, momentum 1, teacher 2; 32 MiB" in needs["configs/disco.py"]
+    assert "student 2, momentum 2, teacher 2; 64 MiB" in needs["configs/retro.py"]
+    assert "the teacher's head" in needs["configs/retro.py"]
+    assert "1 crop; student 1; 0 MiB; needs bags" in needs["configs/pseudo_labels.py"]
+    assert "student 1, momentum 1; 32 MiB" in needs["configs/moco_v2.py"]
+    assert "needs" not in needs["configs/moco_v2.py"]
 
 
 def test_a_smoke_run_from_the_shell_with_evaluation(tmp_path, digits_file):
@@ -161,7 +174,7 @@ def test_a_smoke_run_from_the_shell_with_evaluation(tmp_path, digits_file):
 
     data = ["--config.data.source=npz", f"--config.data.dir={digits_file}"]
     out = call(*SMOKE, *data, "--config.student.width=4", "--config.augment.size=16")
-    assert "forward passes a step: student [0, 1], momentum [1], teacher [0, 1]" in out
+    assert "5 forward passes a step: student [0, 1], momentum [1], teacher [0, 1]" in out
     assert "step 2/2" in out and "images/s" in out and "eta" in out
     assert "kNN (weighted, k = 20" in call("knn")
     assert "Linear probe: top-1" in call("linear", "--config.total_epochs=2")

@@ -74,10 +74,13 @@ def test_swavs_normalisation_goes_into_the_config(tmp_path):
     config = read_config(tmp_path / "swav")
     assert config.augment.std == [0.228, 0.224, 0.225]
     assert not config.objectives.contrast.weight  # no queue came with it
-    spec = helpers.encoder_spec("resnet50", head="auto", weights=str(tmp_path / "swav"))
-    resolved = teacher.resolve(helpers.ConfigDict({"teacher": spec})).teacher
-    assert (resolved.head, tuple(resolved.prototypes)) == ("swav", (3000,))
-    assert teacher.load(resolved, models.build_encoder(resolved), 32).queue is None
+    weights = str(tmp_path / "swav")
+    spec = helpers.encoder_spec("resnet50", head="auto", weights=weights, mean=(), std=())
+    teacher.fill(spec)
+    assert (spec.head, tuple(spec.prototypes)) == ("swav", (3000,))
+    assert tuple(spec.std) == (0.228, 0.224, 0.225)
+    assert teacher.load(spec, models.build_encoder(spec), 32).queue is None
+    assert teacher.normalisation(str(path)) == (tuple(spec.mean), tuple(spec.std))
 
 
 def test_counts_are_printed_as_the_papers_count(file, tmp_path, capsys):

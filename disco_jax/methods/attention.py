@@ -1,0 +1,81 @@
+"""Attention transfer: the student's feature maps are active where the teacher's are."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax import errors
+from disco_jax.methods.base import Objective, Record, Term, Views
+from disco_jax.ops.relations import attention_distance
+
+LAYERS = ("all", "last")
+RESIZES = ("none", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Objective):
+    """Squared difference of activation-based attention. AT (arXiv:1612.03928) eq. 2.
+
+    DisCo lists results with AT but its code does not run it (disagreement A3): the layers, their
+    sum and the weight are AT's own.
+
+    Attributes:
+      weight: of the term; AT's beta for this mean over places is 1e3.
+      view: that student and teacher encode.
+      layers: "all" maps at the ends of the backbones' stages, "last" the coarsest alone; the
+        losses of the layers are added.
+      resize: "none": every map of the teacher needs one of its size in the student. "linear": the
+        maps are paired from the coarsest up and the teacher's is resized to the student's.
+    """
+
+    reads_maps: ClassVar[bool] = True
+
+    weight: float = 1000.0
+    view: int = 0
+    layers: str = "all"
+    resize: str = "none"
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return {"student": (self.view,), "teacher": (self.view,)}
+
+    def check(self, setting: str, record: Record) -> None:
+        if self.layers not in LAYERS:
+            raise errors.unknown(f"{setting}.layers", self.layers, LAYERS)
+        if self.resize not in RESIZES:
+            raise errors.unknown(f"{setting}.resize", self.resize, RESIZES)
+        sizes = {}
+        for name in ("student", "teacher"):
+            sizes[name] = [x.shape[1:3] for x in record.encoded[name][self.view].maps]
+            if not sizes[name]:
+                raise errors.UserError(
+                    f"{setting}: config.{name}.backbone has no feature maps to compare; take a "
+                    "ResNet, an EfficientNet or a MobileNet, or another objective."
+                )
+        missing = [size for size in self._wanted(sizes["teacher"]) if size not in sizes["student"]]
+        if self.resize == "none" and missing:
+            raise errors.UserError(
+                f"{setting}: the teacher has a map of {missing[0][0]}x{missing[0][1]}, the student "
+                f"maps of {', '.join(f'{h}x{w}' for h, w in sizes['student'])}. Set "
+                f"{setting}.resize=linear, or give both the same config.*.stem."
+            )
+
+    def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
+        student, teacher = (record.encoded[n][self.view].maps for n in ("student", "teacher"))
+        losses = [jnp.mean(attention_distance(s, t)) for s, t in self._pairs(student, teacher)]
+        metrics = {f"size_{s.shape[1]}": x for (s, _), x in zip(
+            self._pairs(student, teacher), losses, strict=True)}  # fmt: skip
+        return Term(jnp.sum(jnp.stack(losses)), memory, metrics)
+
+    def _pairs(self, student: tuple, teacher: tuple) -> list[tuple[Array, Array]]:
+        """(student's map, teacher's map) of each layer."""
+        teacher = self._wanted(teacher)
+        if self.resize == "none":
+            of_size = {x.shape[1:3]: x for x in student}
+            return [(of_size[x.shape[1:3]], x) for x in teacher]
+        count = min(len(student), len(teacher))
+        return list(zip(student[-count:], teacher[-count:], strict=True))
+
+    def _wanted(self, layers: tuple) -> tuple:
+        return layers if self.layers == "all" else layers[-1:]

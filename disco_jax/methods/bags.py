@@ -1,0 +1,103 @@
+"""BINGO: an image and another of its bag, which the teacher's features made, belong together."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.contrast import inherits
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import contrast_accuracy, info_nce, unit
+from disco_jax.ops.memory import Queue
+from disco_jax.ops.mixing import cutmix, draw_box
+
+# Views 0 and 1 are of the image, 2 and 3 of another member of its bag; 4 is the CutMix of 0 and 2.
+QUERY, KEY, MEMBER_QUERY, MEMBER_KEY, MIXED = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bags(Objective):
+    """InfoNCE with the teacher's keys of the image and of its bag. BINGO (arXiv:2107.01691).
+
+    The student's query of the image, that of the member and that of their CutMix each look for
+    the teacher's key of the image and for that of the member among past keys of images; the mean
+    of the three is the loss. The queries of the image and the member weigh their own key (intra-
+    sample) with 1 / 2 and the other's (inter-sample) with 1 / 2, the mixed one by the share of
+    each in it. Past keys are read before this step's, of the images alone, enter.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      temperature: tau > 0; the code has 0.2, and 0.12 for EfficientNets.
+      queue_size: keys remembered; a multiple of the global batch.
+      queue_init: "random", or "teacher" to start from the teacher's own queue.
+      cutmix: whether there is a mixed query; without it the mean is over two.
+      own_epochs: for so many epochs the first two queries look for their own key alone.
+      steps_per_epoch: filled in when a run knows its data.
+    """
+
+    members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
+
+    weight: float = 1.0
+    temperature: float = 0.2
+    queue_size: int = 65_536
+    queue_init: str = "random"
+    cutmix: bool = True
+    own_epochs: int = 11
+    steps_per_epoch: int = 0
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        return (MIXED,) if self.cutmix else ()
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return {
+            "student": (QUERY, MEMBER_QUERY, *self.makes),
+            "teacher": (KEY, MEMBER_KEY),
+        }
+
+    def matches(self) -> str:
+        return "embedding"
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
+        dim = record.embedding("teacher", KEY).shape[-1]
+        if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
+            return inherited
+        return Queue.create(rng, self.queue_size, dim)
+
+    def mix(
+        self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
+    ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
+        if not self.cutmix:
+            return views, aux
+        images, others = views[QUERY], views[MEMBER_QUERY]
+        mixed, kept = cutmix(images, others, *draw_box(rng, *images.shape[1:3]))
+        return {**views, MIXED: mixed}, {**aux, "mix_ratio": kept}
+
+    def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
+        keys = [unit(record.embedding("teacher", view)) for view in (KEY, MEMBER_KEY)]
+        own = jnp.where(step < self.own_epochs * self.steps_per_epoch, 1.0, 0.5)
+        shares = {QUERY: own, MEMBER_QUERY: 1 - own}
+        if self.cutmix:
+            shares[MIXED] = record.aux["mix_ratio"]
+        terms = []
+        for view, share in shares.items():
+            query = unit(record.embedding("student", view))
+            losses = [
+                jnp.mean(info_nce(query, key, memory.vectors, temperature=self.temperature))
+                for key in keys
+            ]
+            terms.append(share * losses[0] + (1 - share) * losses[1])
+        query = unit(record.embedding("student", QUERY))
+        metrics = {
+            "image": terms[0],
+            "member": terms[1],
+            "accuracy": jnp.mean(contrast_accuracy(query, keys[0], memory.vectors)),
+            "query_std": spread(query),
+            "key_std": spread(keys[0]),
+        }
+        if self.cutmix:
+            metrics["mixed"] = terms[2]
+        return Term(jnp.mean(jnp.stack(terms)), memory.push(gather(keys[0])), metrics)

@@ -1,0 +1,54 @@
+"""Binary contrast: is this the teacher's embedding of the image? One of what SEED compares with."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import binary_contrast, unit
+from disco_jax.ops.memory import Queue
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryContrast(Objective):
+    """One decision an embedding of a queue. SEED (arXiv:2101.04731) appendix; CRD eq. 17-18.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      view: that student and teacher encode.
+      temperature: tau > 0; SEED states none, CRD uses 0.07.
+      population: images of the data set, N of h's K / N; 0: filled in when a run knows its data.
+      queue_size: teacher embeddings remembered; a multiple of the global batch.
+    """
+
+    weight: float = 1.0
+    view: int = 0
+    temperature: float = 0.07
+    population: int = 0
+    queue_size: int = 65_536
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return {"student": (self.view,), "teacher": (self.view,)}
+
+    def matches(self) -> str:
+        return "embedding"
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
+        dim = record.embedding("teacher", self.view).shape[-1]
+        return Queue.create(rng, self.queue_size, dim)
+
+    def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
+        student = unit(record.embedding("student", self.view))
+        teacher = unit(record.embedding("teacher", self.view))
+        losses = binary_contrast(
+            student,
+            teacher,
+            memory.vectors,
+            temperature=self.temperature,
+            population=self.population,
+        )
+        metrics = {"cosine": jnp.mean(jnp.sum(student * teacher, axis=-1))}
+        metrics["student_std"] = spread(student)
+        return Term(jnp.mean(losses), memory.push(gather(teacher)), metrics)

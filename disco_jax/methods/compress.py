@@ -1,0 +1,82 @@
+"""CompRess: similarities to anchor points, each network among its own, copy the teacher's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax import errors
+from disco_jax.methods.base import OUTPUTS, Objective, Record, Term, Views, spread
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import unit
+from disco_jax.ops.memory import Queue
+from disco_jax.ops.relations import bank_divergence
+
+BANKS = ("momentum", "student", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress(Objective):
+    """KL divergence of similarities to anchor points. CompRess (arXiv:2010.14713) eq. 1-2.
+
+    Both networks see the same view. The anchors are past images; those of this step enter after
+    they were compared, and an image is not among its own anchors.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      view: that the networks encode.
+      bank: where the student's anchors come from: its "momentum" copy (CompRess-2q), itself
+        ("student": 2q without momentum), or the "teacher" (1q, whose student must be as wide as
+        the teacher).
+      teacher_output: "features" after pooling, as published, or "embedding".
+      temperature: of both softmaxes, > 0.
+      queue_size: anchors; at least the global batch.
+    """
+
+    weight: float = 1.0
+    view: int = 0
+    bank: str = "momentum"
+    teacher_output: str = "features"
+    temperature: float = 0.04
+    queue_size: int = 128_000
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys({"student", "teacher", self.bank}, (self.view,))
+
+    def matches(self) -> str | None:
+        return self.teacher_output if self.bank == "teacher" else None
+
+    def check(self, setting: str, record: Record) -> None:
+        if self.bank not in BANKS:
+            raise errors.unknown(f"{setting}.bank", self.bank, BANKS)
+        if self.teacher_output not in OUTPUTS:
+            raise errors.unknown(f"{setting}.teacher_output", self.teacher_output, OUTPUTS)
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
+        dims = {"teacher": record.output("teacher", self.view, self.teacher_output).shape[-1]}
+        if self.bank != "teacher":
+            dims["student"] = record.embedding("student", self.view).shape[-1]
+        return {
+            name: Queue.uniform(jax.random.fold_in(rng, i), self.queue_size, dim)
+            for i, (name, dim) in enumerate(dims.items())
+        }
+
+    def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
+        student = unit(record.embedding("student", self.view))
+        teacher = unit(record.output("teacher", self.view, self.teacher_output))
+        anchors = memory["teacher" if self.bank == "teacher" else "student"]
+        losses = bank_divergence(
+            student,
+            teacher,
+            anchors.vectors,
+            memory["teacher"].vectors,
+            student_temperature=self.temperature,
+            target_temperature=self.temperature,
+        )
+        banks = {"teacher": memory["teacher"].push(gather(teacher))}
+        if self.bank != "teacher":
+            own = unit(jax.lax.stop_gradient(record.embedding(self.bank, self.view)))
+            banks["student"] = anchors.push(gather(own))
+        metrics = {"student_std": spread(student), "teacher_std": spread(teacher)}
+        return Term(jnp.mean(losses), banks, metrics)

@@ -1,0 +1,54 @@
+"""ReSSL: a view's similarities to past images copy those of a weaker view."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import unit
+from disco_jax.ops.memory import Queue
+from disco_jax.ops.relations import bank_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency(Objective):
+    """Cross-entropy of similarities to a queue of keys. ReSSL (arXiv:2107.09282) eq. 5.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      query_view: that the student encodes.
+      key_view: that the momentum network encodes; weakly augmented.
+      student_temperature: > 0.
+      target_temperature: > 0, the sharper one.
+      queue_size: keys remembered; a multiple of the global batch.
+    """
+
+    weight: float = 1.0
+    query_view: int = 0
+    key_view: int = 1
+    student_temperature: float = 0.1
+    target_temperature: float = 0.04
+    queue_size: int = 131_072
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return {"student": (self.query_view,), "momentum": (self.key_view,)}
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
+        dim = record.embedding("momentum", self.key_view).shape[-1]
+        return Queue.create(rng, self.queue_size, dim)
+
+    def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
+        query = unit(record.embedding("student", self.query_view))
+        key = unit(record.embedding("momentum", self.key_view))
+        losses = bank_cross_entropy(
+            query,
+            key,
+            memory.vectors,
+            memory.vectors,
+            student_temperature=self.student_temperature,
+            target_temperature=self.target_temperature,
+        )
+        metrics = {"query_std": spread(query), "key_std": spread(key)}
+        return Term(jnp.mean(losses), memory.push(gather(key)), metrics)

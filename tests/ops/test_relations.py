@@ -1,0 +1,136 @@
+"""Losses on relations, and the memories behind them, against the official PyTorch code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax.ops import losses, relations
+from disco_jax.ops.losses import unit
+from disco_jax.ops.memory import Queue
+
+EXACT = 1e-5  # relative, of losses and of gradients
+
+
+def assert_loss(loss, student, expected, gradient):
+    value, grad = jax.value_and_grad(loss)(student)
+    assert helpers.relative_error(value, expected) < EXACT
+    assert helpers.relative_error(grad, gradient) < EXACT
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("kind", ["distance", "angle"])
+def test_rkd_matches_official(name, kind):
+    _, ref = helpers.fixture(f"losses/rkd_{name}")
+    loss = {"distance": relations.rkd_distance, "angle": relations.rkd_angle}[kind]
+    assert_loss(lambda s: loss(s, ref["teacher"]), ref["student"], ref[kind], ref[f"grad_{kind}"])
+
+
+def test_rkd_of_equal_rows_has_a_finite_gradient():
+    rows = jnp.ones((4, 8)).at[0, 0].set(2.0)
+    for loss in (relations.rkd_distance, relations.rkd_angle):
+        assert np.isfinite(jax.grad(loss)(rows, rows[::-1])).all()
+
+
+def test_attention_transfer_matches_official():
+    _, ref = helpers.fixture("losses/attention_transfer_a")
+    teacher = ref["teacher"].transpose(0, 2, 3, 1)
+    assert_loss(
+        lambda s: jnp.mean(relations.attention_distance(s, teacher)),
+        ref["student"].transpose(0, 2, 3, 1),
+        ref["loss"],
+        ref["grad_student"].transpose(0, 2, 3, 1),
+    )
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_supervised_distillation_matches_official(name):
+    meta, ref = helpers.fixture(f"losses/kd_ce_{name}")
+    settings = {key: meta["params"][key] for key in ("alpha", "temperature")}
+    labels = jnp.asarray(ref["labels"], jnp.int32)
+    loss = functools.partial(losses.softened_cross_entropy, **settings)
+    given = ref["student_logits"], ref["teacher_logits"], labels
+    assert_loss(
+        lambda s: jnp.mean(loss(s, *given[1:])), given[0], ref["loss"], ref["grad_student_logits"]
+    )
+    hard = (1 - settings["alpha"]) * losses.class_cross_entropy(given[0], labels)
+    soft, summed = (loss(*given, reduction=r) - hard for r in ("element", "batch"))
+    np.testing.assert_allclose(summed, soft * given[0].shape[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["1q_a", "2q_a", "2q_momentum_a"])
+def test_compress_matches_official_with_its_queues(name):
+    """The banks wrap inside a push: 20 rows, 8 at a time."""
+    meta, ref = helpers.fixture(f"losses/compress_{name}")
+    settings, start = meta["params"], jnp.zeros((), jnp.int32)
+    teachers = students = Queue(jnp.asarray(ref["teacher_queue_init"]), start)
+    if name != "1q_a":
+        students = Queue(jnp.asarray(ref["student_queue_init"]), start)
+    temperature = settings["temperature"]
+    for step in range(settings["steps"]):
+        teacher = unit(ref["teacher_raw"][step])
+
+        def loss(raw, teacher=teacher, students=students, teachers=teachers):
+            divergence = relations.bank_divergence(
+                unit(raw),
+                teacher,
+                students.vectors,
+                teachers.vectors,
+                student_temperature=temperature,
+                target_temperature=temperature,
+            )
+            return jnp.mean(divergence)
+
+        raw = ref["student_raw"][step]
+        assert_loss(loss, raw, ref["loss"][step], ref["grad_student_raw"][step])
+        keys = {"1q_a": teacher, "2q_a": unit(raw)}.get(name)
+        keys = unit(ref["student_key_raw"][step]) if keys is None else keys
+        teachers, students = teachers.push(teacher), students.push(keys)
+        bank = ref["teacher_queue"] if name == "1q_a" else ref["student_queue"]
+        assert helpers.relative_error(teachers.vectors, ref["teacher_queue"][step]) < EXACT
+        assert helpers.relative_error(students.vectors, bank[step]) < EXACT
+        assert teachers.pointer == ref["pointer"][step]
+
+
+def test_one_hot_targets_of_seed_are_info_nce_to_the_bit():
+    rng = np.random.default_rng(0)
+    student, teacher, bank = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+
+    def seed(student, temperature):
+        return losses.soft_cross_entropy(
+            student, teacher, bank, student_temperature=0.2, teacher_temperature=temperature
+        )
+
+    def nce(student):
+        return losses.info_nce(student, teacher, bank, temperature=0.2)
+
+    np.testing.assert_array_equal(seed(student, 0.0), nce(student))
+    ours, theirs = (jax.grad(lambda s, f=f: f(s).sum())(student) for f in (
+        lambda s: seed(s, 1e-3), nce))  # fmt: skip
+    # The gap to the next most similar row is above 0.1: e^-100 of the target is elsewhere.
+    np.testing.assert_allclose(seed(student, 1e-3), nce(student), rtol=1e-6)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_binary_contrast_is_the_sum_of_its_decisions():
+    """Against the formula written out with h, in float64."""
+    rng = np.random.default_rng(0)
+    student, teacher, bank = (unit(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12))
+    ours = losses.binary_contrast(student, teacher, bank, temperature=0.07, population=100)
+    s, t, b = (np.asarray(x, np.float64) for x in (student, teacher, bank))
+
+    def h(similarity):
+        e = np.exp(similarity / 0.07)
+        return e / (e + 12 / 100)
+
+    expected = -np.log(h((s * t).sum(1))) - np.log(1 - h(s @ b.T)).sum(1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_a_bank_of_compress_starts_with_rows_of_length_one_on_average():
+    bank = Queue.uniform(jax.random.key(0), 4000, 16).vectors
+    assert np.abs(bank).max() <= (3 / 16) ** 0.5
+    assert np.square(bank).sum(axis=1).mean() == pytest.approx(1.0, rel=0.02)
