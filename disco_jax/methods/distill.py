@@ -22,11 +22,14 @@ class Distill:
       views: on which student and teacher are compared; their losses are added.
       reduction: "mean" over the batch; "sum" over this replica's batch, as the official code
         writes it, which makes the effective weight depend on the number of devices.
+      teacher_unit: whether the teacher's embedding is scaled to length 1 too. DisCo's code for
+        SwAV compares unit students with the teacher's embedding as it is (disagreement W1).
     """
 
     weight: float = 32.0
     views: tuple[int, ...] = (0, 1)
     reduction: str = "mean"
+    teacher_unit: bool = True
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": self.views, "teacher": self.views}
@@ -39,8 +42,10 @@ class Distill:
         losses, cosines = [], []
         for view in self.views:
             student = unit(record.embedding("student", view))
-            teacher = unit(record.embedding("teacher", view))
-            losses.append(reduce(squared_distance(student, teacher)))
+            raw = record.embedding("teacher", view)
+            teacher = unit(raw)
+            target = teacher if self.teacher_unit else raw
+            losses.append(reduce(squared_distance(student, target)))
             cosines.append(jnp.mean(jnp.sum(student * teacher, axis=-1)))
         metrics = {
             "cosine": jnp.mean(jnp.stack(cosines)),

@@ -149,15 +149,16 @@ def rebalanced(
     SSLight (arXiv:2210.02808) eq. 3: share * mean(global pairs) + (1 - share) * mean(local pairs).
 
     Args:
-      global_losses: f32[] each, of pairs of two global views; at least one.
-      local_losses: f32[] each, of pairs with a local view; without any, `share` has no effect.
-      share: alpha in [0, 1], 0.4 in SSLight; None: every pair counts the same.
+      global_losses: f32[] each, of pairs of two global views.
+      local_losses: f32[] each, of pairs with a local view. One pair at least in the two together.
+      share: alpha in [0, 1], 0.4 in SSLight; None: every pair counts the same, as they do where
+        there is only one kind of pairs.
 
     Returns:
       f32[].
     """
     every = jnp.stack([*global_losses, *local_losses])
-    if share is None or not local_losses:
+    if share is None or not local_losses or not global_losses:
         return jnp.mean(every)
     between = len(global_losses)
     return share * jnp.mean(every[:between]) + (1 - share) * jnp.mean(every[between:])

@@ -99,4 +99,4 @@ def _shapes(method: Method, student: Variables, size: int) -> Record:
                 lambda x, n=network: n.encoder.init(jax.random.key(0), x, norm="running"), images
             )
         encoded[name] = dict.fromkeys(views, shape(network, variables))
-    return Record(encoded, {})
+    return Record(encoded, {}, method.views)
