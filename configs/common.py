@@ -75,6 +75,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.augment = {**STACKS["moco_v2"], "size": known["size"]}
     # Further, smaller crops, numbered after those; all else is as in augment.
     config.local = dict(NO_LOCALS)
+    # Views of one size go through a network in one pass and share batch statistics (SwAV, DINO,
+    # SSLight); false: one after the other (MoCo, DisCo, SEED).
+    config.group_views = False
 
     encoder = dict(
         backbone="resnet18",
@@ -82,18 +85,27 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         stem=known["stem"],  # imagenet | small
         zero_init_residual=False,  # true: as timm's ResNets start (disagreement M4)
         grid=0,  # patches a side that a ViT's position embedding is for; 0: the backbone's own
+        patch=0,  # side of a ViT's or XCiT's patches in px; 0: the backbone's own
+        drop_path=0.0,  # stochastic depth of a ViT or XCiT while it learns
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         adapter=0,  # width of a linear layer before the head; 0: none
-        head="mlp",  # mlp | mlp_bn | mlp_unit | swav | dino | dino_bn | regression | none
+        # mlp | mlp_bn | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn | regression
+        # | none
+        head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
         dim=128,
         prototypes=(),  # on top of the head: their number, for each set of them
     )
     config.student = dict(encoder, norm="local")
-    config.momentum = dict(ema_rate=0.999, norm="shuffle")
+    config.momentum = dict(
+        ema_rate=0.999,
+        ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
+        update="before",  # before the momentum network encodes | after the optimizer's step
+        norm="shuffle",
+    )
     # weights: the workdir of a run or of an import, or a PyTorch checkpoint. head="auto": all but
-    # the backbone's name is taken from them.
-    config.teacher = dict(encoder, norm="local", head="auto", weights="")
+    # the backbone's name is taken from them. network: of a run, student | momentum.
+    config.teacher = dict(encoder, norm="local", head="auto", weights="", network="student")
 
     config.objectives = dict(
         contrast=dict(
@@ -103,8 +115,11 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             temperature=0.2,
             queue_size=65_536,
             queue_init="teacher",  # the teacher's queue where it has one | random (disagreement D3)
+            local_queries=False,  # local views are queries too
+            global_share=-1.0,  # of pairs of global views, SSLight's alpha; -1: all pairs alike
         ),
-        distill=dict(weight=0.0, views=(0, 1), reduction="mean"),
+        # teacher_unit: the teacher's embedding is scaled to length 1 too (disagreement W1)
+        distill=dict(weight=0.0, views=(0, 1), reduction="mean", teacher_unit=True),
         similarity=dict(
             weight=0.0,
             view=0,
@@ -113,14 +128,51 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             queue_size=65_536,
             queue_init="random",
         ),
+        swapped=dict(
+            weight=0.0,
+            assign=(0, 1),  # views whose assignments the others predict
+            temperature=0.1,
+            epsilon=0.05,  # of Sinkhorn's algorithm
+            iterations=3,  # likewise
+            queue_size=0,  # embeddings beside the batch when assigning; 0: none
+            queue_epochs=0,  # epochs before the queue starts to fill
+            global_share=-1.0,
+        ),
+        self_distill=dict(
+            weight=0.0,
+            targets=(0, 1),  # views that the momentum network encodes
+            student_temperature=0.1,
+            momentum_temperature=0.04,  # after the warm-up
+            warmup_temperature=0.04,
+            warmup_epochs=0,
+            centre_rate=0.9,
+            global_share=-1.0,
+        ),
     )
-    config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.optimizer = dict(
+        name="sgd",  # sgd | larc | lars | adamw
+        momentum=0.9,  # of all but adamw
+        weight_decay=1e-4,
+        weight_decay_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
+        no_decay=(),  # kinds of parameters without weight decay: "vectors", "depthwise"
+        trust=1e-3,  # of larc and lars
+        no_trust=(),  # kinds without the trust ratio of lars
+        clip=0.0,  # most norm of each parameter's gradient; 0: any
+        # Patterns of parameters, such as "prototypes/*":
+        frozen=(),  # that stand still for the first frozen_steps or frozen_epochs
+        frozen_steps=0,
+        frozen_epochs=0,
+        fixed=(),  # that are never learned
+        unit_norm=(),  # kernels whose columns have length 1 after every step
+    )
     config.learning_rate = dict(
         per_256=0.03,  # the peak for a global batch of 256; scaled linearly with the batch
-        decay="cosine",  # cosine | steps | constant
+        # cosine (of the whole run) | cosine_after (the warm-up, down to minimum) | steps | constant
+        decay="cosine",
         every="epoch",  # the rate changes once an epoch, or every step
         milestones=(),  # of "steps", in epochs
         factor=0.1,  # of "steps"
+        minimum=0.0,  # of "cosine_after", not scaled
         warmup_epochs=0,
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
@@ -135,6 +187,42 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     if smoke:
         tiny(config)
     return config
+
+
+def multicrop(config: ConfigDict, stack: str, data: str, smoke: bool, **local) -> None:
+    """Views of two sizes, in one pass a size, with statistics of the whole batch.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      stack: a name of `STACKS`, for the global views.
+      data: as for `pretrain`; small images keep their flips and get smaller, larger crops.
+      smoke: likewise.
+      local: fields of `config.local`.
+    """
+    size, flip = config.augment.size, config.augment.flip_prob
+    config.augment = {**STACKS[stack], "size": size}
+    config.local.update(local)
+    config.group_views = True
+    for network in ("student", "momentum"):
+        config[network].norm = "sync"
+    config.teacher.norm = "running"
+    if data in SMALL_QUEUES:
+        config.augment.flip_prob = flip
+        config.augment.blur_sigma = (0.1, 0.6)
+        config.local.size = size // 2
+    if smoke:
+        config.local.update(size=16, count=2)
+
+
+def prototypes(config: ConfigDict, count: int, data: str, smoke: bool) -> None:
+    """`count` prototypes on the student's head; fewer for small data sets."""
+    config.student.prototypes = (16 if smoke else 128 if data in SMALL_QUEUES else count,)
+
+
+def fit_queue(config: ConfigDict, size: int, data: str, smoke: bool) -> None:
+    """SwAV's queue: `size` cut to a multiple of the batch, as its code does."""
+    size = 16 if smoke else 1024 if data in SMALL_QUEUES else size
+    config.objectives.swapped.queue_size = size // config.batch_size * config.batch_size
 
 
 def small_images(config: ConfigDict, queue_size: int) -> None:

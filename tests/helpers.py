@@ -16,7 +16,6 @@ from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
-from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import optimizer, state
 from disco_jax.train.checkpoint import Checkpoints
@@ -54,6 +53,8 @@ def encoder_spec(backbone, **fields):
         width=0,
         stem="",
         grid=0,
+        patch=0,
+        drop_path=0.0,
         zero_init_residual=False,
         norm_group=0,
         adapter=0,
@@ -138,16 +139,17 @@ def smoke_config(recipe, **changes):
 def smoke(config, replicas):
     """(step of one replica, state, frozen, batch with a leading replica axis)."""
     recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
+    method = methods.build(config, config.views, config.local.count, 10)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
-    tx = optimizer.build(config.optimizer, rate)
+    tx = optimizer.build(config.optimizer, rate, 10, 5)
     train_step = make_train_step(
         method,
         recipe,
         tx,
         learning_rate=rate,
-        ema_rate=schedules.constant(config.momentum.ema_rate),
+        ema_rate=optimizer.ema_rate(config.momentum, 50),
         seed=config.seed,
+        follow_last=config.momentum.update == "after",
     )
     size = config.augment.size
     train_state = state.create(method, tx, config.seed, size)

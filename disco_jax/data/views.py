@@ -9,8 +9,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from disco_jax.data import crops
 from disco_jax.errors import UserError, did_you_mean, unknown
 from disco_jax.ops import augment as ops
 
@@ -208,6 +210,31 @@ class Recipe:
         """
         first = self.photometric_ops[0]
         return ops.normalize(_unit(images), first.mean, first.std)
+
+
+def pixel_scale_ratio(
+    large: Crop, small: Crop, height: int = 375, width: int = 500, draws: int = 20_000
+) -> float:
+    """How much finer, on average, a local view's pixels are than a global view's.
+
+    SSLight (arXiv:2210.02808) eq. 1: the pixel scale of a view is its final area over the area it
+    covers of the image; the ratio is the mean of PS_global / PS_local over pairs of crops. From
+    crops drawn as the pipeline draws them, always the same ones.
+
+    Args:
+      large: of the global view.
+      small: of the local view.
+      height: of the image in px; the default is ImageNet's most frequent size.
+      width: likewise.
+      draws: crops of each kind.
+    """
+    sides = np.full(draws, height), np.full(draws, width)
+    scales = []
+    for view, crop in enumerate((large, small)):
+        uniforms = crops.uniforms(0, 0, 0, view, 0, draws)
+        box = crops.boxes(uniforms, *sides, crop.scale, crop.ratio)
+        scales.append(crop.size**2 / (box[:, 2] * box[:, 3]))
+    return float(np.mean(scales[0] / scales[1]))
 
 
 def build(

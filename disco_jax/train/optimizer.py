@@ -74,6 +74,19 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     return schedule
 
 
+def ema_rate(spec: Any, total_steps: int) -> Schedule:
+    """The share of the old weights that the momentum network keeps, as a function of the step.
+
+    Args:
+      spec: fields `ema_rate`, and `ema_rate_end`, to which half a cosine leads at the end of the
+        run (DINO, BYOL: 1); -1: constant.
+      total_steps: length of the run.
+    """
+    if spec.ema_rate_end < 0:
+        return schedules.constant(spec.ema_rate)
+    return schedules.cosine_after(0.0, spec.ema_rate, spec.ema_rate_end, 0, total_steps)
+
+
 def build(
     spec: Any, rate: Schedule, steps_per_epoch: int = 1, total_epochs: int = 1
 ) -> optax.GradientTransformation:

@@ -24,12 +24,15 @@ SHAPE = (
     "width",
     "stem",
     "grid",
+    "patch",
     "adapter",
     "head",
     "hidden",
     "dim",
     "prototypes",
 )
+# Of a run: what may teach.
+NETWORKS = ("student", "momentum")
 # The bank of MoCo's keys, which the official file carries: view 1 is the key.
 KEYS = "view_1"
 
@@ -56,9 +59,13 @@ def describe(weights: str) -> dict[str, Any]:
     path = _existing(weights)
     if path.is_dir():
         student = workdir.read_config(path).student
-        return {field: student[field] for field in SHAPE}
-    spec = convert.read_network(path).spec
-    return {field: spec[field] for field in SHAPE}
+        return _shape(student)
+    return _shape(convert.read_network(path).spec)
+
+
+def _shape(spec: Any) -> dict[str, Any]:
+    """The fields `SHAPE`; runs of earlier versions had no patch."""
+    return {field: spec.get(field, 0) if field == "patch" else spec[field] for field in SHAPE}
 
 
 def resolve(config: Any) -> Any:
@@ -123,8 +130,9 @@ def _existing(weights: str) -> epath.Path:
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
     config = workdir.read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
-    variables, step = checkpoint.load(path, "student", encoder.create(0, size))
-    _LOG.info("Teacher: step %d of %s", step, path)
+    network = _network(path, spec.network)
+    variables, step = checkpoint.load(path, network, encoder.create(0, size))
+    _LOG.info("Teacher: %s of step %d of %s", network, step, path)
     if not config.objectives.contrast.weight:
         return Teacher(variables)
     method = methods.build(config, config.views, config.local.count)
@@ -133,6 +141,16 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
         return Teacher(variables)
     memory, _ = checkpoint.load(path, "memory", abstract.memory)
     return Teacher(variables, memory["contrast"][KEYS])
+
+
+def _network(path: epath.Path, wanted: str) -> str:
+    """The network of a run that teaches; an import holds one alone, its student."""
+    if wanted not in NETWORKS:
+        raise errors.unknown("config.teacher.network", wanted, NETWORKS)
+    if wanted == "momentum" and not checkpoint.has(path, wanted):
+        _LOG.warning("%s holds no momentum network; its student teaches.", path)
+        return "student"
+    return wanted
 
 
 def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Path) -> None:
@@ -144,6 +162,7 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     names = ("backbone", "head")
     if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
         return
+    found, spec = _shape(found), _shape(spec)
     fields = [(field, _plain(spec[field]), _plain(found[field])) for field in SHAPE]
     differing = [
         f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"
