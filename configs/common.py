@@ -189,40 +189,118 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     return config
 
 
-def multicrop(config: ConfigDict, stack: str, data: str, smoke: bool, **local) -> None:
-    """Views of two sizes, in one pass a size, with statistics of the whole batch.
+def is_large(arg: ConfigDict) -> bool:
+    """Whether a recipe's arguments ask for a run of the papers' size."""
+    return not arg.smoke and arg.data not in SMALL_QUEUES
+
+
+def multicrop(config: ConfigDict, arg: ConfigDict, stack: str, **local) -> None:
+    """Views of two sizes, one pass a size, with the statistics of the global batch.
 
     Args:
       config: from `pretrain`, to be changed.
+      arg: the recipe's arguments `data` and `smoke`; small images keep their handedness and get
+        local views of half their size.
       stack: a name of `STACKS`, for the global views.
-      data: as for `pretrain`; small images keep their flips and get smaller, larger crops.
-      smoke: likewise.
       local: fields of `config.local`.
     """
     size, flip = config.augment.size, config.augment.flip_prob
     config.augment = {**STACKS[stack], "size": size}
     config.local.update(local)
     config.group_views = True
-    for network in ("student", "momentum"):
-        config[network].norm = "sync"
+    config.student.norm = config.momentum.norm = "sync"
     config.teacher.norm = "running"
-    if data in SMALL_QUEUES:
-        config.augment.flip_prob = flip
-        config.augment.blur_sigma = (0.1, 0.6)
+    if not is_large(arg):
+        config.augment.update(flip_prob=flip, blur_sigma=(0.1, 0.6))
         config.local.size = size // 2
-    if smoke:
-        config.local.update(size=16, count=2)
+    if arg.smoke:
+        config.local.count = 2
 
 
-def prototypes(config: ConfigDict, count: int, data: str, smoke: bool) -> None:
-    """`count` prototypes on the student's head; fewer for small data sets."""
-    config.student.prototypes = (16 if smoke else 128 if data in SMALL_QUEUES else count,)
+def swapped(config: ConfigDict, arg: ConfigDict, queue_size: int, queue_epochs: int) -> None:
+    """SwAV's objective, 3000 prototypes, and a queue cut to a multiple of the batch as its code's.
+
+    Args:
+      config: from `pretrain`, with the batch that it will have.
+      arg: the recipe's arguments `data` and `smoke`, which make all of it smaller.
+      queue_size: embeddings.
+      queue_epochs: before the queue starts to fill.
+    """
+    config.student.prototypes = (3000 if is_large(arg) else 16 if arg.smoke else 128,)
+    size = queue_size if is_large(arg) else 2 * config.batch_size
+    config.objectives.swapped.update(
+        weight=1.0,
+        queue_size=size // config.batch_size * config.batch_size,
+        queue_epochs=queue_epochs if is_large(arg) else 1,
+    )
+    config.optimizer.update(frozen=("prototypes/*",), unit_norm=("prototypes/kernel*",))
 
 
-def fit_queue(config: ConfigDict, size: int, data: str, smoke: bool) -> None:
-    """SwAV's queue: `size` cut to a multiple of the batch, as its code does."""
-    size = 16 if smoke else 1024 if data in SMALL_QUEUES else size
-    config.objectives.swapped.queue_size = size // config.batch_size * config.batch_size
+def self_distill(config: ConfigDict, arg: ConfigDict, prototypes: int) -> None:
+    """DINO's objective, its head's last layer, and its momentum network.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      arg: the recipe's arguments `data` and `smoke`, which make all of it smaller.
+      prototypes: outputs of the last layer.
+    """
+    config.student.prototypes = (prototypes if is_large(arg) else 16 if arg.smoke else 256,)
+    if is_large(arg):
+        config.student.dim = config.teacher.dim = 256
+    config.objectives.self_distill.weight = 1.0
+    config.momentum.update(ema_rate=0.996, ema_rate_end=1.0, update="after")
+    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+
+
+def is_transformer(backbone: str) -> bool:
+    """Whether DINO trains it with AdamW and a head without BatchNorm."""
+    return backbone.startswith(("vit", "xcit"))
+
+
+def small_patches(network: ConfigDict, arg: ConfigDict, size: int) -> None:
+    """Patches of 4 px for a transformer on small images of `size` px."""
+    if not is_large(arg) and is_transformer(network.backbone):
+        network.patch = 4
+        network.grid = size // 4 if network.backbone.startswith("vit") else 0
+
+
+def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> None:
+    """SSLight's view sampling and optimizers (arXiv:2210.02808, Table 8), for any of its methods.
+
+    The axes of its section 3.3 are fields: S_g `augment.scale[0]`, S_l `local.scale[1]`, LC
+    `local.size`, N_l `local.count`, and alpha `objectives.*.global_share`.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      arg: the recipe's arguments.
+      stack: a name of `STACKS`.
+      per_256: the peak rate of convolutional networks at a batch of 256.
+    """
+    transformer = is_transformer(arg.student)
+    config.student.backbone = arg.student
+    multicrop(config, arg, stack, size=128, scale=(0.05, 0.3), count=10 if transformer else 6)
+    config.augment.scale = (0.3, 1.0)
+    small_patches(config.student, arg, config.augment.size)
+    if is_large(arg):
+        config.batch_size = 1024
+    config.learning_rate.update(
+        per_256=per_256, decay="cosine_after", every="step", minimum=0.0048, warmup_epochs=10
+    )
+    # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay (L2).
+    config.optimizer.update(
+        name="lars",
+        weight_decay=1e-6,
+        no_decay=("vectors", "depthwise"),
+        no_trust=("vectors",),
+    )
+    if transformer:
+        config.learning_rate.update(per_256=5e-4, minimum=1e-5)
+        config.optimizer.update(
+            name="adamw", weight_decay=0.04, weight_decay_end=0.4, no_decay=("vectors",)
+        )
+        config.student.drop_path = 0.1
+    if arg.data in SMALL_QUEUES:
+        config.learning_rate.update(warmup_epochs=2, minimum=0.0)
 
 
 def small_images(config: ConfigDict, queue_size: int) -> None:

@@ -122,14 +122,19 @@ class Identity:
         return views
 
 
-RECIPES = ("moco_v2", "disco", "disco_star", "seed")
+# Recipes of views of two sizes, and all.
+MULTICROP = (
+    "swav", "swav_disco", "dino", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino",
+)  # fmt: skip
+RECIPES = ("moco_v2", "disco", "disco_star", "seed", *MULTICROP)
+_WITH_TEACHER = ("disco", "disco_star", "seed", "swav_disco", "dino_disco")
 
 
 def smoke_config(recipe, **changes):
     """A shipped recipe with numbers so small that its step compiles in seconds."""
-    arg = "student=resnet8,smoke=true" + ("" if recipe == "moco_v2" else ",teacher=resnet8")
+    arg = "student=resnet8,smoke=true" + (",teacher=resnet8" if recipe in _WITH_TEACHER else "")
     config = flags.load(f"{recipe}:{arg},data=digits")
-    config.augment.size = 16
+    config.augment.size, config.local.size = 16, 8
     config.student.width = config.teacher.width = 4
     config.teacher.head = "mlp"  # random weights have none to tell
     config.update_from_flattened_dict(changes)
