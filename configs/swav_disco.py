@@ -26,9 +26,7 @@ def get_config(arg=None):
     views = config.views + config.local.count
     # A mean over views and dimensions, halved: `Distill` adds the views and the dimensions.
     weight = 0.5 / (views * config.student.dim)
-    config.objectives.distill.update(
-        weight=weight, views=tuple(range(views)), teacher_unit=False
-    )
+    config.objectives.distill.update(weight=weight, views=tuple(range(views)), teacher_unit=False)
     if arg.smoke:
         config.teacher.weights = "random"
     return config

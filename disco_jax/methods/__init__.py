@@ -32,9 +32,7 @@ POSITIVE = (
 )
 
 
-def build(
-    config: Any, views: int = 2, local_views: int = 0, steps_per_epoch: int = 1
-) -> Method:
+def build(config: Any, views: int = 2, local_views: int = 0, steps_per_epoch: int = 1) -> Method:
     """The method that a config's `objectives`, `student`, `momentum` and `teacher` describe.
 
     Args:

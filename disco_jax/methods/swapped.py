@@ -83,9 +83,7 @@ class Swapped:
         plan = sinkhorn(jnp.concatenate([kept, scores]), mask=mask, **options)
         return plan[kept.shape[0] :]
 
-    def _remember(
-        self, record: Record, memory: dict[str, Queue], step: Array
-    ) -> dict[str, Queue]:
+    def _remember(self, record: Record, memory: dict[str, Queue], step: Array) -> dict[str, Queue]:
         """The queues with this step's embeddings, once the run is old enough."""
         started = step >= self.queue_epochs * self.steps_per_epoch
         pushed = {}
@@ -93,9 +91,7 @@ class Swapped:
             old = memory[_bank(view)]
             rows = jax.lax.stop_gradient(unit(record.embedding("student", view)))
             new = old.push(gather(rows))
-            pushed[_bank(view)] = jax.tree.map(
-                lambda a, b: jnp.where(started, a, b), new, old
-            )
+            pushed[_bank(view)] = jax.tree.map(lambda a, b: jnp.where(started, a, b), new, old)
         return pushed
 
 

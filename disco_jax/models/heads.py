@@ -5,7 +5,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.init import narrow, narrower, ones, torch_bias, torch_kernel, unit_columns, zeros
+from disco_jax.models.init import (
+    narrow,
+    narrower,
+    ones,
+    torch_bias,
+    torch_kernel,
+    unit_columns,
+    zeros,
+)
 from disco_jax.models.inverted import ACTIVATIONS
 from disco_jax.models.norm import BatchNorm
 from disco_jax.ops.losses import unit

@@ -11,9 +11,7 @@ from disco_jax.ops.collectives import highest, total
 _TINY = 1e-30
 
 
-def sinkhorn(
-    scores: Array, *, epsilon: float, iterations: int, mask: Array | None = None
-) -> Array:
+def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | None = None) -> Array:
     """Soft assignments that use every prototype equally: Sinkhorn-Knopp's algorithm.
 
     SwAV (arXiv:2006.09882) eq. 3 to 5: Q = diag(u) exp(C^T Z / epsilon) diag(v), with u and v from

@@ -142,9 +142,7 @@ def _train(
         ready.recipe,
         ready.tx,
         learning_rate=ready.learning_rate,
-        ema_rate=optimizer.ema_rate(
-            config.momentum, ready.steps_per_epoch * config.total_epochs
-        ),
+        ema_rate=optimizer.ema_rate(config.momentum, ready.steps_per_epoch * config.total_epochs),
         seed=config.seed,
         follow_last=config.momentum.update == "after",
     )

@@ -68,7 +68,9 @@ def test_swav_follows_the_official_code_on_any_number_of_devices(name, share, re
     prototypes = ref.get("prototypes_normalised", ref.get("prototypes"))
     memory = {}
     if settings["queue_length"]:
-        memory = {f"view_{v}": Queue.empty(settings["queue_length"], settings["dim"]) for v in (0, 1)}
+        memory = {
+            f"view_{v}": Queue.empty(settings["queue_length"], settings["dim"]) for v in (0, 1)
+        }
 
     def loss(raw, prototypes, memory):
         term = objective(swav_record(raw, prototypes, views), memory, jnp.int32(0))
@@ -230,8 +232,6 @@ def test_the_queue_fills_from_its_epoch_on_and_is_read_when_full():
 
 
 def test_temperature_of_the_targets_changes_once_an_epoch():
-    objective = SelfDistill(
-        momentum_temperature=0.07, warmup_epochs=4, steps_per_epoch=10
-    )
+    objective = SelfDistill(momentum_temperature=0.07, warmup_epochs=4, steps_per_epoch=10)
     at = [float(objective.temperature_at(jnp.int32(s))) for s in (0, 9, 10, 30, 39, 40, 400)]
     np.testing.assert_allclose(at, [0.04, 0.04, 0.05, 0.07, 0.07, 0.07, 0.07], rtol=1e-6)

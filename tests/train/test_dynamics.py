@@ -180,7 +180,9 @@ def test_swavs_states_follow_the_official_train_function(replicas):
         queue_size=settings["queue_length"],
     )
     views = Views((0, 1), (2, 3))
-    method = Method({"student": Network(encoder, "sync", grouped=True)}, {"swapped": swapped}, views)
+    method = Method(
+        {"student": Network(encoder, "sync", grouped=True)}, {"swapped": swapped}, views
+    )
     rate = lambda step: jnp.asarray(ref["lr"], jnp.float32)[step]  # noqa: E731
     spec = dict(
         name="larc",
@@ -202,9 +204,7 @@ def test_swavs_states_follow_the_official_train_function(replicas):
     step = replicated(step, replicas)
     student = swav_variables(ref, "init")
     queues = {f"view_{v}": Queue.empty(settings["queue_length"], settings["dim"]) for v in (0, 1)}
-    state = TrainState(
-        jnp.int32(0), student, {}, {"swapped": queues}, tx.init(student["params"])
-    )
+    state = TrainState(jnp.int32(0), student, {}, {"swapped": queues}, tx.init(student["params"]))
     for i in range(settings["iterations"]):
         state, metrics = step(state, {}, ref["images"][i])
         assert metrics["swapped/loss"] == pytest.approx(ref["loss"][i], rel=1e-5)
@@ -247,9 +247,7 @@ def test_when_the_momentum_network_follows(follow_last):
     after, metrics = replicated(step, 2)(state, {}, images)
     followed = after.student if follow_last else start
     expected = jax.tree.map(lambda m, s: 0.75 * m + 0.25 * s, other, followed)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.momentum, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.momentum, expected)
     assert metrics["ema_rate"] == 0.75
     target = encoder.apply(other if follow_last else expected, images[0], norm="sync").scores
     centre = encoder.apply(other if follow_last else expected, images[1], norm="sync").scores

@@ -125,7 +125,9 @@ def test_frozen_parameters_start_late_as_if_nothing_had_been(name):
 
 
 def assert_equal(ours, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8), ours, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8), ours, expected
+    )
 
 
 def test_fixed_parameters_never_move_and_prototypes_keep_unit_length():
