@@ -100,7 +100,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.momentum = dict(
         ema_rate=0.999,
         ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
-        update="before",  # before the momentum network encodes | after the optimizer's step
+        follow="before",  # before the momentum network encodes | after the optimizer's step
         norm="shuffle",
     )
     # weights: the workdir of a run or of an import, or a PyTorch checkpoint. head="auto": all but
@@ -248,7 +248,7 @@ def self_distill(config: ConfigDict, arg: ConfigDict, prototypes: int) -> None:
     if is_large(arg):
         config.student.dim = config.teacher.dim = 256
     config.objectives.self_distill.weight = 1.0
-    config.momentum.update(ema_rate=0.996, ema_rate_end=1.0, update="after")
+    config.momentum.update(ema_rate=0.996, ema_rate_end=1.0, follow="after")
     config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
 
 

@@ -154,7 +154,7 @@ def smoke(config, replicas):
         learning_rate=rate,
         ema_rate=optimizer.ema_rate(config.momentum, 50),
         seed=config.seed,
-        follow_last=config.momentum.update == "after",
+        follow_last=config.momentum.follow == "after",
     )
     size = config.augment.size
     train_state = state.create(method, tx, config.seed, size)

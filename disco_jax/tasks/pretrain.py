@@ -144,7 +144,7 @@ def _train(
         learning_rate=ready.learning_rate,
         ema_rate=optimizer.ema_rate(config.momentum, ready.steps_per_epoch * config.total_epochs),
         seed=config.seed,
-        follow_last=config.momentum.update == "after",
+        follow_last=config.momentum.follow == "after",
     )
     crops = ready.source.train(
         config.data.train_split,
@@ -238,8 +238,8 @@ def _check_views(recipe: views.Recipe, method: Method) -> None:
 
 
 def _check_momentum(config: ConfigDict) -> None:
-    if config.momentum.update not in ("before", "after"):
-        raise errors.unknown("config.momentum.update", config.momentum.update, ("before", "after"))
+    if config.momentum.follow not in ("before", "after"):
+        raise errors.unknown("config.momentum.follow", config.momentum.follow, ("before", "after"))
     if config.momentum.ema_rate_end > 1:
         raise errors.UserError(
             f"config.momentum.ema_rate_end={config.momentum.ema_rate_end} must be a share in 0..1, "

@@ -64,9 +64,7 @@ def make_train_step(
         size = next(iter(batch["views"].values())).shape[0]
         views = recipe.photometric(batch["views"], augment_rng, positions(size))
         rate = ema_rate(state.step)
-        momentum = state.momentum
-        if not follow_last:
-            momentum = follow(momentum, state.student, rate)
+        momentum = state.momentum if follow_last else follow(state.momentum, state.student, rate)
         targets, stats = {}, {}
         for name, variables in {"momentum": momentum, **frozen}.items():
             if name in plan:

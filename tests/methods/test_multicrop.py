@@ -213,17 +213,14 @@ def test_the_queue_fills_from_its_epoch_on_and_is_read_when_full():
     objective = Swapped(queue_size=8, queue_epochs=2, steps_per_epoch=3)
     prototypes = unit(rng.normal(size=(6, 5)).astype("f"))
     memory = {f"view_{v}": Queue.empty(8, 5) for v in (0, 1)}
+
+    def once(raw, memory, step):
+        return objective(swav_record(raw, prototypes, Views((0, 1))), memory, jnp.int32(step))
+
     filled, used = [], []
     for step in range(9):
         raw = rng.normal(size=(2, 4, 5)).astype("f")
-        record = swav_record(raw, prototypes, Views((0, 1)))
-        run = jax.vmap(
-            lambda _, r=record.encoded, m=memory, s=step: objective(
-                record._replace(encoded=r), m, jnp.int32(s)
-            ),
-            axis_name=AXIS,
-        )
-        term = jax.tree.map(lambda x: x[0], run(jnp.zeros(1)))
+        term = helpers.single(once, raw, memory, step)
         memory = term.memory
         used.append(float(term.metrics["queue_full"]))
         filled.append(int(np.any(np.asarray(memory["view_0"].vectors) != 0, axis=1).sum()))
