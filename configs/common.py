@@ -260,7 +260,7 @@ def is_transformer(backbone: str) -> bool:
 def small_patches(network: ConfigDict, arg: ConfigDict, size: int) -> None:
     """Patches of 4 px for a transformer on small images of `size` px."""
     if not is_large(arg) and is_transformer(network.backbone):
-        network.patch = 4
+        network.update(patch=4, stem="")
         network.grid = size // 4 if network.backbone.startswith("vit") else 0
 
 
