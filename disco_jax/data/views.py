@@ -27,6 +27,8 @@ OPERATIONS = {
 }
 # Settings that may be given for each global view, as DINO's two differ in them.
 PER_VIEW = ("blur_prob", "solarize_prob")
+# So many views of one size and the same operations are made in a loop, which is compiled once.
+LOOPED = 3
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -191,10 +193,28 @@ class Recipe:
         Raises:
           AssertionError: while tracing, when a shape or dtype above does not hold.
         """
-        return {
-            view: self.photometric_ops[view](images, jax.random.fold_in(key, view), positions)
-            for view, images in views.items()
-        }
+        made = {}
+        for group in self._alike(views):
+            operations = self.photometric_ops[group[0]]
+            keys = [jax.random.fold_in(key, view) for view in group]
+            if len(group) < LOOPED:
+                for view, own in zip(group, keys, strict=True):
+                    made[view] = operations(views[view], own, positions)
+                continue
+            stacked = jnp.stack([views[view] for view in group])
+            out = jax.lax.map(
+                lambda pair, run=operations: run(pair[1], pair[0], positions),
+                (jnp.stack(keys), stacked),
+            )
+            made.update(zip(group, out, strict=True))
+        return {view: made[view] for view in views}
+
+    def _alike(self, views: Mapping[int, Array]) -> list[list[int]]:
+        """View numbers, those of one size and the same operations together."""
+        groups: dict[Any, list[int]] = {}
+        for view, images in views.items():
+            groups.setdefault((images.shape, self.photometric_ops[view]), []).append(view)
+        return list(groups.values())
 
     def plain(self, images: Array) -> Array:
         """Normalised images and nothing else, as evaluation sees them.

@@ -399,3 +399,25 @@ def test_sslights_views_are_nearer_to_one_pixel_scale_than_the_usual():
     ours = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
     usual = views.pixel_scale_ratio(crop(224, (0.14, 1.0)), crop(96, (0.05, 0.14)))
     assert abs(ours - 1) < 0.1 < abs(usual - 1)
+
+
+def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
+    augment = {**EVERYTHING, "size": 12, "jitter_prob": 0.0, "blur_prob": 0.0}
+    local = dict(count=4, size=8, scale=(0.1, 0.4), blur_prob=0.0, solarize_prob=0.4)
+    recipe = views.build(augment, 2, local)
+    rng = np.random.default_rng(0)
+    crops = {v: rng.integers(0, 256, (4, s, s, 3), np.uint8) for v, s in enumerate(recipe.sizes)}
+    key, positions = jax.random.key(3), jnp.arange(4, dtype=jnp.int32)
+
+    def make():
+        return jax.make_jaxpr(recipe.photometric)(crops, key, positions), jax.jit(
+            recipe.photometric
+        )(crops, key, positions)
+
+    looped, made = make()
+    monkeypatch.setattr(views, "LOOPED", 99)
+    unrolled, expected = make()
+    assert list(made) == list(range(6))
+    for view in made:
+        np.testing.assert_allclose(made[view], expected[view], atol=1e-5)
+    assert len(str(looped)) < 0.7 * len(str(unrolled))
