@@ -93,7 +93,7 @@ def _network(name: str, config: Any) -> models.Network:
     # The momentum network is the student with other statistics.
     spec = config.teacher if name == "teacher" else config.student
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}")
-    return dataclasses.replace(network, grouped=config.group_views)
+    return dataclasses.replace(network, grouped=config.get("group_views", False))
 
 
 def _check_needs(name: str, objective: Objective, views: Views) -> None:

@@ -59,11 +59,11 @@ def describe(weights: str) -> dict[str, Any]:
     path = _existing(weights)
     if path.is_dir():
         student = workdir.read_config(path).student
-        return _shape(student)
-    return _shape(convert.read_network(path).spec)
+        return shape(student)
+    return shape(convert.read_network(path).spec)
 
 
-def _shape(spec: Any) -> dict[str, Any]:
+def shape(spec: Any) -> dict[str, Any]:
     """The fields `SHAPE`; runs of earlier versions had no patch."""
     return {field: spec.get(field, 0) if field == "patch" else spec[field] for field in SHAPE}
 
@@ -162,7 +162,7 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     names = ("backbone", "head")
     if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
         return
-    found, spec = _shape(found), _shape(spec)
+    found, spec = shape(found), shape(spec)
     fields = [(field, _plain(spec[field]), _plain(found[field])) for field in SHAPE]
     differing = [
         f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"

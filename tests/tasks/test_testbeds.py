@@ -135,3 +135,39 @@ def test_transformers_and_their_teachers_are_built_for_the_papers_and_for_small_
                     *images,
                 )
                 assert out["params"]["head"]["out"]["kernel"].shape[1] == config.student.dim
+
+
+@pytest.mark.parametrize("data", ["imagenet2012", "fashion_mnist", "digits"])
+@pytest.mark.parametrize("recipe", helpers.MULTICROP)
+def test_recipes_hold_together_for_every_data_set(recipe, data):
+    """Queues that the batch divides, views that somebody reads, prototypes where they are read."""
+    from disco_jax import flags, methods
+    from disco_jax.data import views
+
+    config = flags.load(f"{recipe}:data={data}")
+    config.teacher.update(head="mlp", dim=config.student.dim)  # which weights would tell
+    made = views.build(config.augment, config.views, config.local)
+    method = methods.build(config, config.views, config.local.count, 100)
+    read = {view for wanted in method.plan.values() for view in wanted}
+    assert read == set(range(len(made.sizes)))
+    assert len(set(made.sizes)) == 2 and all(net.grouped for net in method.networks.values())
+    assert {net.norm for name, net in method.networks.items() if name != "teacher"} == {"sync"}
+    large = data == "imagenet2012"
+    assert made.sizes[0] == (224 if large else {"fashion_mnist": 28, "digits": 16}[data])
+    if large:
+        papers = {"swav": 512, "swav_disco": 512, "dino": 512, "dino_disco": 512}
+        assert config.batch_size == papers.get(recipe, 1024)
+        assert config.local.size == (128 if recipe.startswith("sslight") else 96)
+
+
+def test_sslights_axes_are_the_papers():
+    from disco_jax import flags
+
+    for student, locals_ in (("mobilenetv2", 6), ("vit_tiny_p16", 10)):
+        config = flags.load(f"sslight_dino:student={student}")
+        assert config.augment.scale == (0.3, 1.0) and config.local.scale == (0.05, 0.3)
+        assert (config.augment.size, config.local.size) == (224, 128)
+        assert (config.views, config.local.count) == (2, locals_)
+        assert config.objectives.self_distill.global_share == 0.4
+    assert flags.load("sslight_moco").objectives.contrast.global_share == 0.4
+    assert flags.load("sslight_swav").objectives.swapped.global_share == 0.4
