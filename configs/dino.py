@@ -57,6 +57,6 @@ def testbed(config, arg):
 
 def small(config):
     """Gentler views and a shorter warm-up for small images."""
-    config.augment.scale = (0.4, 1.0)
-    config.local.scale = (0.1, 0.4)
+    config.augment.scale = (0.5, 1.0)
+    config.local.update(count=2, scale=(0.3, 0.7))
     config.learning_rate.warmup_epochs = 2

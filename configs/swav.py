@@ -37,6 +37,7 @@ def testbed(config, arg):
         config.optimizer.frozen_steps = 5005  # two epochs
     else:
         config.optimizer.frozen_epochs = 1
-        config.local.scale = (0.1, 0.4)
-        config.augment.scale = (0.4, 1.0)
+        config.learning_rate.per_256 = 8.0  # LARC moves a thousandth of it a step; runs are short
+        config.local.update(count=2, scale=(0.3, 0.7))
+        config.augment.scale = (0.5, 1.0)
     common.swapped(config, arg, queue_size=3840, queue_epochs=15)

@@ -55,8 +55,8 @@ def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsy
     config.objectives.distill.teacher_unit = False
     assert pretrain.run(config, str(tmp_path / "run"), source)["step"] == 2
     out = capsys.readouterr().out
-    assert "views: 2 global of 16 px on 0.4 to 1 of the area, 2 local of 8 px" in out
-    assert "mean pixel scale of a global view over that of a local one: 1.7" in out
+    assert "views: 2 global of 16 px on 0.5 to 1 of the area, 2 local of 8 px" in out
+    assert "mean pixel scale of a global view over that of a local one: 3." in out
 
 
 def test_of_a_dino_run_the_ema_copy_teaches(runs, source, tmp_path):
