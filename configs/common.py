@@ -87,6 +87,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.augment = {**STACKS["moco_v2"], "size": known["size"]}
     # Further, smaller crops, numbered after those; all else is as in augment.
     config.local = dict(NO_LOCALS)
+    # Views of one size go through a network in one pass and share batch statistics (SwAV, DINO,
+    # SSLight); false: one after the other (MoCo, DisCo, SEED).
+    config.group_views = False
 
     # Which images the teacher finds alike, made by `disco-jax bags`. sampling: images | clusters
     # (evenly over the clusters).
@@ -98,9 +101,13 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         stem=known["stem"],  # imagenet | small
         zero_init_residual=False,  # true: as timm's ResNets start (disagreement M4)
         grid=0,  # patches a side that a ViT's position embedding is for; 0: the backbone's own
+        patch=0,  # side of a ViT's or XCiT's patches in px; 0: the backbone's own
+        drop_path=0.0,  # stochastic depth of a ViT or XCiT while it learns
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         adapter=0,  # width of a linear layer before the head; 0: none
-        head="mlp",  # mlp | mlp_bn | mlp_unit | swav | dino | dino_bn | regression | none
+        # mlp | mlp_bn | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn | regression
+        # | none
+        head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
         dim=128,
         prototypes=(),  # on top of the head: their number, for each set of them
@@ -108,11 +115,18 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
     # and kept still, behind a learned adapter (RETRO).
     config.student = dict(encoder, norm="local", reuse=())
-    config.momentum = dict(ema_rate=0.999, norm="shuffle")
+    config.momentum = dict(
+        ema_rate=0.999,
+        ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
+        follow="before",  # before the momentum network encodes | after the optimizer's step
+        norm="shuffle",
+    )
     # weights: the workdir of a run or of an import, or a PyTorch checkpoint. head="auto": all but
-    # the backbone's name is taken from them. mean, std: what its images are normalised by; ():
-    # what the weights say, else as the student's.
-    config.teacher = dict(encoder, norm="local", head="auto", weights="", mean=(), std=())
+    # the backbone's name is taken from them. network: of a run, student | momentum. mean, std: what
+    # its images are normalised by; (): what the weights say, else as the student's.
+    config.teacher = dict(
+        encoder, norm="local", head="auto", weights="", network="student", mean=(), std=()
+    )
 
     config.objectives = dict(
         contrast=dict(
@@ -122,6 +136,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             temperature=0.2,
             queue_size=65_536,
             queue_init="teacher",  # the teacher's queue where it has one | random (disagreement D3)
+            local_queries=False,  # local views are queries too
+            global_share=-1.0,  # of pairs of global views, SSLight's alpha; -1: all pairs alike
         ),
         distill=dict(
             weight=0.0,
@@ -129,6 +145,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             reduction="mean",
             teacher_output="embedding",  # embedding | features
             teacher_views=(),  # (): the same
+            teacher_unit=True,  # the teacher's output is scaled to length 1 too (disagreement W1)
         ),
         similarity=dict(
             weight=0.0,
@@ -173,14 +190,51 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             population=0,  # 0: the images there are
             queue_size=65_536,
         ),
+        swapped=dict(
+            weight=0.0,
+            assign=(0, 1),  # views whose assignments the others predict
+            temperature=0.1,
+            epsilon=0.05,  # of Sinkhorn's algorithm
+            iterations=3,  # likewise
+            queue_size=0,  # embeddings beside the batch when assigning; 0: none
+            queue_epochs=0,  # epochs before the queue starts to fill
+            global_share=-1.0,
+        ),
+        self_distill=dict(
+            weight=0.0,
+            targets=(0, 1),  # views that the momentum network encodes
+            student_temperature=0.1,
+            momentum_temperature=0.04,  # after the warm-up
+            warmup_temperature=0.04,
+            warmup_epochs=0,
+            centre_rate=0.9,
+            global_share=-1.0,
+        ),
     )
-    config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.optimizer = dict(
+        name="sgd",  # sgd | larc | lars | adamw
+        momentum=0.9,  # of all but adamw
+        weight_decay=1e-4,
+        weight_decay_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
+        no_decay=(),  # kinds of parameters without weight decay: "vectors", "depthwise"
+        trust=1e-3,  # of larc and lars
+        no_trust=(),  # kinds without the trust ratio of lars
+        clip=0.0,  # most norm of each parameter's gradient; 0: any
+        # Patterns of parameters, such as "prototypes/*":
+        frozen=(),  # that stand still for the first frozen_steps or frozen_epochs
+        frozen_steps=0,
+        frozen_epochs=0,
+        fixed=(),  # that are never learned
+        unit_norm=(),  # kernels whose columns have length 1 after every step
+    )
     config.learning_rate = dict(
         per_256=0.03,  # the peak for a global batch of 256; scaled linearly with the batch
-        decay="cosine",  # cosine | steps | constant
+        # cosine (of the whole run) | cosine_after (the warm-up, down to minimum) | steps | constant
+        decay="cosine",
         every="epoch",  # the rate changes once an epoch, or every step
         milestones=(),  # of "steps", in epochs
         factor=0.1,  # of "steps"
+        minimum=0.0,  # of "cosine_after", not scaled
         warmup_epochs=0,
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
@@ -197,6 +251,124 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     if smoke:
         tiny(config)
     return config
+
+
+def is_large(arg: ConfigDict) -> bool:
+    """Whether a recipe's arguments ask for a run of the papers' size."""
+    return not arg.smoke and arg.data not in SMALL_QUEUES
+
+
+def multicrop(config: ConfigDict, arg: ConfigDict, stack: str, **local) -> None:
+    """Views of two sizes, one pass a size, with the statistics of the global batch.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      arg: the recipe's arguments `data` and `smoke`; small images keep their handedness and get
+        local views of half their size.
+      stack: a name of `STACKS`, for the global views.
+      local: fields of `config.local`.
+    """
+    size, flip = config.augment.size, config.augment.flip_prob
+    config.augment = {**STACKS[stack], "size": size}
+    config.local.update(local)
+    config.group_views = True
+    config.student.norm = config.momentum.norm = "sync"
+    config.teacher.norm = "running"
+    if not is_large(arg):
+        config.augment.update(flip_prob=flip, blur_sigma=(0.1, 0.6))
+        config.local.size = size // 2
+    if arg.smoke:
+        config.local.count = 2
+
+
+def swapped(config: ConfigDict, arg: ConfigDict, queue_size: int, queue_epochs: int) -> None:
+    """SwAV's objective, 3000 prototypes, and a queue cut to a multiple of the batch as its code's.
+
+    Args:
+      config: from `pretrain`, with the batch that it will have.
+      arg: the recipe's arguments `data` and `smoke`, which make all of it smaller.
+      queue_size: embeddings.
+      queue_epochs: before the queue starts to fill.
+    """
+    config.student.prototypes = (3000 if is_large(arg) else 16 if arg.smoke else 32,)
+    if not is_large(arg):
+        # Digits end with assignments alike for all at 0.05: a few hundred steps do not tell them
+        # apart well enough.
+        config.objectives.swapped.epsilon = 0.01
+    size = queue_size if is_large(arg) else 2 * config.batch_size
+    config.objectives.swapped.update(
+        weight=1.0,
+        queue_size=size // config.batch_size * config.batch_size,
+        queue_epochs=queue_epochs if is_large(arg) else 1,
+    )
+    config.optimizer.update(frozen=("prototypes/*",), unit_norm=("prototypes/kernel*",))
+
+
+def self_distill(config: ConfigDict, arg: ConfigDict, prototypes: int) -> None:
+    """DINO's objective, its head's last layer, and its momentum network.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      arg: the recipe's arguments `data` and `smoke`, which make all of it smaller.
+      prototypes: outputs of the last layer.
+    """
+    config.student.prototypes = (prototypes if is_large(arg) else 16 if arg.smoke else 256,)
+    if is_large(arg):
+        config.student.dim = config.teacher.dim = 256
+    config.objectives.self_distill.weight = 1.0
+    config.momentum.update(ema_rate=0.996, ema_rate_end=1.0, follow="after")
+    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+
+
+def is_transformer(backbone: str) -> bool:
+    """Whether DINO trains it with AdamW and a head without BatchNorm."""
+    return backbone.startswith(("vit", "xcit"))
+
+
+def small_patches(network: ConfigDict, arg: ConfigDict, size: int) -> None:
+    """Patches of 4 px for a transformer on small images of `size` px."""
+    if not is_large(arg) and is_transformer(network.backbone):
+        network.update(patch=4, stem="")
+        network.grid = size // 4 if network.backbone.startswith("vit") else 0
+
+
+def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> None:
+    """SSLight's view sampling and optimizers (arXiv:2210.02808, Table 8), for any of its methods.
+
+    The axes of its section 3.3 are fields: S_g `augment.scale[0]`, S_l `local.scale[1]`, LC
+    `local.size`, N_l `local.count`, and alpha `objectives.*.global_share`.
+
+    Args:
+      config: from `pretrain`, to be changed.
+      arg: the recipe's arguments.
+      stack: a name of `STACKS`.
+      per_256: the peak rate of convolutional networks at a batch of 256.
+    """
+    transformer = is_transformer(arg.student)
+    config.student.backbone = arg.student
+    multicrop(config, arg, stack, size=128, scale=(0.05, 0.3), count=10 if transformer else 6)
+    config.augment.scale = (0.3, 1.0)
+    small_patches(config.student, arg, config.augment.size)
+    if is_large(arg):
+        config.batch_size = 1024
+    config.learning_rate.update(
+        per_256=per_256, decay="cosine_after", every="step", minimum=0.0048, warmup_epochs=10
+    )
+    # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay (L2).
+    config.optimizer.update(
+        name="lars",
+        weight_decay=1e-6,
+        no_decay=("vectors", "depthwise"),
+        no_trust=("vectors",),
+    )
+    if transformer:
+        config.learning_rate.update(per_256=5e-4, minimum=1e-5)
+        config.optimizer.update(
+            name="adamw", weight_decay=0.04, weight_decay_end=0.4, no_decay=("vectors",)
+        )
+        config.student.drop_path = 0.1
+    if arg.data in SMALL_QUEUES:
+        config.learning_rate.update(warmup_epochs=2, minimum=0.0)
 
 
 def small_images(config: ConfigDict, queue_size: int) -> None:

@@ -16,7 +16,6 @@ from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
-from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import optimizer, state, teacher
 from disco_jax.train.checkpoint import Checkpoints
@@ -54,6 +53,8 @@ def encoder_spec(backbone, **fields):
         width=0,
         stem="",
         grid=0,
+        patch=0,
+        drop_path=0.0,
         zero_init_residual=False,
         norm_group=0,
         adapter=0,
@@ -121,6 +122,10 @@ class Identity:
         return views
 
 
+# Recipes of views of two sizes, and all.
+MULTICROP = (
+    "swav", "swav_disco", "dino", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino",
+)  # fmt: skip
 RECIPES = (
     "moco_v2",
     "disco",
@@ -142,9 +147,14 @@ RECIPES = (
     "compress:queues=1",
     "bingo",
     "ressl",
+    *MULTICROP,
 )
 
 
+_WITHOUT_TEACHER = (
+    "moco_v2", "ressl", "pseudo_labels",
+    "swav", "dino", "sslight_moco", "sslight_swav", "sslight_dino",
+)  # fmt: skip
 QUIET = {}  # changes that a test makes to every smoke config
 
 
@@ -152,11 +162,10 @@ def smoke_config(recipe, **changes):
     """A shipped recipe with numbers so small that its step compiles in seconds."""
     name, _, given = recipe.partition(":")
     arg = "student=resnet8,smoke=true,data=digits"
-    if name not in ("moco_v2", "ressl", "pseudo_labels"):
+    if name not in _WITHOUT_TEACHER:
         arg += ",teacher=resnet8"
     config = flags.load(f"{name}:{arg}" + (f",{given}" if given else ""))
-    config.augment.size = 16
-    config.local.size = 8
+    config.augment.size, config.local.size = 16, 8
     config.student.width = config.teacher.width = 4
     if config.bags.sampling == "clusters" or config.objectives.bags.weight:
         config.bags.file = "bags.npz"  # which is not read before a run starts
@@ -169,15 +178,16 @@ def smoke(config, replicas):
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
-    tx = optimizer.build(config.optimizer, rate)
+    tx = optimizer.build(config.optimizer, rate, 10, 5)
     method = method.fitted(10, 1000)
     train_step = make_train_step(
         method,
         recipe,
         tx,
         learning_rate=rate,
-        ema_rate=schedules.constant(config.momentum.ema_rate),
+        ema_rate=optimizer.ema_rate(config.momentum, 50),
         seed=config.seed,
+        follow_last=config.momentum.follow == "after",
     )
     size = config.augment.size
     frozen = {}

@@ -9,8 +9,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from disco_jax.data import crops
 from disco_jax.errors import UserError, did_you_mean, unknown
 from disco_jax.ops import augment as ops
 
@@ -25,6 +27,8 @@ OPERATIONS = {
 }
 # Settings that may be given for each global view, as DINO's and ReSSL's two differ in them.
 PER_VIEW = ("jitter_prob", "grey_prob", "blur_prob", "solarize_prob")
+# So many views of one size and the same operations are made in a loop, which is compiled once.
+LOOPED = 3
 INTERPOLATIONS = ("bilinear", "bicubic")
 ANTIALIAS = ("exact", "area", "none")
 
@@ -193,10 +197,28 @@ class Recipe:
         Raises:
           AssertionError: while tracing, when a shape or dtype above does not hold.
         """
-        return {
-            view: self.photometric_ops[view](images, jax.random.fold_in(key, view), positions)
-            for view, images in views.items()
-        }
+        made = {}
+        for group in self._alike(views):
+            operations = self.photometric_ops[group[0]]
+            keys = [jax.random.fold_in(key, view) for view in group]
+            if len(group) < LOOPED:
+                for view, own in zip(group, keys, strict=True):
+                    made[view] = operations(views[view], own, positions)
+                continue
+            stacked = jnp.stack([views[view] for view in group])
+            out = jax.lax.map(
+                lambda pair, run=operations: run(pair[1], pair[0], positions),
+                (jnp.stack(keys), stacked),
+            )
+            made.update(zip(group, out, strict=True))
+        return {view: made[view] for view in views}
+
+    def _alike(self, views: Mapping[int, Array]) -> list[list[int]]:
+        """View numbers, those of one size and the same operations together."""
+        groups: dict[Any, list[int]] = {}
+        for view, images in views.items():
+            groups.setdefault((images.shape, self.photometric_ops[view]), []).append(view)
+        return list(groups.values())
 
     def plain(self, images: Array) -> Array:
         """Normalised images and nothing else, as evaluation sees them.
@@ -212,6 +234,31 @@ class Recipe:
         """
         first = self.photometric_ops[0]
         return ops.normalize(_unit(images), first.mean, first.std)
+
+
+def pixel_scale_ratio(
+    large: Crop, small: Crop, height: int = 375, width: int = 500, draws: int = 20_000
+) -> float:
+    """How much finer, on average, a local view's pixels are than a global view's.
+
+    SSLight (arXiv:2210.02808) eq. 1: the pixel scale of a view is its final area over the area it
+    covers of the image; the ratio is the mean of PS_global / PS_local over pairs of crops. From
+    crops drawn as the pipeline draws them, always the same ones.
+
+    Args:
+      large: of the global view.
+      small: of the local view.
+      height: of the image in px; the default is ImageNet's most frequent size.
+      width: likewise.
+      draws: crops of each kind.
+    """
+    sides = np.full(draws, height), np.full(draws, width)
+    scales = []
+    for view, crop in enumerate((large, small)):
+        uniforms = crops.uniforms(0, 0, 0, view, 0, draws)
+        box = crops.boxes(uniforms, *sides, crop.scale, crop.ratio)
+        scales.append(crop.size**2 / (box[:, 2] * box[:, 3]))
+    return float(np.mean(scales[0] / scales[1]))
 
 
 def build(

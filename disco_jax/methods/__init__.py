@@ -18,7 +18,9 @@ from disco_jax.methods.consistency import Consistency
 from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.distill import Distill
 from disco_jax.methods.relations import Relations
+from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.similarity import Similarity
+from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -33,11 +35,24 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pseudo_labels": PseudoLabels,
     "online_clusters": OnlineClusters,
     "binary_contrast": BinaryContrast,
+    "swapped": Swapped,
+    "self_distill": SelfDistill,
 }
 REUSABLE = ("head",)
-TEMPERATURES = ("temperature", "student_temperature", "teacher_temperature", "target_temperature")
 # A target of temperature 0 is one-hot, which only SEED's loss means anything by.
 ONE_HOT = ("config.objectives.similarity", "teacher_temperature")
+
+# Fields that divide.
+POSITIVE = (
+    "temperature",
+    "student_temperature",
+    "teacher_temperature",
+    "target_temperature",
+    "momentum_temperature",
+    "warmup_temperature",
+    "epsilon",
+    "iterations",
+)
 
 
 def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
@@ -67,9 +82,12 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     for name, objective in objectives.items():
         _check(name, objective, config.batch_size)
         _check_needs(name, objective, method.views)
+        _check_scores(name, objective, method.views, config.student)
     _check_data(objectives, config, local_views)
     reuse = _reused(config, method)
     networks = {name: _network(name, config) for name in method.plan}
+    if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
+        networks["teacher"] = _raw(networks["teacher"])
     _check_widths(objectives, config)
     return Method(networks, objectives, method.views, reuse)
 
@@ -83,11 +101,21 @@ def _tuples(fields: Any) -> dict[str, Any]:
     return {name: fixed(value) for name, value in fields.items()}
 
 
+def _raw(network: models.Network) -> models.Network:
+    """A network whose head does not scale the embedding to length 1."""
+    head = network.encoder.head
+    if not network.encoder.normalised():
+        return network
+    encoder = network.encoder.clone(head=head.clone(unit=False))
+    return dataclasses.replace(network, encoder=encoder)
+
+
 def _network(name: str, config: Any) -> models.Network:
     # The momentum network is the student with other statistics.
     spec = config.teacher if name == "teacher" else config.student
     augment = tuple(config.augment.mean), tuple(config.augment.std)
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
+    network = dataclasses.replace(network, grouped=config.group_views)
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
         # BatchNorm in a reused head keeps the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")
@@ -173,8 +201,14 @@ def memory_bytes(method: Method, config: Any) -> int:
 
 
 def _check_data(objectives: dict[str, Objective], config: Any, local_views: int) -> None:
-    """Refuses objectives that ask for bags that are not there, or mix where they cannot."""
+    """Refuses objectives whose images, mixtures or maps of views there are not."""
     for name, objective in objectives.items():
+        if objective.reads_maps and config.group_views:
+            raise errors.UserError(
+                f"config.objectives.{name} reads the feature maps of single views, but "
+                "config.group_views=True passes views of all sizes through a network together: set "
+                "config.group_views=False."
+            )
         if (objective.members or objective.aux) and not config.bags.file:
             raise errors.UserError(
                 f"config.objectives.{name} needs to know which images the teacher finds alike: "
@@ -209,12 +243,34 @@ def _check_needs(name: str, objective: Objective, views: Views) -> None:
             )
 
 
+def _check_scores(name: str, objective: Objective, views: Views, student: Any) -> None:
+    """Refuses objectives on prototypes without prototypes, or without a pair of views."""
+    if not getattr(objective, "reads_scores", False):
+        return
+    if len(student.prototypes) != 1:
+        raise errors.UserError(
+            f"config.objectives.{name} reads the scores of one set of prototypes, but "
+            f"config.student.prototypes={tuple(student.prototypes)!r}: set for instance "
+            "--config.student.prototypes='(3000,)'."
+        )
+    if len((*views.globals, *views.locals)) < 2:
+        raise errors.UserError(
+            f"config.objectives.{name} compares views, but the recipe makes one: raise "
+            "config.views or config.local.count."
+        )
+
+
 def _check(name: str, objective: Objective, batch_size: int) -> None:
     """Refuses what would fail, or mean something else, inside the step."""
     setting = f"config.objectives.{name}"
-    for field in TEMPERATURES:
+    for field in POSITIVE:
         if getattr(objective, field, 1.0) <= 0 and (setting, field) != ONE_HOT:
             raise errors.UserError(f"{setting}.{field} must be above 0.")
+    if getattr(objective, "global_share", 0.0) > 1:
+        raise errors.UserError(
+            f"{setting}.global_share={objective.global_share} must be a share in 0..1, or -1 to "
+            "count every pair of views the same."
+        )
     init = getattr(objective, "queue_init", "random")
     if init not in ("random", "teacher"):
         raise errors.unknown(f"{setting}.queue_init", init, ("random", "teacher"))
@@ -224,6 +280,8 @@ def _check(name: str, objective: Objective, batch_size: int) -> None:
     if isinstance(objective, Compress):  # its anchors may wrap inside a batch
         if size < batch_size:
             raise errors.UserError(f"{setting}.queue_size={size} is below config.batch_size.")
+    elif isinstance(objective, Swapped) and size == 0:
+        return  # it works without
     elif size is not None and (size < 1 or size % batch_size):
         below = size // batch_size * batch_size
         nearest = [str(n) for n in (below, below + batch_size) if n > 0]

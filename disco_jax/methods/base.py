@@ -5,7 +5,7 @@ An objective says which views it needs of which network, keeps its own memory an
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -33,10 +33,15 @@ class Record(NamedTuple):
     Attributes:
       encoded: network -> view -> `Encoded`, of this replica's images.
       aux: whatever else the pipeline made, name -> array[B, ...].
+      views: which views there are, and which of them are local.
+      score: network -> f32[N, D] -> f32[N, K]: other embeddings on the network's prototypes as
+        they are in this step, without a gradient.
     """
 
     encoded: Mapping[str, Mapping[int, Encoded]]
     aux: Mapping[str, Array]
+    views: Views = Views((0, 1))
+    score: Mapping[str, Callable[[Array], Array]] = {}
 
     def embedding(self, network: str, view: int) -> Array:
         """f32[B, D], not normalised."""
@@ -45,6 +50,10 @@ class Record(NamedTuple):
     def output(self, network: str, view: int, name: str) -> Array:
         """f32[B, D], not normalised: "embedding" or "features", see `OUTPUTS`."""
         return getattr(self.encoded[network][view], name)
+
+    def scores(self, network: str, view: int) -> Array:
+        """f32[B, K], of the embedding on the network's prototypes."""
+        return self.encoded[network][view].scores
 
 
 class Term(NamedTuple):
@@ -200,6 +209,25 @@ class Method:
         """f32[]: the weighted sum of the terms' losses."""
         weighted = [self.objectives[name].weight * term.loss for name, term in terms.items()]
         return jnp.sum(jnp.stack(weighted))
+
+
+def alpha(global_share: float) -> float | None:
+    """A config's `global_share` as `rebalanced` takes it: below 0, every pair counts the same."""
+    return None if global_share < 0 else global_share
+
+
+def usage(scores: Array, temperature: float) -> Array:
+    """f32[]: the share of the prototypes in use, 1 if all are alike, 1/K if it is one for all.
+
+    exp(entropy) / K of the mean over the global batch of softmax(scores / temperature).
+
+    Args:
+      scores: f32[B, K], of this replica.
+      temperature: > 0.
+    """
+    mean = pmean(jnp.mean(jax.nn.softmax(scores / temperature, axis=-1), axis=0))
+    entropy = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30)))
+    return jax.lax.stop_gradient(jnp.exp(entropy) / scores.shape[-1])
 
 
 def spread(embedding: Array) -> Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, alpha, spread
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import contrast_accuracy, info_nce, unit
+from disco_jax.ops.losses import contrast_accuracy, info_nce, rebalanced, unit
 from disco_jax.ops.memory import Queue
 
 
@@ -28,6 +28,10 @@ class Contrast(Objective):
       queue_size: keys remembered a key view; a multiple of the global batch.
       queue_init: "teacher" starts from the queue that came with the teacher, if one did (the
         official DisCo code loads it with the teacher's file, disagreement D3); "random" never does.
+      local_queries: every local view is a query too, for the key of the first pair, as in
+        SSLight's MoCo-v2* (arXiv:2210.02808).
+      global_share: of the pairs of global views in the loss, alpha in SSLight's eq. 3; -1: every
+        query counts the same.
     """
 
     weight: float = 1.0
@@ -36,13 +40,20 @@ class Contrast(Objective):
     temperature: float = 0.2
     queue_size: int = 65_536
     queue_init: str = "teacher"
+    local_queries: bool = False
+    global_share: float = -1.0
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
-        queries, keys = zip(*self.pairs, strict=True)
+        queries, keys = zip(*self._all_pairs(views), strict=True)
         return {"student": queries, self.keys_from: keys}
 
     def matches(self) -> str | None:
         return "embedding" if self.keys_from == "teacher" else None
+
+    def _all_pairs(self, views: Views) -> tuple[tuple[int, int], ...]:
+        """The pairs of global views, then those that local views make."""
+        extra = views.locals if self.local_queries else ()
+        return (*self.pairs, *((query, self.pairs[0][1]) for query in extra))
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         dim = record.embedding("student", self.pairs[0][0]).shape[-1]
@@ -55,7 +66,7 @@ class Contrast(Objective):
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
         losses, accuracies, queues = [], [], {}
-        for query_view, key_view in self.pairs:
+        for query_view, key_view in self._all_pairs(record.views):
             query = unit(record.embedding("student", query_view))
             key = unit(record.embedding(self.keys_from, key_view))
             queue = memory[_bank(key_view)]
@@ -69,7 +80,9 @@ class Contrast(Objective):
             "query_std": spread(query),
             "key_std": spread(key),
         }
-        return Term(jnp.mean(jnp.stack(losses)), queues, metrics)
+        between = len(self.pairs)
+        loss = rebalanced(losses[:between], losses[between:], alpha(self.global_share))
+        return Term(loss, queues, metrics)
 
 
 def _bank(key_view: int) -> str:

@@ -24,6 +24,8 @@ class Distill(Objective):
       teacher_output: "embedding", or "features": SimReg (arXiv:2201.05131) copies the teacher's
         features after pooling; on unit vectors the squared distance is its 2 - 2 cos.
       teacher_views: which view of the teacher belongs to each of `views`; (): the same one.
+      teacher_unit: whether the teacher's embedding is scaled to length 1 too. DisCo's code for
+        SwAV compares unit students with the teacher's embedding as it is (disagreement W1).
     """
 
     weight: float = 32.0
@@ -31,6 +33,7 @@ class Distill(Objective):
     reduction: str = "mean"
     teacher_output: str = "embedding"
     teacher_views: tuple[int, ...] = ()
+    teacher_unit: bool = True
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": self.views, "teacher": self.teacher_views or self.views}
@@ -43,8 +46,10 @@ class Distill(Objective):
         losses, cosines = [], []
         for view, theirs in zip(self.views, self.teacher_views or self.views, strict=True):
             student = unit(record.embedding("student", view))
-            teacher = unit(record.output("teacher", theirs, self.teacher_output))
-            losses.append(reduce(squared_distance(student, teacher)))
+            raw = record.output("teacher", theirs, self.teacher_output)
+            teacher = unit(raw)
+            target = teacher if self.teacher_unit else raw
+            losses.append(reduce(squared_distance(student, target)))
             cosines.append(jnp.mean(jnp.sum(student * teacher, axis=-1)))
         metrics = {
             "cosine": jnp.mean(jnp.stack(cosines)),

@@ -25,7 +25,14 @@ BACKBONES = {name: (cls, spec) for cls, table in FAMILIES.items() for name, spec
 HEADS = (*heads.VARIANTS, "regression", "none")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Fields of a spec that only some families have, and the value that leaves them as they are.
-_OPTIONAL = {"width": 0, "stem": "", "zero_init_residual": False, "grid": 0}
+_OPTIONAL = {
+    "width": 0,
+    "stem": "",
+    "zero_init_residual": False,
+    "grid": 0,
+    "patch": 0,
+    "drop_path": 0.0,
+}
 
 
 def compute_dtype(name: str) -> Any:
@@ -43,7 +50,7 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     Args:
       spec: fields backbone, head, hidden, dim, prototypes, adapter, norm_group; and width (0: the
         variant's own), stem ("": the variant's own), zero_init_residual and grid (0: the
-        variant's own), which only some families take.
+        variant's own), patch (likewise) and drop_path, which only some families take.
       dtype: "float32", "bfloat16" or "auto".
       setting: where the fields stand in the config, for messages.
 
@@ -56,9 +63,9 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
         raise errors.unknown(f"{setting}.stem", spec.stem, resnet.STEMS)
     if spec.head not in HEADS:
         raise errors.unknown(f"{setting}.head", spec.head, HEADS)
-    least = dict(width=0, hidden=-1, dim=1, norm_group=0, adapter=0, grid=0)
+    least = dict(width=0, hidden=-1, dim=1, norm_group=0, adapter=0, grid=0, patch=0)
     for field, low in least.items():
-        if spec[field] < low:
+        if spec.get(field, low) < low:
             raise errors.UserError(f"{setting}.{field}={spec[field]} is below {low}.")
     cls, fields = BACKBONES[spec.backbone]
     fields = {**fields, **_optional(cls, spec, setting), "norm_group": spec.norm_group}
@@ -140,7 +147,7 @@ def parameters(encoder: Encoder, parts: Iterable[str] = ("backbone",), size: int
 def _optional(cls: type[nn.Module], spec: Any, setting: str) -> dict[str, Any]:
     """The fields of `_OPTIONAL` that are set; a stem counts only where the family has one."""
     known = {field.name for field in dataclasses.fields(cls)}
-    given = {name: spec[name] for name, off in _OPTIONAL.items() if spec[name] != off}
+    given = {n: spec[n] for n, off in _OPTIONAL.items() if spec.get(n, off) != off}
     for name in given.keys() - known - {"stem"}:
         raise errors.UserError(
             f"{setting}.{name}={spec[name]!r}: {spec.backbone} has no such option; leave it at "

@@ -1,7 +1,8 @@
 """Encoder = backbone + adapter? + head + prototypes?; how it encodes the views of a method."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -55,11 +56,30 @@ class Encoder(nn.Module):
 
     def __call__(self, images: Array, *, norm: str) -> Encoded:
         """Encodes float[B, H, W, 3] normalised images; `norm` is "local", "sync" or "running"."""
-        features = self.backbone(images, norm=norm)
+        return self._head(self.backbone(images, norm=norm), norm)
+
+    def _head(self, features: Array, norm: str) -> Encoded:
         adapted = features if self.adapter is None else self.adapter(features)
         embedding = self.head(adapted, norm=self.head_norm or norm)
         scores = None if self.prototypes is None else self.prototypes(embedding)
         return Encoded(features, embedding, scores)
+
+    def together(self, images: Sequence[Array], *, norm: str) -> Encoded:
+        """Encodes images of several sizes; the rows of the result follow one another.
+
+        The backbone is called once a size and the head once for all, as SwAV's and DINO's codes
+        do: batch statistics in the head are those of all sizes together.
+
+        Args:
+          images: float[N, H, W, 3] each, normalised.
+          norm: see `__call__`.
+        """
+        features = jnp.concatenate([self.backbone(x, norm=norm) for x in images])
+        return self._head(features, norm)
+
+    def score(self, embedding: Array) -> Array:
+        """f32[N, D] -> f32[N, K]: embeddings on the prototypes, which there must be."""
+        return self.prototypes(embedding)
 
     def create(self, seed: int, size: int) -> Variables:
         """Fresh {"params": ..., "batch_stats": ...} for images of `size` px; compiles nothing."""
@@ -82,11 +102,14 @@ class Network:
       norm: "local", "sync", "shuffle" or "running"; see `BatchNorm` and `collectives.shuffle`.
       rescale: a factor and an offset for each channel, which turn images with the recipe's
         normalisation into images with the one this network was trained with; None: the same.
+      grouped: views of one size go through the network together and share batch statistics, as
+        SwAV, DINO and SSLight train; else one after the other, as MoCo and DisCo do.
     """
 
     encoder: nn.Module
     norm: str = "local"
     rescale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    grouped: bool = False
 
     def __post_init__(self):
         assert self.norm in MODES, self.norm
@@ -101,10 +124,10 @@ def encode(
     dropout: bool = False,
     maps: bool = False,
 ) -> tuple[dict[int, Encoded], Any]:
-    """Encodes views one after the other, each with its own batch statistics.
+    """Encodes views one after the other, or all of them together if the network is `grouped`.
 
-    The stored statistics pass from view to view, so two views update them twice, as two forward
-    passes of the papers' codes do.
+    One after the other, each has its own batch statistics, and the stored ones pass from view to
+    view: two views update them twice, as two forward passes of the papers' codes do.
 
     Args:
       network: what encodes.
@@ -118,21 +141,19 @@ def encode(
     Returns:
       view -> `Encoded`, in this replica's order, and the new batch_stats.
     """
-    encoded, stats = {}, variables["batch_stats"]
-    for view in views:
+    encoded, stats, views = {}, variables["batch_stats"], tuple(views)
+    for group in [views] if network.grouped else [(view,) for view in views]:
         current = {**variables, "batch_stats": stats}
-        x, norm = _rescaled(images[view], network.rescale), network.norm
-        if norm == "shuffle":
-            x, order = shuffle(jax.random.fold_in(rng, view), x)
-            norm = "local"
-        drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + view)} if dropout else {}
-        kept = ["batch_stats", COLLECTION] if maps else ["batch_stats"]
-        out, new = network.encoder.apply(current, x, norm=norm, mutable=kept, rngs=drops)
-        if maps:
-            out = out._replace(maps=by_size(new.get(COLLECTION, {})))
+        mine = {view: _rescaled(images[view], network.rescale) for view in group}
+        orders = {}
         if network.norm == "shuffle":
-            out = jax.tree.map(lambda rows, order=order: unshuffle(rows, order), out)
-        encoded[view], stats = out, new.get("batch_stats", stats)
+            for view in group:
+                mine[view], orders[view] = shuffle(jax.random.fold_in(rng, view), mine[view])
+        drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + group[0])} if dropout else {}
+        out, stats = _apply(network, current, mine, drops, maps)
+        for view, order in orders.items():
+            out[view] = jax.tree.map(lambda rows, order=order: unshuffle(rows, order), out[view])
+        encoded.update(out)
     return encoded, stats
 
 
@@ -158,3 +179,43 @@ def rescaling(
     factor = tuple(theirs / ours for theirs, ours in zip(their_std, std, strict=True))
     offset = tuple((m_ - m) / s for m_, m, s in zip(their_mean, mean, std, strict=True))
     return factor, offset
+
+
+def _apply(
+    network: Network,
+    variables: Variables,
+    images: Mapping[int, Array],
+    rngs: Mapping[str, Array],
+    maps: bool,
+) -> tuple[dict[int, Encoded], Any]:
+    """The views of `images` in one application: one call of the backbone a size.
+
+    Feature maps are of one size: where they are read, views go one after the other.
+    """
+    norm = "local" if network.norm == "shuffle" else network.norm
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for view, x in images.items():
+        sizes.setdefault(x.shape, []).append(view)
+    # The views of an image stand side by side, so that an image's place in the global batch, from
+    # which dropout draws, does not depend on the number of devices.
+    stacked = [_side_by_side([images[view] for view in group]) for group in sizes.values()]
+    kept = ["batch_stats", COLLECTION] if maps else ["batch_stats"]
+    apply = functools.partial(network.encoder.apply, variables, norm=norm, mutable=kept, rngs=rngs)
+    out, new = apply(stacked[0]) if len(stacked) == 1 else apply(stacked, method="together")
+    if maps:
+        out = out._replace(maps=by_size(new.get(COLLECTION, {})))
+    encoded, start = {}, 0
+    for rows, group in zip(stacked, sizes.values(), strict=True):
+        stop = start + rows.shape[0]
+        for i, view in enumerate(group):
+            own = slice(start + i, stop, len(group))
+            encoded[view] = jax.tree.map(lambda x, own=own: x[own], out)
+        start = stop
+    return encoded, new.get("batch_stats", variables["batch_stats"])
+
+
+def _side_by_side(views: Sequence[Array]) -> Array:
+    """[B, ...] each -> [B * len(views), ...]: all views of the first image, then of the second."""
+    if len(views) == 1:
+        return views[0]
+    return jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])

@@ -5,7 +5,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.init import narrow, ones, torch_bias, torch_kernel, zeros
+from disco_jax.models.init import (
+    narrow,
+    narrower,
+    ones,
+    torch_bias,
+    torch_kernel,
+    unit_columns,
+    zeros,
+)
 from disco_jax.models.inverted import ACTIVATIONS
 from disco_jax.models.norm import BatchNorm
 from disco_jax.ops.losses import unit
@@ -25,7 +33,7 @@ class ProjectionHead(nn.Module):
       batch_norm: BatchNorm before each activation.
       activation: "relu" or "gelu".
       unit: the embedding has length 1.
-      start: "torch": U(+-1/sqrt(fan_in)); "narrow": deviation 0.02, biases 0.
+      start: "torch": U(+-1/sqrt(fan_in)); "narrow": deviation 0.02, biases 0; "narrower": 0.01.
       norm_group: see `BatchNorm.group`.
       dtype: of the computation; the embedding is float32.
     """
@@ -121,7 +129,8 @@ class Prototypes(nn.Module):
 
     Attributes:
       counts: prototypes of each head; DeepCluster-v2 has three heads of 3000.
-      weight_norm: every prototype is scale * kernel / |kernel| (DINO), instead of kernel (SwAV).
+      weight_norm: every prototype is scale * kernel / |kernel| (DINO), instead of kernel (SwAV),
+        which starts at length 1; the optimizer keeps it there (`unit_norm` in its config).
     """
 
     counts: tuple[int, ...]
@@ -135,7 +144,8 @@ class Prototypes(nn.Module):
 
     def _scores(self, embedding: Array, index: int, count: int) -> Array:
         shape = (embedding.shape[-1], count)
-        kernel = self.param(f"kernel{index}", torch_kernel, shape, jnp.float32)
+        start = torch_kernel if self.weight_norm else unit_columns
+        kernel = self.param(f"kernel{index}", start, shape, jnp.float32)
         if self.weight_norm:
             scale = self.param(f"scale{index}", ones, (count,), jnp.float32)
             kernel = kernel * (scale / jnp.linalg.norm(kernel, axis=0))[None]
@@ -145,7 +155,11 @@ class Prototypes(nn.Module):
 def _linear(
     width: int, fan_in: int, start: str, dtype: jnp.dtype, name: str, bias: bool = True
 ) -> nn.Dense:
-    kernel, first = (narrow, zeros) if start == "narrow" else (torch_kernel, torch_bias(fan_in))
+    kernel, first = {
+        "torch": (torch_kernel, torch_bias(fan_in)),
+        "narrow": (narrow, zeros),
+        "narrower": (narrower, zeros),
+    }[start]
     return nn.Dense(
         width, use_bias=bias, kernel_init=kernel, bias_init=first, dtype=dtype, name=name
     )
@@ -156,7 +170,9 @@ VARIANTS = {
     "mlp": {},
     "mlp_bn": dict(batch_norm=True),
     "mlp_unit": dict(unit=True),
+    "mlp_narrow": dict(start="narrow"),  # SSLight's for MoCo-v2*
     "swav": dict(batch_norm=True, unit=True),  # also SimCLR's
+    "swav_narrow": dict(batch_norm=True, unit=True, start="narrower"),  # SSLight's for SwAV
     "dino": dict(layers=3, activation="gelu", unit=True, start="narrow"),
     "dino_bn": dict(layers=3, activation="gelu", unit=True, start="narrow", batch_norm=True),
 }

@@ -63,6 +63,15 @@ torch_kernel = uniform(lambda shape: 1 / np.sqrt(np.prod(shape[:-1])))
 zeros, ones = constant(0.0), constant(1.0)
 
 
+def unit_columns(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    """`torch_kernel` with columns of length 1, as SwAV scales its prototypes before every step."""
+    kernel = torch_kernel(key, shape, jnp.float32)
+    if isinstance(key, jax.core.Tracer):
+        return (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)).astype(dtype)
+    made = np.asarray(kernel)
+    return jnp.asarray(made / np.linalg.norm(made, axis=0, keepdims=True), dtype)
+
+
 def torch_bias(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a bias beside `torch_kernel`.
 

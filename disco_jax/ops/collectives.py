@@ -19,6 +19,16 @@ def pmean(tree: Tree) -> Tree:
     return jax.lax.pmean(tree, AXIS)
 
 
+def total(tree: Tree) -> Tree:
+    """The sum of every leaf over the replicas."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def highest(tree: Tree) -> Tree:
+    """The elementwise maximum of every leaf over the replicas; no gradient passes."""
+    return jax.lax.pmax(jax.lax.stop_gradient(tree), AXIS)
+
+
 def gather(rows: Array) -> Array:
     """[B, ...] of this replica -> [replicas * B, ...] of all, in the order of the replicas."""
     return jax.lax.all_gather(rows, AXIS, tiled=True)
@@ -52,6 +62,17 @@ def unshuffle(rows: Array, order: Array) -> Array:
     """Undoes `shuffle`: [B, ...] in shuffled places -> this replica's own rows."""
     mine = jnp.argsort(order)[positions(rows.shape[0])]
     return gather(rows)[mine]
+
+
+def share(rows: Array) -> Array:
+    """[N, ...], equal on all replicas -> this replica's [N / replicas, ...] of them, in order.
+
+    Raises:
+      AssertionError: while tracing, when the replicas do not divide N.
+    """
+    assert rows.shape[0] % replicas() == 0, (rows.shape, replicas())
+    mine = rows.shape[0] // replicas()
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * mine, mine)
 
 
 def replicas() -> int:

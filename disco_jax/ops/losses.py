@@ -1,5 +1,7 @@
 """Losses on embeddings: one value an example, float32, no network and no config."""
 
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -173,6 +175,71 @@ def squared_distance(student: Array, teacher: Array) -> Array:
     chex.assert_type([student, teacher], jnp.float32)
     chex.assert_equal_shape([student, teacher])
     return jnp.sum(jnp.square(student - teacher), axis=-1)
+
+
+def target_cross_entropy(targets: Array, scores: Array, *, temperature: float) -> Array:
+    """Cross-entropy of the softmax of scores to soft targets.
+
+    SwAV (arXiv:2006.09882) eq. 2, with assignments as targets; DINO (arXiv:2104.14294) eq. 2, with
+    `sharpened` ones: loss_i = -sum_k t_ik log softmax(s_i / tau)_k.
+
+    Args:
+      targets: f32[B, K], rows that sum to 1; no gradient passes.
+      scores: f32[B, K], of the student.
+      temperature: tau > 0; 0.1 in both papers.
+
+    Returns:
+      f32[B] in nats, one value an example; the objective takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    chex.assert_type([targets, scores], jnp.float32)
+    chex.assert_equal_shape([targets, scores])
+    targets = jax.lax.stop_gradient(targets)
+    return -jnp.sum(targets * jax.nn.log_softmax(scores / temperature, axis=-1), axis=-1)
+
+
+def sharpened(scores: Array, centre: Array, temperature: Array | float) -> Array:
+    """DINO's targets (arXiv:2104.14294, section 3.1): softmax((z - c) / tau).
+
+    Args:
+      scores: f32[B, K], of the momentum network.
+      centre: f32[K], the running mean of its scores.
+      temperature: tau > 0, below the student's.
+
+    Returns:
+      f32[B, K], rows that sum to 1; no gradient passes.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    chex.assert_type([scores, centre], jnp.float32)
+    chex.assert_shape(centre, (scores.shape[-1],))
+    return jax.lax.stop_gradient(jax.nn.softmax((scores - centre[None]) / temperature, axis=-1))
+
+
+def rebalanced(
+    global_losses: Sequence[Array], local_losses: Sequence[Array], share: float | None = None
+) -> Array:
+    """The mean over pairs of views, with a chosen weight on those of two global views.
+
+    SSLight (arXiv:2210.02808) eq. 3: share * mean(global pairs) + (1 - share) * mean(local pairs).
+
+    Args:
+      global_losses: f32[] each, of pairs of two global views.
+      local_losses: f32[] each, of pairs with a local view. One pair at least in the two together.
+      share: alpha in [0, 1], 0.4 in SSLight; None: every pair counts the same, as they do where
+        there is only one kind of pairs.
+
+    Returns:
+      f32[].
+    """
+    every = jnp.stack([*global_losses, *local_losses])
+    if share is None or not local_losses or not global_losses:
+        return jnp.mean(every)
+    between = len(global_losses)
+    return share * jnp.mean(every[:between]) + (1 - share) * jnp.mean(every[between:])
 
 
 def unit(rows: Array) -> Array:

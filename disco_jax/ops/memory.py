@@ -35,6 +35,16 @@ class Queue:
         vectors = jax.random.uniform(rng, (size, dim), minval=-edge, maxval=edge)
         return cls(vectors, jnp.zeros((), jnp.int32))
 
+    @classmethod
+    def empty(cls, size: int, dim: int) -> "Queue":
+        """A queue of `size` zero rows in `dim` dimensions, as SwAV starts."""
+        return cls(jnp.zeros((size, dim), jnp.float32), jnp.zeros((), jnp.int32))
+
+    @property
+    def full(self) -> Array:
+        """bool[]: whether a queue that started `empty` has been filled."""
+        return jnp.any(self.vectors[-1] != 0)
+
     def push(self, rows: Array) -> "Queue":
         """The queue with its oldest rows replaced.
 

@@ -40,13 +40,42 @@ def steps(peak: float, milestones: Sequence[int], factor: float) -> Schedule:
 def warmup(schedule: Schedule, start: float, peak: float, warmup_steps: int) -> Schedule:
     """A straight line from `start` at step 0 to `peak`, then `schedule`, which is not shifted.
 
-    SEED's and DINO's schedules do not restart after the warm-up: the cosine is that of the whole
-    run, seen from `warmup_steps` on.
+    SEED's schedule does not restart after the warm-up: the cosine is that of the whole run, seen
+    from `warmup_steps` on. SwAV's and DINO's do, see `cosine_after`.
     """
 
     def value(step: Array) -> Array:
         line = start + (peak - start) * _fraction(step, max(warmup_steps, 1))
         return jnp.where(step < warmup_steps, line, schedule(step))
+
+    return value
+
+
+def cosine_after(
+    start: float, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+    """A line from `start` to `peak`, both included, then half a cosine from `peak` to `end`.
+
+    What SwAV, DINO and SSLight use for the learning rate and DINO for the weight decay and the EMA
+    rate too. As the line includes its end, `peak` is taken twice: in its last step and in the
+    next. `end` would be taken in the step after the last, `total_steps`.
+    """
+    rest = max(total_steps - warmup_steps, 1)
+
+    def value(step: Array) -> Array:
+        left = jnp.square(jnp.sin(jnp.pi / 2 * _fraction(rest + warmup_steps - step, rest)))
+        line = start + (peak - start) * _fraction(step, max(warmup_steps - 1, 1))
+        return jnp.where(step < warmup_steps, line, end + (peak - end) * left)
+
+    return value
+
+
+def line(start: float, end: float, count: int) -> Schedule:
+    """`count` values from `start` to `end`, both included, then `end`; DINO's temperature."""
+
+    def value(step: Array) -> Array:
+        on_line = start + (end - start) * _fraction(step, max(count - 1, 1))
+        return jnp.where(step < count, on_line, end)
 
     return value
 

@@ -117,11 +117,11 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
     config.teacher.weights = str(path)
     if path.is_file():
         imported = convert.read_network(path)
-        config.teacher.update({field: imported.spec[field] for field in teachers.SHAPE})
+        config.teacher.update(teachers.shape(imported.spec))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
         run = read_config(path)
-        config.teacher.update({field: run.student[field] for field in teachers.SHAPE})
+        config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
             value = run.augment[field]
             config.augment[field] = tuple(value) if isinstance(value, list | tuple) else value

@@ -66,9 +66,11 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     _check_views(recipe, method)
+    _check_momentum(config)
     losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
     if config.checkpoint.best_metric not in ("", *losses):
         raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
+    _check_patterns(config, method)
     record = state.shapes(method, recipe.sizes)
     method.check(record)
     source = _bagged(source or pipeline.open_source(config.data), config, method)
@@ -89,7 +91,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
         steps_per_epoch=steps_per_epoch,
         total=config.total_steps or config.total_epochs * steps_per_epoch,
         learning_rate=rate,
-        tx=optimizer.build(config.optimizer, rate),
+        tx=optimizer.build(config.optimizer, rate, steps_per_epoch, config.total_epochs),
         teacher=loaded,
         record=record,
     )
@@ -153,8 +155,9 @@ def _train(
         ready.recipe,
         ready.tx,
         learning_rate=ready.learning_rate,
-        ema_rate=schedules.constant(config.momentum.ema_rate),
+        ema_rate=optimizer.ema_rate(config.momentum, ready.steps_per_epoch * config.total_epochs),
         seed=config.seed,
+        follow_last=config.momentum.follow == "after",
     )
     crops = ready.source.train(
         config.data.train_split,
@@ -289,6 +292,24 @@ def _check_views(recipe: views.Recipe, method: Method) -> None:
         )
 
 
+def _check_momentum(config: ConfigDict) -> None:
+    if config.momentum.follow not in ("before", "after"):
+        raise errors.unknown("config.momentum.follow", config.momentum.follow, ("before", "after"))
+    if config.momentum.ema_rate_end > 1:
+        raise errors.UserError(
+            f"config.momentum.ema_rate_end={config.momentum.ema_rate_end} must be a share in 0..1, "
+            "or -1 for a constant rate."
+        )
+
+
+def _check_patterns(config: ConfigDict, method: Method) -> None:
+    """Refuses patterns of parameters that there are not."""
+    if any(config.optimizer[field] for field in ("frozen", "fixed", "unit_norm")):
+        encoder = method.networks["student"].encoder
+        params = jax.eval_shape(lambda: encoder.create(0, config.augment.size))["params"]
+        optimizer.check_patterns(config.optimizer, params)
+
+
 def _check_devices(config: ConfigDict) -> None:
     devices, batch = jax.device_count(), config.batch_size
     if batch % devices:
@@ -350,4 +371,18 @@ def _describe(config: ConfigDict, ready: Prepared, begin: state.TrainState) -> N
         f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
         + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else ""),
         flush=True,
+    )
+    if config.local.count:
+        print(_view_recipe(ready.recipe, config), flush=True)
+
+
+def _view_recipe(recipe: views.Recipe, config: ConfigDict) -> str:
+    """The four axes of SSLight's view sampling and the mean ratio of pixel scales, a line."""
+    first, last = recipe.crops[0], recipe.crops[-1]
+    ratio = views.pixel_scale_ratio(first, last)
+    return (
+        f"views: {config.views} global of {first.size} px on {first.scale[0]:g} to "
+        f"{first.scale[1]:g} of the area, {config.local.count} local of {last.size} px on "
+        f"{last.scale[0]:g} to {last.scale[1]:g}; mean pixel scale of a global view over that of a "
+        f"local one: {ratio:.2f} (SSLight, arXiv:2210.02808, finds 1.0 best)"
     )

@@ -175,6 +175,13 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
     raise UserError(f"{folder} holds no readable checkpoint (found steps: {steps or 'none'}).")
 
 
+def has(workdir: str, part: str) -> bool:
+    """Whether the newest checkpoint of a run holds a part, e.g. "momentum"."""
+    folder = _absolute(workdir) / FOLDER
+    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
+    return bool(steps) and (max(steps, key=lambda entry: int(entry.name)) / part).exists()
+
+
 def _absolute(workdir: str) -> epath.Path:
     """Orbax takes no relative paths; an object store's have no other form."""
     path = epath.Path(workdir)

@@ -44,7 +44,7 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
       there is what it needs. And "health/rank", f32[N, N]: a Gram matrix of the features, which
       `effective_rank` reads.
     """
-    record = jax.lax.stop_gradient(record)
+    record = record._replace(encoded=jax.lax.stop_gradient(record.encoded))
     view, first = next(iter(record.encoded["student"].items()))
     embedding = unit(first.embedding)
     found = {"std": spread(embedding), "rank": _gram(first.features)}

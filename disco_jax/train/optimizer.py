@@ -1,14 +1,37 @@
 """Optimizers and learning rates from a config."""
 
+import fnmatch
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
+from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.ops import schedules
+from disco_jax.ops.losses import unit
 from disco_jax.ops.schedules import Schedule
 
-DECAYS = ("cosine", "steps", "constant")
+DECAYS = ("cosine", "cosine_after", "steps", "constant")
+NAMES = ("sgd", "larc", "lars", "adamw")
+# What a spec means that lacks the field, as a probe's does.
+_OFF = dict(
+    weight_decay_end=-1.0,
+    trust=1e-3,
+    no_decay=(),
+    no_trust=(),
+    clip=0.0,
+    frozen=(),
+    frozen_steps=0,
+    frozen_epochs=0,
+    fixed=(),
+    unit_norm=(),
+)
 
 
 def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs: int) -> Schedule:
@@ -16,8 +39,9 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
 
     Args:
       spec: fields `per_256` (the peak at a global batch of 256, scaled linearly), `decay`
-        ("cosine", "steps", "constant"), `every` ("epoch": constant inside an epoch, as MoCo,
-        DisCo and SEED do; "step"), `milestones` (epochs) and `factor` of "steps",
+        ("cosine": of the whole run, to 0; "cosine_after": of what follows the warm-up, to
+        `minimum`, which is not scaled; "steps"; "constant"), `every` ("epoch": constant inside an
+        epoch, as MoCo, DisCo and SEED do; "step"), `milestones` (epochs) and `factor` of "steps",
         `warmup_epochs`, and `warmup_from`, the rate at step 0 (not scaled).
       batch_size: over all devices of all hosts.
       steps_per_epoch: steps an epoch.
@@ -28,7 +52,11 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     """
     peak = spec.per_256 * batch_size / 256
     total = total_epochs * steps_per_epoch
-    if spec.decay == "cosine":
+    warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
+    if spec.decay == "cosine_after":
+        start = spec.warmup_from
+        schedule = schedules.cosine_after(start, peak, spec.minimum, warmup_steps, total)
+    elif spec.decay == "cosine":
         schedule = schedules.cosine(peak, total)
     elif spec.decay == "steps":
         milestones = [epoch * steps_per_epoch for epoch in spec.milestones]
@@ -37,8 +65,7 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
         schedule = schedules.constant(peak)
     else:
         raise errors.unknown("config.learning_rate.decay", spec.decay, DECAYS)
-    if spec.warmup_epochs:
-        warmup_steps = spec.warmup_epochs * steps_per_epoch
+    if spec.warmup_epochs and spec.decay != "cosine_after":
         schedule = schedules.warmup(schedule, spec.warmup_from, peak, warmup_steps)
     if spec.every == "epoch":
         return schedules.per_epoch(schedule, steps_per_epoch)
@@ -47,18 +74,236 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     return schedule
 
 
-def build(spec: Any, rate: Schedule) -> optax.GradientTransformation:
+def ema_rate(spec: Any, total_steps: int) -> Schedule:
+    """The share of the old weights that the momentum network keeps, as a function of the step.
+
+    Args:
+      spec: fields `ema_rate`, and `ema_rate_end`, to which half a cosine leads at the end of the
+        run (DINO, BYOL: 1); -1: constant.
+      total_steps: length of the run.
+    """
+    if spec.ema_rate_end < 0:
+        return schedules.constant(spec.ema_rate)
+    return schedules.cosine_after(0.0, spec.ema_rate, spec.ema_rate_end, 0, total_steps)
+
+
+def build(
+    spec: Any, rate: Schedule, steps_per_epoch: int = 1, total_epochs: int = 1
+) -> optax.GradientTransformation:
     """The optimizer of a config's `optimizer`, following the learning rate `rate`.
 
+    With g the gradient, p a parameter, wd the weight decay and eta the trust coefficient:
     "sgd" is PyTorch's: g <- g + wd p; v <- mu v + g; p <- p - lr v, with the weight decay on
     every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train.
+    "larc" is SwAV's, apex's without clipping: g <- (g + wd p) eta |p| / (|g| + wd |p| + 1e-8) for
+    every parameter, g as it is where |p| or |g| is 0, then "sgd" without decay.
+    "lars" is DINO's and SSLight's (arXiv:1708.03888): d = g + wd p, d <- d eta |p| / |d|, factor 1
+    where a norm is 0, then v <- mu v + d.
+    "adamw" is PyTorch's (arXiv:1711.05101), betas 0.9 and 0.999.
+
+    Args:
+      spec: fields name, momentum, weight_decay, and, each optional (see `_OFF`):
+        weight_decay_end: half a cosine leads there at the end of the run; -1: constant.
+        trust: eta.
+        no_decay, no_trust: kinds of parameters without weight decay or without the factor of
+        "lars": "vectors" (biases, norms), "depthwise" (kernels of depthwise convolutions).
+        clip: every parameter's gradient is scaled down to this norm on its own (DINO); 0: none.
+        frozen: patterns of parameters that stand still for the first frozen_steps, or
+        frozen_epochs. Their moments do not move either, as PyTorch skips what has no gradient.
+        fixed: patterns of parameters that are never learned.
+        unit_norm: patterns of kernels whose columns are scaled to length 1 after every step.
+        A pattern is matched to paths such as "prototypes/kernel0", as a shell would.
+      rate: step -> learning rate.
+      steps_per_epoch: for frozen_epochs and the weight decay's cosine.
+      total_epochs: for the weight decay's cosine.
 
     Raises:
-      UserError: for an optimizer that is not known.
+      UserError: for an optimizer or a kind of parameters that is not known, contradictory
+        durations, and, in `init`, for a pattern that matches nothing.
     """
-    if spec.name != "sgd":
-        raise errors.unknown("config.optimizer.name", spec.name, ("sgd",))
-    return optax.chain(
-        optax.add_decayed_weights(spec.weight_decay),
-        optax.sgd(rate, momentum=spec.momentum),
-    )
+    values = ConfigDict({**_OFF, **{field: spec[field] for field in spec}})
+    _check(values)
+    decay = values.weight_decay
+    if values.weight_decay_end >= 0:
+        total = steps_per_epoch * total_epochs
+        decay = schedules.cosine_after(0.0, decay, values.weight_decay_end, 0, total)
+    tx = _chain(values, rate, decay)
+    late = values.frozen_steps or values.frozen_epochs * steps_per_epoch
+    if (values.frozen and late) or values.fixed:
+        groups = {
+            "free": tx,
+            "late": _from(values, rate, decay, late),
+            "fixed": optax.set_to_zero(),
+        }
+        tx = optax.partition(groups, lambda params: _groups(values, params, bool(late)))
+    if values.unit_norm:
+        tx = optax.chain(tx, _unit_columns(values.unit_norm))
+    return tx
+
+
+def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.GradientTransformation:
+    """Gradients -> updates of one group of parameters."""
+    steps = [_clip_each(spec.clip)] if spec.clip else []
+    mask = None
+    if spec.no_decay:
+        mask = functools.partial(_without, spec.no_decay)
+    decayed = optax.add_decayed_weights(decay, mask)
+    if spec.name == "sgd":
+        return optax.chain(*steps, decayed, optax.sgd(rate, momentum=spec.momentum))
+    if spec.name == "adamw":
+        steps += [optax.scale_by_adam(), decayed]
+    elif spec.name == "lars":
+        scaled = optax.masked(_trust(spec.trust), functools.partial(_without, spec.no_trust))
+        steps += [decayed, scaled, optax.trace(spec.momentum)]
+    else:
+        steps += [_larc(spec.trust, decay), optax.trace(spec.momentum)]
+    return optax.chain(*steps, optax.scale_by_learning_rate(rate))
+
+
+def _from(
+    spec: Any, rate: Schedule, decay: float | Schedule, start: float
+) -> optax.GradientTransformation:
+    """`_chain` from step `start` on; before, updates are 0 and nothing of it moves."""
+
+    def later(schedule: Schedule) -> Schedule:  # the inner counters start at `start`
+        return lambda step: schedule(step + math.ceil(start))
+
+    inner = _chain(spec, later(rate), later(decay) if callable(decay) else decay)
+    return optax.conditionally_mask(inner, lambda step: step >= start)
+
+
+def _larc(trust: float, decay: float) -> optax.GradientTransformation:
+    """Apex's LARC without clipping: decays and scales the gradient of every parameter."""
+
+    def scale(gradient: Array, param: Array) -> Array:
+        of_param, of_gradient = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(gradient.ravel())
+        factor = trust * of_param / (of_gradient + decay * of_param + 1e-8)
+        there = (of_param != 0) & (of_gradient != 0)
+        return jnp.where(there, factor * (gradient + decay * param), gradient)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params))
+
+
+def _trust(trust: float) -> optax.GradientTransformation:
+    """The layer-wise factor of LARS (arXiv:1708.03888) on gradients that are decayed already."""
+
+    def scale(update: Array, param: Array) -> Array:
+        of_param, of_update = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(update.ravel())
+        there = (of_param > 0) & (of_update > 0)
+        factor = trust * of_param / jnp.where(there, of_update, 1.0)
+        return update * jnp.where(there, factor, 1.0)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params))
+
+
+def _clip_each(most: float) -> optax.GradientTransformation:
+    """Every gradient scaled down to the norm `most` on its own, as DINO's code clips."""
+
+    def clip(gradient: Array) -> Array:
+        norm = jnp.linalg.norm(gradient.ravel())
+        return gradient * jnp.minimum(most / (norm + 1e-6), 1.0)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+
+
+def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
+    """Updates after which the columns of the kernels that match have length 1."""
+
+    def correct(path: str, update: Array, param: Array) -> Array:
+        if not _matches(path, patterns):
+            return update
+        return unit((param + update).T).T - param
+
+    def update(updates: Any, params: Any) -> Any:
+        _require_matches(patterns, params, "unit_norm")
+        return _by_path(correct, updates, params)
+
+    return optax.stateless(update)
+
+
+def _groups(spec: Any, params: Any, late: bool) -> Any:
+    """The group of every parameter: "free", "late" or "fixed"."""
+    for field in ("frozen", "fixed"):
+        _require_matches(spec[field], params, field)
+
+    def group(path: str, _: Array) -> str:
+        if _matches(path, spec.fixed):
+            return "fixed"
+        return "late" if late and _matches(path, spec.frozen) else "free"
+
+    return _by_path(group, params)
+
+
+def check_patterns(spec: Any, params: Any) -> None:
+    """Refuses patterns of `frozen`, `fixed` and `unit_norm` that match none of `params`.
+
+    Raises:
+      UserError: names the pattern and the parameters beside it.
+    """
+    for field in ("frozen", "fixed", "unit_norm"):
+        _require_matches(spec[field], params, field)
+
+
+def _require_matches(patterns: Sequence[str], params: Any, field: str) -> None:
+    paths = jax.tree.leaves(_by_path(lambda path, _: path, params))
+    for pattern in patterns:
+        if not _matches_any(pattern, paths):
+            raise errors.UserError(
+                f"config.optimizer.{field}={tuple(patterns)!r}: {pattern!r} matches no parameter. "
+                f"There are for instance: {', '.join(paths[-3:])}."
+            )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _matches_any(pattern: str, paths: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+
+
+def _without(kinds: Sequence[str], params: Any) -> Any:
+    """Whether each parameter is of none of `kinds`."""
+    return _by_path(lambda path, x: not any(KINDS[kind](path, x) for kind in kinds), params)
+
+
+def _is_vector(path: str, param: Array) -> bool:
+    # The scale of weight-normed prototypes has two axes in PyTorch, and is decayed there.
+    return param.ndim < 2 and not path.startswith("prototypes/scale")
+
+
+def _is_depthwise(path: str, param: Array) -> bool:
+    return param.ndim == 4 and param.shape[2] == 1
+
+
+KINDS = {"vectors": _is_vector, "depthwise": _is_depthwise}
+
+
+def _by_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`function("prototypes/kernel0", leaf, ...)` for every leaf."""
+
+    def call(path: Any, *leaves: Any) -> Any:
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves)
+
+    return jax.tree_util.tree_map_with_path(call, tree, *rest)
+
+
+def _check(spec: Any) -> None:
+    """Refuses what is unknown or contradicts itself."""
+    if spec.name not in NAMES:
+        raise errors.unknown("config.optimizer.name", spec.name, NAMES)
+    for field in ("no_decay", "no_trust"):
+        for kind in spec[field]:
+            if kind not in KINDS:
+                raise errors.unknown(f"config.optimizer.{field}", kind, KINDS)
+    if spec.frozen_steps and spec.frozen_epochs:
+        raise errors.UserError(
+            f"config.optimizer.frozen_steps={spec.frozen_steps} and config.optimizer."
+            f"frozen_epochs={spec.frozen_epochs} both say how long config.optimizer.frozen lasts; "
+            "set one of them to 0."
+        )
+    if spec.name == "larc" and (spec.weight_decay_end >= 0 or spec.no_decay):
+        raise errors.UserError(
+            "config.optimizer.name='larc' decays every parameter, at a constant rate: set "
+            "config.optimizer.weight_decay_end=-1 and config.optimizer.no_decay=(), or take 'lars'."
+        )

@@ -114,7 +114,7 @@ def shapes(method: Method, sizes: Sequence[int]) -> Record:
         network, maps = method.networks[name], method.reads_maps(name)
         of_size = functools.cache(functools.partial(_shape, network, maps))
         encoded[name] = {v: of_size(sizes[v if v < len(sizes) else 0]) for v in views}
-    return Record(encoded, {})
+    return Record(encoded, {}, method.views)
 
 
 def _shape(network: Network, maps: bool, size: int) -> Encoded:

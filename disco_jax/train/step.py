@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from disco_jax.methods.base import Method, Record, Term
-from disco_jax.models.encoder import Variables, encode
+from disco_jax.models.encoder import Network, Variables, encode
 from disco_jax.ops.collectives import AXIS, pmean, positions
 from disco_jax.ops.schedules import Schedule
 from disco_jax.train import health
@@ -37,12 +37,14 @@ def make_train_step(
     learning_rate: Schedule,
     ema_rate: Schedule,
     seed: int,
+    follow_last: bool = False,
 ) -> Step:
     """The step of one replica: (state, frozen, batch) -> (state, metrics).
 
     The order is that of the official MoCo and DisCo: the momentum network follows the student as
     it is before this step's update, then encodes the keys; the losses read the queues before the
-    keys enter them; the optimizer comes last.
+    keys enter them; the optimizer comes last. In DINO (`follow_last`) the momentum network follows
+    after the optimizer.
 
     Args:
       method: networks and objectives.
@@ -52,6 +54,7 @@ def make_train_step(
       ema_rate: step -> the share of the old momentum weights that is kept.
       seed: of augmentation, shuffling and the student's dropout; folded with the step and an
         image's global position, so that a replay draws the same on any number of devices.
+      follow_last: the momentum network follows the updated student, at the end of the step.
 
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
@@ -65,7 +68,9 @@ def make_train_step(
         views = recipe.photometric(batch["views"], augment_rng, positions(size))
         views, aux = method.mix(views, batch["aux"], jax.random.fold_in(augment_rng, _MIXING))
         rate = ema_rate(state.step)
-        momentum = follow(state.momentum, state.student, rate, method.reuse)
+        momentum = state.momentum
+        if not follow_last:
+            momentum = follow(momentum, state.student, rate, method.reuse)
         targets, stats = _targets(method, {"momentum": momentum, **frozen}, views, shuffle_rng)
 
         learned, still = method.split(state.student["params"])
@@ -81,7 +86,8 @@ def make_train_step(
                 dropout=True,
                 maps=method.reads_maps("student"),
             )
-            record = Record({"student": student, **targets}, aux)
+            score = {"student": _scorer(networks["student"], variables)}
+            record = Record({"student": student, **targets}, aux, method.views, score)
             terms = {
                 name: objective(record, state.memory[name], state.step)
                 for name, objective in method.objectives.items()
@@ -98,6 +104,8 @@ def make_train_step(
         student = {"params": params, "batch_stats": stats["student"]}
         if momentum:
             momentum = {**momentum, "batch_stats": stats["momentum"]}
+            if follow_last:
+                momentum = follow(momentum, student, rate, method.reuse)
             metrics["ema_rate"] = rate
         metrics["learning_rate"] = learning_rate(state.step)
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -143,6 +151,12 @@ def follow(
         {part: student["params"][part] for part in moving},
     )
     return {**momentum, "params": {**momentum["params"], **params}}
+
+
+def _scorer(network: Network, variables: Variables) -> Callable[[Array], Array]:
+    """Embeddings f32[N, D] -> scores f32[N, K] on the prototypes as they are, without gradient."""
+    still = jax.lax.stop_gradient(variables)
+    return lambda rows: network.encoder.apply(still, rows, method="score")
 
 
 def parallel(train_step: Step) -> Step:

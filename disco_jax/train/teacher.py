@@ -23,12 +23,15 @@ SHAPE = (
     "width",
     "stem",
     "grid",
+    "patch",
     "adapter",
     "head",
     "hidden",
     "dim",
     "prototypes",
 )
+# Of a run: what may teach.
+NETWORKS = ("student", "momentum")
 # The bank of MoCo's keys, which the official file carries: view 1 is the key.
 KEYS = "view_1"
 
@@ -55,9 +58,13 @@ def describe(weights: str) -> dict[str, Any]:
     path = _existing(weights)
     if path.is_dir():
         student = workdir.read_config(path).student
-        return {field: student[field] for field in SHAPE}
-    spec = convert.read_network(path).spec
-    return {field: spec[field] for field in SHAPE}
+        return shape(student)
+    return shape(convert.read_network(path).spec)
+
+
+def shape(spec: Any) -> dict[str, Any]:
+    """The fields `SHAPE`; runs of earlier versions had no patch."""
+    return {field: spec.get(field, 0) if field == "patch" else spec[field] for field in SHAPE}
 
 
 def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -161,8 +168,9 @@ def _existing(weights: str) -> epath.Path:
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
     config = workdir.read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
-    variables, step = checkpoint.load(path, "student", encoder.create(0, size))
-    _LOG.info("Teacher: step %d of %s", step, path)
+    network = _network(path, spec.network)
+    variables, step = checkpoint.load(path, network, encoder.create(0, size))
+    _LOG.info("Teacher: %s of step %d of %s", network, step, path)
     if not config.objectives.contrast.weight:
         return Teacher(variables)
     method = methods.build(config, config.views, config.local.count)
@@ -174,6 +182,16 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     return Teacher(variables, memory["contrast"][KEYS])
 
 
+def _network(path: epath.Path, wanted: str) -> str:
+    """The network of a run that teaches; an import holds one alone, its student."""
+    if wanted not in NETWORKS:
+        raise errors.unknown("config.teacher.network", wanted, NETWORKS)
+    if wanted == "momentum" and not checkpoint.has(path, wanted):
+        _LOG.warning("%s holds no momentum network; its student teaches.", path)
+        return "student"
+    return wanted
+
+
 def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Path) -> None:
     """Refuses weights of another network than the config describes."""
 
@@ -183,6 +201,7 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     names = ("backbone", "head")
     if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
         return
+    found, spec = shape(found), shape(spec)
     fields = [(field, _plain(spec[field]), _plain(found[field])) for field in SHAPE]
     differing = [
         f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"

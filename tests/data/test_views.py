@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -399,3 +400,42 @@ def test_unknown_and_missing_fields_are_named():
     missing = {k: v for k, v in EVERYTHING.items() if k != "std"}
     with pytest.raises(UserError, match=r"config.augment.std must be set"):
         views.build(missing)
+
+
+def crop(size, scale, ratio=(3 / 4, 4 / 3)):
+    return views.Crop(size, scale, ratio, "bilinear", True)
+
+
+def test_the_ratio_of_pixel_scales_is_that_of_the_crops():
+    """On square crops of a square image: E[PS_g / PS_l] = (GC / LC)^2 E[A_l] E[1 / A_g]."""
+    large, small = crop(224, (0.3, 1.0), (1, 1)), crop(128, (0.05, 0.3), (1, 1))
+    expected = (224 / 128) ** 2 * 0.175 * math.log(1 / 0.3) / 0.7
+    assert views.pixel_scale_ratio(large, small, 1000, 1000) == pytest.approx(expected, rel=0.02)
+
+
+def test_sslights_views_are_nearer_to_one_pixel_scale_than_the_usual():
+    ours = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
+    usual = views.pixel_scale_ratio(crop(224, (0.14, 1.0)), crop(96, (0.05, 0.14)))
+    assert abs(ours - 1) < 0.1 < abs(usual - 1)
+
+
+def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
+    augment = {**EVERYTHING, "size": 12, "jitter_prob": 0.0, "blur_prob": 0.0}
+    local = dict(count=4, size=8, scale=(0.1, 0.4), blur_prob=0.0, solarize_prob=0.4)
+    recipe = views.build(augment, 2, local)
+    rng = np.random.default_rng(0)
+    crops = {v: rng.integers(0, 256, (4, s, s, 3), np.uint8) for v, s in enumerate(recipe.sizes)}
+    key, positions = jax.random.key(3), jnp.arange(4, dtype=jnp.int32)
+
+    def make():
+        return jax.make_jaxpr(recipe.photometric)(crops, key, positions), jax.jit(
+            recipe.photometric
+        )(crops, key, positions)
+
+    looped, made = make()
+    monkeypatch.setattr(views, "LOOPED", 99)
+    unrolled, expected = make()
+    assert list(made) == list(range(6))
+    for view in made:
+        np.testing.assert_allclose(made[view], expected[view], atol=1e-5)
+    assert len(str(looped)) < 0.7 * len(str(unrolled))

@@ -168,7 +168,7 @@ def test_heads_end_where_their_papers_say(head):
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     out, _ = encoder.apply(variables, images, norm="local", mutable=["batch_stats"])
     lengths = np.linalg.norm(out.embedding, axis=-1)
-    if head in ("mlp_unit", "swav", "dino", "dino_bn"):
+    if head in ("mlp_unit", "swav", "swav_narrow", "dino", "dino_bn"):
         np.testing.assert_allclose(lengths, 1, atol=1e-5)
         assert encoder.normalised()
     else:

@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import helpers
+from disco_jax.ops import schedules
 from disco_jax.train import optimizer
 
 STEPS = 7  # an epoch
@@ -62,3 +63,58 @@ def test_unknown_names_are_refused_with_the_nearest():
     spec = ConfigDict(dict(per_256=0.5, decay="cosin", every="step", warmup_epochs=0))
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         optimizer.learning_rate(spec, 256, STEPS, 10)
+
+
+@pytest.mark.parametrize("array", ["small", "no_warmup"])
+def test_swavs_rate_step_by_step(array):
+    meta, ref = helpers.fixture("schedules/swav_a")
+    params = next(p for p in meta["params"] if p["array"] == array)
+    per_epoch, epochs = params["iterations_per_epoch"], params["epochs"]
+    spec = dict(
+        per_256=params["base_lr"],
+        decay="cosine_after",
+        every="step",
+        minimum=params["final_lr"],
+        warmup_epochs=params["warmup_epochs"],
+        warmup_from=params["start_warmup"],
+    )
+    schedule = optimizer.learning_rate(ConfigDict(spec), 256, per_epoch, epochs)
+    ours = jax.vmap(schedule)(np.arange(per_epoch * epochs))
+    np.testing.assert_allclose(ours, ref[array], rtol=1e-5)
+
+
+@pytest.mark.parametrize("array", ["lr", "momentum"])
+def test_dinos_rate_and_ema_rate_step_by_step(array):
+    meta, ref = helpers.fixture("schedules/dino_a")
+    params = next(p for p in meta["params"] if p["array"] == array)
+    steps = params["niter_per_ep"]
+    schedule = schedules.cosine_after(
+        params.get("start_warmup_value", 0.0),
+        params["base_value"],
+        params["final_value"],
+        params.get("warmup_epochs", 0) * steps,
+        params["epochs"] * steps,
+    )
+    ours = jax.vmap(schedule)(np.arange(params["epochs"] * steps))
+    np.testing.assert_allclose(ours, ref[array], rtol=1e-6, atol=1e-9)
+
+
+def test_end_points_of_the_cosine_after_a_warmup():
+    schedule = schedules.cosine_after(0.1, 1.0, 0.01, 10, 50)
+    found = [float(schedule(step)) for step in (0, 9, 10, 30, 50)]
+    np.testing.assert_allclose(found, [0.1, 1.0, 1.0, 0.505, 0.01], rtol=1e-6)
+
+
+def test_dinos_temperature_epoch_by_epoch():
+    for name in ("a", "b"):
+        meta, ref = helpers.fixture(f"losses/dino_{name}")
+        params = meta["params"]
+        schedule = schedules.line(
+            params["warmup_teacher_temp"],
+            params["teacher_temp"],
+            params["warmup_teacher_temp_epochs"],
+        )
+        ours = jax.vmap(schedule)(np.arange(params["nepochs"]))
+        np.testing.assert_allclose(ours, ref["teacher_temp"], rtol=1e-6)
+    ramp = schedules.line(0.04, 0.07, 30)
+    np.testing.assert_allclose([ramp(0), ramp(29), ramp(30), ramp(99)], [0.04, 0.07, 0.07, 0.07])

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,10 @@ from disco_jax.methods.base import Method, Views
 from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.distill import Distill
 from disco_jax.methods.relations import Relations
-from disco_jax.models.encoder import Network
+from disco_jax.methods.self_distill import SelfDistill
+from disco_jax.methods.swapped import Swapped
+from disco_jax.models.encoder import Encoder, Network
+from disco_jax.models.heads import ProjectionHead, Prototypes
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
@@ -142,3 +146,118 @@ def test_two_replicas_follow_two_official_processes(distill):
         queue = state.memory["contrast"]["view_1"]
         assert helpers.relative_error(queue.vectors, ref[f"step{i}/queue"].T) < STATE
         assert metrics["contrast/loss"] == pytest.approx(ref["loss_ce"][i].mean(), rel=1e-4)
+
+
+class Vectors(nn.Module):
+    """The backbone of SwAV's recording: the input itself."""
+
+    def __call__(self, images, *, norm):
+        return images
+
+
+def swav_variables(ref, prefix, scaled=True):
+    """Its encoder's variables; SwAV scales prototypes at the start of a step, we at the end."""
+    prototypes = ref[f"{prefix}/prototypes.weight"].T
+    if scaled:
+        prototypes = prototypes / np.linalg.norm(prototypes, axis=0)
+    out = {
+        "kernel": ref[f"{prefix}/projection_head.weight"].T,
+        "bias": ref[f"{prefix}/projection_head.bias"],
+    }
+    params = {"head": {"out": out}, "prototypes": {"kernel0": prototypes}}
+    return {"params": params, "batch_stats": {}}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_swavs_states_follow_the_official_train_function(replicas):
+    """LARC, frozen and scaled prototypes, the queue; on two devices as on one."""
+    meta, ref = helpers.fixture("dynamics/swav_train_steps_a")
+    settings = meta["params"]
+    encoder = Encoder(
+        Vectors(),
+        ProjectionHead(0, settings["dim"], unit=True),
+        prototypes=Prototypes((settings["prototypes"],)),
+    )
+    swapped = Swapped(
+        temperature=settings["temperature"],
+        epsilon=settings["epsilon"],
+        queue_size=settings["queue_length"],
+    )
+    views = Views((0, 1), (2, 3))
+    method = Method(
+        {"student": Network(encoder, "sync", grouped=True)}, {"swapped": swapped}, views
+    )
+    rate = lambda step: jnp.asarray(ref["lr"], jnp.float32)[step]  # noqa: E731
+    spec = dict(
+        name="larc",
+        momentum=0.9,
+        weight_decay=settings["weight_decay"],
+        frozen=("prototypes/*",),
+        frozen_steps=settings["freeze_prototypes_niters"],
+        unit_norm=("prototypes/kernel*",),
+    )
+    tx = optimizer.build(ConfigDict(spec), rate)
+    step = make_train_step(
+        method,
+        helpers.Identity(),
+        tx,
+        learning_rate=rate,
+        ema_rate=schedules.constant(0.0),
+        seed=0,
+    )
+    step = replicated(step, replicas)
+    student = swav_variables(ref, "init")
+    queues = {f"view_{v}": Queue.empty(settings["queue_length"], settings["dim"]) for v in (0, 1)}
+    state = TrainState(jnp.int32(0), student, {}, {"swapped": queues}, tx.init(student["params"]))
+    for i in range(settings["iterations"]):
+        state, metrics = step(state, {}, ref["images"][i])
+        assert metrics["swapped/loss"] == pytest.approx(ref["loss"][i], rel=1e-5)
+        expected = swav_variables(ref, f"step{i}")["params"]
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(state.student["params"]),
+            jax.tree.leaves(expected),
+            strict=True,
+        ):
+            assert helpers.relative_error(a, b) < STATE, (i, path)
+        for v in (0, 1):
+            ours = state.memory["swapped"][f"view_{v}"].vectors
+            rows = {tuple(np.round(row, 3)) for row in np.asarray(ours)}
+            assert rows == {tuple(np.round(row, 3)) for row in ref[f"step{i}/queue"][v]}
+
+
+@pytest.mark.parametrize("follow_last", [False, True])
+def test_when_the_momentum_network_follows(follow_last):
+    """MoCo: the student before the step. DINO: the student after the optimizer."""
+    encoder = Encoder(Vectors(), ProjectionHead(0, 4), prototypes=Prototypes((6,), True))
+    networks = {name: Network(encoder, "sync", True) for name in ("student", "momentum")}
+    method = Method(networks, {"self_distill": SelfDistill()}, Views((0, 1)))
+    rate = schedules.constant(0.5)
+    tx = optimizer.build(ConfigDict(dict(name="sgd", momentum=0.9, weight_decay=0.0)), rate)
+    step = make_train_step(
+        method,
+        helpers.Identity(),
+        tx,
+        learning_rate=rate,
+        ema_rate=schedules.constant(0.75),
+        seed=0,
+        follow_last=follow_last,
+    )
+    images = np.random.default_rng(0).normal(size=(2, 8, 5)).astype("f")
+    start = encoder.init(jax.random.key(0), images[0], norm="sync")
+    start = {"params": start["params"], "batch_stats": {}}
+    other = jax.tree.map(lambda x: x + 1, start)
+    memory = {"self_distill": jnp.zeros(6)}
+    state = TrainState(jnp.int32(0), start, other, memory, tx.init(start["params"]))
+    after, metrics = replicated(step, 2)(state, {}, images)
+    followed = after.student if follow_last else start
+    expected = jax.tree.map(lambda m, s: 0.75 * m + 0.25 * s, other, followed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.momentum, expected)
+    assert metrics["ema_rate"] == 0.75
+    target = encoder.apply(other if follow_last else expected, images[0], norm="sync").scores
+    centre = encoder.apply(other if follow_last else expected, images[1], norm="sync").scores
+    np.testing.assert_allclose(
+        after.memory["self_distill"],
+        0.1 * np.mean(np.concatenate([target, centre]), axis=0),
+        rtol=1e-4,
+        atol=1e-6,
+    )

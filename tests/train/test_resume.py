@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,3 +168,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_preempted_has_its_exit_code():
     assert Preempted.exit_code == 75
+
+
+MEMORIES = {  # what must come back beside weights: queue and late prototypes; centre and momentum
+    "swav": {
+        "objectives.swapped.queue_size": 64,
+        "objectives.swapped.queue_epochs": 0,
+        "optimizer.frozen_epochs": 0,
+        "optimizer.frozen_steps": 2,
+    },
+    "dino": {"optimizer.frozen_epochs": 0, "optimizer.frozen_steps": 2},
+}
+
+
+@pytest.mark.parametrize("recipe", MEMORIES)
+def test_prototypes_queues_and_centres_resume_bit_for_bit(recipe, tmp_path):
+    """A run whose last checkpoint is lost goes on from the one before and ends the same."""
+    source = ArraySource(helpers.digits_splits())
+    config = helpers.smoke_config(recipe, batch_size=32, total_steps=6, **MEMORIES[recipe])
+    config.checkpoint.every_steps = 3
+    pretrain.run(config, str(tmp_path / "whole"), source)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    pretrain.run(config, str(tmp_path / "again"), source)
+    _, like, _, _ = helpers.smoke(config, 1)
+    (whole, _), (again, _) = (helpers.restore(tmp_path / n, like) for n in ("whole", "again"))
+    chex.assert_trees_all_equal(whole, again)
+    memory = jax.tree.leaves(whole.memory)
+    assert memory and all(np.any(leaf != 0) for leaf in memory if leaf.ndim)
+    moved = jax.tree.map(lambda a, b: np.any(a != b), whole.student, like.student)
+    assert moved["params"]["prototypes"]["kernel0"]

@@ -1,0 +1,78 @@
+"""DINO: the student's scores predict those of its own EMA copy, centred and sharpened."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.methods.base import Objective, Record, Term, Views, spread, usage
+from disco_jax.methods.multicrop import pair_loss
+from disco_jax.ops import schedules
+from disco_jax.ops.collectives import pmean
+from disco_jax.ops.losses import sharpened, unit
+from disco_jax.ops.memory import Queue
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDistill(Objective):
+    """Self-distillation without labels. DINO (arXiv:2104.14294) eq. 1 to 4.
+
+    The momentum network encodes the views `targets`, the student all of them; the loss is the mean
+    over all pairs of different views. The centre is read as it is before this step's scores enter
+    it, and follows their mean over the global batch.
+
+    Attributes:
+      weight: of the term in the method's loss.
+      targets: global views that the momentum network encodes.
+      student_temperature: tau_s > 0.
+      momentum_temperature: tau_t > 0, after the warm-up.
+      warmup_temperature: tau_t in the first epoch.
+      warmup_epochs: epochs of the straight line between the two, constant inside an epoch.
+      centre_rate: share of the old centre kept.
+      global_share: of the pairs of two global views in the loss, alpha in SSLight's eq. 3
+        (arXiv:2210.02808); -1: every pair counts the same.
+      steps_per_epoch: what `warmup_epochs` counts in.
+    """
+
+    reads_scores: ClassVar[bool] = True
+
+    weight: float = 1.0
+    targets: tuple[int, ...] = (0, 1)
+    student_temperature: float = 0.1
+    momentum_temperature: float = 0.04
+    warmup_temperature: float = 0.04
+    warmup_epochs: int = 0
+    centre_rate: float = 0.9
+    global_share: float = -1.0
+    steps_per_epoch: int = 1
+
+    def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
+        return {"student": (*views.globals, *views.locals), "momentum": self.targets}
+
+    def init(self, rng: Array, record: Record, inherited: Queue | None) -> Array:
+        return jnp.zeros(record.scores("momentum", self.targets[0]).shape[-1:], jnp.float32)
+
+    def temperature_at(self, step: Array) -> Array:
+        """f32[]: tau_t at a step."""
+        ramp = schedules.line(
+            self.warmup_temperature, self.momentum_temperature, self.warmup_epochs
+        )
+        return ramp(step // self.steps_per_epoch)
+
+    def __call__(self, record: Record, memory: Array, step: Array) -> Term:
+        temperature = self.temperature_at(step)
+        raw = {view: record.scores("momentum", view) for view in self.targets}
+        targets = {v: sharpened(scores, memory, temperature) for v, scores in raw.items()}
+        loss = pair_loss(record, targets, self.student_temperature, self.global_share)
+        mean = pmean(jnp.mean(jnp.concatenate(list(raw.values())), axis=0))
+        centre = self.centre_rate * memory + (1 - self.centre_rate) * mean
+        first = self.targets[0]
+        metrics = {
+            "confidence": jnp.mean(jnp.max(targets[first], axis=-1)),
+            "usage": usage(record.scores("student", first), self.student_temperature),
+            "student_std": spread(unit(record.embedding("student", first))),
+            "temperature": temperature,
+        }
+        return Term(loss, jax.lax.stop_gradient(centre), metrics)
