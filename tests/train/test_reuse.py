@@ -7,6 +7,7 @@ import pytest
 
 import helpers
 from disco_jax import methods, models
+from disco_jax.data import views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Network, encode, rescaling
@@ -226,3 +227,49 @@ def test_a_group_of_relations_must_divide_a_devices_batch():
     config = helpers.smoke_config("rkd", **{"objectives.relations.group": 32})
     with pytest.raises(UserError, match=r"relations\.group=32 does not divide the 2 images"):
         pretrain.prepare(config, ArraySource(helpers.digits_splits()))
+
+
+@pytest.mark.parametrize("recipe, says", [("retro", "6 forward passes"), ("disco", "5 forward")])
+def test_the_plan_is_printed(recipe, says, capsys):
+    config = helpers.smoke_config(recipe)
+    ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
+    begin = state.create(
+        ready.method, ready.tx, 0, 16, reused=ready.teacher.variables, record=ready.record
+    )
+    pretrain._describe(ready.config, ready, begin)
+    out = capsys.readouterr().out
+    assert says in out and ("M of it learned" in out) == (recipe == "retro")
+
+
+def test_a_one_hot_teacher_is_a_setting_of_seed_alone():
+    config = helpers.smoke_config("seed", **{"objectives.similarity.teacher_temperature": 0.0})
+    assert methods.build(config, 1).objectives["similarity"].teacher_temperature == 0
+    config.objectives.similarity.student_temperature = 0.0
+    with pytest.raises(UserError, match=r"student_temperature must be above 0"):
+        methods.build(config, 1)
+
+
+def test_what_depends_on_the_data_is_filled_in():
+    source = ArraySource(helpers.digits_splits())
+    ready = pretrain.prepare(helpers.smoke_config("binary_contrast"), source)
+    assert ready.method.objectives["binary_contrast"].population == 1437
+    config = helpers.smoke_config("binary_contrast", **{"objectives.binary_contrast.population": 9})
+    assert pretrain.prepare(config, source).method.objectives["binary_contrast"].population == 9
+    bags = methods.build(helpers.smoke_config("bingo"), 4).fitted(179, 1437)
+    assert bags.objectives["bags"].steps_per_epoch == 179
+
+
+def test_ressls_key_is_only_cropped_and_flipped():
+    config = helpers.smoke_config("ressl")
+    query, key = views.build(config.augment, config.views).photometric_ops
+    assert set(query.active) - {"flip"} == {"jitter", "grey", "blur"}
+    assert set(key.active) <= {"flip"}
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [("seed:views=crossed", "Did you mean 'cross'"), ("compress:queues=3", "Allowed: 1, 2")],
+)
+def test_mistaken_arguments_of_recipes(recipe, message):
+    with pytest.raises(UserError, match=message):
+        helpers.smoke_config(recipe)
