@@ -24,6 +24,7 @@ def parse(
     default_config: str = "",
     config: ConfigDict | None = None,
     extra: Any = None,
+    needs_workdir: bool = True,
 ) -> absl_flags.FlagValues | None:
     """The values of a task's flags.
 
@@ -34,6 +35,7 @@ def parse(
       default_config: the recipe taken when --config is not given; "" if it must be.
       config: instead of a file: the config that --config.x=y changes.
       extra: called with the FlagValues, to define the task's own flags.
+      needs_workdir: whether --workdir must be given.
 
     Returns:
       The values, `config` and `workdir` among them; None when the help was asked for.
@@ -65,7 +67,7 @@ def parse(
         raise errors.UserError(f"{_sentence(error)} See disco-jax {task} --help.") from error
     if rest:
         raise errors.UserError(f"Unexpected: {' '.join(rest)}. See disco-jax {task} --help.")
-    if not values.workdir:
+    if needs_workdir and not values.workdir:
         raise errors.UserError(f"--workdir is missing. See disco-jax {task} --help.")
     return values
 

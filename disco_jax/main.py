@@ -34,6 +34,7 @@ class Task(NamedTuple):
 TASKS = {
     "pretrain": Task("pretrain or distil a student: any method, from one config", ""),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
+    "plan": Task("memory, speed and hours of a config on a TPU slice, without one", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
     "data": Task("check a data set: counts, classes, sizes, unreadable images, speed", None),

@@ -58,7 +58,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
       UserError: a setting, the data or the teacher will not do.
     """
     _check_numbers(config)
-    _check_devices(config)
+    check_devices(config, jax.device_count())
     config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
@@ -233,8 +233,13 @@ def _check_views(recipe: views.Recipe, method: Method) -> None:
         )
 
 
-def _check_devices(config: ConfigDict) -> None:
-    devices, batch = jax.device_count(), config.batch_size
+def check_devices(config: ConfigDict, devices: int) -> None:
+    """Refuses a batch that cannot be divided among the devices as the config wants it.
+
+    Raises:
+      UserError: config.batch_size or a norm_group does not divide.
+    """
+    batch = config.batch_size
     if batch % devices:
         nearest = [n for n in (batch // devices * devices, (batch // devices + 1) * devices) if n]
         raise errors.UserError(

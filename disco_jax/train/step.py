@@ -1,6 +1,6 @@
 """The train step, written for one replica, and its `pmap`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -111,9 +111,21 @@ def follow(momentum: Variables, student: Variables, rate: Array) -> Variables:
     return {**momentum, "params": params}
 
 
-def parallel(train_step: Step) -> Step:
-    """`train_step` on every device: the batch is split, all else is equal on all of them."""
-    return jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
+    """`train_step` on every device: the batch is split, all else is equal on all of them.
+
+    Args:
+      train_step: of one replica.
+      devices: which; None: all of all hosts.
+    """
+    return jax.pmap(
+        train_step,
+        AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices,
+    )
 
 
 def _report(loss: Array, terms: Mapping[str, Term]) -> Metrics:
