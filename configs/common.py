@@ -124,7 +124,12 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         warmup_epochs=0,
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
-    config.log = dict(every_steps=50, tensorboard=True)
+    config.log = dict(
+        every_steps=50,
+        tensorboard=True,
+        replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
+        hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
+    )
     config.checkpoint = dict(
         every_steps=1000,
         keep=3,  # newest checkpoints kept

@@ -18,6 +18,7 @@ from disco_jax.data.base import Position, Source
 from disco_jax.methods.base import Method
 from disco_jax.ops import schedules
 from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher
+from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
 
@@ -88,13 +89,23 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     )
 
 
-def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: str,
+    source: Source | None = None,
+    *,
+    profile: str = "",
+    allow_change: str = "",
+) -> dict[str, Any]:
     """Trains as `config` says until its last step, from the newest checkpoint if there is one.
 
     Args:
       config: see `configs/common.py`.
       workdir: the run's directory.
       source: images; None opens `config.data`.
+      profile: "10:15" traces steps 10 to 15 of this start into `workdir`/profile.
+      allow_change: fields of the config, separated by commas, that may differ from what the run
+        in `workdir` began with.
 
     Returns:
       {"step", "workdir", "seconds"}.
@@ -104,10 +115,13 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
+    traced = _steps_to_trace(profile)
     ready = prepare(config, source)
     config = ready.config
+    allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config) as path,
+        claim(workdir, config, allowed) as path,
+        contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
@@ -117,7 +131,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         begin, position = _resume(checkpoints, fresh)
         _describe(config, ready, begin)
         if int(begin.step) < ready.total:
-            _train(config, ready, path, checkpoints, begin, position)
+            _train(config, ready, path, checkpoints, begin, position, goodput, traced)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
     if ready.source.unreadable:
@@ -132,6 +146,8 @@ def _train(
     checkpoints: checkpoint.Checkpoints,
     begin: state.TrainState,
     position: Position,
+    goodput: Goodput,
+    traced: tuple[int, ...],
 ) -> None:
     """The loop, from `begin` to the last step."""
     train_step = step.make_train_step(
@@ -169,10 +185,26 @@ def _train(
                 batch_size=config.batch_size,
                 log_steps=config.log.every_steps,
                 checkpoint_steps=config.checkpoint.every_steps,
+                replica_check_steps=config.log.replicas_every_steps,
+                hang_s=config.log.hang_s,
+                profile=traced,
+                profile_dir=str(path / "profile"),
             ),
             logger,
             checkpoints,
+            goodput,
         )
+    _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
+
+
+def _steps_to_trace(given: str) -> tuple[int, ...]:
+    """ "10:15" -> (10, 15)."""
+    if not given:
+        return ()
+    first, _, last = given.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise errors.UserError(f"--profile={given!r} must be FIRST:LAST, as 10:15, from 1 up.")
+    return int(first), int(last)
 
 
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -211,6 +243,8 @@ def _check_numbers(config: ConfigDict) -> None:
         "log.every_steps": 1,
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 1,
+        "log.replicas_every_steps": 0,
+        "log.hang_s": 0,
         "momentum.ema_rate": 0,
         "data.max_unreadable": 0,
     }
