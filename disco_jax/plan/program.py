@@ -1,8 +1,10 @@
 """The train step of a config, compiled for a slice that is not there."""
 
+import contextlib
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,7 +83,8 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
     begin = time.monotonic()
     lowered = step.parallel(train_step, where.devices).lower(*arguments)
     try:
-        compiled = lowered.compile()
+        with _uncached():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return too_large(str(error), held)
     seconds = time.monotonic() - begin
@@ -122,6 +125,18 @@ def too_large(message: str, held: dict[str, int]) -> Program:
     if everything:
         needed -= sum(held.values())
     return Program({**held, "activations": max(needed, 0)}, limit)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the cache of compiled programs, which cannot be read without their devices."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Step, tuple]:

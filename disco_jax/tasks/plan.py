@@ -33,7 +33,6 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # compiled for TPUs, but not on one
-    flags.prepare_jax()
     run(
         values.config,
         values.topology,

@@ -92,6 +92,8 @@ def run(
         hosts.asked_to_stop() as asked,
     ):
         saver.begin()
+        if jax.process_count() > 1:
+            replicas.check(state, schedule.start)
         for step in range(schedule.start + 1, schedule.total + 1):
             profiler.before(step)
             batch, position = next(batches)

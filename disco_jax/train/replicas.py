@@ -37,15 +37,19 @@ def check(tree: Any, step: int) -> None:
 
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
     """u32[local devices, leaves]."""
-    made = [[_fingerprint(shard.data) for shard in leaf.addressable_shards] for leaf in leaves]
-    return np.asarray(jax.device_get(made), np.uint32).T
+    copies = zip(
+        *([shard.data for shard in leaf.addressable_shards] for leaf in leaves), strict=True
+    )
+    return np.asarray(jax.device_get([_of_copy(list(copy)) for copy in copies]), np.uint32)
 
 
 @jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
-    """u32[]: a sum over all bits that changes with any one of them and with their places."""
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").ravel()
-    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    return jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32)
+def _of_copy(leaves: list[jax.Array]) -> jax.Array:
+    """u32[leaves]: sums over all bits that change with any one of them and with their places."""
+    sums = []
+    for leaf in leaves:
+        words = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+        words = jax.lax.bitcast_convert_type(words, f"uint{8 * words.dtype.itemsize}").ravel()
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        sums.append(jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32))
+    return jnp.stack(sums)
