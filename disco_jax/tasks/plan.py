@@ -168,7 +168,7 @@ def _print(report: dict[str, Any]) -> None:
         f"{1e3 * report['floor_s']:.1f} by its FLOPs and memory"
     )
     for kind, found in report["collectives"].items():
-        print(f"    {kind:20} {found['count']:4} of together {_mib(found['bytes'])}")
+        print(f"    {kind:20} {found['count']:4}, together {_mib(found['bytes'])}")
     print(
         f"  {report['images_per_s_per_chip']:.0f} images/s a chip; each host must read "
         f"{report['images_per_s_per_host']:.0f} images/s"

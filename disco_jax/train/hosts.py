@@ -39,33 +39,7 @@ def meet(
     Raises:
       UserError: only some of the three are known, the others do not come, or no cluster is found.
     """
-    given = [coordinator, str(processes or ""), str(process if process >= 0 else "")]
-    given = [
-        value or os.environ.get(name, "") for value, name in zip(given, _ONE_OF_MANY, strict=True)
-    ]
-    known: dict[str, Any] = {}
-    if any(given):
-        flags = "--coordinator", "--processes", "--process"
-        missing = [flag for flag, value in zip(flags, given, strict=True) if not value]
-        if missing:
-            raise UserError(
-                f"Of several processes each needs --coordinator, --processes and --process (or "
-                f"{', '.join(_ONE_OF_MANY)}); missing: {', '.join(missing)}."
-            )
-        try:
-            known = dict(
-                coordinator_address=given[0],
-                num_processes=int(given[1]),
-                process_id=int(given[2]),
-            )
-        except ValueError:
-            raise UserError(
-                f"--processes={given[1]!r} and --process={given[2]!r} must be whole numbers."
-            ) from None
-        if not 0 <= known["process_id"] < known["num_processes"]:
-            raise UserError(f"--process={given[2]} is not one of 0..{int(given[1]) - 1}.")
-        if ":" not in given[0]:
-            raise UserError(f"--coordinator={given[0]} needs a port: {given[0]}:8476.")
+    known = _place(coordinator, processes, process)
     try:
         jax.distributed.initialize(
             **known,
@@ -79,6 +53,38 @@ def meet(
             f"The processes of this run did not find one another: {words[0]} Where no cluster "
             "tells, give --coordinator=HOST:PORT --processes=N --process=I to each."
         ) from error
+
+
+def _place(coordinator: str, processes: int, process: int) -> dict[str, Any]:
+    """What `jax.distributed` is told; {} leaves all to the cluster."""
+    given = [coordinator, str(processes or ""), str(process if process >= 0 else "")]
+    given = [
+        value or os.environ.get(name, "") for value, name in zip(given, _ONE_OF_MANY, strict=True)
+    ]
+    if not any(given):
+        return {}
+    flags = "--coordinator", "--processes", "--process"
+    missing = [flag for flag, value in zip(flags, given, strict=True) if not value]
+    if missing:
+        raise UserError(
+            f"Of several processes each needs --coordinator, --processes and --process (or "
+            f"{', '.join(_ONE_OF_MANY)}); missing: {', '.join(missing)}."
+        )
+    try:
+        known = dict(
+            coordinator_address=given[0],
+            num_processes=int(given[1]),
+            process_id=int(given[2]),
+        )
+    except ValueError:
+        raise UserError(
+            f"--processes={given[1]!r} and --process={given[2]!r} must be whole numbers."
+        ) from None
+    if not 0 <= known["process_id"] < known["num_processes"]:
+        raise UserError(f"--process={given[2]} is not one of 0..{int(given[1]) - 1}.")
+    if ":" not in given[0]:
+        raise UserError(f"--coordinator={given[0]} needs a port: {given[0]}:8476.")
+    return known
 
 
 def first(action: Callable[[], Result]) -> Result | None:
