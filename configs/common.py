@@ -240,7 +240,12 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     )
     # Collapse: health/std below min_std (0: never) in `patience` log lines in a row.
     config.health = dict(min_std=0.01, patience=10, stop=False)
-    config.log = dict(every_steps=50, tensorboard=True)
+    config.log = dict(
+        every_steps=50,
+        tensorboard=True,
+        replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
+        hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
+    )
     config.checkpoint = dict(
         every_steps=1000,
         keep=3,  # newest checkpoints kept

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ def parse(
     default_config: str = "",
     config: ConfigDict | None = None,
     extra: Any = None,
+    needs_workdir: bool = True,
 ) -> absl_flags.FlagValues | None:
     """The values of a task's flags.
 
@@ -34,6 +35,7 @@ def parse(
       default_config: the recipe taken when --config is not given; "" if it must be.
       config: instead of a file: the config that --config.x=y changes.
       extra: called with the FlagValues, to define the task's own flags.
+      needs_workdir: whether --workdir must be given.
 
     Returns:
       The values, `config` and `workdir` among them; None when the help was asked for.
@@ -43,9 +45,7 @@ def parse(
     """
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    absl_flags.DEFINE_bool(
-        "distributed", False, "several hosts: meet the others first", flag_values=values
-    )
+    _define_meeting(values)
     if extra is not None:
         extra(values)
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv):
@@ -65,7 +65,7 @@ def parse(
         raise errors.UserError(f"{_sentence(error)} See disco-jax {task} --help.") from error
     if rest:
         raise errors.UserError(f"Unexpected: {' '.join(rest)}. See disco-jax {task} --help.")
-    if not values.workdir:
+    if needs_workdir and not values.workdir:
         raise errors.UserError(f"--workdir is missing. See disco-jax {task} --help.")
     return values
 
@@ -110,15 +110,83 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
         raise errors.UserError("\n  ".join(problems))
 
 
-def prepare_jax(distributed: bool) -> None:
-    """Joins the other hosts if asked to, and keeps compiled programs between runs."""
+# Flags of single tasks: name -> help.
+FURTHER = {
+    "profile": "FIRST:LAST, steps of this start to trace into WORKDIR/profile, e.g. 10:15",
+    "allow_change": "fields of the config, separated by commas, that may differ on a resume",
+}
+
+
+def define_further(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
+    """Defines flags of `FURTHER`, each a word."""
+    for name in names:
+        absl_flags.DEFINE_string(name, "", FURTHER[name], flag_values=values)
+
+
+def meeting(values: absl_flags.FlagValues) -> dict[str, Any] | None:
+    """How to meet other processes, as `hosts.meet` takes it; None: there are none."""
+    given = {name: values[name].value for name in ("coordinator", "processes", "process")}
+    environment = os.environ.get("DISCO_JAX_COORDINATOR")
+    if not (values.distributed or given["coordinator"] or environment):
+        if given["processes"] or given["process"] >= 0:
+            raise errors.UserError("--processes and --process need --coordinator=HOST:PORT too.")
+        return None
+    return {**given, "timeout_s": values.peer_timeout_s}
+
+
+def meeting_of(argv: Sequence[str]) -> dict[str, Any] | None:
+    """`meeting` of a command line, before its other flags can be read."""
+    values = absl_flags.FlagValues()
+    _define_meeting(values)
+    try:
+        values(["disco-jax", *_joined(argv)], known_only=True)
+    except absl_flags.Error as error:
+        raise errors.UserError(_sentence(error)) from error
+    return meeting(values)
+
+
+def prepare_jax(others: Mapping[str, Any] | None = None, workdir: str = "") -> None:
+    """Joins the other processes if there are any, and keeps compiled programs between runs.
+
+    Args:
+      others: see `meeting`.
+      workdir: programs are kept there, so that a machine that takes over has them too; "": in
+        the user's cache. $JAX_COMPILATION_CACHE_DIR comes first.
+
+    Raises:
+      UserError: the others are not found.
+    """
     import jax
 
-    if distributed:
-        jax.distributed.initialize()
+    if others is not None:
+        from disco_jax.train import hosts
+
+        hosts.meet(**others)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "disco_jax", "xla"))
+        kept = os.path.join(cache, "disco_jax", "xla")
+        if workdir:
+            kept = workdir.rstrip("/") + "/xla_cache"
+        jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def _define_meeting(values: absl_flags.FlagValues) -> None:
+    """The flags of runs of several processes."""
+    absl_flags.DEFINE_bool(
+        "distributed", False, "several processes: meet the others first", flag_values=values
+    )
+    absl_flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, where no cluster tells", flag_values=values
+    )
+    absl_flags.DEFINE_integer("processes", 0, "how many there are", flag_values=values)
+    absl_flags.DEFINE_integer("process", -1, "which this is, from 0", flag_values=values)
+    absl_flags.DEFINE_integer(
+        "peer_timeout_s",
+        100,
+        "a process silent for so long ends the run on all",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -126,6 +194,9 @@ def _joined(argv: Sequence[str]) -> list[str]:
     joined, words = [], list(argv)
     while words:
         word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and not name.startswith("--config."):
+            word = "--" + name[2:].replace("-", "_") + equals + value
         takes_value = word.startswith("-") and "=" not in word
         if takes_value and words and not words[0].startswith("--"):
             word = f"{word}={words.pop(0)}"

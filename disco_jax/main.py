@@ -23,17 +23,24 @@ class Task(NamedTuple):
       config: the recipe taken when --config is not given; "": it must be; None: the task reads
         its flags itself.
       module: in `tasks/`; "": of the task's name.
+      flags: of `flags.FURTHER`, given to the task's `run` by name.
     """
 
     help: str
     config: str | None
     module: str = ""
+    flags: tuple[str, ...] = ()
 
 
 # Told here so that the help and mistaken flags need no task's imports.
 TASKS = {
-    "pretrain": Task("pretrain or distil a student: any method, from one config", ""),
+    "pretrain": Task(
+        "pretrain or distil a student: any method, from one config",
+        "",
+        flags=("profile", "allow_change"),
+    ),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
+    "plan": Task("memory, speed and hours of a config on a TPU slice, without one", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
     "bags": Task("images that a teacher finds alike: neighbours, clusters", "configs/bags.py"),
@@ -53,7 +60,9 @@ Flags of most tasks:
   --config FILE[:key=value,...]   a recipe, e.g. configs/disco.py:student=resnet18
   --config.FIELD=VALUE            change any field of it
   --workdir DIR                   where the run lives
-  --distributed                   several hosts: meet the others before anything else
+  --distributed                   several processes: meet the others first. TPU pods, SLURM and
+                                  Open MPI tell who they are; elsewhere give to each
+                                  --coordinator HOST:PORT --processes N --process I
   --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
@@ -105,10 +114,17 @@ def _start(name: str, argv: Sequence[str]) -> None:
         return
     from disco_jax import flags
 
-    values = flags.parse(name, argv, default_config=task.config, help_line=task.help)
+    values = flags.parse(
+        name,
+        argv,
+        default_config=task.config,
+        help_line=task.help,
+        extra=lambda values: flags.define_further(values, task.flags),
+    )
     if values is not None:
-        flags.prepare_jax(values.distributed)
-        importlib.import_module(module).run(values.config, values.workdir)
+        flags.prepare_jax(flags.meeting(values), values.workdir)
+        further = {name: values[name].value for name in task.flags}
+        importlib.import_module(module).run(values.config, values.workdir, **further)
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -17,9 +17,9 @@ from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import optimizer, state, teacher
+from disco_jax.train import state, teacher
 from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.step import make_train_step
+from disco_jax.train.step import from_config
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -177,18 +177,9 @@ def smoke(config, replicas):
     """(step of one replica, state, frozen, batch with a leading replica axis)."""
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
-    tx = optimizer.build(config.optimizer, rate, 10, 5)
     method = method.fitted(10, 1000)
-    train_step = make_train_step(
-        method,
-        recipe,
-        tx,
-        learning_rate=rate,
-        ema_rate=optimizer.ema_rate(config.momentum, 50),
-        seed=config.seed,
-        follow_last=config.momentum.follow == "after",
-    )
+    config = ConfigDict({**config.to_dict(), "total_epochs": 5})
+    train_step, tx, _ = from_config(config, method, recipe, 10)
     size = config.augment.size
     frozen = {}
     if "teacher" in method.plan:

@@ -1,6 +1,7 @@
 """What the text of a program that was compiled for TPUs tells: its cycles and its collectives."""
 
 import collections
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -15,6 +16,7 @@ COLLECTIVES = (
 )
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OPCODE = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
 
@@ -51,19 +53,29 @@ def cycles(text: str) -> float:
 def collective_bytes(text: str) -> dict[str, Collective]:
     """Kind -> how many of them and the bytes of their results, in one execution.
 
+    A collective that runs beside other work stands in every fusion that carries a part of it, with
+    the number of its chain; it counts once.
+
     Args:
       text: `compiled.as_text()`.
     """
+    computations, entry = _computations(text)
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for line, weight in _executed(text):
+    seen = set()
+    inside = ((line, 1.0) for lines in computations.values() for line in lines)
+    for line, weight in itertools.chain(_walk(computations, entry, 1.0), inside):
         match = _OPCODE.match(line.strip())
         kind = match and match.group(2).removesuffix("-start")
-        if kind in COLLECTIVES:
-            shape = match.group(1)
-            if match.group(2).endswith("-start") and kind != "all-reduce":
-                shape = _second(shape)  # (what goes in, what comes out, ...)
-            found[kind][0] += weight
-            found[kind][1] += weight * _bytes(shape)
+        chain = _CHAIN.search(line)
+        place = (kind, chain.group(1)) if chain else line
+        if kind not in COLLECTIVES or place in seen:
+            continue
+        seen.add(place)
+        shape = match.group(1)
+        if match.group(2).endswith("-start") and kind != "all-reduce":
+            shape = _second(shape)  # (what goes in, what comes out, ...)
+        found[kind][0] += weight
+        found[kind][1] += weight * _bytes(shape)
     return {kind: Collective(round(n), round(size)) for kind, (n, size) in sorted(found.items())}
 
 

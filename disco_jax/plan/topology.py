@@ -3,14 +3,12 @@
 `libtpu` brings the compiler and needs no TPU for it; it is the extra `plan`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
 
 import jax
 
@@ -130,21 +128,10 @@ def open_slice(name: str) -> Slice:
     small = math.prod(sides) <= 8 and chip.axes == 2
     if small or any(side % part for side, part in zip(bounds, chip.host_bounds, strict=True)):
         options["chips_per_host_bounds"] = bounds  # all on one host
-    with _quietly():
-        try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"--topology={name}: the compiler says: {error}.") from error
-    return Slice(name, chip, sides, tuple(found.devices))
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """libtpu without questions to a machine that is not there; settings of the user's stay."""
-    missing = {name: value for name, value in _QUIET.items() if name not in os.environ}
-    os.environ.update(missing)
+    for setting, value in _QUIET.items():
+        os.environ.setdefault(setting, value)  # the compiler asks again while it compiles
     try:
-        yield
-    finally:
-        for name in missing:
-            del os.environ[name]
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={name}: the compiler says: {error}.") from error
+    return Slice(name, chip, sides, tuple(found.devices))

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once")
     values = parser.read(argv)
     if values is not None:
-        flags.prepare_jax(False)
+        flags.prepare_jax()
         run(**vars(values))
 
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", default="", help="the file; by default beside the checkpoint")
     values = parser.read(argv)
     if values is not None:
-        flags.prepare_jax(False)
+        flags.prepare_jax()
         run(**vars(values))
 
 

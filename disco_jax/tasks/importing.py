@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     )
     values = parser.read(argv)
     if values is not None:
-        flags.prepare_jax(False)
+        flags.prepare_jax()
         run(**vars(values))
 
 

@@ -11,6 +11,7 @@ from disco_jax import errors
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, knn
+from disco_jax.files import whole
 
 OUTPUTS = ("features", "embedding")
 
@@ -30,7 +31,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     result = {"step": trained.step, **evaluate(config, trained, source)}
     if jax.process_index():
         return result
-    (epath.Path(workdir) / "knn.json").write_text(json.dumps(result, indent=2) + "\n")
+    with whole(epath.Path(workdir) / "knn.json") as file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"kNN ({config.vote}, k = {config.k}, {config.output}): top-1 {result['top1']:.2f} %, "
         f"top-5 {result['top5']:.2f} % of {result['images']} images"

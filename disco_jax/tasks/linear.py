@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, linear
+from disco_jax.files import whole
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
@@ -36,9 +37,10 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     if jax.process_index():
         return result
     path = epath.Path(workdir)
-    (path / "linear.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (path / "linear.npz").open("wb") as file:
+    with whole(path / "linear.npz") as kept, kept.open("wb") as file:
         np.savez(file, **params)
+    with whole(path / "linear.json") as file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"Linear probe: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of "
         f"{result['images']} images"

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,8 +16,8 @@ from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position, Source
 from disco_jax.methods.base import Method, Record
-from disco_jax.ops import schedules
 from disco_jax.train import checkpoint, health, loop, optimizer, state, step, teacher
+from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
 
@@ -36,8 +35,7 @@ class Prepared:
       source: images.
       steps_per_epoch: whole batches an epoch.
       total: the step to stop after.
-      learning_rate: step -> rate.
-      tx: the optimizer.
+      built: the step.
       teacher: frozen weights; None if the method has no teacher.
       record: of shapes: what the networks make of an image.
     """
@@ -48,8 +46,7 @@ class Prepared:
     source: Source
     steps_per_epoch: int
     total: int
-    learning_rate: schedules.Schedule
-    tx: optax.GradientTransformation
+    built: step.Built
     teacher: teacher.Teacher | None
     record: Record
 
@@ -61,7 +58,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
       UserError: a setting, the data or the teacher will not do.
     """
     _check_numbers(config)
-    _check_devices(config)
+    check_devices(config, jax.device_count())
     config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
@@ -76,9 +73,6 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     source = _bagged(source or pipeline.open_source(config.data), config, method)
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
-    rate = optimizer.learning_rate(
-        config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
-    )
     loaded = None
     if "teacher" in method.plan:
         encoder = method.networks["teacher"].encoder
@@ -90,20 +84,29 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
         source=source,
         steps_per_epoch=steps_per_epoch,
         total=config.total_steps or config.total_epochs * steps_per_epoch,
-        learning_rate=rate,
-        tx=optimizer.build(config.optimizer, rate, steps_per_epoch, config.total_epochs),
+        built=step.from_config(config, method, recipe, steps_per_epoch),
         teacher=loaded,
         record=record,
     )
 
 
-def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: str,
+    source: Source | None = None,
+    *,
+    profile: str = "",
+    allow_change: str = "",
+) -> dict[str, Any]:
     """Trains as `config` says until its last step, from the newest checkpoint if there is one.
 
     Args:
       config: see `configs/common.py`.
       workdir: the run's directory.
       source: images; None opens `config.data`.
+      profile: "10:15" traces steps 10 to 15 of this start into `workdir`/profile.
+      allow_change: fields of the config, separated by commas, that may differ from what the run
+        in `workdir` began with.
 
     Returns:
       {"step", "workdir", "seconds"}.
@@ -113,17 +116,20 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
+    traced = _steps_to_trace(profile)
     ready = prepare(config, source)
     config = ready.config
+    allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config) as path,
+        claim(workdir, config, allowed) as path,
+        contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
         fresh = state.create(
             ready.method,
-            ready.tx,
+            ready.built.tx,
             config.seed,
             config.augment.size,
             inherited=ready.teacher and ready.teacher.queue,
@@ -133,7 +139,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         begin, position = _resume(checkpoints, fresh)
         _describe(config, ready, begin)
         if int(begin.step) < ready.total:
-            _train(config, ready, path, checkpoints, begin, position)
+            _train(config, ready, path, checkpoints, begin, position, goodput, traced)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
     if ready.source.unreadable:
@@ -148,17 +154,10 @@ def _train(
     checkpoints: checkpoint.Checkpoints,
     begin: state.TrainState,
     position: Position,
+    goodput: Goodput,
+    traced: tuple[int, ...],
 ) -> None:
     """The loop, from `begin` to the last step."""
-    train_step = step.make_train_step(
-        ready.method,
-        ready.recipe,
-        ready.tx,
-        learning_rate=ready.learning_rate,
-        ema_rate=optimizer.ema_rate(config.momentum, ready.steps_per_epoch * config.total_epochs),
-        seed=config.seed,
-        follow_last=config.momentum.follow == "after",
-    )
     crops = ready.source.train(
         config.data.train_split,
         dict(enumerate(ready.recipe.crops)),
@@ -175,7 +174,7 @@ def _train(
         pipeline.Prefetcher(crops, transform=_lay_out) as batches,
     ):
         loop.run(
-            step.parallel(train_step),
+            step.parallel(ready.built.train_step),
             state.everywhere(begin),
             state.everywhere(frozen),
             batches,
@@ -186,11 +185,27 @@ def _train(
                 batch_size=config.batch_size,
                 log_steps=config.log.every_steps,
                 checkpoint_steps=config.checkpoint.every_steps,
+                replica_check_steps=config.log.replicas_every_steps,
+                hang_s=config.log.hang_s,
+                profile=traced,
+                profile_dir=str(path / "profile"),
             ),
             logger,
             checkpoints,
             health.Watch(config.health.min_std, config.health.patience, config.health.stop),
+            goodput,
         )
+    _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
+
+
+def _steps_to_trace(given: str) -> tuple[int, ...]:
+    """ "10:15" -> (10, 15)."""
+    if not given:
+        return ()
+    first, _, last = given.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise errors.UserError(f"--profile={given!r} must be FIRST:LAST, as 10:15, from 1 up.")
+    return int(first), int(last)
 
 
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -229,6 +244,8 @@ def _check_numbers(config: ConfigDict) -> None:
         "log.every_steps": 1,
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 1,
+        "log.replicas_every_steps": 0,
+        "log.hang_s": 0,
         "momentum.ema_rate": 0,
         "health.min_std": 0,
         "health.patience": 1,
@@ -310,8 +327,13 @@ def _check_patterns(config: ConfigDict, method: Method) -> None:
         optimizer.check_patterns(config.optimizer, params)
 
 
-def _check_devices(config: ConfigDict) -> None:
-    devices, batch = jax.device_count(), config.batch_size
+def check_devices(config: ConfigDict, devices: int) -> None:
+    """Refuses a batch that cannot be divided among the devices as the config wants it.
+
+    Raises:
+      UserError: config.batch_size or a norm_group does not divide.
+    """
+    batch = config.batch_size
     if batch % devices:
         nearest = [n for n in (batch // devices * devices, (batch // devices + 1) * devices) if n]
         raise errors.UserError(

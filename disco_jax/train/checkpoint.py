@@ -78,6 +78,7 @@ class Checkpoints:
             "step": step,
             "position": [list(map(int, p)) for p in position],
             "checksums": {name: _checksum(tree) for name, tree in parts.items()},
+            "shapes": {name: _shapes(tree) for name, tree in parts.items()},
         }
         best = {self._best_metric: metrics[self._best_metric]} if self._best_metric else None
         self._manager.save(
@@ -102,13 +103,16 @@ class Checkpoints:
           The state, as host arrays, and {"step", "position", ...}.
 
         Raises:
-          UserError: if there are checkpoints and none of them is good.
+          UserError: if there are checkpoints and none of them is good, or the newest good one is
+            of a state of other shapes.
         """
         parts = _parts(like)
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored, meta = _read(self._manager, step, parts)
+            except UserError:
+                raise  # nothing is wrong with the file
             except Exception as error:  # whatever a damaged file makes the storage layers raise
                 aside = self._set_aside(step)
                 damaged.append(str(aside))
@@ -168,6 +172,8 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
             for step in steps:
                 try:
                     restored, _ = _read(manager, step, {part: like})
+                except UserError:
+                    raise
                 except Exception as error:
                     _LOG.warning("Checkpoint %d is damaged: %s", step, _first_line(error))
                     continue
@@ -198,6 +204,14 @@ def _read(
     manager: ocp.CheckpointManager, step: int, parts: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts of a checkpoint, verified, and its metadata; raises if anything is off."""
+    args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
+    shapes = manager.restore(step, args=args)[_META].get("shapes", {})
+    other = [name for name in parts if shapes and shapes.get(name) != _shapes(parts[name])]
+    if other:
+        raise UserError(
+            f"Checkpoint {step} is of a run whose {' and '.join(other)} has other shapes: the "
+            "config has changed. Give the old values to go on, or another --workdir."
+        )
     abstract = jax.tree.map(lambda x: np.zeros(np.shape(x), x.dtype), dict(parts))
     restored = manager.restore(
         step,
@@ -211,6 +225,13 @@ def _read(
         if _checksum(restored[name]) != meta["checksums"][name]:
             raise ValueError(f"the checksum of {name!r} does not match")
     return {name: restored[name] for name in parts}, meta
+
+
+def _shapes(tree: Any) -> int:
+    """CRC-32 over the place, shape and dtype of every leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    told = [(jax.tree_util.keystr(path), np.shape(x), str(x.dtype)) for path, x in leaves]
+    return zlib.crc32(repr(told).encode())
 
 
 def _checksum(tree: Any) -> int:

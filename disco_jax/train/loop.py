@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from disco_jax.errors import Preempted
+from disco_jax.train import hosts, replicas
 from disco_jax.train.checkpoint import Checkpoints
+from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger, Progress, summarise
 
 # Steps that may be under way on the device before the host waits: enough to hide the host's work,
@@ -31,6 +30,10 @@ class Schedule:
       log_steps: steps between two log lines.
       checkpoint_steps: steps between two checkpoints.
       verbose: whether process 0 prints the progress line.
+      replica_check_steps: steps between two comparisons of all replicas; 0: none.
+      hang_s: seconds without a step after which the process ends; 0: never.
+      profile: (first, last) of the steps of this start that are traced, () for none.
+      profile_dir: where to.
     """
 
     start: int
@@ -40,6 +43,10 @@ class Schedule:
     log_steps: int = 50
     checkpoint_steps: int = 1000
     verbose: bool = True
+    replica_check_steps: int = 0
+    hang_s: float = 0.0
+    profile: tuple[int, ...] = ()
+    profile_dir: str = ""
 
 
 def run(
@@ -51,6 +58,7 @@ def run(
     logger: Logger,
     checkpoints: Checkpoints | None = None,
     watch: Callable[[int, Mapping[str, float]], None] = lambda step, summary: None,
+    goodput: Goodput | None = None,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -65,62 +73,117 @@ def run(
       logger: for the metrics.
       checkpoints: None saves nothing, as a probe does.
       watch: called with every summary that is logged; may raise to end the run.
+      goodput: where the time is booked; None: nowhere.
 
     Returns:
       The last state.
 
     Raises:
-      NumericError: a loss or gradient is not finite; nothing of it was saved.
-      Preempted: SIGTERM came; the state was saved first.
+      NumericError: a loss or gradient is not finite, or replicas differ; nothing of it was saved.
+      Preempted: SIGTERM came, to any process; the state was saved first.
     """
     window: list[Any] = []
     progress = Progress(
         schedule.start, schedule.total, schedule.steps_per_epoch, schedule.batch_size
     )
-    with _terminated() as stop:
+    watchdog = hosts.Watchdog(schedule.hang_s)
+    saver = _Saver(checkpoints, goodput, batches)
+    with (
+        contextlib.closing(watchdog),
+        contextlib.closing(_Profiler(schedule)) as profiler,
+        hosts.asked_to_stop() as asked,
+    ):
+        saver.begin()
+        if jax.process_count() > 1:
+            replicas.check(state, schedule.start)
         for step in range(schedule.start + 1, schedule.total + 1):
+            profiler.before(step)
             batch, position = next(batches)
             state, metrics = step_fn(state, frozen, batch)
             window.append(metrics)
             if len(window) > IN_FLIGHT:
                 jax.block_until_ready(window[-IN_FLIGHT])
+            profiler.after(step, metrics)
             last = step == schedule.total
-            stopping = checkpoints is not None and stop.is_set()
+            stopping = asked(step) and checkpoints is not None
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
                 summary = summarise(window, step)
                 window.clear()
                 summary |= progress.measure(step, getattr(batches, "waited_s", 0.0))
+                summary |= saver.measure()
                 logger.write(step, summary)
                 if schedule.verbose and jax.process_index() == 0:
                     print(progress.line(step, summary), flush=True)
                 watch(step, summary)
+            if schedule.replica_check_steps and step % schedule.replica_check_steps == 0:
+                replicas.check(state, step)
             if save:
-                checkpoints.save(step, state, _everyone(position), summary)
+                saver.save(step, state, position, summary)
+            watchdog.alive(step)
             if stopping and not last:
-                checkpoints.wait()
+                saver.wait()
                 raise Preempted(f"Asked to stop; step {step} is saved. Start again to go on.")
-    if checkpoints:
-        checkpoints.wait()
+        saver.wait()
     return state
 
 
-@contextlib.contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, for as long as the context lasts (in the main thread only)."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Saver:
+    """Checkpoints, and where the time of the loop is booked."""
+
+    def __init__(self, checkpoints: Checkpoints | None, goodput: Goodput | None, batches: Any):
+        self._checkpoints, self._goodput, self._batches = checkpoints, goodput, batches
+
+    def begin(self) -> None:
+        if self._goodput:
+            self._goodput.begin()
+
+    def measure(self) -> dict[str, float]:
+        """Books steps; returns where the time of the run went so far."""
+        if not self._goodput:
+            return {}
+        self._goodput.step(getattr(self._batches, "waited_s", 0.0))
+        self._goodput.write()
+        return self._goodput.report()
+
+    def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
+        self.measure()
+        self._checkpoints.save(step, state, hosts.everyone(position), summary)
+        self._book()
+
+    def wait(self) -> None:
+        """Returns when what was saved is on the disk."""
+        if self._checkpoints:
+            self._checkpoints.wait()
+            self._book()
+
+    def _book(self) -> None:
+        if self._goodput:
+            self._goodput.save()
+            self._goodput.write()
 
 
-def _everyone(position: tuple[int, int]) -> list[list[int]]:
-    """Every host's (epoch, offset)."""
-    if jax.process_count() == 1:
-        return [list(position)]
-    return multihost_utils.process_allgather(jax.numpy.asarray(position)).tolist()
+class _Profiler:
+    """Writes a trace of a few steps, for xprof and TensorBoard."""
+
+    def __init__(self, schedule: Schedule):
+        self._folder, self._running = schedule.profile_dir, False
+        first, last = schedule.profile or (0, 0)
+        self._first, self._last = schedule.start + first, schedule.start + last
+        self._wanted = bool(schedule.profile)
+
+    def before(self, step: int) -> None:
+        if self._wanted and step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        if self._running and step == self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

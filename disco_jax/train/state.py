@@ -84,8 +84,16 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """
     mesh = jax.sharding.Mesh(np.array(devices or jax.devices()), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # From host memory, so that no two leaves share a device buffer.
-    return jax.tree.map(lambda leaf: jax.device_put(np.array(leaf), sharding), tree)
+    here = sorted(sharding.addressable_devices, key=lambda device: device.id)
+
+    def put(leaf: Array) -> Array:
+        # From host memory, so that no two leaves share a device buffer; a device at a time, as one
+        # call for all hosts would first compare every leaf between them.
+        leaf = np.array(leaf)
+        copies = [jax.device_put(leaf, device, may_alias=False) for device in here]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(put, tree)
 
 
 def apart(tree: Tree) -> Tree:

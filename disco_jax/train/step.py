@@ -1,7 +1,7 @@
 """The train step, written for one replica, and its `pmap`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from disco_jax.methods.base import Method, Record, Term
 from disco_jax.models.encoder import Network, Variables, encode
 from disco_jax.ops.collectives import AXIS, pmean, positions
 from disco_jax.ops.schedules import Schedule
-from disco_jax.train import health
+from disco_jax.train import health, optimizer
 from disco_jax.train.state import TrainState
 
 # Keys of views below this are augmentation's.
@@ -27,6 +27,47 @@ class Photometric(Protocol):
     def photometric(
         self, views: Mapping[int, Array], key: Array, positions: Array
     ) -> Mapping[int, Array]: ...
+
+
+class Built(NamedTuple):
+    """A step and what it was made with.
+
+    Attributes:
+      train_step: of one replica.
+      tx: the optimizer, whose state is in the step's.
+      learning_rate: step -> the rate.
+    """
+
+    train_step: Step
+    tx: optax.GradientTransformation
+    learning_rate: Schedule
+
+
+def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoch: int) -> Built:
+    """The step of a pretraining config; see `make_train_step`.
+
+    Args:
+      config: see `configs/common.py`, resolved.
+      method: what `methods.build` made of it.
+      recipe: what `views.build` did.
+      steps_per_epoch: for the schedules.
+
+    Raises:
+      UserError: a setting of the optimizer or the schedules will not do.
+    """
+    epochs = config.total_epochs
+    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, steps_per_epoch, epochs)
+    tx = optimizer.build(config.optimizer, rate, steps_per_epoch, epochs)
+    train_step = make_train_step(
+        method,
+        recipe,
+        tx,
+        learning_rate=rate,
+        ema_rate=optimizer.ema_rate(config.momentum, steps_per_epoch * epochs),
+        seed=config.seed,
+        follow_last=config.momentum.follow == "after",
+    )
+    return Built(train_step, tx, rate)
 
 
 def make_train_step(
@@ -59,7 +100,6 @@ def make_train_step(
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
     """
-    networks, plan = method.networks, method.plan
 
     def train_step(state: TrainState, frozen: Mapping[str, Variables], batch: Any):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -74,27 +114,7 @@ def make_train_step(
         targets, stats = _targets(method, {"momentum": momentum, **frozen}, views, shuffle_rng)
 
         learned, still = method.split(state.student["params"])
-
-        def loss_fn(learned):
-            variables = {**state.student, "params": {**learned, **still}}
-            student, new = encode(
-                networks["student"],
-                variables,
-                views,
-                plan["student"],
-                shuffle_rng,
-                dropout=True,
-                maps=method.reads_maps("student"),
-            )
-            score = {"student": _scorer(networks["student"], variables)}
-            record = Record({"student": student, **targets}, aux, method.views, score)
-            terms = {
-                name: objective(record, state.memory[name], state.step)
-                for name, objective in method.objectives.items()
-            }
-            signals = health.signals(record, state.memory, state.step)
-            return method.total(terms), (terms, new, signals)
-
+        loss_fn = _loss(method, state, still, views, aux, targets, shuffle_rng)
         (loss, aside), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
         terms, new, signals = aside
         stats["student"] = new
@@ -113,6 +133,36 @@ def make_train_step(
         return TrainState(state.step + 1, student, momentum, memory, opt_state), metrics
 
     return train_step
+
+
+def _loss(
+    method: Method,
+    state: TrainState,
+    still: Mapping[str, Any],
+    views: Mapping[int, Array],
+    aux: Mapping[str, Array],
+    targets: Mapping[str, Any],
+    rng: Array,
+) -> Callable[[Any], tuple[Array, Any]]:
+    """The function to differentiate: learned parameters -> (loss, (terms, statistics, signals))."""
+    network = method.networks["student"]
+
+    def loss_fn(learned: Mapping[str, Any]) -> tuple[Array, Any]:
+        variables = {**state.student, "params": {**learned, **still}}
+        maps = method.reads_maps("student")
+        student, new = encode(
+            network, variables, views, method.plan["student"], rng, dropout=True, maps=maps
+        )
+        score = {"student": _scorer(network, variables)}
+        record = Record({"student": student, **targets}, aux, method.views, score)
+        terms = {
+            name: objective(record, state.memory[name], state.step)
+            for name, objective in method.objectives.items()
+        }
+        signals = health.signals(record, state.memory, state.step)
+        return method.total(terms), (terms, new, signals)
+
+    return loss_fn
 
 
 def _targets(
@@ -159,9 +209,21 @@ def _scorer(network: Network, variables: Variables) -> Callable[[Array], Array]:
     return lambda rows: network.encoder.apply(still, rows, method="score")
 
 
-def parallel(train_step: Step) -> Step:
-    """`train_step` on every device: the batch is split, all else is equal on all of them."""
-    return jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
+    """`train_step` on every device: the batch is split, all else is equal on all of them.
+
+    Args:
+      train_step: of one replica.
+      devices: which; None: all of all hosts.
+    """
+    return jax.pmap(
+        train_step,
+        AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices,
+    )
 
 
 def _report(loss: Array, terms: Mapping[str, Term]) -> Metrics:

@@ -3,6 +3,9 @@
 config.json       the resolved config
 environment.json  versions, devices, git revision, command, seed, of every start
 metrics.jsonl     one line a log step
+goodput.json      where the time went, over all starts
+xla_cache/        compiled programs
+profile/          traces that were asked for
 checkpoints/      see `checkpoint.py`
 """
 
@@ -14,18 +17,21 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax.errors import UserError
+from disco_jax.errors import UserError, did_you_mean
+from disco_jax.files import whole
 from disco_jax.nested import flatten
+from disco_jax.train import hosts
 from disco_jax.version import __version__
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+CACHE = "xla_cache"  # compiled programs, for the next start
 # Settings that may change between two starts of a run: they do not change what is learned.
 FREE = (
     "log.",
@@ -51,22 +57,26 @@ _PACKAGES = (
 
 
 @contextlib.contextmanager
-def claim(workdir: str, config: ConfigDict) -> Iterator[epath.Path]:
+def claim(
+    workdir: str, config: ConfigDict, allow_change: Sequence[str] = ()
+) -> Iterator[epath.Path]:
     """Makes `workdir` this run's, for as long as the context lasts.
 
-    Writes config.json and appends to environment.json.
+    Writes config.json and appends to environment.json. Of several processes the first does it.
+
+    Args:
+      workdir: the directory.
+      config: of the run.
+      allow_change: fields, or the beginnings of several ("optimizer."), that may differ from what
+        the run began with.
 
     Raises:
-      UserError: when the directory belongs to a run of another config, holds something else, or
-        another process is writing to it.
+      UserError: when the directory belongs to a run of another config, holds something else,
+        cannot be written, or another run is writing to it.
     """
     path = epath.Path(workdir)
-    _check_owner(path, config)
-    path.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
-        if jax.process_index() == 0:
-            (path / CONFIG).write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
-            _note_environment(path, config)
+    with contextlib.ExitStack() as held:
+        hosts.first(lambda: _take(path, config, allow_change, held))
         yield path
 
 
@@ -82,41 +92,62 @@ def read_config(workdir: str) -> ConfigDict:
     return ConfigDict(json.loads(file.read_text()))
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """A line "config.field: old -> new" for every field that matters and differs."""
+def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -> list[str]:
+    """A line "config.field: old -> new" for every field that matters, differs and may not."""
     old, new = (flatten(json.loads(config.to_json_best_effort())) for config in (old, new))
     return [
         f"config.{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE)
+        if old.get(key) != new.get(key) and not key.startswith((*FREE, *allowed))
     ]
 
 
-def _check_owner(path: epath.Path, config: ConfigDict) -> None:
+def _take(
+    path: epath.Path, config: ConfigDict, allow_change: Sequence[str], held: contextlib.ExitStack
+) -> None:
+    known = flatten(config)
+    for field in allow_change:
+        if not any(key.startswith(field) for key in known):
+            raise UserError(
+                f"--allow-change={field} is no field of the config.{did_you_mean(field, known)}"
+            )
+    _check_owner(path, config, allow_change)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_lock(path))
+        with whole(path / CONFIG) as file:
+            file.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
+        _note_environment(path, config)
+    except OSError as error:
+        raise UserError(f"--workdir={path} cannot be written: {error}.") from error
+
+
+def _check_owner(path: epath.Path, config: ConfigDict, allow_change: Sequence[str]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         raise UserError(f"--workdir={path} is a file; give a directory.")
     if not (path / CONFIG).exists():
-        if any(entry.name != "lock" for entry in path.iterdir()):
+        if any(entry.name not in ("lock", CACHE) for entry in path.iterdir()):
             raise UserError(
                 f"--workdir={path} is not empty and holds no run ({CONFIG} is missing). "
                 "Give another directory."
             )
         return
-    changed = differences(read_config(path), config)
+    changed = differences(read_config(path), config, allow_change)
     if changed:
         raise UserError(
             f"--workdir={path} belongs to a run of another config. Changed since:\n  "
             + "\n  ".join(changed)
-            + "\nGive the old values to go on with that run, or another --workdir."
+            + "\nGive the old values to go on with that run, another --workdir, or, if this is "
+            "meant, --allow-change=FIELD[,FIELD...]."
         )
 
 
 @contextlib.contextmanager
 def _lock(path: epath.Path) -> Iterator[None]:
     """Holds a local directory against a second process; the lock ends with this process."""
-    if "://" in str(path) or jax.process_index() > 0:
+    if "://" in str(path):
         yield
         return
     with open(path / "lock", "w") as file:
@@ -146,7 +177,8 @@ def _note_environment(path: epath.Path, config: ConfigDict) -> None:
             "packages": {name: v for name in _PACKAGES if (v := _installed(name))},
         }
     )
-    file.write_text(json.dumps(starts, indent=2) + "\n")
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(starts, indent=2) + "\n")
 
 
 def _installed(package: str) -> str | None:

@@ -16,6 +16,14 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f
   ROOT %turn = (s32[], f32[8]{0}) fusion(%t), calls=%fused, backend_config={"estimated_cycles":"5"}
 }
 
+%beside (p.3: u8[2]) -> u8[40] {
+  %part = u8[40]{0} all-gather(%p.3), dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%beside.too (p.4: u8[2]) -> u8[40] {
+  %part.1 = u8[40]{0} all-gather(%p.4), dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
 %dear (p.1: f32[8]) -> f32[8] {
   %p.1 = f32[8]{0} parameter(0)
   ROOT %a = f32[8]{0} fusion(%p.1), calls=%fused, backend_config={"estimated_cycles":"300"}
@@ -45,7 +53,7 @@ def test_cycles_count_loops_by_turns_choices_by_their_mean_and_fusions_once():
 
 def test_collectives_are_counted_once_with_what_they_make():
     assert hlo.collective_bytes(PROGRAM) == {
-        "all-gather": hlo.Collective(1, 16 * 4 + 3),
+        "all-gather": hlo.Collective(2, 16 * 4 + 3 + 40),
         "all-reduce": hlo.Collective(1, 8 * 4 * 4 + 16 * 2),
         "all-to-all": hlo.Collective(1, 100),
     }

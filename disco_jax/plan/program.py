@@ -1,0 +1,186 @@
+"""The train step of a config, compiled for a slice that is not there."""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disco_jax import methods
+from disco_jax.data import views
+from disco_jax.plan import hlo, topology
+from disco_jax.train import state, step
+
+# The compiler's words when a program is too large: all that it needs and has, or of what lives for
+# one step only.
+_AMOUNT = r"([\d.]+)([KMGT]?)"
+_ALL = re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm", re.IGNORECASE)
+_TEMPORARY = re.compile(rf"temporaries \({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One step on one chip, as the compiler sees it.
+
+    Attributes:
+      parts: bytes of memory by what they hold: "student" (and its statistics), "momentum",
+        "optimizer", "queues", "teacher", "batch", "activations" (and all else that lives for one
+        step only) and "program".
+      limit: bytes that a program may have.
+      flops: floating-point operations.
+      traffic: bytes that instructions read and write, on-chip memory included.
+      streamed: bytes that cross the memory's border at least: what is there when the step begins
+        and ends.
+      cycles: see `hlo.cycles`; 0 for what does not fit.
+      collectives: see `hlo.collective_bytes`.
+      compile_s: seconds that the compiler took.
+    """
+
+    parts: dict[str, int]
+    limit: int
+    flops: float = 0.0
+    traffic: float = 0.0
+    streamed: int = 0
+    cycles: float = 0.0
+    collectives: dict[str, hlo.Collective] = dataclasses.field(default_factory=dict)
+    compile_s: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory holds it."""
+        return self.cycles > 0
+
+
+def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Program:
+    """Compiles the step that `disco-jax pretrain` would take.
+
+    Args:
+      config: of a pretraining run, resolved; its batch is a multiple of the slice's chips.
+      where: the slice.
+      steps_per_epoch: for the schedules, which are part of the step.
+
+    Returns:
+      The program; what does not fit has its parts and nothing else.
+
+    Raises:
+      UserError: the settings of a method, a recipe or the optimizer will not do.
+    """
+    count = len(where.devices)
+    train_step, arguments = _abstract(config, count, steps_per_epoch)
+    held = _held(arguments, count)
+    begin = time.monotonic()
+    lowered = step.parallel(train_step, where.devices).lower(*arguments)
+    try:
+        with _uncached():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return too_large(str(error), held)
+    seconds = time.monotonic() - begin
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    crossing = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # Arguments lie in tiles, with some padding; it counts as what lives for a step.
+    held["activations"] = max(
+        crossing - memory.alias_size_in_bytes + memory.temp_size_in_bytes - sum(held.values()), 0
+    )
+    held["program"] = memory.generated_code_size_in_bytes
+    return Program(
+        held,
+        int(where.chip.hbm_bytes),
+        flops=costs["flops"],
+        traffic=costs["bytes accessed"],
+        streamed=crossing,
+        cycles=hlo.cycles(text),
+        collectives=hlo.collective_bytes(text),
+        compile_s=seconds,
+    )
+
+
+def too_large(message: str, held: dict[str, int]) -> Program:
+    """What is known of a program that does not fit.
+
+    Args:
+      message: the compiler's.
+      held: bytes of what is there when a step begins, by part.
+
+    Raises:
+      RuntimeError: the message is about something else.
+    """
+    everything, temporary = _ALL.search(message), _TEMPORARY.search(message)
+    found = everything or temporary
+    if found is None:
+        raise RuntimeError(f"The compiler failed: {message}")
+    needed, limit = (round(float(found[i]) * _UNITS[found[i + 1].upper()]) for i in (1, 3))
+    if everything:
+        needed -= sum(held.values())
+    return Program({**held, "activations": max(needed, 0)}, limit)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the cache of compiled programs, which cannot be read without their devices."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Step, tuple]:
+    """The step of one replica, and the shapes of (state, frozen, batch)."""
+    recipe = views.build(config.augment, config.views, config.local)
+    method = methods.build(config, config.views, config.local.count)
+    record = state.shapes(method, recipe.sizes)
+    method.check(record)
+    method = method.fitted(steps_per_epoch, steps_per_epoch * config.batch_size)
+    built = step.from_config(config, method, recipe, steps_per_epoch)
+    size, frozen = config.augment.size, {}
+    if "teacher" in method.plan:
+        encoder = method.networks["teacher"].encoder
+        frozen["teacher"] = jax.eval_shape(lambda: encoder.create(0, size))
+    begin = jax.eval_shape(
+        lambda teacher: state.create(
+            method, built.tx, config.seed, size, reused=teacher, record=record
+        ),
+        frozen.get("teacher"),
+    )
+    shape = (replicas, config.batch_size // replicas)
+    crops = {
+        view: jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8)
+        for view, side in enumerate(recipe.sizes)
+    }
+    aux = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32)
+        for objective in method.objectives.values()
+        for name in objective.aux
+    }
+    return built.train_step, (begin, frozen, {"views": crops, "aux": aux})
+
+
+def _held(arguments: tuple, replicas: int) -> dict[str, int]:
+    """Bytes that a chip holds when a step begins, without padding."""
+    begin, frozen, batch = arguments
+    return {
+        "student": _bytes(begin.student),
+        "momentum": _bytes(begin.momentum),
+        "optimizer": _bytes(begin.opt_state),
+        "queues": _bytes(begin.memory),
+        "teacher": _bytes(frozen),
+        "batch": _bytes(batch) // replicas,
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

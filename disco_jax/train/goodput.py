@@ -1,0 +1,104 @@
+"""Where a run's time goes, over all its starts."""
+
+import json
+import time
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+from disco_jax.files import whole
+
+FILE = "goodput.json"
+PARTS = ("init", "compile", "data", "step", "save", "lost")
+_COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+class Goodput:
+    """Seconds by what they went to.
+
+    "init" is all before the first step but compiling; "compile" the compiler; "data" waiting for
+    batches; "save" waiting for checkpoints; "step" everything else in the loop; "lost" what was
+    spent after the last checkpoint of a start that did not end by itself.
+    """
+
+    def __init__(self, workdir: str | None, started: float):
+        """Reads what earlier starts have noted.
+
+        Args:
+          workdir: of the run; None keeps nothing.
+          started: `time.monotonic()` when this start began.
+        """
+        self._file = epath.Path(workdir) / FILE if workdir is not None else None
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._unsaved = 0.0
+        self.starts = 1
+        if self._file is not None and self._file.exists():
+            before = json.loads(self._file.read_text())
+            self._seconds |= before["seconds"]
+            self.starts += before["starts"]
+            # The steps of that time are done again: they count once, as lost.
+            self._seconds["step"] -= before["unsaved_s"]
+            self._seconds["lost"] += before["unsaved_s"]
+        self._then, self._init = started, True
+        self._waited = self._compiled = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def begin(self) -> None:
+        """The loop begins: what came before was not a step."""
+        self._book("init", 0.0)
+
+    def step(self, waited_s: float) -> None:
+        """Books the time since the last call as steps.
+
+        Args:
+          waited_s: for batches, since the loop began.
+        """
+        before = self._seconds["step"]
+        self._book("step", waited_s - self._waited)
+        self._waited = waited_s
+        self._unsaved += self._seconds["step"] - before
+
+    def save(self) -> None:
+        """Books the time since the last call as waiting for the checkpoint of all steps so far."""
+        self._book("save", 0.0)
+        self._unsaved = 0.0
+
+    def report(self) -> dict[str, float]:
+        """{"goodput/init_s", ..., "goodput/share": steps that count, as a share of all time}."""
+        total = max(sum(self._seconds.values()), 1e-9)
+        kept = {f"goodput/{part}_s": seconds for part, seconds in self._seconds.items()}
+        return {**kept, "goodput/share": self._seconds["step"] / total}
+
+    def write(self) -> None:
+        """Keeps the figures for the next start; process 0 does."""
+        if self._file is None or jax.process_index():
+            return
+        noted: Mapping = {
+            "seconds": self._seconds,
+            "unsaved_s": self._unsaved,
+            "starts": self.starts,
+        }
+        with whole(self._file) as file:
+            file.write_text(json.dumps(noted, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Stops listening to the compiler."""
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds in the compiler, of all starts."""
+        return self._seconds["compile"] + self._compiled
+
+    def _book(self, part: str, waited_s: float) -> None:
+        now = time.monotonic()
+        spent, self._then = now - self._then, now
+        self._seconds["compile"] += self._compiled
+        self._seconds["data"] += waited_s
+        self._seconds[part] += max(spent - self._compiled - waited_s, 0.0)
+        self._compiled = 0.0
+
+    def _listen(self, event: str, seconds: float, **_) -> None:
+        if event == _COMPILATION:
+            self._compiled += seconds

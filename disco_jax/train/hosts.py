@@ -1,0 +1,184 @@
+"""Several processes of one run: how they meet, agree, and notice that one of them is gone."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from disco_jax.errors import UserError
+
+Result = TypeVar("Result")
+
+# Longest message that process 0 tells the others, in bytes.
+_MESSAGE = 4096
+# Seconds that a process waits for the others when it ends.
+_FAREWELL_S = 60
+_ONE_OF_MANY = "DISCO_JAX_COORDINATOR", "DISCO_JAX_PROCESSES", "DISCO_JAX_PROCESS"
+
+
+def meet(
+    coordinator: str = "", processes: int = 0, process: int = -1, timeout_s: int = 100
+) -> None:
+    """Joins the other processes of the run; before anything else asks for devices.
+
+    Args:
+      coordinator: HOST:PORT that process 0 listens on. "": $DISCO_JAX_COORDINATOR; if that is not
+        set either, the cluster tells all three (TPU pods, SLURM and Open MPI do).
+      processes: how many there are; 0: $DISCO_JAX_PROCESSES.
+      process: which this one is, from 0; -1: $DISCO_JAX_PROCESS.
+      timeout_s: a process that gives no sign of life for so long ends the run on all.
+
+    Raises:
+      UserError: only some of the three are known, the others do not come, or no cluster is found.
+    """
+    known = _place(coordinator, processes, process)
+    try:
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=3 * timeout_s,
+            heartbeat_timeout_seconds=timeout_s,
+            shutdown_timeout_seconds=_FAREWELL_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        words = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"The processes of this run did not find one another: {words[0]} Where no cluster "
+            "tells, give --coordinator=HOST:PORT --processes=N --process=I to each."
+        ) from error
+
+
+def _place(coordinator: str, processes: int, process: int) -> dict[str, Any]:
+    """What `jax.distributed` is told; {} leaves all to the cluster."""
+    given = [coordinator, str(processes or ""), str(process if process >= 0 else "")]
+    given = [
+        value or os.environ.get(name, "") for value, name in zip(given, _ONE_OF_MANY, strict=True)
+    ]
+    if not any(given):
+        return {}
+    flags = "--coordinator", "--processes", "--process"
+    missing = [flag for flag, value in zip(flags, given, strict=True) if not value]
+    if missing:
+        raise UserError(
+            f"Of several processes each needs --coordinator, --processes and --process (or "
+            f"{', '.join(_ONE_OF_MANY)}); missing: {', '.join(missing)}."
+        )
+    try:
+        known = dict(
+            coordinator_address=given[0],
+            num_processes=int(given[1]),
+            process_id=int(given[2]),
+        )
+    except ValueError:
+        raise UserError(
+            f"--processes={given[1]!r} and --process={given[2]!r} must be whole numbers."
+        ) from None
+    if not 0 <= known["process_id"] < known["num_processes"]:
+        raise UserError(f"--process={given[2]} is not one of 0..{int(given[1]) - 1}.")
+    if ":" not in given[0]:
+        raise UserError(f"--coordinator={given[0]} needs a port: {given[0]}:8476.")
+    return known
+
+
+def first(action: Callable[[], Result]) -> Result | None:
+    """Runs `action` on process 0 while the others wait; its UserError is raised on all of them.
+
+    Returns:
+      What `action` returns, on process 0; None on the others.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, message = None, b""
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error).encode()[:_MESSAGE]
+    told = np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)
+    message = np.asarray(multihost_utils.broadcast_one_to_all(told)).tobytes().rstrip(b"\0")
+    if message:
+        raise UserError(message.decode(errors="replace"))
+    return result
+
+
+def everyone(values: Any) -> list[Any]:
+    """`values`, a tree of numbers of equal shape on each process, of every process in order."""
+    if jax.process_count() == 1:
+        return [np.asarray(values).tolist()]
+    return multihost_utils.process_allgather(np.asarray(values)).tolist()
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[int], bool]]:
+    """A function of the step: whether to stop after it, since SIGTERM came to any process.
+
+    All processes get the same answer at the same step; each must ask after every step. (In one
+    process only the main thread hears signals.)
+    """
+    if jax.process_count() > 1:  # the processes' own service hears the signal and agrees on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield lambda step: event.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Watchdog:
+    """Ends the process when nothing has happened for too long, as when another process hangs.
+
+    A process that waits for another inside a collective cannot be interrupted, so this is the
+    one place that ends without cleaning up: exit code 1, after every thread's stack was printed.
+    """
+
+    def __init__(self, timeout_s: float):
+        """Begins to watch with the first `alive`.
+
+        Args:
+          timeout_s: 0 never ends anything.
+        """
+        self._timeout_s = timeout_s
+        self._beat = threading.Event()
+        self._closed = False
+        self._step = 0
+        self._thread: threading.Thread | None = None
+
+    def alive(self, step: int) -> None:
+        """Tells that `step` is done."""
+        self._step = step
+        self._beat.set()
+        if self._thread is None and self._timeout_s:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._closed = True
+        self._beat.set()
+
+    def _watch(self) -> None:
+        while not self._closed:
+            self._beat.clear()
+            if self._beat.wait(self._timeout_s):
+                continue
+            faulthandler.dump_traceback(all_threads=True)
+            print(
+                f"disco-jax: nothing has happened for {self._timeout_s:.0f} s after step "
+                f"{self._step} (config.log.hang_s): another process, the storage or the data "
+                "hangs. Start again to go on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)

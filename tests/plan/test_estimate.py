@@ -1,0 +1,89 @@
+"""Arithmetic of plans: topologies, times, scaling, the largest batch."""
+
+import importlib.util
+
+import pytest
+
+from disco_jax.errors import UserError
+from disco_jax.plan import estimate, hlo, program, topology
+
+V5E = topology.CHIPS["v5e"]
+GRADIENTS = {"all-reduce": hlo.Collective(1, 40_000_000)}
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("v5:2x4", "Did you mean 'v5"),
+        ("v5e", r"needs 2 sides, e.g. v5e:4x4"),
+        ("v5e:2x2x2", "needs 2 sides"),
+        ("v4:4x4", r"needs 3 sides, e.g. v4:4x4x4"),
+        ("v5e:0x4", "needs 2 sides"),
+        ("v5e:32x16", "has 512 chips; the largest v5e slice has 256"),
+    ],
+)
+def test_wrong_topologies_are_told_apart(name, says):
+    with pytest.raises(UserError, match=says):
+        topology.parse(name)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"disco-jax\[plan\]"):
+        topology.open_slice("v5e:8x16")
+
+
+def test_an_all_reduce_passes_each_link_twice():
+    """16 x 16 closes on both axes: 2 V (n - 1) / n over all links, and the hops."""
+    expected = 2 * 40e6 * 255 / 256 / 200e9 + 16 * 1e-6
+    assert estimate.collective_s(GRADIENTS, V5E, (16, 16)) == pytest.approx(expected)
+    open_ended = estimate.collective_s(GRADIENTS, V5E, (8, 8))
+    assert open_ended == pytest.approx(2 * 40e6 * 63 / 64 / 100e9 + 8e-6)
+    assert estimate.collective_s(GRADIENTS, V5E, (1, 1)) == 0
+
+
+def test_gathered_rows_grow_with_the_chips_and_gradients_do_not():
+    moved = {**GRADIENTS, "all-gather": hlo.Collective(2, 1000)}
+    assert estimate.scaled(moved, 8, 64) == {
+        **GRADIENTS,
+        "all-gather": hlo.Collective(2, 8000),
+    }
+
+
+def test_efficiency_falls_with_what_is_moved_alone():
+    made = program.Program({}, 0, flops=1e12, cycles=15e6, collectives=GRADIENTS)
+    assert estimate.efficiency(made, 8, V5E, (1, 1)) == 1
+    on_many = estimate.efficiency(made, 8, V5E, (16, 16))
+    took = estimate.collective_s(GRADIENTS, V5E, (16, 16))
+    assert on_many == pytest.approx(0.01 / (0.01 + took))  # 15 M cycles of 1.5 GHz
+
+
+@pytest.mark.parametrize(
+    "kind, count, sides",
+    [("v5e", 8, (2, 4)), ("v5e", 256, (16, 16)), ("v4", 8, (2, 2, 2)), ("v4", 32, (2, 4, 4))],
+)
+def test_shapes_are_as_square_as_can_be(kind, count, sides):
+    assert estimate.shapes(topology.CHIPS[kind], count) == sides
+
+
+@pytest.mark.parametrize("limit, found", [(0, 0), (1, 1), (7, 4), (64, 64), (1000, 64)])
+def test_the_largest_that_fits_is_found_by_bisection(limit, found):
+    asked = []
+
+    def fits(n):
+        asked.append(n)
+        return n <= limit
+
+    assert estimate.largest(fits, [1, 2, 4, 8, 16, 32, 64]) == found
+    assert len(asked) <= 3
+
+
+def test_both_ways_to_be_too_large_are_understood():
+    held = {"student": 2**30, "teacher": 2**30}
+    made = program.too_large("Used 20.5G of 15.75G hbm. Exceeded by 4.75G.", held)
+    assert not made.fits and made.limit == 15.75 * 2**30
+    assert made.parts == {**held, "activations": 18.5 * 2**30}
+    made = program.too_large("for HLO temporaries (65.25G) exceeds available HBM (15.75G).", held)
+    assert made.parts["activations"] == 65.25 * 2**30
+    with pytest.raises(RuntimeError, match="INTERNAL: broken"):
+        program.too_large("INTERNAL: broken", held)

@@ -1,0 +1,70 @@
+"""Plans made with the TPU's compiler, where libtpu is installed (the test extra brings it)."""
+
+import importlib.util
+import json
+
+import pytest
+
+import helpers
+from disco_jax import main
+from disco_jax.tasks import plan
+
+pytestmark = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+
+def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
+    config = helpers.smoke_config("moco_v2", batch_size=32)
+    file = tmp_path / "plan.json"
+    report = plan.run(config, "v5e:4x4", images=1437, output=str(file))
+    assert json.loads(file.read_text())["step_s"] == report["step_s"]
+    assert (report["chips"], report["hosts"], report["fits"]) == (16, 4, True)
+    memory = report["memory"]
+    assert memory["teacher"] == 0 and memory["queues"] == 64 * 16 * 4 + 4
+    assert memory["batch"] == 2 * 2 * 16 * 16 * 3  # two images a chip, two views, bytes
+    assert memory["student"] >= memory["momentum"] > memory["optimizer"] > 0
+    assert memory["activations"] > 0 and memory["program"] > 0
+    # The keys of all chips, and the parameters' gradients at least.
+    assert report["collectives"]["all-gather"]["bytes"] >= 32 * 16 * 4
+    assert report["collectives"]["all-reduce"]["bytes"] >= memory["optimizer"]
+    assert report["step_s"] >= report["compute_s"] > report["floor_s"] > 0
+    assert report["hours"] == pytest.approx(2 * report["step_s"] / 3600)
+    efficiencies = [report["scaling"][n]["efficiency"] for n in (8, 64, 256)]
+    assert 1 > efficiencies[0] > efficiencies[1] > efficiencies[2] > 0
+    printed = capsys.readouterr().out
+    assert "16 chips on 4 hosts" in printed and "each host must read" in printed
+
+
+def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
+    code = main.main(
+        [
+            "plan", "--config=moco_v2:student=resnet8,data=digits,smoke=true", "--images=1437",
+            "--topology=v5e:2x2", "--config.student.dim=128", "--fit",
+            f"--config.objectives.contrast.queue_size={2**26}",
+        ]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 2
+    assert "queues takes 32,768.0 MiB" in captured.err and "queue_size" in captured.err
+    assert "largest config.batch_size that fits: 0" in captured.out  # the queue alone is too much
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_found(monkeypatch):
+    monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))
+    config = helpers.smoke_config("moco_v2", batch_size=8)
+    report = plan.run(config, "v5e:2x2", images=1437, fit=True)
+    assert report["largest_batch_size"] == 16  # of 64, the length of the queue
+
+
+def limited(compile_step, most):
+    """A chip whose memory holds the step of `most` images."""
+
+    def compile_limited(config, where, steps):
+        made = compile_step(config, where, steps)
+        small = config.batch_size // len(where.devices) <= most
+        return made if small else plan.program.Program(made.parts, made.limit)
+
+    return compile_limited

@@ -1,0 +1,114 @@
+"""One process of a run of several, for `test_hosts.py`: python host.py TASK WORKDIR SETTINGS."""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+
+class Shared:
+    """The digits, of which each process reads its rows of the batch that one process would read."""
+
+    def __init__(self, inner, host, hosts):
+        self._inner, self._host, self._hosts = inner, host, hosts
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def train(self, split, views, batch_size, seed, start, max_unreadable):
+        from disco_jax.data import base
+
+        begin = base.Position(start.epoch, start.offset * self._hosts)
+        whole = batch_size * self._hosts
+        rows = slice(self._host * batch_size, (self._host + 1) * batch_size)
+        for batch in self._inner.train(split, views, whole, seed, begin, max_unreadable):
+            mine = {view: images[rows] for view, images in batch.views.items()}
+            epoch, offset = batch.position.epoch, batch.position.offset
+            yield base.HostBatch(mine, {}, base.Position(epoch, offset // self._hosts))
+
+
+class Disturbed(Shared):
+    """The same, until something happens to one process at the start of a step of this start."""
+
+    def __init__(self, *args, event, at, process):
+        super().__init__(*args)
+        self._event, self._at, self._mine = event, at, process == args[1]
+
+    def train(self, *args):
+        for step, batch in enumerate(super().train(*args), start=1):
+            if self._mine and step == self._at:
+                if self._event == "hang":
+                    time.sleep(600)
+                os.kill(os.getpid(), int(self._event))
+            yield batch
+
+
+def differ(state):
+    """A state of which the second device has another queue."""
+    import jax
+
+    leaves, treedef = jax.tree.flatten(state)
+    for i, leaf in enumerate(leaves):
+        shards = [np.array(shard.data) for shard in leaf.addressable_shards]
+        if jax.process_index() == jax.process_count() - 1 and i == len(leaves) - 1:
+            shards[-1] = shards[-1] + np.asarray(1, shards[-1].dtype)
+        placed = [
+            jax.device_put(x, s.device)
+            for x, s in zip(shards, leaf.addressable_shards, strict=True)
+        ]
+        leaves[i] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def work(task, workdir, settings):
+    import jax
+
+    import helpers
+    from disco_jax import flags
+    from disco_jax.data.arrays import ArraySource
+    from disco_jax.tasks import knn, pretrain
+    from disco_jax.train import replicas, state
+
+    here = jax.process_index(), jax.process_count()
+    inner = ArraySource(helpers.digits_splits())
+    if task == "knn":
+        return knn.run(flags.load("knn"), workdir, inner)
+    config = helpers.smoke_config(settings.pop("recipe"), **settings.pop("config"))
+    if task == "replicas":
+        _, begin, _, _ = helpers.smoke(config, 1)
+        begin = state.everywhere(begin)
+        replicas.check(begin, 0)
+        print("equal", flush=True)
+        replicas.check(differ(begin), 1)
+        return None
+    event = settings.pop("event", None)
+    source = Disturbed(inner, *here, **event) if event else Shared(inner, *here)
+    return pretrain.run(config, workdir, source, **settings)
+
+
+def main():
+    import jax
+
+    from disco_jax import errors
+    from disco_jax.train import hosts
+
+    for name, value in (
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_default_matmul_precision", "highest"),
+        ("jax_threefry_partitionable", True),
+    ):
+        jax.config.update(name, value)
+    if "DISCO_JAX_COORDINATOR" in os.environ:
+        hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
+    task, workdir, settings = sys.argv[1:]
+    try:
+        print(json.dumps(work(task, workdir, json.loads(settings))), flush=True)
+    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

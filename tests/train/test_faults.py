@@ -1,0 +1,180 @@
+"""What goes wrong around a run: changed settings, storage that is full or not to be written."""
+
+import json
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import chex
+import pytest
+
+import helpers
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.evaluate import features
+from disco_jax.tasks import pretrain
+from disco_jax.train import goodput
+
+# When a write fails, Orbax's threads tell of it a second time, in the air.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning",
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+)
+
+
+def source():
+    return ArraySource(helpers.digits_splits())
+
+
+def config(steps=4, **changes):
+    # A queue that does not compress: 1 MiB a checkpoint.
+    return helpers.smoke_config(
+        "moco_v2",
+        **{
+            "batch_size": 64,
+            "total_steps": steps,
+            "checkpoint.every_steps": 2,
+            "log.every_steps": 1,
+            "objectives.contrast.queue_size": 16_384,
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run of four steps; not to be changed."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    pretrain.run(config(), str(path), source(), profile="2:3")
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def saved(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def test_a_change_is_refused_with_what_it_is_unless_it_is_allowed(run):
+    longer = config(6, **{"optimizer.weight_decay": 1e-3})
+    with pytest.raises(UserError, match=r"config.optimizer.weight_decay: 0.0001 -> 0.001") as error:
+        pretrain.run(longer, str(run), source(), allow_change="total_steps")
+    assert "total_steps" not in str(error.value) and "--allow-change" in str(error.value)
+    with pytest.raises(UserError, match=r"--allow-change=optimiser.* Did you mean 'optimizer"):
+        pretrain.run(longer, str(run), source(), allow_change="optimiser.weight_decay")
+    allowed = "total_steps,config.optimizer.weight_decay"
+    pretrain.run(longer, str(run), source(), allow_change=allowed)
+    assert saved(run) == [2, 4, 6]
+    pretrain.run(longer, str(run), source())  # now it is what the run has
+
+
+def test_an_allowed_change_of_shapes_is_no_damage(run):
+    with pytest.raises(UserError, match="has other shapes"):
+        changed = config(6, **{"student.hidden": 64})
+        pretrain.run(changed, str(run), source(), allow_change="student.,total_steps")
+    assert saved(run) == [2, 4] and not (run / "checkpoints_damaged").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_told():
+    with pytest.raises(UserError, match=r"--workdir=/proc/disco_jax/run cannot be written"):
+        pretrain.run(config(), "/proc/disco_jax/run", source())
+
+
+def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path):
+    """A limit on the size of files fails as a full disk does: in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        with pytest.raises(Exception, match=r"(?i)file too large|write|EFBIG|27"):
+            pretrain.run(config(8), str(run), source(), allow_change="total_steps")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert features.load(str(run)).step == 4
+    pretrain.run(config(8), str(run), source())
+    whole = tmp_path / "whole"
+    pretrain.run(config(8), str(whole), source())
+    chex.assert_trees_all_equal(
+        features.load(str(run)).variables, features.load(str(whole)).variables
+    )
+
+
+def test_a_trace_is_written_of_the_steps_asked_for(finished):
+    assert list((finished / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("words", ["10", "3:2", "0:4", "a:b"])
+def test_wrong_steps_to_trace_are_refused(words, tmp_path):
+    with pytest.raises(UserError, match=r"must be FIRST:LAST"):
+        pretrain.run(config(), str(tmp_path), source(), profile=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_is_booked_and_written_with_the_metrics(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    assert last["goodput/init_s"] > 0 and last["goodput/step_s"] > 0
+    assert 0 < last["goodput/share"] < 1
+    noted = json.loads((finished / "goodput.json").read_text())
+    assert noted["starts"] == 1 and noted["unsaved_s"] == 0
+    assert noted["seconds"]["save"] > 0
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(goodput.time, "monotonic", lambda: self.now)
+
+
+def test_time_adds_up_over_starts_and_unsaved_steps_are_lost(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    booked = goodput.Goodput(tmp_path, 0.0)
+    clock.now = 10.0
+    booked._listen(goodput._COMPILATION, 4.0)
+    booked.begin()
+    clock.now = 30.0
+    booked.step(waited_s=5.0)
+    clock.now = 32.0
+    booked.save()
+    clock.now = 40.0
+    booked.step(waited_s=6.0)
+    booked.write()
+    booked.close()  # killed here, seven seconds of steps after the checkpoint
+    expected = {"init": 6, "compile": 4, "data": 6, "step": 22, "save": 2, "lost": 0}
+    assert json.loads((tmp_path / "goodput.json").read_text())["seconds"] == expected
+    clock.now = 100.0
+    again = goodput.Goodput(tmp_path, 100.0)
+    again.begin()
+    clock.now = 110.0
+    again.step(waited_s=0.0)
+    again.close()
+    report = again.report()
+    assert report["goodput/step_s"] == 15 + 10 and report["goodput/lost_s"] == 7
+    assert report["goodput/share"] == pytest.approx(25 / 50)
+    assert again.starts == 2
+
+
+def test_the_watchdog_ends_a_process_that_does_nothing():
+    code = (
+        "import time; from disco_jax.train.hosts import Watchdog; dog = Watchdog(0.5); "
+        "[(dog.alive(i), time.sleep(0.1)) for i in range(8)]; time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "nothing has happened for 0 s after step 7" in done.stderr.replace("for 1 s", "for 0 s")
+    assert "Current thread" in done.stderr or "Thread 0x" in done.stderr
+
+
+def test_a_closed_watchdog_ends_nothing():
+    code = (
+        "import time; from disco_jax.train.hosts import Watchdog; dog = Watchdog(0.2); "
+        "dog.alive(1); dog.close(); time.sleep(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

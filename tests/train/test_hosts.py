@@ -1,0 +1,198 @@
+"""Runs of several processes that meet over the loopback: equal losses, one fate."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import helpers
+
+TESTS = pathlib.Path(__file__).parents[1]
+DEVICES = 4  # of all processes together
+STEPS = 10
+CONFIG = {
+    "batch_size": 64,
+    "total_steps": STEPS,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "log.replicas_every_steps": 5,
+    # Sums over processes round in another order than sums over the devices of one. At the recipes'
+    # rates this tiny network makes a millionth of it after one step into 2e-5 after ten.
+    "learning_rate.per_256": 0.003,
+}
+RECIPES = ("disco", "moco_v2", "seed")
+
+
+def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
+    """Starts the processes of a run on `DEVICES` devices; a list of Popen."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = json.dumps({"recipe": recipe, "config": {**CONFIG, **(changes or {})}, **settings})
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": helpers.one_device_flags()
+        + f" --xla_force_host_platform_device_count={DEVICES // processes}",
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'parity'}",
+        "PEER_TIMEOUT_S": str(peer_timeout_s),
+    }
+    started = []
+    for i in range(processes):
+        place = {}
+        if processes > 1:
+            place = {
+                "DISCO_JAX_COORDINATOR": f"localhost:{port}",
+                "DISCO_JAX_PROCESSES": str(processes),
+                "DISCO_JAX_PROCESS": str(i),
+            }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, TESTS / "train" / "host.py", task, workdir, words],
+                env={**environment, **place},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(processes, expected=0):
+    """Waits; every process must end with `expected`. Their outputs."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [expected] * len(processes), "\n---\n".join([str(codes), *outputs])
+    return outputs
+
+
+def lines(workdir):
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    return {line["step"]: line for line in map(json.loads, text.splitlines())}
+
+
+def losses(workdir):
+    """f64[steps, losses]."""
+    found = lines(workdir)
+    assert list(found) == list(range(1, STEPS + 1))
+    keys = sorted(key for key in found[1] if key == "loss" or key.endswith("/loss"))
+    return np.array([[found[step][key] for key in keys] for step in found])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(recipe, processes) -> workdir of a finished run."""
+    made = {}
+
+    def run(recipe, processes):
+        if (recipe, processes) not in made:
+            workdir = tmp_path_factory.mktemp(recipe) / str(processes)
+            finish(launch("pretrain", workdir, processes, recipe))
+            made[recipe, processes] = workdir
+        return made[recipe, processes]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(r, marks=pytest.mark.slow) for r in RECIPES[1:])]
+)
+def test_two_processes_lose_what_one_does(runs, recipe):
+    alone, two = losses(runs(recipe, 1)), losses(runs(recipe, 2))
+    np.testing.assert_allclose(two, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_lose_what_one_does(runs):
+    np.testing.assert_allclose(
+        losses(runs("disco", 4)), losses(runs("disco", 1)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_two_processes_saved_goes_on_in_others(runs, tmp_path, processes):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs("disco", 2), workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    outputs = finish(launch("pretrain", workdir, processes))
+    assert f"Saved by 2 hosts, now {processes}" in outputs[0]
+    np.testing.assert_allclose(losses(workdir), losses(runs("disco", 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_evaluate(runs):
+    outputs = finish(launch("knn", runs("disco", 2), 2))
+    assert json.loads((runs("disco", 2) / "knn.json").read_text())["images"] == 360
+    results = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert results[0] == results[1]
+
+
+def test_replicas_that_differ_are_told_on_every_process(tmp_path):
+    outputs = finish(launch("replicas", tmp_path, 2), expected=3)
+    for output in outputs:
+        assert "equal" in output
+        assert "The replicas differ after step 1, in 1 arrays" in output
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path):
+    event = {"event": str(int(signal.SIGTERM)), "at": 4, "process": 1}
+    changes = {"total_steps": 5000, "checkpoint.every_steps": 1000}
+    outputs = finish(launch("pretrain", tmp_path / "run", 2, changes=changes, event=event), 75)
+    steps = {output.split("Asked to stop; step ")[1].split(" ")[0] for output in outputs}
+    assert len(steps) == 1
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [*steps]
+
+
+def test_a_mistake_is_told_by_every_process(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not overwrite")
+    for output in finish(launch("pretrain", tmp_path, 2), 2):
+        assert "is not empty and holds no run" in output
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_next_start_changes_no_loss(runs, tmp_path):
+    workdir = tmp_path / "run"
+    event = {"event": str(int(signal.SIGKILL)), "at": 8, "process": 1}
+    killed = launch("pretrain", workdir, 2, event=event, peer_timeout_s=10)
+    begin = time.monotonic()
+    outputs = [process.communicate(timeout=200)[0] for process in killed]
+    assert killed[1].returncode == -signal.SIGKILL
+    assert killed[0].returncode not in (0, None), outputs[0]
+    assert time.monotonic() - begin < 150
+    finish(launch("pretrain", workdir, 2))
+    np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 2)))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_all_with_a_word(tmp_path):
+    event = {"event": "hang", "at": 4, "process": 1}
+    changes = {"log.hang_s": 8.0}
+    for output in finish(launch("pretrain", tmp_path, 2, changes=changes, event=event), 1):
+        assert "nothing has happened for 8 s after step" in output
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--process=1", "--processes=2"], "need --coordinator=HOST:PORT"),
+        (["--coordinator=localhost:1"], "missing: --processes, --process"),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], r"is not one of 0..1"),
+        (["--coordinator=localhost", "--processes=2", "--process=1"], "needs a port"),
+        (["--distributed"], "did not find one another"),
+    ],
+)
+def test_wrong_meetings_are_refused(words, says, tmp_path):
+    """In a process of its own, as a refused meeting may leave a mark on JAX."""
+    code = (
+        "import sys; from disco_jax import main; sys.exit(main.main(['pretrain', "
+        f"'--config=moco_v2:smoke=true', '--workdir={tmp_path}', *{words!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert says.replace("\\", "") in done.stderr
