@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from disco_jax.data.pipeline import to_devices
 from disco_jax.errors import UserError
-from disco_jax.evaluate.features import Features, top_k
+from disco_jax.evaluate.features import Features
+from disco_jax.evaluate.scores import top_k
 from disco_jax.ops.collectives import pmean
 from disco_jax.train import loop, optimizer
 from disco_jax.train.metrics import Logger

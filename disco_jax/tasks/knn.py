@@ -11,6 +11,7 @@ from disco_jax import errors
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, knn
+from disco_jax.evaluate.scores import top_k
 
 OUTPUTS = ("features", "embedding")
 
@@ -60,5 +61,5 @@ def accuracy(config: ConfigDict, train: features.Features, test: features.Featur
     votes = knn.scores(
         similarities, train.labels[rows], classes, vote=config.vote, temperature=config.temperature
     )
-    accuracies = {f"top{k}": features.top_k(votes, test.labels, k) for k in (1, 5)}
+    accuracies = {f"top{k}": top_k(votes, test.labels, k) for k in (1, 5)}
     return {**accuracies, "images": len(test.labels)}

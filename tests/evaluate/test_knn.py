@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import helpers
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
-from disco_jax.evaluate.features import top_k
+from disco_jax.evaluate.scores import top_k
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
