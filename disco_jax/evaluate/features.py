@@ -69,6 +69,11 @@ def load(run: str, network: str = "student") -> Trained:
     config = workdir.read_config(run)
     encoder = models.build_encoder(config.student, config.dtype)
     like = jax.eval_shape(lambda: encoder.create(0, config.augment.size))
+    if not checkpoint.has(run, network):
+        raise errors.UserError(
+            f"config.network={network!r}, but the checkpoints of {run} hold no such network (an "
+            "import and a method without one have none). Set --config.network=student."
+        )
     variables, step = checkpoint.load(run, network, like)
     return Trained(encoder, variables, config, step)
 
@@ -86,6 +91,7 @@ def extract(
     recipe: views.Recipe,
     outputs: Sequence[str] = ("features", "embedding"),
     blocks: int = 1,
+    mirrored: bool = False,
 ) -> Features:
     """Encodes every image once, on all devices, BatchNorm on stored statistics.
 
@@ -98,6 +104,7 @@ def extract(
       recipe: for the normalisation.
       outputs: what is wanted of `encoder.OUTPUTS`; the rest has no columns.
       blocks: see `Encoder.read`.
+      mirrored: left and right change places in every image.
 
     Returns:
       The features of all hosts' images, host after host: the stored order of a source that hosts
@@ -105,6 +112,7 @@ def extract(
     """
 
     def encode(variables: Variables, images: jax.Array) -> Any:
+        images = images[:, :, ::-1] if mirrored else images
         return encoder.apply(
             variables,
             recipe.plain(images),
@@ -144,6 +152,7 @@ def of_split(
     outputs: Sequence[str] = ("features", "embedding"),
     blocks: int = 1,
     limit: int = 0,
+    mirrored: bool = False,
 ) -> Features:
     """`extract` on a split of a source, resized and cropped as the run's config says.
 
@@ -155,6 +164,7 @@ def of_split(
       outputs: see `extract`.
       blocks: see `extract`.
       limit: no more than this many images over all hosts; 0: all.
+      mirrored: see `extract`.
 
     Raises:
       UserError: the network has no such output, a label is missing, or the split is empty.
@@ -173,7 +183,7 @@ def of_split(
         limit,
     )
     recipe = views.build(augment, trained.config.views)
-    found = extract(trained.encoder, trained.variables, batches, recipe, outputs, blocks)
+    found = extract(trained.encoder, trained.variables, batches, recipe, outputs, blocks, mirrored)
     if (found.labels < 0).any():
         raise unlabelled(source, split)
     return found

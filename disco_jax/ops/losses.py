@@ -77,6 +77,48 @@ def soft_cross_entropy(
     return -jnp.sum(targets * jax.nn.log_softmax(scores, axis=-1), axis=-1)
 
 
+def distillation_cross_entropy(
+    student: Array,
+    teacher: Array,
+    labels: Array,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 2.0,
+    reduction: str = "element",
+) -> Array:
+    """Supervised distillation: a teacher's softened classes beside the labels.
+
+    Hinton et al. (arXiv:1503.02531): alpha T^2 KL(teacher || student) + (1 - alpha) CE. DisCo's
+    code averages the divergence over the classes as well as the images (disagreement A1).
+
+    Args:
+      student: f32[B, C], logits; the only input that needs a gradient.
+      teacher: f32[B, C], logits.
+      labels: i32[B].
+      alpha: in 0..1, the share of the teacher; DisCo uses 0.5.
+      temperature: T > 0; DisCo uses 2.
+      reduction: of the divergence: "element" divides it by C, "batch" does not.
+
+    Returns:
+      f32[B] in nats, one value an example; the caller takes the mean.
+
+    Raises:
+      AssertionError: while tracing, when a shape, dtype or the reduction is another.
+    """
+    chex.assert_type([student, teacher], jnp.float32)
+    chex.assert_equal_shape([student, teacher])
+    chex.assert_shape(labels, student.shape[:1])
+    assert reduction in ("element", "batch"), reduction
+    target = jax.nn.log_softmax(teacher / temperature, axis=-1)
+    given = jax.nn.log_softmax(student / temperature, axis=-1)
+    divergence = jnp.sum(jnp.exp(target) * (target - given), axis=-1)
+    if reduction == "element":
+        divergence /= student.shape[-1]
+    chosen = jnp.take_along_axis(student, labels[:, None], axis=-1)[:, 0]
+    hard = jax.nn.logsumexp(student, axis=-1) - chosen
+    return alpha * temperature**2 * divergence + (1 - alpha) * hard
+
+
 def squared_distance(student: Array, teacher: Array) -> Array:
     """Squared Euclidean distance of two embeddings, summed over the dimensions.
 

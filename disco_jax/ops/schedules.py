@@ -51,5 +51,24 @@ def warmup(schedule: Schedule, start: float, peak: float, warmup_steps: int) -> 
     return value
 
 
+def cosine_after(
+    start: float, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+    """A line from `start` to `peak`, both included, then half a cosine from `peak` to `end`.
+
+    What SwAV, DINO and SSLight use for the learning rate and DINO for the weight decay and the EMA
+    rate too. As the line includes its end, `peak` is taken twice: in its last step and in the
+    next. `end` would be taken in the step after the last, `total_steps`.
+    """
+    rest = max(total_steps - warmup_steps, 1)
+
+    def value(step: Array) -> Array:
+        left = jnp.square(jnp.sin(jnp.pi / 2 * _fraction(rest + warmup_steps - step, rest)))
+        line = start + (peak - start) * _fraction(step, max(warmup_steps - 1, 1))
+        return jnp.where(step < warmup_steps, line, end + (peak - end) * left)
+
+    return value
+
+
 def _fraction(step: Array, total: int) -> Array:
     return jnp.asarray(step, jnp.float32) / total

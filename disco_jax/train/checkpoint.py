@@ -175,6 +175,13 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
     raise UserError(f"{folder} holds no readable checkpoint (found steps: {steps or 'none'}).")
 
 
+def has(workdir: str, part: str) -> bool:
+    """Whether the checkpoints of a run hold a part; True where there are none to look into."""
+    folder = _absolute(workdir) / FOLDER
+    steps = [s for s in folder.iterdir() if s.name.isdigit()] if folder.exists() else []
+    return not steps or any((step / part).exists() for step in steps)
+
+
 def _absolute(workdir: str) -> epath.Path:
     """Orbax takes no relative paths; an object store's have no other form."""
     path = epath.Path(workdir)

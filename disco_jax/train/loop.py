@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ class Schedule:
       batch_size: over all devices, for the rates.
       log_steps: steps between two log lines.
       checkpoint_steps: steps between two checkpoints.
+      evaluate_steps: steps between two evaluations; 0: none.
       verbose: whether process 0 prints the progress line.
     """
 
@@ -39,6 +40,7 @@ class Schedule:
     batch_size: int
     log_steps: int = 50
     checkpoint_steps: int = 1000
+    evaluate_steps: int = 0
     verbose: bool = True
 
 
@@ -50,6 +52,7 @@ def run(
     schedule: Schedule,
     logger: Logger,
     checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[int, Any], Mapping[str, float]] | None = None,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -63,6 +66,8 @@ def run(
       schedule: when to do what.
       logger: for the metrics.
       checkpoints: None saves nothing, as a probe does.
+      evaluate: (step, state) -> metrics, called every `schedule.evaluate_steps` steps and after
+        the last one; it must leave the state alone.
 
     Returns:
       The last state.
@@ -92,6 +97,9 @@ def run(
                 logger.write(step, summary)
                 if schedule.verbose and jax.process_index() == 0:
                     print(progress.line(step, summary), flush=True)
+            if _due(step, last, schedule.evaluate_steps):
+                with progress.aside():
+                    logger.write(step, evaluate(step, state))
             if save:
                 checkpoints.save(step, state, _everyone(position), summary)
             if stopping and not last:
@@ -100,6 +108,11 @@ def run(
     if checkpoints:
         checkpoints.wait()
     return state
+
+
+def _due(step: int, last: bool, every: int) -> bool:
+    """Whether to evaluate after this step."""
+    return bool(every) and (last or step % every == 0)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from disco_jax import errors
 from disco_jax.ops import schedules
 from disco_jax.ops.schedules import Schedule
 
-DECAYS = ("cosine", "steps", "constant")
+DECAYS = ("cosine", "cosine_after", "steps", "constant")
 
 
 def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs: int) -> Schedule:
@@ -16,8 +16,9 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
 
     Args:
       spec: fields `per_256` (the peak at a global batch of 256, scaled linearly), `decay`
-        ("cosine", "steps", "constant"), `every` ("epoch": constant inside an epoch, as MoCo,
-        DisCo and SEED do; "step"), `milestones` (epochs) and `factor` of "steps",
+        ("cosine": of the whole run, to 0; "cosine_after": of what follows the warm-up, to
+        `minimum`, which is not scaled; "steps"; "constant"), `every` ("epoch": constant inside an
+        epoch, as MoCo, DisCo and SEED do; "step"), `milestones` (epochs) and `factor` of "steps",
         `warmup_epochs`, and `warmup_from`, the rate at step 0 (not scaled).
       batch_size: over all devices of all hosts.
       steps_per_epoch: steps an epoch.
@@ -28,7 +29,10 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     """
     peak = spec.per_256 * batch_size / 256
     total = total_epochs * steps_per_epoch
-    if spec.decay == "cosine":
+    if spec.decay == "cosine_after":
+        start, warm = spec.warmup_from, round(spec.warmup_epochs * steps_per_epoch)
+        schedule = schedules.cosine_after(start, peak, spec.minimum, warm, total)
+    elif spec.decay == "cosine":
         schedule = schedules.cosine(peak, total)
     elif spec.decay == "steps":
         milestones = [epoch * steps_per_epoch for epoch in spec.milestones]
@@ -37,7 +41,7 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
         schedule = schedules.constant(peak)
     else:
         raise errors.unknown("config.learning_rate.decay", spec.decay, DECAYS)
-    if spec.warmup_epochs:
+    if spec.warmup_epochs and spec.decay != "cosine_after":
         warmup_steps = spec.warmup_epochs * steps_per_epoch
         schedule = schedules.warmup(schedule, spec.warmup_from, peak, warmup_steps)
     if spec.every == "epoch":
@@ -51,7 +55,8 @@ def build(spec: Any, rate: Schedule) -> optax.GradientTransformation:
     """The optimizer of a config's `optimizer`, following the learning rate `rate`.
 
     "sgd" is PyTorch's: g <- g + wd p; v <- mu v + g; p <- p - lr v, with the weight decay on
-    every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train.
+    every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train. With the optional
+    field `nesterov` it looks ahead as PyTorch's does: p <- p - lr (g + mu v).
 
     Raises:
       UserError: for an optimizer that is not known.
@@ -60,5 +65,5 @@ def build(spec: Any, rate: Schedule) -> optax.GradientTransformation:
         raise errors.unknown("config.optimizer.name", spec.name, ("sgd",))
     return optax.chain(
         optax.add_decayed_weights(spec.weight_decay),
-        optax.sgd(rate, momentum=spec.momentum),
+        optax.sgd(rate, momentum=spec.momentum, nesterov=spec.get("nesterov", False)),
     )
