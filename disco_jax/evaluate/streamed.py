@@ -27,7 +27,12 @@ from disco_jax.train.state import apart
 
 LAYERS = ("classifier", "all")
 # Settings that may change when a training goes on: they do not change what is learned.
-_FREE = ("log_every_epochs", "checkpoint_every_epochs", "evaluate_every_epochs", "extract_batch_size")
+_FREE = (
+    "log_every_epochs",
+    "checkpoint_every_epochs",
+    "evaluate_every_epochs",
+    "extract_batch_size",
+)
 # Fields of `augment` that are the run's own, whatever the stack.
 _OF_RUN = ("size", "interpolation", "antialias", "mean", "std")
 

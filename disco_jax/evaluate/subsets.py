@@ -63,7 +63,9 @@ def held_out(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """
     out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        rows = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        rows = np.random.default_rng([seed, int(label)]).permutation(
+            np.flatnonzero(labels == label)
+        )
         wanted = max(round(len(rows) * percent / 100), 1)
         out[rows[: min(wanted, len(rows) - 1)]] = True
     if not out.any():

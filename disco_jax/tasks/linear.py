@@ -133,9 +133,7 @@ def _check_data(
         )
 
 
-def _extract(
-    config: ConfigDict, trained: Trained, source: Source, split: str
-) -> list[Features]:
+def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -> list[Features]:
     """Features of a split; of the training split with `augment="flip"` also those mirrored."""
     both = config.augment == "flip" and split == trained.config.data.train_split
     return [

@@ -69,7 +69,9 @@ def test_top_k_counts_ties_once():
 
 def brute_force(train, test, k):
     """The whole matrix in float64, equal similarities in the order of their rows."""
-    normal = [x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
+    normal = [
+        x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)
+    ]
     return np.argsort(-(normal[1] @ normal[0].T), axis=1, kind="stable")[:, :k]
 
 
