@@ -13,6 +13,7 @@ from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.streamed import Teacher
 from disco_jax.train import checkpoint
+from disco_jax.train.metrics import FILE
 
 # What a results' file says of how its classifier reads a network.
 READING = ("network", "output", "blocks", "layers")
@@ -27,6 +28,12 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
     if arrays:
         with (path / f"{name}.npz").open("wb") as file:
             np.savez(file, **arrays)
+
+
+def metrics(folder: str) -> list[dict[str, Any]]:
+    """The lines of a training's metrics, those before a restart too."""
+    file = epath.Path(folder) / FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def arrays(layer: Classifier) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 `linear`, `semi`, `transfer` and `finetune` are this one task with other settings.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import features, grid, linear, saved, scores, streamed, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features, Trained
-from disco_jax.train import metrics
 
 AUGMENT = ("linear", "flip", "none")
 
@@ -179,13 +177,7 @@ def _streamed(
         look_steps=config.evaluate_every_epochs * how.steps_per_epoch,
     )
     found = tested(network, layer)
-    for step, top1 in _looks(folder):
-        best.note(step, top1)
+    for line in saved.metrics(str(folder)):
+        if "test/top1" in line:
+            best.note(line["step"], line["test/top1"])
     return layer, {**scores.summary(*found), **best.result}, found
-
-
-def _looks(folder: epath.Path) -> list[tuple[int, float]]:
-    """(step, top-1) of every look at the test images, those before a restart too."""
-    file = folder / metrics.FILE
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [(line["step"], line["test/top1"]) for line in lines if "test/top1" in line]
