@@ -1,6 +1,7 @@
 """k-nearest-neighbour classification, weighted as DINO does or by a plain vote as SEED does."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +106,14 @@ def _candidates(
     host, hosts = jax.process_index(), jax.process_count()
     first, last = host * len(train) // hosts, (host + 1) * len(train) // hosts
     devices = jax.local_device_count()
-    bank_block = min(blocks[0], max(-(-(last - first) // devices), keep))
-    per_device = max(blocks[1] // bank_block, 1) * bank_block
-    per_device = min(per_device, -(-(-(-(last - first) // devices)) // bank_block) * bank_block)
+    own_share = math.ceil((last - first) / devices)
+    bank_block = min(blocks[0], max(own_share, keep))
+    in_blocks = min(max(blocks[1] // bank_block, 1), max(math.ceil(own_share / bank_block), 1))
+    per_device = in_blocks * bank_block
     block = min(block, len(test))
     values = np.full((len(test), keep), -np.inf, np.float32)
     rows = np.zeros((len(test), keep), np.int64)
-    for start in range(first, last, max(per_device * devices, 1)):
+    for start in range(first, last, per_device * devices):
         part = train[start : min(start + per_device * devices, last)]
         bank, count = _on_devices(part, per_device, devices)
         for i in range(0, len(test), block):

@@ -30,8 +30,9 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       UserError: a setting, a run or the data will not do, or scikit-learn is missing.
     """
     reduce = _tsne(config)
-    runs = {"": workdir, **{str(i): run for i, run in enumerate(config.beside)}}
-    networks = [target.aimed(features.load(r, config.network), config.data) for r in runs.values()]
+    runs = [workdir, *config.beside]
+    titles = _titles(config, runs)
+    networks = [target.aimed(features.load(run, config.network), config.data) for run in runs]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
@@ -39,7 +40,6 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     found = [_of(config, trained, source, split) for trained in networks]
     classes, rows = _chosen(config, found[0].labels)
     labels = np.searchsorted(classes, found[0].labels[rows])
-    titles = _titles(config, list(runs.values()))
     places = {
         title: reduce(getattr(one, config.output)[rows])
         for title, one in zip(titles, found, strict=True)
@@ -71,13 +71,8 @@ def _chosen(config: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     missing = sorted(set(wanted.tolist()) - set(there.tolist()))
     if missing:
         raise errors.UserError(
-            f"config.classes={tuple(config.classes)}: the split has no image of class {missing[0]}; "
-            f"it has {len(there)} classes, {there[0]} to {there[-1]}."
-        )
-    if config.names and len(config.names) != len(wanted):
-        raise errors.UserError(
-            f"config.names has {len(config.names)} names for {len(wanted)} classes; give one each, "
-            "in the order of the classes."
+            f"config.classes={tuple(config.classes)}: the split has no image of class "
+            f"{missing[0]}; it has {len(there)} classes, {there[0]} to {there[-1]}."
         )
     rows = [np.flatnonzero(labels == label)[: config.images_per_class] for label in wanted]
     return wanted, np.concatenate(rows)
@@ -85,6 +80,12 @@ def _chosen(config: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _titles(config: ConfigDict, runs: list[str]) -> list[str]:
     """Names above the pictures, each once."""
+    wanted = len(config.classes) or config.num_classes
+    if config.names and len(config.names) != wanted:
+        raise errors.UserError(
+            f"config.names has {len(config.names)} names for {wanted} classes; give one each, "
+            "in the order of the classes' numbers."
+        )
     given = list(config.titles) or [epath.Path(run).name for run in runs]
     if len(given) != len(runs):
         raise errors.UserError(
@@ -109,15 +110,18 @@ def _tsne(config: ConfigDict):
     except ImportError:
         raise errors.UserError('t-SNE needs scikit-learn: pip install "disco-jax[tsne]".') from None
 
+    most = config.images_per_class * (len(config.classes) or config.num_classes)
+    if not 0 < config.perplexity < most:
+        raise errors.UserError(
+            f"config.perplexity={config.perplexity} must lie above 0 and below the {most} images "
+            "that are drawn."
+        )
+
     def reduce(rows: np.ndarray) -> np.ndarray:
-        if len(rows) <= config.perplexity:
-            raise errors.UserError(
-                f"config.perplexity={config.perplexity} must be below the {len(rows)} images."
-            )
         made = TSNE(
             metric="cosine",
             init="pca",
-            perplexity=config.perplexity,
+            perplexity=min(config.perplexity, (len(rows) - 1) / 3),
             random_state=config.seed,
         ).fit_transform(rows)
         return made.astype(np.float32)
