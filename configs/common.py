@@ -126,6 +126,14 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
     config.log = dict(every_steps=50, tensorboard=True)
+    # Whether it learns: kNN of the student's features within a labelled split, each image by the
+    # others, as knn/top1 in the metrics. It costs a pass over so many images each time.
+    config.monitor = dict(
+        knn_every_steps=0,  # 0: never
+        split="",  # "": data.eval_split
+        images=5000,  # no more than so many; 0: all
+        k=20,
+    )
     config.checkpoint = dict(
         every_steps=1000,
         keep=3,  # newest checkpoints kept

@@ -1,6 +1,7 @@
 """Features of a whole split, extracted once; every probe reads them."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -111,20 +112,9 @@ def extract(
       share.
     """
 
-    def encode(variables: Variables, images: jax.Array) -> Any:
-        images = images[:, :, ::-1] if mirrored else images
-        return encoder.apply(
-            variables,
-            recipe.plain(images),
-            norm="running",
-            outputs=tuple(outputs),
-            blocks=blocks,
-            method="read",
-        )
-
-    apply = jax.pmap(encode, AXIS, in_axes=(None, 0), devices=jax.local_devices())
-    variables = everywhere(variables, jax.local_devices())
-    devices = jax.local_device_count()
+    local = tuple(jax.local_devices())
+    apply = _compiled(encoder, recipe, tuple(outputs), blocks, mirrored, local)
+    variables, devices = everywhere(variables, local), len(local)
     parts: list[list[dict[str, np.ndarray]]] = []  # batch -> host -> columns
     for batch in batches:
         made = jax.device_get(apply(variables, pipeline.to_devices(batch["image"], devices)))
@@ -134,6 +124,31 @@ def extract(
     found = {name: np.concatenate([p[name] for p in by_host]) for name in (*outputs, "labels")}
     empty = np.zeros((len(found["labels"]), 0), np.float32)
     return Features(**{name: empty for name in OUTPUTS if name not in outputs}, **found)
+
+
+@functools.lru_cache(maxsize=8)  # a network is looked at again and again while it trains
+def _compiled(
+    encoder: Encoder,
+    recipe: views.Recipe,
+    outputs: tuple[str, ...],
+    blocks: int,
+    mirrored: bool,
+    devices: tuple[jax.Device, ...],
+) -> Any:
+    """(variables, u8[devices, B, S, S, 3]) -> {output: f32[devices, B, D]}."""
+
+    def encode(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+        images = images[:, :, ::-1] if mirrored else images
+        return encoder.apply(
+            variables,
+            recipe.plain(images),
+            norm="running",
+            outputs=outputs,
+            blocks=blocks,
+            method="read",
+        )
+
+    return jax.pmap(encode, AXIS, in_axes=(None, 0), devices=devices)
 
 
 def _of_hosts(columns: dict[str, np.ndarray], mask: np.ndarray) -> list[dict[str, np.ndarray]]:

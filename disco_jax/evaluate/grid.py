@@ -41,7 +41,7 @@ def train(
     pairs = _pairs(config)
     out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
     standard = classifier.standard(rows[~out]) if config.normalise else {}
-    heads = _fit(config, rows[~out], labels[~out], num_classes, pairs, standard)
+    heads = side_by_side(config, rows[~out], labels[~out], num_classes, pairs, standard)
     tops = [
         scores.top_k(Classifier(*head, standard).scores(rows[out]), labels[out], 1)
         for head in heads
@@ -70,7 +70,7 @@ def _pairs(config: ConfigDict) -> list[tuple[float, float]]:
     return list(itertools.product(config.grid.rates, config.grid.weight_decays))
 
 
-def _fit(
+def side_by_side(
     config: ConfigDict,
     rows: np.ndarray,
     labels: np.ndarray,
@@ -78,7 +78,7 @@ def _fit(
     pairs: list[tuple[float, float]],
     standard: dict[str, np.ndarray],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(kernel, bias) of every pair."""
+    """(kernel f32[F, C], bias f32[C]) of every (rate, weight decay), trained in one pass."""
     unit = config.copy_and_resolve_references()
     unit.learning_rate.per_256 = 1.0
     how = linear.plan(unit, len(labels))

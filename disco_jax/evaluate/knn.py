@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from disco_jax import errors
+from disco_jax.evaluate.scores import top_k
 from disco_jax.ops.losses import unit
 
 VOTES = ("weighted", "majority")
@@ -92,6 +93,21 @@ def scores(
     votes = np.zeros((len(labels), num_classes))
     np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
     return votes
+
+
+def leave_one_out(rows: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Weighted-vote top-1 in percent of every row by the k nearest others.
+
+    Needs no training images: SSLight watches its runs this way, within the validation split.
+
+    Args:
+      rows: f32[N, F].
+      labels: i32[N].
+      k: neighbours.
+    """
+    similarities, nearest = neighbours(rows, rows, k, leave_out=True)
+    votes = scores(similarities, labels[nearest], int(labels.max()) + 1)
+    return top_k(votes, labels, 1)
 
 
 def _candidates(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, methods
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
+from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method
 from disco_jax.ops import schedules
 from disco_jax.train import checkpoint, loop, optimizer, state, step, teacher
@@ -67,6 +68,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     if config.checkpoint.best_metric not in ("", *losses):
         raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
     source = source or pipeline.open_source(config.data)
+    monitor.check(config, source)
     steps_per_epoch = _steps_per_epoch(source, config)
     rate = optimizer.learning_rate(
         config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
@@ -169,9 +171,11 @@ def _train(
                 batch_size=config.batch_size,
                 log_steps=config.log.every_steps,
                 checkpoint_steps=config.checkpoint.every_steps,
+                evaluate_steps=config.monitor.knn_every_steps,
             ),
             logger,
             checkpoints,
+            monitor.knn_of(config, ready.method.networks["student"].encoder, ready.source),
         )
 
 
@@ -213,6 +217,9 @@ def _check_numbers(config: ConfigDict) -> None:
         "checkpoint.keep": 1,
         "momentum.ema_rate": 0,
         "data.max_unreadable": 0,
+        "monitor.knn_every_steps": 0,
+        "monitor.images": 0,
+        "monitor.k": 1,
     }
     values = {name: functools.reduce(getattr, name.split("."), config) for name in least}
     low = [f"config.{n}={v} is below {least[n]}." for n, v in values.items() if v < least[n]]

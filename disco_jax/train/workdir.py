@@ -29,6 +29,7 @@ ENVIRONMENT = "environment.json"
 # Settings that may change between two starts of a run: they do not change what is learned.
 FREE = (
     "log.",
+    "monitor.",
     "checkpoint.",
     "data.dir",
     "data.cache",
