@@ -56,6 +56,7 @@ setup(
         # Not needed to read or write their files; exports are run in them where they are there.
         "torch": ["torch>=2.4", "timm>=1.0", "torchvision>=0.19"],
         "demo": DEMO,
+        "tsne": DEMO,
         "test": [
             *DEMO,
             "hypothesis>=6.100",

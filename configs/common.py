@@ -246,6 +246,14 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
         hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
     )
+    # Whether it learns: kNN of the student's features within a labelled split, each image by the
+    # others, as knn/top1 in the metrics. It costs a pass over so many images each time.
+    config.monitor = dict(
+        knn_every_steps=0,  # 0: never
+        split="",  # "": data.eval_split
+        images=5000,  # no more than so many; 0: all
+        k=20,
+    )
     config.checkpoint = dict(
         every_steps=1000,
         keep=3,  # newest checkpoints kept
@@ -404,3 +412,72 @@ def _set_queues(config: ConfigDict, size: int) -> None:
     for fields in config.objectives.values():
         if "queue_size" in fields:
             fields.queue_size = size
+
+
+def evaluation(name: str) -> ConfigDict:
+    """Every field that all evaluations of a run share.
+
+    Args:
+      name: of the files with the results in the run's directory.
+    """
+    config = ConfigDict()
+    config.name = name
+    config.network = "student"  # student | momentum
+    config.output = "features"  # features | embedding | hidden: what the head's last layer reads
+    config.blocks = 1  # of a ViT: class tokens of so many last blocks side by side
+    config.batch_size = 256
+    # "", 0 and -1: as the run has it. Another data set: name (TFDS), or dir (folder or .npz).
+    config.data = dict(
+        source="",  # tfds | folder | npz
+        name="",
+        dir="",
+        train_split="",
+        eval_split="",
+        subset="",  # a list of file names, one a line: training reads these alone
+        size=0,  # px
+        eval_resize=-1,  # px of the shorter side before the centre is cut out; 0: squeeze
+        interpolation="",  # bilinear | bicubic
+    )
+    return config
+
+
+def classification(name: str) -> ConfigDict:
+    """Every field of a training with labels: linear probes and fine-tuning.
+
+    Args:
+      name: see `evaluation`.
+    """
+    config = evaluation(name)
+    config.student = ""  # the backbone that the settings are for; "": any
+    config.seed = 0
+    config.total_epochs = 100
+    config.layers = "classifier"  # classifier | all
+    config.norm = "running"  # BatchNorm of the network: running | sync | local
+    config.augment = "linear"  # linear: random crops and flips | flip | none
+    config.normalise = False  # rows of length 1, then every dimension by its mean and deviation
+    config.init = "normal"  # normal: N(0, 0.01), bias 0 | torch: U(+-1/sqrt(fan_in))
+    # A class-balanced part of the training split: percent or images a class; 0: all of it.
+    config.labelled = dict(percent=0.0, per_class=0, seed=0)
+    config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0, nesterov=False)
+    config.head_rate = 1.0  # learning rate of the classifier over that of the network
+    config.learning_rate = dict(
+        per_256=30.0,
+        decay="steps",
+        every="epoch",
+        milestones=(60, 80),
+        factor=0.1,
+        minimum=0.0,  # where "cosine_after" ends
+        warmup_epochs=0,
+        warmup_from=0.0,
+    )
+    # A grid of rates and weight decays instead, trained side by side on features extracted once;
+    # the best on a held-out part of the training images is the one that is tested.
+    config.grid = dict(rates=(), weight_decays=(), held_out_percent=10.0)
+    # A teacher's classes beside the labels: weight is its share, teacher RUN/NAME of a probe or of
+    # a fine-tuning.
+    config.distill = dict(weight=0.0, teacher="", temperature=2.0, reduction="element")
+    config.log_every_epochs = 10
+    config.evaluate_every_epochs = 0  # on the test images; 0: once, at the end
+    config.checkpoint_every_epochs = 1  # of trainings that read images
+    config.extract_batch_size = 256  # images encoded at once by a host
+    return config

@@ -1,21 +1,30 @@
 r"""k-nearest-neighbour evaluation of a run.
 
     disco-jax knn --workdir RUN [--config.k=20]
+    disco-jax knn --workdir RUN --config configs/knn.py:protocol=seed
 
-`weighted` votes on the pooled features as DINO does (arXiv:2104.14294, k = 20, temperature 0.07);
-`majority` is the plain vote of SEED (arXiv:2101.04731, k = 10) on the embedding.
+`dino`, the default: weighted votes on the pooled features (arXiv:2104.14294, k = 20, temperature
+0.07), as SSLight too; `seed`: the plain vote of 10 on the embedding (arXiv:2101.04731);
+`compress`: the nearest one on the features, as SimReg too.
 """
 
-from ml_collections import ConfigDict
+from disco_jax.configs import common
+from disco_jax.errors import unknown
+
+PROTOCOLS = {
+    "dino": {},
+    "seed": dict(output="embedding", vote="majority", k=10),
+    "compress": dict(vote="majority", k=1),
+}
 
 
 def get_config(arg=None):
-    del arg
-    config = ConfigDict()
-    config.network = "student"  # student | momentum
-    config.output = "features"  # features | embedding
+    arg = common.parse(arg, protocol="dino")
+    if arg.protocol not in PROTOCOLS:
+        raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
+    config = common.evaluation("knn" if arg.protocol == "dino" else f"knn_{arg.protocol}")
     config.vote = "weighted"  # weighted | majority
     config.k = 20
     config.temperature = 0.07
-    config.batch_size = 256  # images encoded at once
+    config.update(PROTOCOLS[arg.protocol])
     return config

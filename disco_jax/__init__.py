@@ -13,7 +13,19 @@ import importlib
 
 from disco_jax.version import __version__
 
-TASKS = ("pretrain", "distill", "knn", "linear", "demo", "export", "embed")
+TASKS = (
+    "pretrain",
+    "distill",
+    "knn",
+    "linear",
+    "fewshot",
+    "plane",
+    "tsne",
+    "cost",
+    "demo",
+    "export",
+    "embed",
+)
 
 __all__ = ["__version__", *TASKS]
 

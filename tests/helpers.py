@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 import reference_weights
-from disco_jax import flags, methods
+from disco_jax import flags, methods, models
 from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
@@ -20,6 +21,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.train import state, teacher
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import from_config
+from disco_jax.train.workdir import claim
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -173,6 +175,19 @@ def smoke_config(recipe, **changes):
     return teacher.resolve(config)
 
 
+def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):
+    """The directory of a run whose student has only begun, on the images of an .npz file."""
+    config = smoke_config(recipe, **changes)
+    config.data.source, config.data.dir, config.seed = "npz", str(data_file), seed
+    encoder = models.build_encoder(config.student)
+    student = encoder.create(seed, config.augment.size)
+    begun = state.TrainState(np.int32(0), student, {}, {}, ())
+    with claim(str(folder), config), contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(0, begun, [[0, 0]], {})
+        checkpoints.wait()
+    return str(folder)
+
+
 def smoke(config, replicas):
     """(step of one replica, state, frozen, batch with a leading replica axis)."""
     recipe = views.build(config.augment, config.views, config.local)
@@ -233,3 +248,15 @@ def restore(folder, like):
     """`Checkpoints.restore` of a run's directory, closed afterwards."""
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         return checkpoints.restore(like)
+
+
+@contextlib.contextmanager
+def devices(count):
+    """As if this process had so few devices."""
+    some = jax.devices()[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: some)
+        patch.setattr(jax, "local_devices", lambda *_, **__: some)
+        patch.setattr(jax, "device_count", lambda *_: count)
+        patch.setattr(jax, "local_device_count", lambda *_: count)
+        yield

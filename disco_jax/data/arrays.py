@@ -111,25 +111,26 @@ class ArraySource:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
         check_crops(views)
         base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
-        images, _ = self._split(split)
+        images, labels = self._split(split)
         share = len(images) // self._hosts
         base.check_batch_size(self.name, split, share, batch_size)
-        return self._train(images, share, views, batch_size, seed, start)
+        return self._train(images, labels, share, views, batch_size, seed, start)
 
-    def _train(self, images, share, views, batch_size, seed, start):
+    def _train(self, images, labels, share, views, batch_size, seed, start):
         offset = start.offset
         with _mapper(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
                 shuffled = np.random.default_rng(base.seed_words(seed, epoch))
                 order = shuffled.permutation(len(images))[self._host :: self._hosts]
                 for begin in range(offset, share - batch_size + 1, batch_size):
-                    chosen = [images[i] for i in order[begin : begin + batch_size]]
+                    rows = order[begin : begin + batch_size]
+                    chosen = [images[i] for i in rows]
                     made = {
                         view: crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
                         for view, crop in views.items()
                     }
                     after = base.next_position(epoch, begin + batch_size, share, batch_size)
-                    yield base.HostBatch(made, {}, after)
+                    yield base.HostBatch(made, {}, after, labels[rows])
                 offset = 0
 
     def evaluate(

@@ -44,11 +44,13 @@ class HostBatch(NamedTuple):
       views: view -> u8[b, S, S, 3], its crop of each image.
       aux: name -> array[b, ...], what else a method reads; {} where nothing is.
       position: where the next batch starts.
+      labels: i32[b], -1 where there is none; for probes alone, no method reads them.
     """
 
     views: dict[int, np.ndarray]
     aux: dict[str, np.ndarray]
     position: Position
+    labels: np.ndarray
 
 
 class Source(Protocol):

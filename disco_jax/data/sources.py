@@ -266,6 +266,7 @@ class TfdsSource(EncodedSource):
     def _small(self, split, share, views, batch_size, seed, start, limit):
         """Batches of crops of small images of one size."""
         pixels, readable = self._keep_pixels(split, limit)
+        labels = np.array([record.label for record in self._keep(split)], np.int32)
         for epoch in itertools.count(start.epoch):
             offset = start.offset if epoch == start.epoch else 0
             order = self._order(split, seed, epoch)
@@ -278,7 +279,7 @@ class TfdsSource(EncodedSource):
                     for view, crop in views.items()
                 }
                 after = base.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
-                yield base.HostBatch(cut, {}, after)
+                yield base.HostBatch(cut, {}, after, labels[order[batch]])
             if not offset and len(positions) < batch_size:
                 base.check_batch_size(self.name, split, 0, batch_size)
 

@@ -19,6 +19,10 @@ Variables = Mapping[str, Any]
 _DROPOUT = 1 << 16
 
 
+# What `Encoder.read` gives.
+OUTPUTS = ("features", "embedding", "hidden")
+
+
 class Encoded(NamedTuple):
     """What a network says of a batch of images.
 
@@ -80,6 +84,30 @@ class Encoder(nn.Module):
     def score(self, embedding: Array) -> Array:
         """f32[N, D] -> f32[N, K]: embeddings on the prototypes, which there must be."""
         return self.prototypes(embedding)
+
+    def read(self, images: Array, *, norm: str, outputs: Iterable[str], blocks: int = 1):
+        """What evaluations ask of a network.
+
+        Args:
+          images: float[B, H, W, 3], normalised.
+          norm: see `__call__`.
+          outputs: names in `OUTPUTS`.
+          blocks: of a ViT: the class tokens of so many last blocks are the features.
+
+        Returns:
+          {output: f32[B, D]}: "features", pooled; "embedding", after the head; "hidden", what the
+          head's last layer reads.
+        """
+        several = {"blocks": blocks} if blocks > 1 else {}
+        made = {"features": self.backbone(images, norm=norm, **several)}
+        if set(outputs) - {"features"}:
+            last = made["features"]
+            last = last[:, last.shape[-1] - last.shape[-1] // blocks :]
+            adapted = last if self.adapter is None else self.adapter(last)
+            for name in sorted({"embedding", "hidden"} & set(outputs)):
+                asked = {"hidden": True} if name == "hidden" else {}
+                made[name] = self.head(adapted, norm=self.head_norm or norm, **asked)
+        return {name: made[name] for name in outputs}
 
     def create(self, seed: int, size: int) -> Variables:
         """Fresh {"params": ..., "batch_stats": ...} for images of `size` px; compiles nothing."""

@@ -49,8 +49,11 @@ class ProjectionHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Array, *, norm: str) -> Array:
-        """float[B, F] -> f32[B, dim], not normalised unless `unit`."""
+    def __call__(self, features: Array, *, norm: str, hidden: bool = False) -> Array:
+        """float[B, F] -> f32[B, dim], not normalised unless `unit`.
+
+        With `hidden`: what its last layer reads instead, f32[B, width].
+        """
         x = features
         width = features.shape[-1] if self.hidden < 0 else self.hidden
         for i in range(1, self.layers if self.hidden else 1):
@@ -59,6 +62,8 @@ class ProjectionHead(nn.Module):
             if self.batch_norm:
                 x = BatchNorm(self.norm_group, dtype=self.dtype, name=f"{name}_bn")(x, norm=norm)
             x = ACTIVATIONS[self.activation](x)
+        if hidden:
+            return x.astype(jnp.float32)
         x = self._linear(x, self.dim, "out").astype(jnp.float32)
         return unit(x) if self.unit else x
 

@@ -1,42 +1,32 @@
 """Classify held-out images by their nearest neighbours in a run's feature space."""
 
-import json
 from typing import Any
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import pipeline
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, knn
-from disco_jax.files import whole
-
-OUTPUTS = ("features", "embedding")
+from disco_jax.evaluate import features, knn, saved, scores, target
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of the run in `workdir`; writes knn.json there.
+    """Evaluates the newest checkpoint of the run in `workdir`; writes NAME.json there.
 
     Args:
-      config: see `configs/knn.py`.
+      config: see `configs/knn.py`; NAME is its `name`.
       workdir: a pretraining run's directory.
-      source: images; None opens the run's own data.
+      source: images; None opens the run's own data, or what `config.data` names.
 
     Returns:
-      {"top1", "top5", "step", ...}, accuracies in percent.
+      {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
     """
-    trained = features.load(workdir, config.network)
+    trained = target.aimed(features.load(workdir, config.network), config.data)
     result = {"step": trained.step, **evaluate(config, trained, source)}
-    if jax.process_index():
-        return result
-    with whole(epath.Path(workdir) / "knn.json") as file:
-        file.write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"kNN ({config.vote}, k = {config.k}, {config.output}): top-1 {result['top1']:.2f} %, "
-        f"top-5 {result['top5']:.2f} % of {result['images']} images"
-    )
+    saved.write(workdir, config.name, result)
+    if jax.process_index() == 0:
+        how = f"{config.vote}, k = {config.k}, {config.output}"
+        print(f"kNN ({how}): {scores.line(result)}")
     return result
 
 
@@ -44,17 +34,25 @@ def evaluate(
     config: ConfigDict, trained: features.Trained, source: Source | None = None
 ) -> dict[str, Any]:
     """`run` on a network at hand, without writing anything."""
-    if config.output not in OUTPUTS:
-        raise errors.unknown("config.output", config.output, OUTPUTS)
-    source = source or pipeline.open_source(trained.config.data, shared=False)
+    features.check_outputs(trained, (config.output,), config.blocks)
+    if config.vote not in knn.VOTES:
+        raise errors.unknown("config.vote", config.vote, knn.VOTES)
+    trained, source = target.opened(trained, source)
     data = trained.config.data
-    train = features.of_split(trained, source, data.train_split, config.batch_size)
-    test = features.of_split(trained, source, data.eval_split, config.batch_size)
-    return accuracy(config, train, test)
+    train, test = (
+        features.of_split(
+            trained, source, split, config.batch_size, (config.output,), config.blocks
+        )
+        for split in (data.train_split, data.eval_split)
+    )
+    target.match(source, train.labels, test.labels)
+    return {"data": source.name, **accuracy(config, train, test)}
 
 
-def accuracy(config: ConfigDict, train: features.Features, test: features.Features):
-    """{"top1", "top5", "images"} of extracted features."""
+def accuracy(
+    config: ConfigDict, train: features.Features, test: features.Features
+) -> dict[str, Any]:
+    """`scores.summary` of extracted features."""
     similarities, rows = knn.neighbours(
         getattr(train, config.output), getattr(test, config.output), config.k
     )
@@ -62,5 +60,4 @@ def accuracy(config: ConfigDict, train: features.Features, test: features.Featur
     votes = knn.scores(
         similarities, train.labels[rows], classes, vote=config.vote, temperature=config.temperature
     )
-    accuracies = {f"top{k}": features.top_k(votes, test.labels, k) for k in (1, 5)}
-    return {**accuracies, "images": len(test.labels)}
+    return scores.summary(votes, test.labels)

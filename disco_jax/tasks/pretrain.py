@@ -15,6 +15,7 @@ from disco_jax import errors, methods
 from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position, Source
+from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
 from disco_jax.train import checkpoint, health, loop, optimizer, state, step, teacher
 from disco_jax.train.goodput import Goodput
@@ -71,6 +72,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     record = state.shapes(method, recipe.sizes)
     method.check(record)
     source = _bagged(source or pipeline.open_source(config.data), config, method)
+    monitor.check(config, source)
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
     loaded = None
@@ -189,11 +191,13 @@ def _train(
                 hang_s=config.log.hang_s,
                 profile=traced,
                 profile_dir=str(path / "profile"),
+                evaluate_steps=config.monitor.knn_every_steps,
             ),
             logger,
             checkpoints,
             health.Watch(config.health.min_std, config.health.patience, config.health.stop),
             goodput,
+            monitor.knn_of(config, ready.method.networks["student"].encoder, ready.source),
         )
     _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
 
@@ -250,6 +254,9 @@ def _check_numbers(config: ConfigDict) -> None:
         "health.min_std": 0,
         "health.patience": 1,
         "data.max_unreadable": 0,
+        "monitor.knn_every_steps": 0,
+        "monitor.images": 0,
+        "monitor.k": 1,
     }
     values = {name: functools.reduce(getattr, name.split("."), config) for name in least}
     low = [f"config.{n}={v} is below {least[n]}." for n, v in values.items() if v < least[n]]

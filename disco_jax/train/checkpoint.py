@@ -182,10 +182,13 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
 
 
 def has(workdir: str, part: str) -> bool:
-    """Whether the newest checkpoint of a run holds a part, e.g. "momentum"."""
+    """Whether the newest checkpoint of a run holds a part, e.g. "momentum".
+
+    True where there is no checkpoint: that is for `load` to complain about.
+    """
     folder = _absolute(workdir) / FOLDER
     steps = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
-    return bool(steps) and (max(steps, key=lambda entry: int(entry.name)) / part).exists()
+    return not steps or (max(steps, key=lambda entry: int(entry.name)) / part).exists()
 
 
 def _absolute(workdir: str) -> epath.Path:

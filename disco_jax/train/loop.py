@@ -29,6 +29,7 @@ class Schedule:
       batch_size: over all devices, for the rates.
       log_steps: steps between two log lines.
       checkpoint_steps: steps between two checkpoints.
+      evaluate_steps: steps between two evaluations; 0: none.
       verbose: whether process 0 prints the progress line.
       replica_check_steps: steps between two comparisons of all replicas; 0: none.
       hang_s: seconds without a step after which the process ends; 0: never.
@@ -42,6 +43,7 @@ class Schedule:
     batch_size: int
     log_steps: int = 50
     checkpoint_steps: int = 1000
+    evaluate_steps: int = 0
     verbose: bool = True
     replica_check_steps: int = 0
     hang_s: float = 0.0
@@ -59,6 +61,7 @@ def run(
     checkpoints: Checkpoints | None = None,
     watch: Callable[[int, Mapping[str, float]], None] = lambda step, summary: None,
     goodput: Goodput | None = None,
+    evaluate: Callable[[int, Any], Mapping[str, float]] | None = None,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -74,6 +77,8 @@ def run(
       checkpoints: None saves nothing, as a probe does.
       watch: called with every summary that is logged; may raise to end the run.
       goodput: where the time is booked; None: nowhere.
+      evaluate: (step, state) -> metrics, called every `schedule.evaluate_steps` steps and after
+        the last one; it must leave the state alone.
 
     Returns:
       The last state.
@@ -118,6 +123,9 @@ def run(
                 watch(step, summary)
             if schedule.replica_check_steps and step % schedule.replica_check_steps == 0:
                 replicas.check(state, step)
+            if _due(step, last, schedule.evaluate_steps):
+                with progress.aside():
+                    logger.write(step, evaluate(step, state))
             if save:
                 saver.save(step, state, position, summary)
             watchdog.alive(step)
@@ -161,6 +169,11 @@ class _Saver:
         if self._goodput:
             self._goodput.save()
             self._goodput.write()
+
+
+def _due(step: int, last: bool, every: int) -> bool:
+    """Whether to evaluate after this step."""
+    return bool(every) and (last or step % every == 0)
 
 
 class _Profiler:

@@ -1,9 +1,10 @@
 """Where numbers go: metrics.jsonl, TensorBoard and the log through clu, and a progress line."""
 
+import contextlib
 import datetime
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -128,6 +129,13 @@ class Progress:
             "images_per_s_per_device": self._rate * self._batch_size / jax.device_count(),
             "data_wait_share": min(max(share, 0.0), 1.0),
         }
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        began = time.monotonic()
+        yield
+        self._last_time += time.monotonic() - began
 
     def line(self, step: int, scalars: Mapping[str, float]) -> str:
         """One line: where the run is, how fast, how long still, and the losses."""

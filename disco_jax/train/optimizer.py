@@ -21,6 +21,7 @@ DECAYS = ("cosine", "cosine_after", "steps", "constant")
 NAMES = ("sgd", "larc", "lars", "adamw")
 # What a spec means that lacks the field, as a probe's does.
 _OFF = dict(
+    nesterov=False,
     weight_decay_end=-1.0,
     trust=1e-3,
     no_decay=(),
@@ -94,7 +95,8 @@ def build(
 
     With g the gradient, p a parameter, wd the weight decay and eta the trust coefficient:
     "sgd" is PyTorch's: g <- g + wd p; v <- mu v + g; p <- p - lr v, with the weight decay on
-    every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train.
+    every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train; with `nesterov`
+    p <- p - lr (g + mu v).
     "larc" is SwAV's, apex's without clipping: g <- (g + wd p) eta |p| / (|g| + wd |p| + 1e-8) for
     every parameter, g as it is where |p| or |g| is 0, then "sgd" without decay.
     "lars" is DINO's and SSLight's (arXiv:1708.03888): d = g + wd p, d <- d eta |p| / |d|, factor 1
@@ -149,7 +151,9 @@ def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.Gradient
         mask = functools.partial(_without, spec.no_decay)
     decayed = optax.add_decayed_weights(decay, mask)
     if spec.name == "sgd":
-        return optax.chain(*steps, decayed, optax.sgd(rate, momentum=spec.momentum))
+        return optax.chain(
+            *steps, decayed, optax.sgd(rate, momentum=spec.momentum, nesterov=spec.nesterov)
+        )
     if spec.name == "adamw":
         steps += [optax.scale_by_adam(), decayed]
     elif spec.name == "lars":

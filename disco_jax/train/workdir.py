@@ -35,6 +35,7 @@ CACHE = "xla_cache"  # compiled programs, for the next start
 # Settings that may change between two starts of a run: they do not change what is learned.
 FREE = (
     "log.",
+    "monitor.",
     "checkpoint.",
     "data.dir",
     "data.cache",

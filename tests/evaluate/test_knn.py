@@ -1,5 +1,6 @@
 """kNN: neighbours and predictions equal to the official DINO code's, and to brute force."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 import helpers
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
-from disco_jax.evaluate.features import top_k
+from disco_jax.evaluate.scores import top_k
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -64,3 +65,46 @@ def test_top_k_counts_ties_once():
     assert top_k(scores, np.array([0, 2]), 1) == 50
     assert top_k(scores, np.array([2, 2]), 1) == 0
     assert top_k(scores, np.array([2, 2]), 3) == 100
+
+
+def brute_force(train, test, k):
+    """The whole matrix in float64, equal similarities in the order of their rows."""
+    normal = [
+        x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)
+    ]
+    return np.argsort(-(normal[1] @ normal[0].T), axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize("rows", [37, 100, 131])
+def test_shards_blocks_and_passes_equal_brute_force(rows):
+    """Four devices, a bank that they do not divide, several passes, a partial last block."""
+    rng = np.random.default_rng(rows)
+    train, test = rng.normal(size=(rows, 6)).astype("f"), rng.normal(size=(23, 6)).astype("f")
+    train[5] = train[-1]  # equal similarities: the lower row comes first
+    found = knn.neighbours(train, test, 7, 10, bank_block=8, resident=16)[1]
+    np.testing.assert_array_equal(found, brute_force(train, test, 7))
+
+
+def test_leaving_out_passes_over_the_row_itself():
+    rows = np.random.default_rng(0).normal(size=(50, 4)).astype("f")
+    found = knn.neighbours(rows, rows, 5, 16, bank_block=8, resident=8, leave_out=True)[1]
+    np.testing.assert_array_equal(found, brute_force(rows, rows, 6)[:, 1:])
+
+
+def test_no_more_than_blocks_are_held():
+    """The products of a step are of one block, whatever the size of the bank."""
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((4096, 4), (512, 4))]
+    number = jax.ShapeDtypeStruct((), "int32")
+    own = jax.ShapeDtypeStruct((512,), "int32")
+    traced = jax.make_jaxpr(lambda b, t, n, o: knn._scan.__wrapped__(b, n, n, t, o, 9, 64))
+    sizes = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            sizes.extend(v.aval.size for v in equation.outvars)
+            for value in equation.params.values():
+                if hasattr(value, "jaxpr"):
+                    visit(value.jaxpr)
+
+    visit(traced(*shapes, number, own).jaxpr)
+    assert max(sizes) <= 512 * (64 + 9 + 9)

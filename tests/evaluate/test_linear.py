@@ -6,8 +6,9 @@ from sklearn.linear_model import LogisticRegression
 
 from disco_jax import flags
 from disco_jax.errors import UserError
-from disco_jax.evaluate import linear
+from disco_jax.evaluate import grid, linear, scores
 from disco_jax.evaluate.features import Features
+from disco_jax.tasks import linear as linear_task
 
 
 def blobs(count, seed, spread=4.0):
@@ -27,9 +28,17 @@ def config(rate=0.05, epochs=30):
     return made
 
 
+def fit(config, train, **options):
+    return linear.train(config, train.features, train.labels, 5, **options)[0]
+
+
+def accuracy(config, train, test):
+    return scores.summary(fit(config, train).scores(test.features), test.labels)
+
+
 def test_agrees_with_logistic_regression():
     train, test = blobs(1500, 1), blobs(1500, 2)
-    ours = linear.accuracy(linear.train(config(), train, 5), test)
+    ours = accuracy(config(), train, test)
     reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
     expected = 100 * reference.score(test.features, test.labels)
     assert 70 < expected < 99
@@ -42,15 +51,121 @@ def test_labels_without_meaning_give_chance():
     shuffled = Features(
         train.features, train.embedding, np.random.default_rng(3).permutation(train.labels)
     )
-    assert linear.accuracy(linear.train(config(epochs=10), shuffled, 5), test)["top1"] < 45
+    assert accuracy(config(epochs=10), shuffled, test)["top1"] < 45
 
 
 def test_the_same_seed_gives_the_same_bits():
     train = blobs(300, 1)
-    one, two = (linear.train(config(epochs=3), train, 5) for _ in range(2))
-    np.testing.assert_array_equal(one["kernel"], two["kernel"])
+    one, two = (fit(config(epochs=3), train) for _ in range(2))
+    np.testing.assert_array_equal(one.kernel, two.kernel)
 
 
 def test_too_few_images_for_the_devices():
     with pytest.raises(UserError, match="fewer than the 4 devices"):
-        linear.train(config(), blobs(3, 1), 5)
+        fit(config(), blobs(3, 1))
+
+
+def grid_config(**changes):
+    made = flags.load("linear:protocol=grid")
+    made.grid.update(rates=(1e-5, 0.05, 1e6), weight_decays=(0.0, 1e-3))
+    made.update_from_flattened_dict({"total_epochs": 10, **changes})
+    return made
+
+
+def test_a_grid_finds_a_rate_that_works_and_survives_those_that_do_not():
+    train, test = blobs(1500, 1), blobs(1500, 2)
+    layer, found = grid.train(grid_config(total_epochs=30), train.features, train.labels, 5)
+    assert found["rate"] == 0.05 and len(found["grid"]) == 6
+    assert found["held_out_top1"] == max(row["held_out_top1"] for row in found["grid"])
+    reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
+    expected = 100 * reference.score(test.features, test.labels)
+    ours = scores.summary(layer.scores(test.features), test.labels)["top1"]
+    assert ours == pytest.approx(expected, abs=1.5)
+
+
+def test_every_layer_of_a_grid_is_the_one_trained_alone():
+    """The heads side by side learn what each of them would, momentum and weight decay too."""
+    train = blobs(300, 1)
+    made = grid_config(total_epochs=3)
+    pairs = [(0.02, 0.0), (0.05, 1e-2)]
+    heads = grid.side_by_side(made, train.features, train.labels, 5, pairs, {})
+    for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
+        made.learning_rate.per_256, made.optimizer.weight_decay = rate, decay
+        alone = fit(made, train)
+        np.testing.assert_allclose(kernel, alone.kernel, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(bias, alone.bias, rtol=1e-4, atol=1e-6)
+
+
+def test_a_grid_chooses_by_training_images_alone():
+    train = blobs(300, 1)
+    strange = Features(train.features, train.embedding, (train.labels + 1) % 5)
+    _, one = grid.train(grid_config(), train.features, train.labels, 5)
+    _, two = linear_task.probe(grid_config(), train, strange)
+    assert two["grid"] == one["grid"] and two["top1"] < 50
+
+
+def test_normalised_rows_have_mean_zero_and_deviation_one():
+    train = blobs(400, 1)
+    made = config(epochs=5)
+    made.normalise = True
+    layer = fit(made, train)
+    assert set(layer.standard) == {"mean", "deviation"}
+    unit = train.features / np.linalg.norm(train.features, axis=1, keepdims=True)
+    np.testing.assert_allclose(layer.standard["mean"], unit.mean(0), atol=1e-6)
+    np.testing.assert_allclose(layer.standard["deviation"] ** 2, unit.var(0) + 1e-5, rtol=1e-4)
+    expected = (unit - layer.standard["mean"]) / layer.standard["deviation"]
+    np.testing.assert_allclose(
+        layer.scores(train.features), expected @ layer.kernel + layer.bias, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_mirror_images_are_drawn_half_of_the_time():
+    rows = np.arange(64, dtype=np.float32)[:, None]
+    batches = linear.batches([rows, -rows - 100], np.arange(64, dtype=np.int32), 16, 0)
+    mirrored = []
+    for _ in range(40):
+        tree, _ = next(batches)
+        features, labels = (tree[key].reshape(-1) for key in ("features", "labels"))
+        mirrored.append(features < 0)
+        np.testing.assert_array_equal(np.where(features < 0, -features - 100, features), labels)
+    assert 0.4 < np.mean(mirrored) < 0.6
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [
+        ("linear", dict(rate=30, epochs=100, steps=(60, 80), factor=0.1, augment="none")),
+        ("linear:protocol=disco,student=efficientnet_b0", dict(rate=3, steps=(60, 80))),
+        ("linear:protocol=disco,student=resnet34", dict(rate=30, batch=256, decay=0)),
+        ("linear:protocol=disco_code", dict(factor=0.5, milestones=11)),
+        ("linear:protocol=seed,student=mobilenetv3_large", dict(rate=3, warmup=3)),
+        ("linear:protocol=swav", dict(rate=0.3, decay=1e-6, schedule="cosine")),
+        ("linear:protocol=dino,student=vit_small_p16", dict(blocks=4, rate=0.001, batch=1024)),
+        ("linear:protocol=dino,student=resnet50", dict(blocks=1)),
+        ("linear:protocol=sslight,student=mobilenetv2", dict(rate=0.05, batch=4096, name="lars")),
+        ("linear:protocol=sslight,student=vit_tiny_p16", dict(rate=0.01, blocks=4, name="sgd")),
+        ("linear:protocol=compress", dict(rate=0.01, epochs=40, steps=(15, 30), decay=1e-4)),
+        ("semi:protocol=disco,percent=10", dict(rate=3, factor=0.5, labelled=10)),
+        ("semi:protocol=seed,student=resnet18", dict(rate=30, augment="flip", labelled=1)),
+        ("semi:protocol=retro,student=efficientnet_b1", dict(rate=3, factor=0.1)),
+        ("semi:protocol=sslight,percent=1", dict(rate=0.03, batch=1024, epochs=60, layers="all")),
+        ("semi:protocol=sslight,percent=10", dict(epochs=30)),
+        ("semi:protocol=swav,percent=1", dict(rate=0.02, head=250, steps=(12, 16), factor=0.2)),
+        ("transfer:data=cifar100", dict(rate=3, batch=256, epochs=100)),
+        ("transfer:protocol=seed", dict(rate=0.001, epochs=120, schedule="constant")),
+        ("finetune:protocol=kd,student=mobilenetv2", dict(rate=3, layers="classifier")),
+    ],
+)
+def test_protocols_hold_the_papers_settings(recipe, expected):
+    made = flags.load(recipe)
+    rate = made.learning_rate
+    found = dict(
+        rate=rate.per_256, epochs=made.total_epochs, steps=rate.milestones, factor=rate.factor,
+        milestones=len(rate.milestones), warmup=rate.warmup_from, schedule=rate.decay,
+        batch=made.batch_size, decay=made.optimizer.weight_decay, name=made.optimizer.name,
+        blocks=made.blocks, augment=made.augment, labelled=made.labelled.percent,
+        layers=made.layers, head=made.head_rate,
+    )  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    with pytest.raises(UserError, match="protocol"):
+        flags.load(f"{recipe.partition(':')[0]}:protocol=sead")

@@ -12,6 +12,7 @@ from disco_jax.ops.losses import (
     contrast_accuracy,
     info_nce,
     soft_cross_entropy,
+    softened_cross_entropy,
     squared_distance,
     unit,
 )
@@ -129,3 +130,37 @@ def test_contracts_are_checked_while_tracing():
         info_nce(ones((2, 3)), ones((2, 4)), ones((5, 3)), temperature=0.2)
     with pytest.raises(AssertionError):
         info_nce(ones((2, 3), jnp.bfloat16), ones((2, 3)), ones((5, 3)), temperature=0.2)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_distillation_with_labels_matches_official_disco(name):
+    meta, ref = helpers.fixture(f"losses/kd_ce_{name}")
+    params = meta["params"]
+
+    def loss(student):
+        return jnp.mean(
+            softened_cross_entropy(
+                student,
+                ref["teacher_logits"],
+                ref["labels"],
+                alpha=params["alpha"],
+                temperature=params["temperature"],
+            )
+        )
+
+    value, grad = jax.value_and_grad(loss)(ref["student_logits"])
+    assert helpers.relative_error(value, ref["loss"]) < LOSS
+    assert helpers.relative_error(grad, ref["grad_student_logits"]) < GRADIENT
+
+
+def test_a_distillation_by_batch_is_by_element_times_the_classes():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    labels = np.arange(6, dtype=np.int32) % 5
+    batch, element = (
+        softened_cross_entropy(student, teacher, labels, alpha=1.0, reduction=reduction)
+        for reduction in ("batch", "element")
+    )
+    np.testing.assert_allclose(batch, 5 * element, rtol=1e-5)
+    plain = softened_cross_entropy(student, teacher, labels, alpha=0.0)
+    np.testing.assert_allclose(plain, -jax.nn.log_softmax(student)[np.arange(6), labels], rtol=1e-5)

@@ -234,7 +234,7 @@ def test_the_plan_is_printed(recipe, says, capsys):
     config = helpers.smoke_config(recipe)
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
     begin = state.create(
-        ready.method, ready.tx, 0, 16, reused=ready.teacher.variables, record=ready.record
+        ready.method, ready.built.tx, 0, 16, reused=ready.teacher.variables, record=ready.record
     )
     pretrain._describe(ready.config, ready, begin)
     out = capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""Some records of a split, kept in memory: the labelled few of semi-supervised evaluations."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from disco_jax.data import base
+from disco_jax.data.arrays import ArraySource
+from disco_jax.data.encoded import EncodedSource, Record
+
+
+def labels(source: base.Source, split: str) -> np.ndarray:
+    """i32[N]: the labels of a split in the stored order; reads every record once."""
+    return np.array([label for _, _, label in source.pictures(split)], np.int32)
+
+
+class ChosenSource:
+    """A `base.Source` in which one split holds some of its records and all else is as it was."""
+
+    def __init__(
+        self,
+        source: base.Source,
+        split: str,
+        rows: Sequence[int],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Reads the split once and keeps what is chosen, encoded as it is stored.
+
+        Args:
+          source: where from.
+          split: of it.
+          rows: places in the stored order, each once.
+          process_index: of this host.
+          process_count: hosts that share the records.
+        """
+        self._source, self._split = source, split
+        self.name, self.num_classes = source.name, source.num_classes
+        self.unreadable = source.unreadable
+        wanted = set(map(int, rows))
+        kept = [r for i, r in enumerate(source.pictures(split)) if i in wanted]
+        self._few = _few(split, kept, source, process_index, process_count)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return self._source.splits
+
+    def count(self, split: str) -> int:
+        """The number of records of a split, all hosts together."""
+        return self._of(split).count(split)
+
+    def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
+        """Every record of a split; see `base.Source`."""
+        return self._of(split).pictures(split)
+
+    def train(
+        self,
+        split: str,
+        views: Mapping[int, Any],
+        batch_size: int,
+        seed: int,
+        start: base.Position,
+        max_unreadable: int,
+    ) -> Iterator[base.HostBatch]:
+        """Random resized crops of shuffled images, without end; see `base.Source`."""
+        return self._of(split).train(split, views, batch_size, seed, start, max_unreadable)
+
+    def evaluate(self, split: str, *args: Any) -> Iterator[dict[str, np.ndarray]]:
+        """The middle of every image once, in order; see `base.Source`."""
+        return self._of(split).evaluate(split, *args)
+
+    def _of(self, split: str) -> base.Source:
+        return self._few if split == self._split else self._source
+
+
+class _Records(EncodedSource):
+    """Encoded pictures of one split."""
+
+    def __init__(self, split: str, kept: list[tuple[str, Any, int]], name: str, *hosts: int):
+        super().__init__(len(kept), *hosts)
+        self.name = name
+        self._only, self._kept = split, kept
+
+    @property
+    def splits(self) -> list[str]:
+        return [self._only]
+
+    def count(self, split: str) -> int:
+        return len(self._kept)
+
+    def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
+        return (self._record(row) for row in range(first, last))
+
+    def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
+        order = np.random.default_rng(base.seed_words(seed, epoch)).permutation(len(self._kept))
+        mine = order[self._host :: self._hosts][offset : len(self._kept) // self._hosts]
+        return (self._record(int(row)) for row in mine)
+
+    def _name(self, split: str, row: int) -> str:
+        return self._kept[row][0]
+
+    def _record(self, row: int) -> Record:
+        _, file, label = self._kept[row]
+        return Record(row, file, label)
+
+
+def _few(split: str, kept: list, source: base.Source, index: int, count: int) -> base.Source:
+    if kept and isinstance(kept[0][1], np.ndarray):
+        _, images, found = zip(*kept, strict=True)
+        return ArraySource(
+            {split: (list(images), np.array(found))},
+            name=source.name,
+            num_classes=source.num_classes,
+            process_index=index,
+            process_count=count,
+        )
+    return _Records(split, kept, source.name, index, count)

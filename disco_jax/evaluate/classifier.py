@@ -1,0 +1,186 @@
+"""A linear layer on what a network says of an image: its state, its step and its scores."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from disco_jax import errors
+from disco_jax.ops.collectives import pmean
+from disco_jax.ops.losses import softened_cross_entropy, unit
+
+INITS = ("normal", "torch")
+REDUCTIONS = ("element", "batch")
+_EPSILON = 1e-5  # added to a variance, as CompRess does
+_ROWS = 4096  # scored at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProbeState:
+    """What is trained with labels.
+
+    Attributes:
+      step: i32[].
+      params: {"classifier": {"kernel": f32[F, C], "bias": f32[C]}}, and "network" if all layers
+        are trained.
+      stats: the network's BatchNorm statistics, {} if it is frozen.
+      opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: dict[str, Any]
+    stats: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained layer.
+
+    Attributes:
+      kernel: f32[F, C].
+      bias: f32[C].
+      standard: {"mean", "deviation": f32[F]} of rows of length 1, {} to take rows as they are.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    standard: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """f32[N, F] -> f32[N, C]."""
+        params = {"kernel": self.kernel, "bias": self.bias}
+        parts = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
+        return np.concatenate([np.asarray(_logits(params, x, dict(self.standard))) for x in parts])
+
+
+def init(kind: str, dim: int, classes: int, seed: int) -> dict[str, np.ndarray]:
+    """A fresh {"kernel": f32[dim, classes], "bias": f32[classes]}.
+
+    Args:
+      kind: "normal": N(0, 0.01) and bias 0, as MoCo starts; "torch": torch's own,
+        U(+-1/sqrt(dim)) for both.
+      dim: F.
+      classes: C.
+      seed: of the draws.
+
+    Raises:
+      UserError: for another kind.
+    """
+    if kind not in INITS:
+        raise errors.unknown("config.init", kind, INITS)
+    rng = np.random.default_rng(seed)
+    if kind == "normal":
+        kernel = rng.normal(0.0, 0.01, (dim, classes))
+        return {"kernel": kernel.astype(np.float32), "bias": np.zeros(classes, np.float32)}
+    bound = dim**-0.5
+    shapes = {"kernel": (dim, classes), "bias": (classes,)}
+    return {name: rng.uniform(-bound, bound, s).astype(np.float32) for name, s in shapes.items()}
+
+
+def standard(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and deviation of every dimension of rows of length 1 (CompRess, arXiv:2010.14713).
+
+    Args:
+      rows: f32[N, F], of the training images.
+    """
+    scaled = np.concatenate(
+        [np.asarray(unit(jnp.asarray(rows[i : i + _ROWS]))) for i in range(0, len(rows), _ROWS)]
+    )
+    return {"mean": scaled.mean(0), "deviation": np.sqrt(scaled.var(0) + _EPSILON)}
+
+
+def logits(params: Mapping[str, Array], rows: Array, standard: Mapping[str, Array]) -> Array:
+    """f32[B, C] of rows f32[B, F], at full precision whatever the accelerator's default."""
+    if standard:
+        rows = (unit(rows) - standard["mean"][None]) / standard["deviation"][None]
+    product = jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return product + params["bias"][None]
+
+
+_logits = jax.jit(logits)
+
+# (params, state, frozen, batch) -> logits f32[B, C], and the network's new statistics.
+Forward = Callable[[Any, ProbeState, Any, Any], tuple[Array, Any]]
+
+
+def make_step(
+    tx: optax.GradientTransformation,
+    forward: Forward,
+    *,
+    head_rate: float = 1.0,
+    distill: ConfigDict | None = None,
+    teach: Callable[[ProbeState, Any, Any], Array] | None = None,
+):
+    """The step of one replica, with the loop's signature: (state, frozen, batch).
+
+    Args:
+      tx: the optimizer.
+      forward: see `Forward`.
+      head_rate: the classifier's learning rate over that of the network.
+      distill: fields weight, temperature and reduction; see `softened_cross_entropy`.
+      teach: (state, frozen, batch) -> the teacher's logits f32[B, C]; None: labels alone.
+    """
+
+    def step(state: ProbeState, frozen: Any, batch: Mapping[str, Array]):
+        target = None if teach is None else jax.lax.stop_gradient(teach(state, frozen, batch))
+
+        def loss_fn(params):
+            scores, stats = forward(params, state, frozen, batch)
+            losses = _losses(scores, batch["labels"], target, distill)
+            right = jnp.argmax(scores, axis=-1) == batch["labels"]
+            return jnp.mean(losses), (stats, jnp.mean(right.astype(jnp.float32)))
+
+        (loss, (stats, right)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, stats, loss, right = pmean((grads, stats, loss, right))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        if head_rate != 1.0:
+            faster = jax.tree.map(lambda u: head_rate * u, updates["classifier"])
+            updates = {**updates, "classifier": faster}
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "accuracy": 100 * right}
+        return ProbeState(state.step + 1, params, stats, opt_state), metrics
+
+    return step
+
+
+def check_distill(distill: ConfigDict) -> None:
+    """Refuses settings of a distillation that cannot be.
+
+    Raises:
+      UserError: names the setting.
+    """
+    if not 0 <= distill.weight <= 1:
+        raise errors.UserError(f"config.distill.weight={distill.weight} must lie in 0..1.")
+    if distill.temperature <= 0:
+        raise errors.UserError("config.distill.temperature must be above 0.")
+    if distill.reduction not in REDUCTIONS:
+        raise errors.unknown("config.distill.reduction", distill.reduction, REDUCTIONS)
+    if bool(distill.weight) != bool(distill.teacher):
+        raise errors.UserError(
+            f"config.distill.weight={distill.weight} and config.distill.teacher="
+            f"{distill.teacher!r}: a distillation needs both, and without one neither is set."
+        )
+
+
+def _losses(
+    scores: Array, labels: Array, target: Array | None, distill: ConfigDict | None
+) -> Array:
+    """f32[B]."""
+    if target is None:
+        return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    return softened_cross_entropy(
+        scores,
+        target,
+        labels,
+        alpha=distill.weight,
+        temperature=distill.temperature,
+        reduction=distill.reduction,
+    )

@@ -1,0 +1,135 @@
+"""Figures of evaluations, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+# Told apart with the common kinds of colour blindness, too (Okabe and Ito).
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#b0a000",
+    "#7a4fb5",
+    "#8c564b",
+)
+MARKERS = "osD^vP*X<>"
+
+
+def plane(paths: Mapping[str, Sequence[Mapping[str, float]]], file: epath.Path) -> None:
+    """Ways through the information plane, from the transition to the convergence point.
+
+    Args:
+      paths: name -> points with "input_bits", "label_bits" and "top1", in the order of the
+        training.
+      file: a PNG.
+    """
+    figure, axes = _axes((7.5, 5.0))
+    ends = []
+    for i, (name, path) in enumerate(paths.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        x, y = (np.array([p[key] for p in path]) for key in ("input_bits", "label_bits"))
+        turn = len(x) - 1 - int(np.argmax(x[::-1]))
+        axes.plot(x[: turn + 1], y[: turn + 1], color=colour, lw=1, alpha=0.35)
+        axes.plot(x[turn:], y[turn:], color=colour, lw=1.8, marker=".", ms=4, label=name)
+        axes.plot(x[turn], y[turn], "o", color=colour, ms=9, mfc="white", mew=1.8, zorder=3)
+        axes.plot(x[-1], y[-1], "*", color=colour, ms=13, zorder=3)
+        ends.append((x[turn], y[turn], "T", colour))
+        if turn < len(x) - 1:
+            ends.append((x[-1], y[-1], f"C ({path[-1]['top1']:.1f} %)", colour))
+    for x, y, text, colour in ends:
+        axes.annotate(text, (x, y), (7, 6), textcoords="offset points", color=colour, fontsize=9)
+    axes.set(
+        xlabel="I(X;T) (bits)",
+        ylabel="I(T;Y) (bits)",
+        title="Information plane: T transition (highest I(X;T)), C convergence (top-1)",
+    )
+    axes.title.set_fontsize(10)
+    axes.margins(0.12)
+    axes.legend(frameon=False, loc="best")
+    _save(figure, file)
+
+
+def embeddings(
+    places: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    names: Sequence[str],
+    file: epath.Path,
+) -> None:
+    """Pictures of embeddings side by side, a colour and a mark a class.
+
+    Args:
+      places: title -> f32[N, 2].
+      labels: i32[N], places in `names`.
+      names: of the classes.
+      file: a PNG.
+    """
+    pyplot = _pyplot()
+    count = len(places)
+    figure, all_axes = pyplot.subplots(
+        1, count, figsize=(4.2 * count + 1.2, 4.4), layout="constrained", squeeze=False
+    )
+    for axes, (title, points) in zip(all_axes[0], places.items(), strict=True):
+        for i, name in enumerate(names):
+            mine = points[labels == i]
+            axes.scatter(
+                mine[:, 0],
+                mine[:, 1],
+                s=9,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                linewidths=0,
+                alpha=0.75,
+                label=name if axes is all_axes[0][0] else None,
+            )
+        axes.set(title=title, xticks=(), yticks=())
+    figure.legend(loc="outside right center", frameon=False, fontsize=9, markerscale=2)
+    _save(figure, file)
+
+
+def accuracy_of_size(rows: Sequence[Mapping[str, Any]], file: epath.Path) -> None:
+    """Top-1 against millions of parameters, a point a run, a line a method.
+
+    Args:
+      rows: with "parameters", "top1", "method" and "backbone".
+      file: a PNG.
+    """
+    figure, axes = _axes((7.5, 5.0))
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["parameters"])
+        x, y = [r["parameters"] / 2**20 for r in mine], [r["top1"] for r in mine]
+        colour, mark = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, y, color=colour, marker=mark, ms=8, lw=1.2, label=method)
+        for row, place in zip(mine, zip(x, y, strict=True), strict=True):
+            axes.annotate(
+                row["backbone"], place, (0, 9), textcoords="offset points", fontsize=8, ha="center"
+            )
+    axes.set(xlabel="parameters of the backbone (M = 2^20)", ylabel="top-1 (%)")
+    axes.margins(0.15)
+    axes.legend(frameon=False, loc="best")
+    _save(figure, file)
+
+
+def _axes(size: tuple[float, float]):
+    return _pyplot().subplots(figsize=size, layout="constrained")
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, file: epath.Path) -> None:
+    with file.open("wb") as stream:
+        figure.savefig(stream, format="png", dpi=130)
+    _pyplot().close(figure)

@@ -1,0 +1,119 @@
+"""Follow a run through the information plane while it is fine-tuned (DisCo, figure 7)."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax import errors
+from disco_jax.data.base import Source
+from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
+from disco_jax.evaluate.classifier import Classifier
+from disco_jax.evaluate.features import Trained
+
+_LEAST = {"points": 2, "bins": 2, "images": 0}
+
+
+def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
+    """Fine-tunes the run in `workdir` and notes I(X;T) and I(T;Y) of its outputs on the way.
+
+    Writes NAME.json and NAME.png there; the fine-tuning is kept in NAME/, NAME being `config.name`.
+
+    Args:
+      config: see `configs/plane.py`.
+      workdir: a pretraining run's directory.
+      source: images; None opens the run's own data, or what `config.data` names.
+
+    Returns:
+      {"path": [{"step", "epoch", "input_bits": I(X;T), "label_bits": I(T;Y), "top1"}, ...],
+      "transition": the place in the path where I(X;T) begins to fall, "top1", ...}.
+
+    Raises:
+      UserError: a setting, the run, the data, or a run of `config.beside` will not do.
+    """
+    _check(config.plane)
+    beside = {label: _path_of(label, config.name) for label in config.plane.beside}
+    trained = target.aimed(features.load(workdir, config.network), config.data)
+    streamed.check(config, trained)
+    trained, source = target.opened(trained, source)
+    data = trained.config.data
+    target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
+    how = linear.plan(config, source.count(data.train_split), jax.process_count())
+    path = _follow(config, trained, source, workdir, how)
+    transition = information.turning_point(np.array([point["input_bits"] for point in path]))
+    result = {
+        "step": trained.step,
+        "name": config.name,
+        "data": source.name,
+        "path": path,
+        "transition": transition,
+        "top1": path[-1]["top1"],
+    }
+    saved.write(workdir, config.name, result)
+    if jax.process_index() == 0:
+        file = epath.Path(workdir) / f"{config.name}.png"
+        plots.plane({epath.Path(workdir).name: path, **beside}, file)
+        last = path[-1]
+        print(
+            f"I(X;T) {path[transition]['input_bits']:.2f} -> {last['input_bits']:.2f} bits, I(T;Y) "
+            f"{last['label_bits']:.2f} bits, top-1 {last['top1']:.2f} %: {file}"
+        )
+    return result
+
+
+def _follow(
+    config: ConfigDict, trained: Trained, source: Source, workdir: str, how: linear.Plan
+) -> list[dict[str, float]]:
+    """The points of a fine-tuning, those before a restart too."""
+    data, plane = trained.config.data, config.plane
+    total = config.total_epochs * how.steps_per_epoch
+    folder = epath.Path(workdir) / config.name
+
+    def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
+        found = features.of_split(
+            network,
+            source,
+            plane.split or data.eval_split,
+            config.extract_batch_size,
+            (config.output,),
+            config.blocks,
+            plane.images,
+        )
+        outputs = layer.scores(getattr(found, config.output))
+        rows = information.binned(outputs, plane.bins)
+        inputs, of_labels = information.mutual_information(rows, found.labels, plane.grouping)
+        top1 = scores.top_k(outputs, found.labels, 1)
+        return {"plane/input_bits": inputs, "plane/label_bits": of_labels, "plane/top1": top1}
+
+    streamed.train(
+        config, trained, source, str(folder), look=look, look_steps=max(total // plane.points, 1)
+    )
+    points: dict[int, dict[str, float]] = {}
+    for line in saved.metrics(str(folder)):
+        if "plane/top1" in line:
+            numbers = {key: line[f"plane/{key}"] for key in ("input_bits", "label_bits", "top1")}
+            step = line["step"]
+            points[step] = {"step": step, "epoch": step / how.steps_per_epoch, **numbers}
+    return [points[step] for step in sorted(points)]
+
+
+def _check(plane: ConfigDict) -> None:
+    for name, least in _LEAST.items():
+        if plane[name] < least:
+            raise errors.UserError(f"config.plane.{name}={plane[name]} is below {least}.")
+    if plane.grouping not in information.GROUPINGS:
+        raise errors.unknown("config.plane.grouping", plane.grouping, information.GROUPINGS)
+
+
+def _path_of(run: str, name: str) -> list[dict[str, float]]:
+    file = epath.Path(run) / f"{name}.json"
+    if not file.exists():
+        raise errors.UserError(
+            f"config.plane.beside: {file} does not exist. Run `disco-jax plane --workdir {run}` "
+            "first, with the same --config.name."
+        )
+    return json.loads(file.read_text())["path"]

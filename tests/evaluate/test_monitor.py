@@ -1,0 +1,67 @@
+"""kNN during training: right, on time, and without a trace in what is learned."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.evaluate import features, knn, monitor
+from disco_jax.tasks import pretrain
+
+
+def config(**changes):
+    made = helpers.smoke_config("moco_v2", **{"total_steps": 4, **changes})
+    made.monitor.update(images=70, k=5)
+    return made
+
+
+def few():
+    return ArraySource({s: (x[:96], y[:96]) for s, (x, y) in helpers.digits_splits().items()})
+
+
+def test_the_run_is_watched_and_left_alone(tmp_path):
+    watched = config(**{"monitor.knn_every_steps": 3})
+    pretrain.run(watched, str(tmp_path / "watched"), few())
+    pretrain.run(config(), str(tmp_path / "alone"), few())
+    lines = (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()
+    found = {
+        line["step"]: line["knn/top1"] for line in map(json.loads, lines) if "knn/top1" in line
+    }
+    assert sorted(found) == [3, 4]  # every third step, and the last
+    one, two = (features.load(str(tmp_path / name)) for name in ("watched", "alone"))
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+
+    test = features.of_split(one, few(), "test", 96, ("features",))
+    rows, labels = test.features[:70].astype(np.float64), test.labels[:70]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similar = rows @ rows.T
+    np.fill_diagonal(similar, -np.inf)
+    near = np.argsort(-similar, axis=1, kind="stable")[:, :5]
+    votes = np.zeros((70, 10))
+    weights = np.exp(np.take_along_axis(similar, near, 1) / 0.07)
+    np.add.at(votes, (np.arange(70)[:, None], labels[near]), weights)
+    assert found[4] == pytest.approx(100 * np.mean(votes.argmax(1) == labels))
+    assert knn.leave_one_out(test.features[:70], labels, 5) == pytest.approx(found[4])
+
+
+@pytest.mark.parametrize(
+    "changes, labelled, says",
+    [
+        ({}, False, "no labels to compare with"),
+        ({"monitor.k": 70}, True, "below the 70 images"),
+        ({"monitor.split": "tset"}, True, "Did you mean 'test'"),
+    ],
+)
+def test_what_cannot_be_watched_is_told_at_the_start(changes, labelled, says):
+    source = few()
+    if not labelled:
+        source = ArraySource({s: (x, None) for s, (x, _) in helpers.digits_splits().items()})
+    with pytest.raises(UserError, match=says):
+        asked = config(**{"monitor.knn_every_steps": 1})
+        asked.update_from_flattened_dict(changes)
+        monitor.check(asked, source)
+    monitor.check(config(), source)  # not asked for, nothing to refuse

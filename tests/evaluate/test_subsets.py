@@ -1,0 +1,36 @@
+"""Few labels: balanced, the same for a seed, and nested."""
+
+import numpy as np
+import pytest
+
+from disco_jax.errors import UserError
+from disco_jax.evaluate import subsets
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [20, 24, 30, 41, 85]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_class_has_as_many_and_more_hold_fewer(seed):
+    few, more = (subsets.balanced(LABELS, n, seed) for n in (3, 20))
+    np.testing.assert_array_equal(np.bincount(LABELS[few]), [3] * 5)
+    assert set(few) < set(more) and (np.diff(more) > 0).all()
+    np.testing.assert_array_equal(few, subsets.balanced(LABELS, 3, seed))
+    assert set(few) != set(subsets.balanced(LABELS, 3, seed + 1))
+
+
+def test_a_share_is_spread_evenly():
+    np.testing.assert_array_equal(np.bincount(LABELS[subsets.share(LABELS, 10, 0)]), [4] * 5)
+    assert len(subsets.share(LABELS, 0.01, 0)) == 5  # one of every class at least
+    with pytest.raises(UserError, match="Class 0 has 20 labelled images, fewer than the 40"):
+        subsets.share(LABELS, 100, 0)
+    with pytest.raises(UserError, match=r"config.labelled.percent=101"):
+        subsets.share(LABELS, 101, 0)
+
+
+def test_what_is_held_out_leaves_something_of_every_class():
+    out = subsets.held_out(LABELS, 10, 0)
+    np.testing.assert_array_equal(np.bincount(LABELS[out]), [2, 2, 3, 4, 8])
+    out = subsets.held_out(LABELS, 100, 0)
+    np.testing.assert_array_equal(np.bincount(LABELS[~out]), [1] * 5)
+    with pytest.raises(UserError, match="nothing can be held out"):
+        subsets.held_out(np.arange(4), 10, 0)

@@ -1,0 +1,219 @@
+"""Probes, few labels, transfer and fine-tuning of a run, from config to results' files."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import flags
+from disco_jax.data import chosen
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.evaluate import features, saved, streamed
+from disco_jax.tasks import linear
+
+
+def few(count=96):
+    """The first digits: enough for every class, few enough to be quick."""
+    return {
+        key: value[: count if key.startswith("train") else 60]
+        for key, value in helpers.digits().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(path, **few())
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_file):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return helpers.network_run(folder, data_file, **{"student.hidden": 24})
+
+
+def quick(recipe, **changes):
+    """A recipe with two epochs of small batches."""
+    config = flags.load(recipe)
+    short = {"total_epochs": 2, "batch_size": 32, "learning_rate.per_256": 0.5}
+    config.update_from_flattened_dict({**short, **changes})
+    return config
+
+
+def metrics(run, name):
+    lines = pathlib.Path(run, name, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_cached_probe_leaves_what_it_found(run):
+    result = linear.run(quick("linear", total_epochs=20, evaluate_every_epochs=5), run)
+    written = json.loads(pathlib.Path(run, "linear.json").read_text())
+    assert written == result
+    assert result["images"] == 60 and len(result["class_top1"]) == 10
+    low, high = result["top1_interval"]
+    assert low < result["top1"] < high and result["best_top1"] >= result["top1"]
+    with np.load(f"{run}/linear.npz") as kept:
+        assert kept["confusion"].sum() == 60
+        assert 100 * np.trace(kept["confusion"]) / 60 == pytest.approx(result["top1"])
+
+
+def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(run):
+    config = quick("linear:protocol=moco", evaluate_every_epochs=1)
+    result = linear.run(config, run)
+    lines = metrics(run, "linear_moco")
+    assert [line["step"] for line in lines if "test/top1" in line] == [3, 6]
+    assert result["best_top1"] == max(line.get("test/top1", 0) for line in lines)
+    teacher = saved.read(f"{run}/linear_moco")
+    jax.tree.map(
+        np.testing.assert_array_equal, teacher.trained.variables, features.load(run).variables
+    )
+    config.seed = 1
+    with pytest.raises(UserError, match=r"evaluation.seed: 0 -> 1[\s\S]*config.name"):
+        linear.run(config, run)
+    config.seed = 0
+    assert linear.run(config, run) == result  # nothing is trained again
+
+
+def test_devices_do_not_change_a_streamed_probe(run):
+    """One device and four, whose last batches of the test images are partial."""
+    trained = features.load(run)
+    config = quick("linear:protocol=moco")
+    found = []
+    for devices in (1, 4):
+        with helpers.devices(devices):
+            _, layer = streamed.train(config, trained, ArraySource(splits()), None)
+            test = features.of_split(trained, ArraySource(splits()), "test", 24)
+            found.append((layer.scores(test.features), test.labels))
+    np.testing.assert_array_equal(found[0][1], few()["test_labels"])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+
+
+def splits():
+    made = few()
+    return {s: (made[f"{s}_images"], made[f"{s}_labels"]) for s in ("train", "test")}
+
+
+def test_the_same_few_of_every_class_are_read(run):
+    source = ArraySource(splits())
+    rows = [3, 17, 40]
+    some = chosen.ChosenSource(source, "train", rows)
+    assert some.count("train") == 3 and some.count("test") == 60
+    labels = [label for *_, label in some.pictures("train")]
+    assert labels == few()["train_labels"][rows].tolist()
+    result = linear.run(
+        quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run
+    )
+    assert result["name"] == "semi_seed_10" and result["images"] == 60
+
+
+def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_path, data_file):
+    """SSLight's fine-tuning; its network is read again as a teacher of another run."""
+    config = quick("semi:protocol=sslight,percent=10", **{"labelled.percent": 0.0})
+    result = linear.run(config, run)
+    name = "semi_sslight_10"
+    teacher = saved.read(f"{run}/{name}")
+    before, after = features.load(run).variables, teacher.trained.variables
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before["params"]["backbone"],
+                         after["params"]["backbone"])  # fmt: skip
+    assert all(jax.tree.leaves(moved))
+    assert teacher.classifier.kernel.shape == (24, 10)  # the head's hidden width
+    trained = features.load(run)
+    fine = streamed.Teacher(teacher.trained, teacher.classifier, "hidden", 1)
+    found = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
+    again = fine.classifier.scores(found.hidden).argmax(1) == found.labels
+    assert 100 * again.mean() == pytest.approx(result["top1"])
+    assert trained.config.student.backbone == "resnet8"
+
+    other = helpers.network_run(tmp_path / "student", data_file, seed=5)
+    config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})
+    linear.run(config, other)
+    taught = pathlib.Path(other, "linear_kd", "metrics.jsonl").read_text()
+    config = quick("linear:protocol=moco", name="plain")
+    linear.run(config, other)
+    assert taught != pathlib.Path(other, "plain", "metrics.jsonl").read_text()
+
+
+def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
+    images = few()
+    other = tmp_path / "other.npz"
+    np.savez(other, **images)
+    config = quick("transfer:data=other,protocol=seed")
+    config.data.update(name="", dir=str(other), size=24, eval_resize=24)
+    assert linear.run(config, run)["data"] == "other"
+    assert pathlib.Path(run, "transfer_seed_other.json").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe, changes, says",
+    [
+        ("linear", {"output": "hiden"}, "Did you mean 'hidden'"),
+        ("linear", {"blocks": 4}, "resnet8 has 1 to read"),
+        ("linear", {"augment": "crops"}, "config.augment='crops'"),
+        ("linear", {"network": "momentum"}, "--config.network=student"),
+        ("linear", {"init": "zeros"}, "config.init='zeros'"),
+        ("linear", {"data.eval_split": "tset"}, "Did you mean 'test'"),
+        ("linear", {"data.dir": "/no/such.npz"}, "no file /no/such.npz"),
+        ("linear", {"labelled.per_class": 50}, "fewer than the 50"),
+        ("linear", {"labelled.per_class": 5, "labelled.percent": 5.0}, "set one of them to 0"),
+        ("linear:protocol=disco,student=resnet18", {}, "student=resnet8"),
+        ("linear:protocol=moco", {"norm": "sync"}, "the network is frozen"),
+        ("linear:protocol=grid", {"augment": "linear"}, "set augment=none"),
+        ("linear:protocol=grid", {"optimizer.name": "lars"}, "trains with sgd"),
+        ("finetune", {"augment": "none"}, "--config.augment=linear"),
+        ("finetune", {"normalise": True}, "Set it to False"),
+        ("finetune", {"norm": "shuffle"}, "config.norm='shuffle'"),
+        ("finetune", {"layers": "some"}, "config.layers='some'"),
+        ("finetune:protocol=kd", {}, "needs both"),
+        ("finetune", {"distill.weight": 2.0}, "0..1"),
+        ("finetune:protocol=kd", {"distill.teacher": "no/such"}, "there is no no/such.npz"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(run, recipe, changes, says):
+    with pytest.raises(UserError) as caught:
+        linear.run(quick(recipe, **{**changes, "name": "wrong"}), run)
+    assert says in str(caught.value)
+    assert not pathlib.Path(run, "wrong").exists()
+
+
+def test_data_that_will_not_do(run):
+    made = few()
+    images, labels = made["train_images"], made["train_labels"]
+    tests = made["test_images"], made["test_labels"]
+    cases = {
+        "images without a label": ArraySource({"train": (images, None), "test": (tests[0], None)}),
+        "have no training image": ArraySource(
+            {"train": (images[labels > 0], labels[labels > 0]), "test": tests}
+        ),
+    }
+    for says, source in cases.items():
+        for recipe in ("linear", "linear:protocol=moco"):
+            with pytest.raises(UserError, match=says):
+                linear.run(quick(recipe, name="wrong"), run, source)
+    empty = ArraySource(splits())
+    empty.count = lambda split: 0
+    with pytest.raises(UserError, match="is empty"):
+        linear.run(quick("linear", name="wrong"), run, empty)
+    headless = features.load(run)
+    headless.config.student.head = "none"
+    with pytest.raises(UserError, match="without a head"):
+        features.check_outputs(headless, ("embedding",))
+    headless.config.student.update(head="mlp", hidden=0)
+    with pytest.raises(UserError, match="no hidden layer"):
+        features.check_outputs(headless, ("hidden",))
+    assert not pathlib.Path(run, "wrong").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(run, tmp_path, data_file):
+    linear.run(quick("linear", name="ten"), run)
+    made = few()
+    five = {s: (x[y < 5], y[y < 5]) for s, (x, y) in splits().items()}
+    assert made["train_labels"].max() == 9
+    config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/ten", "name": "wrong"})
+    with pytest.raises(UserError, match="tells 10 classes apart, arrays has 5"):
+        linear.run(config, run, ArraySource(five))
