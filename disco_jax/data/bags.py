@@ -133,7 +133,7 @@ class BagSource:
             )
         self._source, self._bags, self._members = source, bags, frozenset(members)
         self._sampling, self._host, self._hosts = sampling, process_index, process_count
-        self._pictures: dict[str, list[tuple[str, Any]]] = {}
+        self._pictures: dict[str, list[tuple[str, Any, int]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
@@ -162,7 +162,7 @@ class BagSource:
         share = count // self._hosts
         base.check_batch_size(self._source.name, split, share, batch_size)
         if split not in self._pictures:
-            self._pictures[split] = [(n, image) for n, image, _ in self._source.pictures(split)]
+            self._pictures[split] = list(self._source.pictures(split))
         return self._train(split, share, views, batch_size, seed, start, max_unreadable)
 
     def _train(self, split, share, views, batch_size, seed, start, limit):
@@ -170,6 +170,7 @@ class BagSource:
         with ThreadPoolExecutor(_THREADS) as pool:
             for epoch in itertools.count(start.epoch):
                 anchors, others = self._order(seed, epoch)
+                any_batch = offset > 0
                 while share - offset >= batch_size:
                     where, begin = (seed, epoch, self._host), offset
                     rows, offset = self._readable(
@@ -177,10 +178,16 @@ class BagSource:
                     )
                     if len(rows) < batch_size:
                         break
-                    batch = self._batch(pool, views, rows, where, begin)
+                    any_batch = True
+                    after = base.next_position(epoch, offset, share, batch_size)
+                    labels = [self._pictures[split][record][2] for record, *_ in rows]
                     yield base.HostBatch(
-                        *batch, base.next_position(epoch, offset, share, batch_size)
+                        *self._batch(pool, views, rows, where, begin),
+                        after,
+                        np.array(labels, np.int32),
                     )
+                if not any_batch:  # too much is unreadable to fill one batch
+                    base.check_batch_size(self._source.name, split, 0, batch_size)
                 offset = 0
 
     def _order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +220,7 @@ class BagSource:
 
     def _read(self, split: str, record: int) -> tuple[str, np.ndarray | None]:
         """The name of a record and its u8[H, W] or u8[H, W, 3]; None if it cannot be decoded."""
-        name, image = self._pictures[split][record]
+        name, image, _ = self._pictures[split][record]
         if isinstance(image, np.ndarray):
             return name, image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         try:

@@ -193,7 +193,7 @@ def fit(
         ),
         logger,
         checkpoints,
-        evaluate,
+        evaluate=evaluate,
     )
 
 

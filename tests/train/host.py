@@ -26,7 +26,8 @@ class Shared:
         for batch in self._inner.train(split, views, whole, seed, begin, max_unreadable):
             mine = {view: images[rows] for view, images in batch.views.items()}
             epoch, offset = batch.position.epoch, batch.position.offset
-            yield base.HostBatch(mine, {}, base.Position(epoch, offset // self._hosts))
+            after = base.Position(epoch, offset // self._hosts)
+            yield base.HostBatch(mine, {}, after, batch.labels[rows])
 
 
 class Disturbed(Shared):
