@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from disco_jax.evaluate import information
+
 # Told apart with the common kinds of colour blindness, too (Okabe and Ito).
 COLOURS = (
     "#0072b2",
@@ -23,36 +25,32 @@ MARKERS = "osD^vP*X<>"
 
 
 def plane(paths: Mapping[str, Sequence[Mapping[str, float]]], file: epath.Path) -> None:
-    """Ways through the information plane, from the transition to the convergence point.
+    """Ways through the information plane: whole, and from the transition to the convergence point.
 
     Args:
       paths: name -> points with "input_bits", "label_bits" and "top1", in the order of the
         training.
       file: a PNG.
     """
-    figure, axes = _axes((7.5, 5.0))
-    ends = []
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for i, (name, path) in enumerate(paths.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        style = dict(color=COLOURS[i % len(COLOURS)], lw=1.5, marker=".", ms=4)
         x, y = (np.array([p[key] for p in path]) for key in ("input_bits", "label_bits"))
-        turn = len(x) - 1 - int(np.argmax(x[::-1]))
-        axes.plot(x[: turn + 1], y[: turn + 1], color=colour, lw=1, alpha=0.35)
-        axes.plot(x[turn:], y[turn:], color=colour, lw=1.8, marker=".", ms=4, label=name)
-        axes.plot(x[turn], y[turn], "o", color=colour, ms=9, mfc="white", mew=1.8, zorder=3)
-        axes.plot(x[-1], y[-1], "*", color=colour, ms=13, zorder=3)
-        ends.append((x[turn], y[turn], "T", colour))
-        if turn < len(x) - 1:
-            ends.append((x[-1], y[-1], f"C ({path[-1]['top1']:.1f} %)", colour))
-    for x, y, text, colour in ends:
-        axes.annotate(text, (x, y), (7, 6), textcoords="offset points", color=colour, fontsize=9)
-    axes.set(
-        xlabel="I(X;T) (bits)",
-        ylabel="I(T;Y) (bits)",
-        title="Information plane: T transition (highest I(X;T)), C convergence (top-1)",
-    )
-    axes.title.set_fontsize(10)
-    axes.margins(0.12)
-    axes.legend(frameon=False, loc="best")
+        turn = information.turning_point(x)
+        left.plot(x, y, **style)
+        right.plot(x[turn:], y[turn:], **style, label=f"{name}: C {path[-1]['top1']:.1f} % top-1")
+        for axes in (left, right):
+            axes.plot(x[turn], y[turn], "o", color=style["color"], ms=9, mfc="white", mew=1.8)
+            axes.plot(x[-1], y[-1], "*", color=style["color"], ms=13)
+    right.plot([], [], "o", color="#555555", ms=8, mfc="white", mew=1.8, label="T, transition")
+    right.plot([], [], "*", color="#555555", ms=11, label="C, convergence")
+    left.set(title="The whole training", xlabel="I(X;T) (bits)", ylabel="I(T;Y) (bits)")
+    right.set(title="Compression: from T to C", xlabel="I(X;T) (bits)", ylabel="I(T;Y) (bits)")
+    for axes in (left, right):
+        axes.margins(0.12)
+        axes.ticklabel_format(useOffset=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, file)
 
 

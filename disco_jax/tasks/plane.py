@@ -15,6 +15,7 @@ from disco_jax.evaluate import features, information, linear, plots, saved, scor
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Trained
 
+_NUMBERS = ("input_bits", "label_bits", "top1", "most_bits")
 _LEAST = {"points": 2, "bins": 2, "images": 0}
 
 
@@ -29,8 +30,9 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       source: images; None opens the run's own data, or what `config.data` names.
 
     Returns:
-      {"path": [{"step", "epoch", "input_bits": I(X;T), "label_bits": I(T;Y), "top1"}, ...],
-      "transition": the place in the path where I(X;T) begins to fall, "top1", ...}.
+      {"path": [{"step", "epoch", "input_bits": I(X;T), "label_bits": I(T;Y), "top1", "most_bits":
+      what I(X;T) cannot exceed with so many images}, ...], "transition": the place in the path
+      where I(X;T) begins to fall, "top1", ...}.
 
     Raises:
       UserError: a setting, the run, the data, or a run of `config.beside` will not do.
@@ -62,6 +64,11 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             f"I(X;T) {path[transition]['input_bits']:.2f} -> {last['input_bits']:.2f} bits, I(T;Y) "
             f"{last['label_bits']:.2f} bits, top-1 {last['top1']:.2f} %: {file}"
         )
+        if path[transition]["input_bits"] > last["most_bits"] - 1:
+            print(
+                f"I(X;T) comes close to the {last['most_bits']:.2f} bits that so few images allow: "
+                "most outputs are alone in their bin. Look at more (config.plane.split, .images)."
+            )
     return result
 
 
@@ -87,7 +94,12 @@ def _follow(
         rows = information.binned(outputs, plane.bins)
         inputs, of_labels = information.mutual_information(rows, found.labels, plane.grouping)
         top1 = scores.top_k(outputs, found.labels, 1)
-        return {"plane/input_bits": inputs, "plane/label_bits": of_labels, "plane/top1": top1}
+        return {
+            "plane/input_bits": inputs,
+            "plane/label_bits": of_labels,
+            "plane/top1": top1,
+            "plane/most_bits": float(np.log2(len(rows))),
+        }
 
     streamed.train(
         config, trained, source, str(folder), look=look, look_steps=max(total // plane.points, 1)
@@ -95,7 +107,7 @@ def _follow(
     points: dict[int, dict[str, float]] = {}
     for line in saved.metrics(str(folder)):
         if "plane/top1" in line:
-            numbers = {key: line[f"plane/{key}"] for key in ("input_bits", "label_bits", "top1")}
+            numbers = {key: line[f"plane/{key}"] for key in _NUMBERS}
             step = line["step"]
             points[step] = {"step": step, "epoch": step / how.steps_per_epoch, **numbers}
     return [points[step] for step in sorted(points)]

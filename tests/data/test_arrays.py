@@ -82,6 +82,15 @@ def test_batches_have_the_promised_layout():
             assert all(x.dtype == np.uint8 for x in batch.views.values())
 
 
+def test_labels_come_with_their_images():
+    images = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None], (20, 9, 9))
+    source = ArraySource({"train": (images, np.arange(20) + 3), "bare": (images, None)})
+    for batch in train(source, 4):
+        np.testing.assert_array_equal(batch.labels, batch.views[0][:, 0, 0, 0].astype(int) + 3)
+    bare = next(source.train("bare", VIEWS, 7, 0, Position.start(), 0))
+    assert (bare.labels == -1).all() and bare.labels.dtype == np.int32
+
+
 def test_the_seed_decides_order_and_crops():
     source = ArraySource({"train": (noise(), None)})
     assert_equal(train(source, 6), train(source, 6))

@@ -156,6 +156,7 @@ def assert_equal(ours, theirs):
         assert a.views.keys() == b.views.keys()
         for view in a.views:
             np.testing.assert_array_equal(a.views[view], b.views[view])
+        np.testing.assert_array_equal(a.labels, b.labels)
 
 
 # ---- order
@@ -183,6 +184,19 @@ def test_batches_have_the_promised_layout(kind):
     assert batch.aux == {} and batch.position == Position(0, 7)
     assert {v: x.shape for v, x in batch.views.items()} == {0: (7, 8, 8, 3), 1: (7, 6, 6, 3)}
     assert all(x.dtype == np.uint8 for x in batch.views.values())
+
+
+def test_labels_come_with_their_images(kind):
+    source = kind()
+    for batch in train(source, 9):
+        assert batch.labels.dtype == np.int32 and batch.labels.shape == (7,)
+        if source.name != "digits":
+            np.testing.assert_array_equal(batch.labels, np.array(numbers(batch.views[0])) % 10)
+    stored = [label for *_, label in source.pictures("train")]
+    whole = train(source, source.count("train") // 7)
+    read = np.bincount(np.concatenate([batch.labels for batch in whole]), minlength=10)
+    left = np.bincount(stored, minlength=10) - read
+    assert (left >= 0).all() and left.sum() == source.count("train") % 7
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Some records of a split: exactly those, whatever they are kept in."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from disco_jax.data import chosen
+from disco_jax.data.arrays import ArraySource
+from disco_jax.data.base import Position
+from disco_jax.data.folders import FolderSource
+from disco_jax.data.views import Crop
+
+ROWS = (2, 5, 7, 11)
+WHOLE = {0: Crop(8, (1.0, 1.0), (1.0, 1.0), "bilinear", "exact")}
+
+
+@pytest.fixture(params=["folder", "arrays"])
+def source(request, tmp_path):
+    """Twelve grey pictures, of the levels 0, 10, 20, ..., of class 0 or 1 in turn."""
+    levels = [np.full((12, 14), 10 * i, np.uint8) for i in range(12)]
+    if request.param == "arrays":
+        half = np.stack(levels), np.arange(12) // 6
+        return ArraySource({"train": half, "test": half})
+    for split in ("train", "test"):
+        for i, level in enumerate(levels):
+            folder = tmp_path / split / str(i // 6)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(level).save(folder / f"{i:02}.png")
+    return FolderSource(tmp_path)
+
+
+def test_the_chosen_are_read_each_once_an_epoch_and_by_one_host(source):
+    assert chosen.labels(source, "train").tolist() == [0] * 6 + [1] * 6
+    seen = []
+    for host in (0, 1):
+        some = chosen.ChosenSource(source, "train", ROWS, process_index=host, process_count=2)
+        assert some.count("train") == 4 and some.splits == source.splits
+        batches = some.train("train", WHOLE, 1, 0, Position.start(), 0)
+        for batch in itertools.islice(batches, 2):
+            seen.append(int(batch.views[0][0, 0, 0, 0]) // 10)
+            assert batch.labels == [seen[-1] // 6]
+    assert sorted(seen) == list(ROWS)
+
+
+def test_evaluation_is_in_order_and_other_splits_stay_whole(source):
+    some = chosen.ChosenSource(source, "train", ROWS)
+    for split, wanted in (("train", list(ROWS)), ("test", list(range(12)))):
+        batches = list(some.evaluate(split, 8, 0, "bilinear", 5))
+        levels = np.concatenate([b["image"][b["mask"]][:, 0, 0, 0] for b in batches]) // 10
+        assert levels.tolist() == wanted
+        labels = np.concatenate([b["label"][b["mask"]] for b in batches])
+        assert labels.tolist() == [n // 6 for n in wanted]
+    assert [label for *_, label in some.pictures("train")] == [0, 0, 1, 1]

@@ -1,0 +1,73 @@
+"""Two hosts find what one finds: every image once, the same neighbours, the same classifier."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import helpers
+
+CHILD = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.config.update("jax_default_matmul_precision", "highest")
+from disco_jax import flags
+from disco_jax.evaluate import features, knn, target
+from disco_jax.tasks import linear
+import numpy as np
+found = []
+for recipe in ("linear", "linear:protocol=moco"):
+    config = flags.load(recipe)
+    config.update(total_epochs=2, batch_size=32, name=f"two_{len(found)}")
+    config.learning_rate.per_256 = 0.5
+    found.append(linear.run(config, sys.argv[3]))
+assert found[1]["images"] == found[0]["images"] == 61
+trained, source = target.opened(features.load(sys.argv[3]))
+test = features.of_split(trained, source, "test", 16)
+near = knn.neighbours(test.features, test.features, 5, 16, leave_out=True)[1]
+if jax.process_index() == 0:
+    np.savez(sys.argv[4], features=test.features, labels=test.labels, near=near,
+             top1=found[0]["top1"])
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_find_what_one_finds(tmp_path):
+    made = helpers.digits()
+    few = {k: v[: 96 if k.startswith("train") else 61] for k, v in made.items()}
+    np.savez(tmp_path / "few.npz", **few)
+    run = helpers.network_run(tmp_path / "run", tmp_path / "few.npz")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, address, str(i), run, tmp_path / "out.npz"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    for host in hosts:
+        said, _ = host.communicate(timeout=300)
+        assert host.returncode == 0, said[-3000:]
+    from disco_jax import flags
+    from disco_jax.evaluate import features, knn, target
+    from disco_jax.tasks import linear
+
+    trained, source = target.opened(features.load(run))
+    test = features.of_split(trained, source, "test", 16)
+    config = flags.load("linear")
+    config.update(total_epochs=2, batch_size=32)
+    config.learning_rate.per_256 = 0.5
+    top1 = linear.run(config, run)["top1"]
+    with np.load(tmp_path / "out.npz") as two:
+        np.testing.assert_array_equal(two["labels"], few["test_labels"])
+        np.testing.assert_allclose(two["features"], test.features, rtol=1e-4, atol=1e-6)
+        near = knn.neighbours(two["features"], two["features"], 5, 16, leave_out=True)[1]
+        np.testing.assert_array_equal(two["near"], near)
+        assert two["top1"] == pytest.approx(top1)

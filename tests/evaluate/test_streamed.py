@@ -1,0 +1,37 @@
+"""A training with labels that is broken off goes on to the bits of one that was not."""
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import flags
+from disco_jax.data.arrays import ArraySource
+from disco_jax.evaluate import features, streamed
+
+
+class BrokenOff(Exception):
+    pass
+
+
+def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
+    splits = {s: (x[:64], y[:64]) for s, (x, y) in helpers.digits_splits().items()}
+    trained = features.untrained(helpers.smoke_config("moco_v2"))
+    config = flags.load("finetune")
+    config.update(total_epochs=3, batch_size=32)
+
+    def broken_off(step, network, layer):
+        if step == 5:  # the checkpoint before is that of step 4
+            raise BrokenOff
+        return {}
+
+    def train(folder, **options):
+        source = ArraySource(splits)
+        return streamed.train(config, trained, source, str(tmp_path / folder), **options)
+
+    whole, layer = train("whole")
+    with pytest.raises(BrokenOff):
+        train("broken", look=broken_off, look_steps=1)
+    again, same = train("broken")
+    jax.tree.map(np.testing.assert_array_equal, whole.variables, again.variables)
+    np.testing.assert_array_equal(layer.kernel, same.kernel)

@@ -1,0 +1,61 @@
+"""What an evaluation reads: the run's data or others, found and checked before hours are spent."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import helpers
+from disco_jax import flags
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
+from disco_jax.evaluate import features, target
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return features.untrained(helpers.smoke_config("moco_v2"))
+
+
+def data(**changes):
+    made = flags.load("linear").data
+    made.update(changes)
+    return made
+
+
+def test_nothing_asked_is_the_runs_own(trained):
+    own = target.aimed(trained, data()).config
+    assert own == trained.config and own is not trained.config
+
+
+def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
+    for split in ("train", "val"):
+        for label, level in (("dark", 20), ("light", 220)):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.full((30, 20, 3), level + i, np.uint8)).save(folder / f"{i}.png")
+    aimed = target.aimed(trained, data(dir=str(tmp_path), size=24, interpolation="bicubic"))
+    assert aimed.config.data.source == "folder" and aimed.config.data.eval_resize == 24
+    aimed, source = target.opened(aimed)
+    assert aimed.config.data.eval_split == "validation" and source.num_classes == 2
+    found = features.of_split(aimed, source, "validation", 4, ("features",))
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and found.embedding.shape == (6, 0)
+    target.check_labels(source, "train", "validation", thorough=True)
+
+
+@pytest.mark.parametrize(
+    "changes, kind", [({"name": "cifar10"}, "tfds"), ({"dir": "some.npz"}, "npz")]
+)
+def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
+    made = target.aimed(trained, data(**changes, subset="list.txt", eval_resize=0)).config.data
+    assert (made.source, made.train_split, made.subset) == (kind, "train", "list.txt")
+    assert made.eval_resize == 0
+
+
+def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
+    pair = (np.zeros((4, 9, 9), np.uint8), np.arange(4))
+    unclear = target.aimed(trained, data(dir="x.npz"))
+    for names in (("train",), ("train", "test", "validation")):
+        source = ArraySource(dict.fromkeys(names, pair))
+        with pytest.raises(UserError, match="eval_split is not set"):
+            target.opened(unclear, source)
