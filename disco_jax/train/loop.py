@@ -117,11 +117,9 @@ def run(
                 window.clear()
                 summary |= progress.measure(step, getattr(batches, "waited_s", 0.0))
                 summary |= saver.measure()
-                logger.write(step, summary)
-                if schedule.verbose and jax.process_index() == 0:
-                    print(progress.line(step, summary), flush=True)
+                _tell(step, summary, logger, progress if schedule.verbose else None)
                 watch(step, summary)
-            if schedule.replica_check_steps and step % schedule.replica_check_steps == 0:
+            if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
             if _due(step, last, schedule.evaluate_steps):
                 with progress.aside():
@@ -134,6 +132,13 @@ def run(
                 raise Preempted(f"Asked to stop; step {step} is saved. Start again to go on.")
         saver.wait()
     return state
+
+
+def _tell(step: int, summary: dict[str, float], logger: Logger, progress: Progress | None) -> None:
+    """Writes a summary, and a line of it where there is `progress` to tell."""
+    logger.write(step, summary)
+    if progress and jax.process_index() == 0:
+        print(progress.line(step, summary), flush=True)
 
 
 class _Saver:
@@ -172,7 +177,7 @@ class _Saver:
 
 
 def _due(step: int, last: bool, every: int) -> bool:
-    """Whether to evaluate after this step."""
+    """Whether it is time, every so many steps (0: never) and, if asked, at the end."""
     return bool(every) and (last or step % every == 0)
 
 
