@@ -50,6 +50,10 @@ class Schedule:
     profile: tuple[int, ...] = ()
     profile_dir: str = ""
 
+    def progress(self) -> Progress:
+        """Of this loop, from its start."""
+        return Progress(self.start, self.total, self.steps_per_epoch, self.batch_size)
+
 
 def run(
     step_fn: Callable[[Any, Any, Any], tuple[Any, Any]],
@@ -88,9 +92,7 @@ def run(
       Preempted: SIGTERM came, to any process; the state was saved first.
     """
     window: list[Any] = []
-    progress = Progress(
-        schedule.start, schedule.total, schedule.steps_per_epoch, schedule.batch_size
-    )
+    progress = schedule.progress()
     watchdog = hosts.Watchdog(schedule.hang_s)
     saver = _Saver(checkpoints, goodput, batches)
     with (
