@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors
+from disco_jax.data import chosen
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
 
@@ -35,14 +36,28 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
     data = trained.config.data
-    train, test = (
-        features.of_split(
-            trained, source, split, config.batch_size, (config.output,), config.blocks
+    labels = chosen.labels(source, data.train_split)
+    if (labels < 0).any():
+        raise features.unlabelled(source, data.train_split)
+    drawn = {
+        count: [subsets.balanced(labels, count, seed) for seed in config.seeds]
+        for count in config.shots
+    }
+    rows = np.unique(np.concatenate([row for seeds in drawn.values() for row in seeds]))
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    few = chosen.ChosenSource(source, data.train_split, rows, **hosts)
+    train = _extract(config, trained, few, data.train_split)
+    test = _extract(config, trained, source, data.eval_split)
+    if len(train.labels) != len(rows):
+        raise errors.UserError(
+            f"{len(rows) - len(train.labels)} of the images that were drawn cannot be read. Remove "
+            "them from the data set (`disco-jax data` names them), or take other config.seeds."
         )
-        for split in (data.train_split, data.eval_split)
-    )
     target.match(source, train.labels, test.labels)
-    shots = {str(count): _shots(config, train, test, count) for count in config.shots}
+    shots = {
+        str(count): _shots(config, train, test, [np.searchsorted(rows, r) for r in seeds])
+        for count, seeds in drawn.items()
+    }
     result = {
         "step": trained.step,
         "name": config.name,
@@ -59,13 +74,24 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     return result
 
 
+def _extract(
+    config: ConfigDict, trained: features.Trained, source: Source, split: str
+) -> features.Features:
+    return features.of_split(
+        trained, source, split, config.batch_size, (config.output,), config.blocks
+    )
+
+
 def _shots(
-    config: ConfigDict, train: features.Features, test: features.Features, count: int
+    config: ConfigDict,
+    train: features.Features,
+    test: features.Features,
+    drawn: list[np.ndarray],
 ) -> dict[str, Any]:
+    """The results of one number of images a class, one for each choice of rows."""
     rows, tested = getattr(train, config.output), getattr(test, config.output)
     classes, found = int(train.labels.max()) + 1, []
-    for seed in config.seeds:
-        chosen = subsets.balanced(train.labels, count, seed)
-        kernel, bias = ridge.fit(rows[chosen], train.labels[chosen], classes)
+    for mine in drawn:
+        kernel, bias = ridge.fit(rows[mine], train.labels[mine], classes)
         found.append(scores.top_k(tested @ kernel + bias, test.labels, 1))
     return {"top1": float(np.mean(found)), "top1_spread": float(np.std(found)), "by_seed": found}

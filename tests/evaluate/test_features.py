@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import helpers
+from disco_jax import models
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.stacks import STACKS
 from disco_jax.errors import UserError
@@ -42,3 +43,25 @@ def test_settings_for_each_view_do_not_stand_in_the_way():
     source = ArraySource(helpers.digits_splits())
     found = features.of_split(features.untrained(config), source, "test", 64)
     assert found.features.shape[0] == 360
+
+
+def test_several_blocks_of_a_vit_end_with_the_last_and_leave_the_head_alone():
+    encoder = models.build_encoder(helpers.encoder_spec("vit_tiny_p16", hidden=24, dim=8))
+    variables = encoder.create(0, 32)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    outputs = ("features", "embedding", "hidden")
+    one, four = (
+        encoder.apply(
+            variables, images, norm="running", outputs=outputs, blocks=blocks, method="read"
+        )
+        for blocks in (1, 4)
+    )
+    assert four["features"].shape == (2, 4 * 192) and one["hidden"].shape == (2, 24)
+    np.testing.assert_allclose(four["features"][:, -192:], one["features"], rtol=1e-5, atol=1e-6)
+    for name in ("embedding", "hidden"):
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-5, atol=1e-6)
+    whole = encoder.apply(variables, images, norm="running")
+    np.testing.assert_allclose(one["embedding"], whole.embedding, rtol=1e-5, atol=1e-6)
+    last = variables["params"]["head"]["out"]
+    by_hand = one["hidden"] @ last["kernel"] + last["bias"][None]
+    np.testing.assert_allclose(one["embedding"], by_hand, rtol=1e-4, atol=1e-5)

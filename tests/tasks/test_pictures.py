@@ -10,6 +10,7 @@ from PIL import Image
 import helpers
 from disco_jax import flags
 from disco_jax.errors import UserError
+from disco_jax.evaluate import features, ridge, scores, subsets, target
 from disco_jax.tasks import cost, fewshot, plane, tsne
 
 
@@ -45,6 +46,12 @@ def test_few_shots_are_the_same_for_a_seed_and_better_with_more(runs):
     few, more = result["shots"]["1"], result["shots"]["6"]
     assert len(few["by_seed"]) == 3 and few["top1"] == pytest.approx(np.mean(few["by_seed"]))
     assert 10 < few["top1"] < more["top1"]
+    trained, source = target.opened(features.load(runs[0]))
+    train, test = (features.of_split(trained, source, split, 64) for split in ("train", "test"))
+    rows = subsets.balanced(train.labels, 6, seed=1)
+    kernel, bias = ridge.fit(train.features[rows], train.labels[rows], 10)
+    by_hand = scores.top_k(test.features @ kernel + bias, test.labels, 1)
+    assert more["by_seed"][1] == pytest.approx(by_hand)
     config.shots = (40,)
     with pytest.raises(UserError, match=r"fewer than the 40[\s\S]*config.shots"):
         fewshot.run(config, runs[0])

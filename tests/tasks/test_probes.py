@@ -79,15 +79,17 @@ def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(ru
     assert linear.run(config, run) == result  # nothing is trained again
 
 
-def test_devices_do_not_change_a_streamed_probe(run):
+@pytest.mark.parametrize("recipe", ["linear:protocol=moco", "finetune"])
+def test_devices_do_not_change_what_is_learned(run, recipe):
     """One device and four, whose last batches of the test images are partial."""
     trained = features.load(run)
-    config = quick("linear:protocol=moco")
+    # Rates at which rounding does not grow from step to step.
+    config = quick(recipe, **{"learning_rate.per_256": 0.05, "head_rate": 2.0})
     found = []
     for devices in (1, 4):
         with helpers.devices(devices):
-            _, layer = streamed.train(config, trained, ArraySource(splits()), None)
-            test = features.of_split(trained, ArraySource(splits()), "test", 24)
+            network, layer = streamed.train(config, trained, ArraySource(splits()), None)
+            test = features.of_split(network, ArraySource(splits()), "test", 24)
             found.append((layer.scores(test.features), test.labels))
     np.testing.assert_array_equal(found[0][1], few()["test_labels"])
     np.testing.assert_array_equal(found[0][1], found[1][1])
