@@ -145,9 +145,11 @@ def test_time_adds_up_over_starts_and_unsaved_steps_are_lost(tmp_path, monkeypat
     booked.save()
     clock.now = 40.0
     booked.step(waited_s=6.0)
+    clock.now = 43.0
+    booked.evaluated()
     booked.write()
     booked.close()  # killed here, seven seconds of steps after the checkpoint
-    expected = {"init": 6, "compile": 4, "data": 6, "step": 22, "save": 2, "lost": 0}
+    expected = {"init": 6, "compile": 4, "data": 6, "step": 22, "eval": 3, "save": 2, "lost": 0}
     assert json.loads((tmp_path / "goodput.json").read_text())["seconds"] == expected
     clock.now = 100.0
     again = goodput.Goodput(tmp_path, 100.0)
@@ -157,7 +159,7 @@ def test_time_adds_up_over_starts_and_unsaved_steps_are_lost(tmp_path, monkeypat
     again.close()
     report = again.report()
     assert report["goodput/step_s"] == 15 + 10 and report["goodput/lost_s"] == 7
-    assert report["goodput/share"] == pytest.approx(25 / 50)
+    assert report["goodput/share"] == pytest.approx(25 / 53)
     assert again.starts == 2
 
 

@@ -28,7 +28,7 @@ CONFIG = {
     # rates this tiny network makes a millionth of it after one step into 2e-5 after ten.
     "learning_rate.per_256": 0.003,
 }
-RECIPES = ("disco", "moco_v2", "seed")
+RECIPES = ("disco", "moco_v2", "seed", "swav", "dino")
 
 
 def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
