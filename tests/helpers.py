@@ -170,7 +170,7 @@ def smoke(config, replicas):
     method = methods.build(config, config.views, config.local.count)
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 10, 5)
     tx = optimizer.build(config.optimizer, rate)
-    method = method.fitted(10, 1000)
+    method = method.paced(10)
     train_step = make_train_step(
         method,
         recipe,

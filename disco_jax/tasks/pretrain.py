@@ -73,7 +73,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     method.check(record)
     source = _bagged(source or pipeline.open_source(config.data), config, method)
     steps_per_epoch = _steps_per_epoch(source, config)
-    method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
+    method = method.paced(steps_per_epoch)
     rate = optimizer.learning_rate(
         config.learning_rate, config.batch_size, steps_per_epoch, config.total_epochs
     )
