@@ -187,7 +187,6 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
             weight=0.0,
             view=0,
             temperature=0.07,
-            population=0,  # 0: the images there are
             queue_size=65_536,
         ),
         swapped=dict(

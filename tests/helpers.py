@@ -192,7 +192,7 @@ def smoke(config, replicas):
     """(step of one replica, state, frozen, batch with a leading replica axis)."""
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
-    method = method.fitted(10, 1000)
+    method = method.paced(10)
     config = ConfigDict({**config.to_dict(), "total_epochs": 5})
     train_step, tx, _ = from_config(config, method, recipe, 10)
     size = config.augment.size

@@ -22,15 +22,16 @@ from disco_jax.evaluate import features
 from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import step as step_module
 
-EPOCHS = 10
+EPOCHS = {"simreg": 40, "ressl": 40, "compress:queues=1": 40}  # else 10
+RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
 
 
 def recipe(name, folder):
-    """A recipe for 10 epochs of digits: larger rates and gentler crops than it ships with."""
+    """A recipe for a few epochs of digits: larger rates and gentler crops than it ships with."""
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
-    rate = 4 * config.learning_rate.per_256
+    rate = RATES.get(name, 4) * config.learning_rate.per_256
     demo._digits(config)
     config.learning_rate.update(per_256=rate, decay="cosine", warmup_epochs=0)
     config.student.update(backbone="resnet14", width=4)
@@ -43,7 +44,7 @@ def recipe(name, folder):
         config.bags.file = f"{folder}/knn/bags.npz"
     if config.objectives.pseudo_labels.weight:
         config.bags.file = f"{folder}/kmeans/bags.npz"
-    config.total_epochs = EPOCHS
+    config.total_epochs = EPOCHS.get(name, 10)
     return config
 
 

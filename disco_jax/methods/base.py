@@ -181,16 +181,14 @@ class Method:
             views, aux = objective.mix(views, aux, jax.random.fold_in(rng, i))
         return views, aux
 
-    def fitted(self, steps_per_epoch: int, images: int) -> "Method":
-        """The method with what its objectives left to be known of the data filled in."""
-        objectives = {}
-        for name, objective in self.objectives.items():
-            changes = {}
-            if hasattr(objective, "steps_per_epoch"):
-                changes["steps_per_epoch"] = steps_per_epoch
-            if getattr(objective, "population", None) == 0:
-                changes["population"] = images
-            objectives[name] = dataclasses.replace(objective, **changes) if changes else objective
+    def paced(self, steps_per_epoch: int) -> "Method":
+        """The method whose objectives know how long an epoch is, where they ask."""
+        objectives = {
+            name: dataclasses.replace(objective, steps_per_epoch=steps_per_epoch)
+            if hasattr(objective, "steps_per_epoch")
+            else objective
+            for name, objective in self.objectives.items()
+        }
         return dataclasses.replace(self, objectives=objectives)
 
     def check(self, record: Record) -> None:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
-from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import binary_contrast, unit
+from disco_jax.ops.collectives import gather, pmean
+from disco_jax.ops.losses import binary_contrast, mean_potential, unit
 from disco_jax.ops.memory import Queue
 
 
@@ -19,14 +19,12 @@ class BinaryContrast(Objective):
       weight: of the term in the method's loss.
       view: that student and teacher encode.
       temperature: tau > 0; SEED states none, CRD uses 0.07.
-      population: images of the data set, N of h's K / N; 0: filled in when a run knows its data.
       queue_size: teacher embeddings remembered; a multiple of the global batch.
     """
 
     weight: float = 1.0
     view: int = 0
     temperature: float = 0.07
-    population: int = 0
     queue_size: int = 65_536
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
@@ -42,12 +40,14 @@ class BinaryContrast(Objective):
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
         student = unit(record.embedding("student", self.view))
         teacher = unit(record.embedding("teacher", self.view))
+        # CRD's code keeps that of its first batch; here it follows.
+        potential = mean_potential(student, memory.vectors, temperature=self.temperature)
         losses = binary_contrast(
             student,
             teacher,
             memory.vectors,
             temperature=self.temperature,
-            population=self.population,
+            potential=pmean(potential),
         )
         metrics = {"cosine": jnp.mean(jnp.sum(student * teacher, axis=-1))}
         metrics["student_std"] = spread(student)

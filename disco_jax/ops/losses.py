@@ -82,20 +82,21 @@ def soft_cross_entropy(
 
 
 def binary_contrast(
-    student: Array, teacher: Array, negatives: Array, *, temperature: float, population: int
+    student: Array, teacher: Array, negatives: Array, *, temperature: float, potential: Array
 ) -> Array:
     """Telling the teacher's embedding of the image from those of others, one yes or no each.
 
     CRD (arXiv:1910.10699) eq. 17-18, as SEED's appendix compares with:
     loss_i = -log h(s_i, t_i) - sum_j log(1 - h(s_i, n_j)),
-    h(s, t) = e^{s.t/tau} / (e^{s.t/tau} + K / N).
+    h(s, t) = e^{s.t/tau} / (e^{s.t/tau} + K m), m the mean of e^{s.n/tau}: CRD's K / N with the
+    exponential divided, as in its code, by the number N of images times its mean.
 
     Args:
       student: f32[B, D], unit rows; the only input that needs a gradient.
       teacher: f32[B, D], unit rows.
       negatives: f32[K, D], unit rows: past embeddings of the teacher.
       temperature: tau > 0; CRD uses 0.07.
-      population: N >= 1, the images of the data set.
+      potential: f32[], m, a constant to the gradient; see `mean_potential`.
 
     Returns:
       f32[B] in nats, summed over the K + 1 decisions; the objective takes the mean.
@@ -104,9 +105,15 @@ def binary_contrast(
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     logits = _logits(student, teacher, negatives) / temperature
-    prior = jnp.log(jnp.float32(negatives.shape[0] / population))
+    prior = jnp.log(len(negatives) * jax.lax.stop_gradient(potential))
     total = jnp.logaddexp(logits, prior)
     return total[:, 0] - logits[:, 0] + jnp.sum(total[:, 1:] - prior, axis=-1)
+
+
+def mean_potential(student: Array, negatives: Array, *, temperature: float) -> Array:
+    """f32[]: the mean of e^{s.n/tau} over unit rows f32[B, D] and negatives f32[K, D]."""
+    products = jnp.matmul(student, negatives.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.mean(jnp.exp(products / temperature))
 
 
 def softened_cross_entropy(

@@ -144,7 +144,7 @@ def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.St
     method = methods.build(config, config.views, config.local.count)
     record = state.shapes(method, recipe.sizes)
     method.check(record)
-    method = method.fitted(steps_per_epoch, steps_per_epoch * config.batch_size)
+    method = method.paced(steps_per_epoch)
     built = step.from_config(config, method, recipe, steps_per_epoch)
     size, frozen = config.augment.size, {}
     if "teacher" in method.plan:

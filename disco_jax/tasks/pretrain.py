@@ -74,7 +74,7 @@ def prepare(config: ConfigDict, source: Source | None = None) -> Prepared:
     source = _bagged(source or pipeline.open_source(config.data), config, method)
     monitor.check(config, source)
     steps_per_epoch = _steps_per_epoch(source, config)
-    method = method.fitted(steps_per_epoch, source.count(config.data.train_split))
+    method = method.paced(steps_per_epoch)
     loaded = None
     if "teacher" in method.plan:
         encoder = method.networks["teacher"].encoder

@@ -198,7 +198,7 @@ def test_the_two_banks_of_retro_follow_their_own_views_through_a_wrap(replicas):
 @pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize(
     "objective, key", [(Consistency(queue_size=16), ("momentum", 1)),
-                       (BinaryContrast(queue_size=16, population=100), ("teacher", 0)),
+                       (BinaryContrast(queue_size=16), ("teacher", 0)),
                        (Similarity(queue_size=16), ("teacher", 0))],
 )  # fmt: skip
 def test_queues_of_the_others_follow_their_keys_through_a_wrap(objective, key, replicas):

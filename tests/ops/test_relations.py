@@ -119,12 +119,13 @@ def test_binary_contrast_is_the_sum_of_its_decisions():
     """Against the formula written out with h, in float64."""
     rng = np.random.default_rng(0)
     student, teacher, bank = (unit(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12))
-    ours = losses.binary_contrast(student, teacher, bank, temperature=0.07, population=100)
+    potential = losses.mean_potential(student, bank, temperature=0.07)
+    ours = losses.binary_contrast(student, teacher, bank, temperature=0.07, potential=potential)
     s, t, b = (np.asarray(x, np.float64) for x in (student, teacher, bank))
 
     def h(similarity):
         e = np.exp(similarity / 0.07)
-        return e / (e + 12 / 100)
+        return e / (e + 12 * np.exp(s @ b.T / 0.07).mean())
 
     expected = -np.log(h((s * t).sum(1))) - np.log(1 - h(s @ b.T)).sum(1)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)

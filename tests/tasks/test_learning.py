@@ -1,4 +1,4 @@
-"""Every method teaches a small student something in ten epochs, and broken ones do not.
+"""Every method teaches a small student something in a few epochs, and broken ones do not.
 
 kNN on the 360 held-out digits, in percent. The student with its initial weights scores 59.2, its
 teacher 97.5.
@@ -15,21 +15,21 @@ import helpers
 UNTRAINED = 59.2
 # A few points below what was measured.
 FLOORS = {
-    "seed": 80,
+    "seed": 82,
     "disco": 85,
-    "retro": 80,
-    "rkd": 65,
+    "retro": 86,
+    "rkd": 68,
     "attention": 65,
-    "disco_seed:rkd=true": 80,
-    "squared_distance": 80,
-    "binary_contrast": 70,
-    "online_clusters": 70,
-    "pseudo_labels:clusters=64": 70,
-    "simreg": 75,
-    "compress": 70,
-    "compress:queues=1": 70,
-    "bingo": 70,
-    "ressl": 65,
+    "disco_seed:rkd=true": 86,
+    "squared_distance": 78,
+    "binary_contrast": 82,
+    "online_clusters": 80,
+    "pseudo_labels:clusters=64": 74,
+    "simreg": 74,
+    "compress": 76,
+    "compress:queues=1": 78,
+    "bingo": 84,
+    "ressl": 66,
 }
 # Shuffled among the images of a batch, these teachers leave nothing else to learn from.
 BROKEN = ("seed", "squared_distance", "simreg", "compress")

@@ -249,13 +249,8 @@ def test_a_one_hot_teacher_is_a_setting_of_seed_alone():
         methods.build(config, 1)
 
 
-def test_what_depends_on_the_data_is_filled_in():
-    source = ArraySource(helpers.digits_splits())
-    ready = pretrain.prepare(helpers.smoke_config("binary_contrast"), source)
-    assert ready.method.objectives["binary_contrast"].population == 1437
-    config = helpers.smoke_config("binary_contrast", **{"objectives.binary_contrast.population": 9})
-    assert pretrain.prepare(config, source).method.objectives["binary_contrast"].population == 9
-    bags = methods.build(helpers.smoke_config("bingo"), 4).fitted(179, 1437)
+def test_objectives_that_count_epochs_learn_how_long_one_is():
+    bags = methods.build(helpers.smoke_config("bingo"), 4).paced(179)
     assert bags.objectives["bags"].steps_per_epoch == 179
 
 
