@@ -12,7 +12,7 @@ With the views of the baseline (66.2, 62.2, 67.7, 66.7, 75.4), for convolutional
 and for transformers 0.25 in place of 0.14. The paper scores the student (disagreement L6).
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, dino
 
 
 def get_config(arg=None):
@@ -31,7 +31,9 @@ def get_config(arg=None):
         warmup = 50
     config.objectives.self_distill.update(
         momentum_temperature=0.07,
-        warmup_epochs=warmup if common.is_large(arg) else 10,
+        warmup_epochs=warmup,
         global_share=0.4,
     )
+    if not common.is_large(arg):
+        dino.small(config)
     return config

@@ -28,3 +28,26 @@ def test_swav_learns_digits(tmp_path):
         knn_top1(t, source) for t in (features.untrained(config), features.load(str(tmp_path)))
     )
     assert after > 85 and after > before + 4, (before, after)
+
+
+@pytest.mark.slow
+def test_dino_learns_digits(tmp_path):
+    """Two views, 40 epochs: 78 % of held-out digits, measured; 59 % before training."""
+    source = ArraySource(helpers.digits_splits())
+    config = flags.load("dino:student=resnet14,data=digits")
+    config.update_from_flattened_dict(
+        {
+            "student.width": 4,
+            "student.hidden": 256,
+            "student.dim": 64,
+            "augment.scale": (0.4, 1.0),
+            "augment.blur_sigma": (0.1, 0.6),
+            "local.count": 0,
+            "log.every_steps": 100,
+        }
+    )
+    pretrain.run(config, str(tmp_path), source)
+    before, after = (
+        knn_top1(t, source) for t in (features.untrained(config), features.load(str(tmp_path)))
+    )
+    assert after > 70 and after > before + 8, (before, after)
