@@ -243,6 +243,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.log = dict(
         every_steps=50,
         tensorboard=True,
+        report=True,  # views.png at the start, report.html at the end
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
         hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
     )
@@ -422,6 +423,7 @@ def evaluation(name: str) -> ConfigDict:
     """
     config = ConfigDict()
     config.name = name
+    config.report = True  # write the run's report.html anew
     config.network = "student"  # student | momentum
     config.output = "features"  # features | embedding | hidden: what the head's last layer reads
     config.blocks = 1  # of a ViT: class tokens of so many last blocks side by side

@@ -10,7 +10,7 @@ from etils import epath
 from disco_jax.files import whole
 
 FILE = "goodput.json"
-PARTS = ("init", "compile", "data", "step", "save", "lost")
+PARTS = ("init", "compile", "data", "step", "eval", "save", "lost")
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -18,7 +18,8 @@ class Goodput:
     """Seconds by what they went to.
 
     "init" is all before the first step but compiling; "compile" the compiler; "data" waiting for
-    batches; "save" waiting for checkpoints; "step" everything else in the loop; "lost" what was
+    batches; "eval" evaluations while training; "save" waiting for checkpoints; "step" everything
+    else in the loop; "lost" what was
     spent after the last checkpoint of a start that did not end by itself.
     """
 
@@ -58,6 +59,10 @@ class Goodput:
         self._book("step", waited_s - self._waited)
         self._waited = waited_s
         self._unsaved += self._seconds["step"] - before
+
+    def evaluate(self) -> None:
+        """Books the time since the last call as an evaluation."""
+        self._book("eval", 0.0)
 
     def save(self) -> None:
         """Books the time since the last call as waiting for the checkpoint of all steps so far."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -124,7 +124,7 @@ def run(
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
             if _due(step, last, schedule.evaluate_steps):
-                with progress.aside():
+                with progress.aside(), saver.aside():
                     logger.write(step, evaluate(step, state))
             if save:
                 saver.save(step, state, position, summary)
@@ -160,6 +160,15 @@ class _Saver:
         self._goodput.step(getattr(self._batches, "waited_s", 0.0))
         self._goodput.write()
         return self._goodput.report()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside is booked as an evaluation."""
+        self.measure()
+        yield
+        if self._goodput:
+            self._goodput.evaluate()
+            self._goodput.write()
 
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         self.measure()
