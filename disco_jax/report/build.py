@@ -115,7 +115,7 @@ def compare(paths: Sequence[str], output: str) -> dict[str, Any]:
     drawn = {
         title: figures.curves(found, mine)
         for title in ("losses", "knn", "health")
-        if (mine := [key for key in keys if figures.group(key) == title])
+        if (mine := figures.of_group(keys, title))
     }
     target = epath.Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _drawn(run: Run) -> dict[str, bytes]:
     """Figure -> PNG."""
     made = {}
     for name in _TITLES:
-        if keys := [key for key in run.keys if figures.group(key) == name]:
+        if keys := figures.of_group(run.keys, name):
             made[name] = figures.curves([run], keys)
     if sum(run.seconds.values()) > 0:
         made["times"] = figures.times(run.seconds)
@@ -232,7 +232,7 @@ def _sheet(run: Run, views: bytes | None) -> str:
     count = run.config.get("views", 0) + run.config.get("local", {}).get("count", 0)
     return page.picture(
         views,
-        f"A row an image, at the left the image itself, then its {count} views after crops and "
+        f"A column an image: at the top the image itself, then its {count} views after crops and "
         "photometric operations, the normalisation undone.",
     )
 
@@ -242,7 +242,7 @@ def _time(run: Run, drawn: Mapping[str, bytes]) -> list[str]:
         return []
     total = sum(run.seconds.values())
     lines = [
-        [part, _PARTS.get(part, ""), round(spent, 1), f"{100 * spent / total:.1f} %"]
+        [part, _PARTS.get(part, ""), f"{spent:.1f}", f"{100 * spent / total:.1f} %"]
         for part, spent in run.seconds.items()
     ]
     return [page.picture(drawn["times"]), page.table(("", "", "seconds", "share"), lines)]

@@ -30,6 +30,11 @@ def group(key: str) -> str:
     return "speed" if key in _SPEED else "health"
 
 
+def of_group(keys: Sequence[str], name: str) -> list[str]:
+    """Those of `keys` that are in a figure, the loss that is learned from first."""
+    return sorted((key for key in keys if group(key) == name), key=lambda key: key != "loss")
+
+
 def curves(runs: Sequence[Run], keys: Sequence[str]) -> bytes:
     """A panel a metric against the step, a line a run.
 
@@ -38,10 +43,9 @@ def curves(runs: Sequence[Run], keys: Sequence[str]) -> bytes:
       keys: of metrics that some of the runs have; at least one.
     """
     pyplot = plots.agg()
-    columns = min(_COLUMNS, len(keys))
-    lines = math.ceil(len(keys) / columns)
+    lines = math.ceil(len(keys) / _COLUMNS)
     figure, all_axes = pyplot.subplots(
-        lines, columns, figsize=(4.0 * columns, 2.6 * lines), layout="constrained", squeeze=False
+        lines, _COLUMNS, figsize=(12.0, 2.6 * lines), layout="constrained", squeeze=False
     )
     for axes in all_axes.flat[len(keys) :]:
         axes.set_visible(False)
@@ -71,7 +75,7 @@ def times(seconds: Mapping[str, float]) -> bytes:
       seconds: part -> seconds, all of them 0 or more and one above.
     """
     pyplot = plots.agg()
-    figure, axes = pyplot.subplots(figsize=(9.0, 1.7), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(12.0, 1.5), layout="constrained")
     total, left = sum(seconds.values()), 0.0
     for i, (part, spent) in enumerate(seconds.items()):
         share = 100 * spent / total

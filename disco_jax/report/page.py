@@ -19,7 +19,8 @@ p.note, figcaption, small { color: #5c6773; font-size: 0.87em; }
 table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.25em 0.8em;
   border-bottom: 1px solid #e1e5ea; overflow-wrap: anywhere; }
-th { white-space: nowrap; } td.number, th.number { text-align: right; white-space: nowrap; }
+th, td:first-child { white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 figure { margin: 1em 0; } img { max-width: 100%; height: auto; }
 details { margin: 0.6em 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
 code { font-size: 0.92em; }
@@ -65,7 +66,12 @@ def picture(png: bytes, caption: str = "") -> str:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells; numbers stand at the right. "" without rows."""
+    """Rows of cells; numbers stand at the right, columns without a cell are left out.
+
+    "" without rows.
+    """
+    kept = [i for i in range(len(head)) if any(line[i] not in (None, "") for line in lines)]
+    head, lines = [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
     if not lines:
         return ""
     numeric = [

@@ -14,22 +14,21 @@ from disco_jax.data.base import Source
 
 IMAGES = 8
 _TILE = (64, 128)  # px of a tile: small views are shown larger, large ones smaller
-_GAP = 4
+GAP = 4  # px between tiles
 
 
 def sheet(config: ConfigDict, source: Source) -> np.ndarray:
     """Views of the first readable images of the training split, their normalisation undone.
 
     Crops as the host draws them, then the recipe's photometric operations, as in a step; values
-    that those left outside of 0..1 are cut. Members of bags are not looked up: each row is of one
-    image.
+    that left 0..1 are cut off. Members of bags are not looked up: all views are of one image.
 
     Args:
       config: of a pretraining run.
       source: its images.
 
     Returns:
-      u8[H, W, 3]: a row an image, at its left the image itself; a column a view.
+      u8[H, W, 3]: a column an image, at its top the image itself; a row a view.
     """
     recipe = views.build(config.augment, config.views, config.local)
     images = list(itertools.islice(_images(source, config.data.train_split), IMAGES))
@@ -40,14 +39,14 @@ def sheet(config: ConfigDict, source: Source) -> np.ndarray:
     key = jax.random.key(config.seed)
     seen = jax.device_get(jax.jit(recipe.photometric)(crops, key, jnp.arange(len(images))))
     tile = int(np.clip(max(recipe.sizes), *_TILE))
-    columns = [[_fitted(image, tile) for image in images]]
+    rows = [[_fitted(image, tile) for image in images]]
     for view, made in seen.items():
         operations = recipe.photometric_ops[view]
         back = made * np.float32(operations.std) + np.float32(operations.mean)
         shown = np.round(np.clip(back, 0, 1) * 255).astype(np.uint8)
         side = max(tile * recipe.sizes[view] // max(recipe.sizes), 1)
-        columns.append([_tile(one, side, tile) for one in shown])
-    return _laid_out(columns, tile)
+        rows.append([_tile(one, side, tile) for one in shown])
+    return _laid_out(rows, tile)
 
 
 def _images(source: Source, split: str):
@@ -86,12 +85,12 @@ def _framed(image: np.ndarray, tile: int) -> np.ndarray:
     return out
 
 
-def _laid_out(columns: list[list[np.ndarray]], tile: int) -> np.ndarray:
-    step = tile + _GAP
-    shape = (len(columns[0]) * step - _GAP, len(columns) * step + _GAP)
+def _laid_out(rows: list[list[np.ndarray]], tile: int) -> np.ndarray:
+    step = tile + GAP
+    shape = (len(rows) * step + GAP, len(rows[0]) * step - GAP)
     out = np.full((*shape, 3), 255, np.uint8)
-    for i, column in enumerate(columns):
-        left = i * step + (2 * _GAP if i else 0)  # the images themselves stand apart
-        for j, picture in enumerate(column):
-            out[j * step : j * step + tile, left : left + tile] = picture
+    for i, row in enumerate(rows):
+        top = i * step + (2 * GAP if i else 0)  # the images themselves stand apart
+        for j, picture in enumerate(row):
+            out[top : top + tile, j * step : j * step + tile] = picture
     return out
