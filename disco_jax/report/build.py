@@ -109,12 +109,13 @@ def compare(paths: Sequence[str], output: str) -> dict[str, Any]:
     lines = [
         line
         for run, name in zip(found, names, strict=True)
-        for line in page.results(runs.rows(run), name)
+        for line in page.results(runs.rows(run) or [runs.Row("none yet")], name)
     ]
-    keys = [key for key in found[0].keys if all(key in run.keys for run in found)]
+    every = list(dict.fromkeys(key for run in found for key in run.keys))
+    shared = [key for key in every if all(key in run.keys for run in found)]
     drawn = {
         title: figures.curves(found, mine)
-        for title in ("losses", "knn", "health")
+        for title, keys in (("losses", every), ("knn", every), ("health", shared))
         if (mine := figures.of_group(keys, title))
     }
     target = epath.Path(output)
@@ -124,7 +125,7 @@ def compare(paths: Sequence[str], output: str) -> dict[str, Any]:
             page.page(
                 f"{len(found)} runs compared",
                 page.section("Results", page.table(("run", *page.RESULTS), lines)),
-                page.section("At the end", page.table(*_ends(found, names, keys))),
+                page.section("At the end", page.table(*_ends(found, names, every))),
                 page.section(
                     "Settings that differ",
                     page.table(
@@ -154,7 +155,7 @@ def _names(found: Sequence[Run]) -> list[str]:
 
 
 def _ends(found: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> Any:
-    """Head and lines of the newest values of the metrics that all runs have."""
+    """Head and lines of the newest values of metrics."""
     shown = [key for key in keys if figures.group(key) in ("losses", "knn", "speed")]
     steps = ["step", *(run.metrics[-1]["step"] if run.metrics else None for run in found)]
     return ("", *names), [steps, *([key, *(run.last(key) for run in found)] for key in shown)]

@@ -59,6 +59,7 @@ def curves(runs: Sequence[Run], keys: Sequence[str]) -> bytes:
         axes.tick_params(labelsize=8)
         axes.set_xlabel("step", fontsize=8)
         axes.ticklabel_format(useOffset=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
         handles, names = all_axes.flat[0].get_legend_handles_labels()

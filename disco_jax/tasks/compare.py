@@ -1,5 +1,6 @@
 """Put several runs side by side: results, what their settings differ in, curves."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ def run(runs: Sequence[str], output: str = "compare.html") -> dict[str, Any]:
     """
     found = build.compare(runs, output)
     print(_aligned([("run", *page.RESULTS), *found["results"]]))
-    fields = [(f"config.{key}", *values) for key, values in found["differences"].items()]
+    fields = [
+        (f"config.{key}", *map(json.dumps, values)) for key, values in found["differences"].items()
+    ]
     print("\nSettings that differ:")
     print(_aligned([("field", *found["runs"]), *fields]) if fields else "none")
     print(f"\nPage: {output}")

@@ -28,7 +28,8 @@ def markdown() -> str:
     pretraining, shared = flatten(common.pretrain()), flatten(common.classification("NAME"))
     told = {**_of_classes(), **notes["pretrain"]}
     parts = [_HEAD, _table("Pretraining and distillation", pretraining, told)]
-    labelled = {**notes["evaluation"], **notes["classification"]}
+    rates = {k: text for k, text in told.items() if k.startswith(("learning_rate.", "optimizer."))}
+    labelled = {**rates, **notes["evaluation"], **notes["classification"]}
     parts.append(
         _table("Trainings with labels: linear, semi, transfer, finetune, plane", shared, labelled)
     )
@@ -133,10 +134,10 @@ class _Comments:
             if isinstance(given, ast.Name) and given.id in self._locals:
                 self.fields(name, self._locals[given.id])
         for keyword in call.keywords:
-            if keyword.arg:
-                # A comment is of the first field of its line.
-                if not self._lines[keyword.lineno - 1][: keyword.col_offset].strip():
-                    self._note(f"{name}.{keyword.arg}", keyword, keyword.value)
+            # A comment is of the first field of its line.
+            before = self._lines[keyword.lineno - 1][: keyword.col_offset]
+            if keyword.arg and not before.strip():
+                self._note(f"{name}.{keyword.arg}", keyword, keyword.value)
 
     def _note(self, name: str, node: Any, value: ast.AST) -> None:
         above, text = node.lineno - 2, []

@@ -125,7 +125,12 @@ def test_a_comparison_shows_what_differs_alone(tmp_path, capsys):
     assert {"config.seed", "one", "two", "59.88", "60.60"} <= set(cells)
     assert not any("batch_size" in cell for cell in cells)
     out = capsys.readouterr().out
-    assert "config.objectives.distill.weight  32.00  1.00" in out and "59.88" in out
+    assert "config.objectives.distill.weight  32.0  1.0" in out and "59.88" in out
+    made(tmp_path / "three", data="digits", name="mine")
+    for name in ("linear_disco", "fewshot"):
+        (tmp_path / "three" / f"{name}.json").unlink()
+    three = compare.run([str(first), str(tmp_path / "three")], str(output))["results"]
+    assert [line[1] for line in three if line[0] == "three"] == ["none yet"]
     same = compare.run([str(first), str(first)], str(output))
     assert same["runs"] == [str(first)] * 2 and not same["differences"]
     with pytest.raises(UserError, match="two run directories"):
