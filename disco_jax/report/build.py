@@ -1,13 +1,17 @@
 """A run's report and the comparison of several: read, drawn, written."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from disco_jax import errors
 from disco_jax.files import whole
@@ -17,6 +21,7 @@ from disco_jax.report.runs import Run
 
 _LOG = logging.getLogger(__name__)
 
+_SHOWN_CLASSES = 5  # at each end
 FILE = "report.html"
 SHEET = "views"
 _TITLES = {
@@ -44,12 +49,18 @@ def refresh(wanted: bool, workdir: str) -> None:
       wanted: the config's switch.
       workdir: of the run.
     """
-    if not wanted or jax.process_index():
-        return
+    if wanted and not jax.process_index():
+        with optional("report"):
+            print(f"Report: {write(workdir)}", flush=True)
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """What fails inside is told and no more: hours of training stand above a picture of them."""
     try:
-        print(f"Report: {write(workdir)}", flush=True)
-    except Exception as error:  # hours of training stand above a picture of them
-        _LOG.warning("No report was written: %s: %s", type(error).__name__, error)
+        yield
+    except Exception as error:
+        _LOG.warning("No %s was made: %s: %s", what, type(error).__name__, error)
 
 
 def write(workdir: str) -> epath.Path:
@@ -76,10 +87,6 @@ def write(workdir: str) -> epath.Path:
 
 def keep_sheet(workdir: str, image: np.ndarray) -> None:
     """Keeps a contact sheet, u8[H, W, 3], for the reports to come."""
-    import io
-
-    from PIL import Image
-
     folder = epath.Path(workdir) / runs.FIGURES
     folder.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
@@ -169,6 +176,11 @@ def _drawn(run: Run) -> dict[str, bytes]:
             made[name] = figures.curves([run], keys)
     if sum(run.seconds.values()) > 0:
         made["times"] = figures.times(run.seconds)
+    for name, lines in run.trainings.items():
+        of_it = dataclasses.replace(run, metrics=lines)
+        groups = (figures.of_group(of_it.keys, group) for group in ("losses", "knn", "rates"))
+        if keys := [key for group in groups for key in group]:
+            made[f"training_{name}"] = figures.curves([of_it], keys)
     for name in run.results:
         stored = run.path / f"{name}.npz"
         if not stored.exists():
@@ -182,15 +194,21 @@ def _drawn(run: Run) -> dict[str, bytes]:
 
 def _page(run: Run, drawn: Mapping[str, bytes], views: bytes | None) -> str:
     pictures = {name: page.picture(drawn[name]) for name in _TITLES if name in drawn}
-    confusions = [
-        page.picture(png, f"{name.removeprefix('confusion_')}: where each class went")
+    further = [
+        page.picture(png, f"{name.removeprefix(prefix)}: {what}")
+        for prefix, what in (("training_", "its training"), ("confusion_", "where each class went"))
         for name, png in drawn.items()
-        if name.startswith("confusion_")
+        if name.startswith(prefix)
     ]
     return page.page(
         f"{run.config.get('name') or 'Run'}: {run.name}",
         page.table(("", ""), _summary(run)),
-        page.section("Results", page.table(page.RESULTS, page.results(runs.rows(run)))),
+        page.section(
+            "Results",
+            page.table(page.RESULTS, page.results(runs.rows(run))),
+            page.table(("evaluation", "weakest classes", "best classes"), _classes(run)),
+            page.table(("network", "parameters (M)", "multiply-adds (M)", "CPU ms"), _cost(run)),
+        ),
         *(
             page.section(_TITLES[name], picture)
             for name, picture in pictures.items()
@@ -200,7 +218,7 @@ def _page(run: Run, drawn: Mapping[str, bytes], views: bytes | None) -> str:
         page.section(
             "Pictures",
             *(page.picture(file.read_bytes(), name) for name, file in run.pictures.items()),
-            *confusions,
+            *further,
         ),
         page.section("Where the time went", *_time(run, drawn), pictures.get("speed", "")),
         page.section("Settings", page.settings(run.config)),
@@ -225,6 +243,34 @@ def _summary(run: Run) -> list[list[str]]:
     if (loss := run.last("loss")) is not None:
         lines.append(["loss", f"{loss:.4f}"])
     return lines
+
+
+def _classes(run: Run) -> list[list[str]]:
+    """The classes that each evaluation tells apart worst and best, with their top-1."""
+    lines = []
+    for name, result in run.results.items():
+        known = [
+            (top1, i) for i, top1 in enumerate(result.get("class_top1", ())) if top1 is not None
+        ]
+        if len(known) >= 2 * _SHOWN_CLASSES:
+            known.sort()
+            ends = known[:_SHOWN_CLASSES], known[: -_SHOWN_CLASSES - 1 : -1]
+            lines.append([name, *(", ".join(f"{i} ({t:.1f} %)" for t, i in end) for end in ends)])
+    return lines
+
+
+def _cost(run: Run) -> list[list[Any]]:
+    return [
+        [
+            row["backbone"],
+            row["parameters"] / 2**20,
+            row["multiply_adds"] / 1e6,
+            row["median_ms"],
+        ]
+        for result in run.results.values()
+        for row in result.get("rows", ())
+        if "multiply_adds" in row
+    ]
 
 
 def _sheet(run: Run, views: bytes | None) -> str:

@@ -27,6 +27,7 @@ class Run:
       seconds: part -> seconds, of goodput.json; {} without one.
       results: name of the file -> what an evaluation wrote.
       pictures: name -> PNG that an evaluation drew.
+      trainings: name of a result -> lines of the metrics of the training that it is of.
     """
 
     path: epath.Path
@@ -36,6 +37,7 @@ class Run:
     seconds: dict[str, float]
     results: dict[str, dict[str, Any]]
     pictures: dict[str, epath.Path]
+    trainings: dict[str, list[dict[str, float]]]
 
     @property
     def name(self) -> str:
@@ -67,18 +69,20 @@ def read(path: str) -> Run:
     config = workdir.read_config(path).to_dict()
     place = epath.Path(path)
     noted = _json(place / goodput.FILE) or {}
+    results = {
+        file.stem: found
+        for file in sorted(place.glob("*.json"))
+        if file.name not in _NOT_RESULTS and isinstance(found := _json(file), dict)
+    }
     return Run(
         path=place,
         config=config,
         starts=_json(place / workdir.ENVIRONMENT) or [],
         metrics=saved.metrics(path),
         seconds=noted.get("seconds", {}),
-        results={
-            file.stem: found
-            for file in sorted(place.glob("*.json"))
-            if file.name not in _NOT_RESULTS and isinstance(found := _json(file), dict)
-        },
+        results=results,
         pictures={file.stem: file for file in sorted(place.glob("*.png"))},
+        trainings={name: found for name in results if (found := saved.metrics(str(place / name)))},
     )
 
 

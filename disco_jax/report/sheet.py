@@ -11,6 +11,7 @@ from PIL import Image
 from disco_jax.data import decode, views
 from disco_jax.data.arrays import crop_all
 from disco_jax.data.base import Source
+from disco_jax.errors import UserError
 
 IMAGES = 8
 _TILE = (64, 128)  # px of a tile: small views are shown larger, large ones smaller
@@ -29,9 +30,14 @@ def sheet(config: ConfigDict, source: Source) -> np.ndarray:
 
     Returns:
       u8[H, W, 3]: a column an image, at its top the image itself; a row a view.
+
+    Raises:
+      UserError: no image can be read.
     """
     recipe = views.build(config.augment, config.views, config.local)
     images = list(itertools.islice(_images(source, config.data.train_split), IMAGES))
+    if not images:
+        raise UserError(f"No image of the split {config.data.train_split!r} can be read.")
     crops = {
         v: jnp.asarray(crop_all(images, crop, (config.seed, 0, 0, v, 0), map))
         for v, crop in enumerate(recipe.crops)

@@ -211,7 +211,8 @@ def _show_views(
 ) -> None:
     """What the networks will see, at a run's first start."""
     if config.log.report and not step and jax.process_index() == 0:
-        logger.write_image(step, "views", report.draw_sheet(config, str(path), source))
+        with build.optional("contact sheet"):
+            logger.write_image(step, "views", report.draw_sheet(config, str(path), source))
 
 
 def _steps_to_trace(given: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import helpers
 from disco_jax import flags, models
 from disco_jax.configs import common
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.report import build, page, paper, runs, sheet
 from disco_jax.tasks import compare, report
@@ -61,9 +62,20 @@ def made(folder, name="disco", data="imagenet2012", **changes):
     seconds = {"init": 1.0, "data": 2.0, "step": 6.0, "eval": 0.5, "save": 0.5}
     noted = {"seconds": seconds, "starts": 1, "unsaved_s": 0}
     (folder / "goodput.json").write_text(json.dumps(noted))
-    result = {"step": 3, "data": data, "top1": 59.875, "top5": 82.5, "top1_interval": [59.0, 61.0]}
+    result = {
+        "step": 3,
+        "data": data,
+        "top1": 59.875,
+        "top5": 82.5,
+        "top1_interval": [59.0, 61.0],
+        "class_top1": [None, *range(10)],
+    }
     (folder / "linear_disco.json").write_text(json.dumps(result))
     np.savez(folder / "linear_disco.npz", confusion=np.eye(3, dtype=int))
+    (folder / "linear_disco").mkdir()
+    (folder / "linear_disco" / "metrics.jsonl").write_text(json.dumps({"step": 5, "loss": 1.0}))
+    cost = {"backbone": "resnet18", "parameters": 2**20, "multiply_adds": 5e8, "median_ms": 7.125}
+    (folder / "cost.json").write_text(json.dumps({"rows": [cost]}))
     shots = {"5": {"top1": 31.25, "top1_spread": 0.5, "by_seed": [31.25]}}
     (folder / "fewshot.json").write_text(json.dumps({"step": 3, "data": data, "shots": shots}))
     Image.new("RGB", (8, 8)).save(folder / "tsne.png")
@@ -81,6 +93,7 @@ def test_the_page_stands_alone_and_says_what_the_run_holds(tmp_path):
         "59.88", "(59.00 to 61.00)", "60.60", "83.70", "DisCo (2104.09124), Table 1",  # beside it
         "31.25", "+- 0.50", "resnet50, runs/<teacher> & co", "abc123", "config.batch_size",
         "waiting for images", "20.0 %", "What the networks see", "tsne", "3, epoch 0.33",
+        "10 (9.0 %), 9 (8.0 %), 8 (7.0 %), 7 (6.0 %), 6 (5.0 %)", "500.00", "7.12",
     ):  # fmt: skip
         assert text in found.cells, text
     # Of 1 % of the labels there is only what RETRO printed.
@@ -88,6 +101,7 @@ def test_the_page_stands_alone_and_says_what_the_run_holds(tmp_path):
     drawn = {file.stem for file in (run / "figures").iterdir()}
     assert drawn == {
         "losses", "rates", "health", "knn", "speed", "times", "views", "confusion_linear_disco",
+        "training_linear_disco",
     }  # fmt: skip
     assert len(found.sources) == len(drawn) + 1  # and tsne.png
     for name in ("losses", "times", "confusion_linear_disco"):
@@ -103,8 +117,11 @@ def test_a_run_without_anything_yet_has_a_page(tmp_path):
     assert "img" not in Checked(text).tags
 
 
-def test_a_report_never_ends_a_task(tmp_path, caplog, monkeypatch):
+def test_a_report_never_ends_a_task(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(build._LOG, "warning", lambda text, *words: said.append(text % words))
     build.refresh(True, str(tmp_path / "none"))
+    assert "No report was made: UserError" in said[0] and "not a run directory" in said[0]
     run = made(tmp_path / "run")
     build.refresh(False, str(run))
     assert not (run / "report.html").exists()
@@ -183,6 +200,14 @@ def test_the_contact_sheet_shows_the_views_themselves():
             np.testing.assert_array_equal(shown, images[column])
     local = drawn[3 * step + 2 * sheet.GAP :][:tile, :tile]
     assert (local[:16] == 255).all() and (local[16:48, 16:48] != 255).any()  # half as large
+
+
+def test_there_is_no_sheet_of_unreadable_images(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="No image of the split 'train' can be read"):
+        sheet.sheet(helpers.smoke_config("moco_v2"), FolderSource(tmp_path))
 
 
 def test_tensorboard_gets_the_contact_sheet(tmp_path):

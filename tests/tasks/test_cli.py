@@ -141,6 +141,7 @@ def test_every_task_has_its_help(capsys):
             "export": "--format",
             "embed": "--images",
             "data": "--limit",
+            "compare": "--output",
         }.get(task, "--workdir")
         assert word in capsys.readouterr().out
 
