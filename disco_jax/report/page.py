@@ -12,15 +12,15 @@ from disco_jax.report.runs import Row, Run
 from disco_jax.version import __version__
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1240px;
   margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin-top: 2em; }
 p.note, figcaption, small { color: #5c6773; font-size: 0.87em; }
 table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.25em 0.8em;
-  border-bottom: 1px solid #e1e5ea; overflow-wrap: anywhere; }
-th, td:first-child { white-space: nowrap; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+  border-bottom: 1px solid #e1e5ea; overflow-wrap: break-word; }
+td:first-child { white-space: nowrap; }
+td.number { white-space: nowrap; } td.number, th.number { text-align: right; }
 figure { margin: 1em 0; } img { max-width: 100%; height: auto; }
 details { margin: 0.6em 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
 code { font-size: 0.92em; }
