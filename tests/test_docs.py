@@ -1,5 +1,6 @@
 """The pages say what is: commands that are understood, every setting, the files of a run."""
 
+import ast
 import pathlib
 import re
 import shlex
@@ -7,8 +8,9 @@ import shlex
 import numpy as np
 import pytest
 
+import disco_jax
 import helpers
-from disco_jax import errors, flags, main, models
+from disco_jax import convert, errors, flags, main, models
 from disco_jax.nested import flatten
 from disco_jax.tasks import arguments, distill, settings
 from disco_jax.tasks import list as listing
@@ -89,6 +91,23 @@ def test_a_command_with_a_mistake_is_not_understood(understand):
     for line in ("knn --workdir=W --config.kk=1", "report --wrkdir=W", "linaer --workdir=W"):
         with pytest.raises(errors.UserError):
             understand(line.split())
+
+
+def test_python_on_a_page_names_what_there_is():
+    blocks = [
+        block
+        for path in PAGES
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+    ]
+    assert len(blocks) > 1
+    for block in blocks:
+        ast.parse(block)
+        for name in re.findall(r"\bdisco_jax\.(\w+)\(", block):
+            assert callable(getattr(disco_jax, name)), name
+        for name in re.findall(r"\bconvert\.(\w+)\(", block):
+            assert callable(getattr(convert, name)), name
+        for reference in re.findall(r"flags\.load\(\"(.+?)\"\)", block):
+            flags.load(reference)
 
 
 def test_links_lead_to_files():

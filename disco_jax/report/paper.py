@@ -37,11 +37,11 @@ _DISCO, _RETRO, _SEED = (
     f"{name}, Table 1"
     for name in ("DisCo (2104.09124)", "RETRO", "SEED, as printed in DisCo (2104.09124)")
 )
-_T2, _T4, _T5 = (f"DisCo (2104.09124), Table {n}" for n in (2, 4, 5))
+_T2, _T4, _T5, _T6 = (f"DisCo (2104.09124), Table {n}" for n in (2, 4, 5, 6))
 _T3 = "DisCo (2104.09124), appendix Table 3"
 
 # (config.name, student, teacher; "" without one) -> linear evaluation. The teachers of 50, 101 and
-# 152 layers are MoCo-v2's, the wide one SwAV's, unless the recipe says otherwise.
+# 152 layers are MoCo-v2's, the wide one SwAV's; see `_teacher` for others.
 LINEAR: Mapping[tuple[str, str, str], Value] = {
     **_rows(
         _DISCO, "moco_v2", "", (46.8, 72.2), (48.4, 73.8), (36.2, 62.1), (52.2, 77.6), (56.8, 81.4)
@@ -98,6 +98,7 @@ LINEAR: Mapping[tuple[str, str, str], Value] = {
         (70.2, 90.4), (73.8, 91.6), (70.1, 89.2), (65.9, 87.1), (68.9, 89.7),
     ),
     **_rows("RETRO, Table 4", "retro_head", "resnet50", 66.7, 66.9, 65.8, 62.5, 63.4),
+    **_rows(_T6, "disco", "resnet50 of SwAV", 70.0, 72.1, 65.0, 65.1, 67.5),
     **_rows(_T2, "attention", "resnet50", 57.1, 58.2, 51.0, 56.2, 60.2),
     **_rows(_T2, "rkd", "resnet50", 48.3, 50.3, 36.9, 56.4, 58.7),
     **_rows(_T2, "disco_attention", "resnet50", 66.7, 66.3, 64.1, 60.2, 62.3),
@@ -163,11 +164,10 @@ def values(config: Mapping[str, Any]) -> dict[str, Value]:
     Returns:
       {"linear", "semi 1 %", "semi 10 %"} -> value, those that there are; {} on other data.
     """
-    if config.get("data", {}).get("name") != DATA:
+    if config.get("data", {}).get("name") != DATA or "student" not in config:
         return {}
-    has_teacher = bool(config.get("teacher", {}).get("weights"))
-    teacher = config["teacher"]["backbone"] if has_teacher else ""
     recipe, student = config.get("name", ""), config["student"]["backbone"].removesuffix("_seed")
+    teacher = _teacher(recipe, config.get("teacher", {}))
     found = {}
     if (recipe, student, teacher) in LINEAR:
         found["linear"] = LINEAR[recipe, student, teacher]
@@ -175,6 +175,19 @@ def values(config: Mapping[str, Any]) -> dict[str, Value]:
         for percent, top1 in zip((1, 10), _SEMI[recipe, teacher], strict=True):
             found[f"semi {percent} %"] = Value(top1, None, "RETRO, semi-supervised table")
     return found
+
+
+def _teacher(recipe: str, teacher: Mapping[str, Any]) -> str:
+    """The teacher as the keys of `LINEAR` have it: its method shows in its head."""
+    if not teacher.get("weights"):
+        return ""
+    backbone, head = teacher["backbone"], teacher.get("head", "auto")
+    if head == "auto" or recipe.startswith(("swav", "dino")):
+        return backbone
+    expected = "swav" if backbone == "resnet50w2" else "mlp"
+    if head.startswith(expected):
+        return backbone
+    return f"{backbone} of {'SwAV' if head.startswith('swav') else head}"
 
 
 def kind(result: str) -> str:

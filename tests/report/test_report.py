@@ -165,7 +165,7 @@ def test_paper_values_are_of_recipes_and_networks_that_there_are():
     }  # fmt: skip
     for recipe, student, teacher in paper.LINEAR:
         assert recipe in names
-        assert student in models.BACKBONES and (not teacher or teacher in models.BACKBONES)
+        assert {student, teacher.removesuffix(" of SwAV")} <= {"", *models.BACKBONES}
     for value in paper.LINEAR.values():
         assert 19 < value.top1 < (value.top5 or 100) <= 100
 
@@ -177,6 +177,11 @@ def test_paper_values_need_the_papers_data_and_networks(tmp_path):
     assert not paper.values(runs.read(str(made(tmp_path / "b", data="digits"))).config)
     other = runs.read(str(made(tmp_path / "c", **{"student.backbone": "resnet8"}))).config
     assert not paper.values(other)
+    for head, top1 in (("mlp", 60.6), ("swav", 65.1), ("dino", None)):  # of MoCo-v2, SwAV, DINO
+        config["teacher"]["head"] = head
+        assert (found := paper.values(config).get("linear")) is None or found.top1 == top1
+        assert (found is None) == (top1 is None)
+    assert not paper.values({"data": config["data"], "evaluation": {}})  # of a probe's training
     assert paper.kind("linear_grid") == "linear" and paper.kind("semi_disco_1") == "semi 1 %"
     assert paper.kind("linear_kd") == paper.kind("knn") == ""
 
