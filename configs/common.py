@@ -71,12 +71,13 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
 
     config.data = dict(
         source="tfds",  # tfds | folder | npz
-        name=data,
+        name=data,  # of the data set, as TFDS has it; of others for tables and figures
         # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder, a pattern of pictures'
         # names, or an .npz file
         dir="",
         train_split="train",
         eval_split=known["eval_split"],
+        # px of the shorter side before evaluations cut out the centre; 0: straight to the size
         eval_resize=known["eval_resize"],
         subset="",  # a list of file names, one a line: training reads these alone
         shuffle_buffer=16_384,  # encoded records held to be mixed, of TFRecord files
@@ -109,14 +110,14 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # | none
         head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
-        dim=128,
+        dim=128,  # of the embedding
         prototypes=(),  # on top of the head: their number, for each set of them
     )
     # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
     # and kept still, behind a learned adapter (RETRO).
     config.student = dict(encoder, norm="local", reuse=())
     config.momentum = dict(
-        ema_rate=0.999,
+        ema_rate=0.999,  # the share of old weights that a step keeps
         ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
         follow="before",  # before the momentum network encodes | after the optimizer's step
         norm="shuffle",
@@ -234,14 +235,15 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         milestones=(),  # of "steps", in epochs
         factor=0.1,  # of "steps"
         minimum=0.0,  # of "cosine_after", not scaled
-        warmup_epochs=0,
+        warmup_epochs=0,  # a line from warmup_from to the peak
         warmup_from=0.0,  # the rate at step 0, not scaled
     )
     # Collapse: health/std below min_std (0: never) in `patience` log lines in a row.
     config.health = dict(min_std=0.01, patience=10, stop=False)
     config.log = dict(
         every_steps=50,
-        tensorboard=True,
+        tensorboard=True,  # where the data come from TFDS; the others do not need TensorFlow
+        report=True,  # the contact sheet of views at the start, report.html at the end
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
         hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
     )
@@ -421,6 +423,7 @@ def evaluation(name: str) -> ConfigDict:
     """
     config = ConfigDict()
     config.name = name
+    config.report = True  # write the run's report.html anew
     config.network = "student"  # student | momentum
     config.output = "features"  # features | embedding | hidden: what the head's last layer reads
     config.blocks = 1  # of a ViT: class tokens of so many last blocks side by side

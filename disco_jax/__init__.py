@@ -22,6 +22,7 @@ TASKS = (
     "plane",
     "tsne",
     "cost",
+    "compare",
     "demo",
     "export",
     "embed",

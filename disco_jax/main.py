@@ -51,6 +51,8 @@ TASKS = {
     "plane": Task("the information plane along a fine-tuning", "configs/plane.py"),
     "tsne": Task("draw ten classes as runs arrange them", "configs/tsne.py"),
     "cost": Task("parameters, operations and latency beside accuracy", "configs/cost.py"),
+    "report": Task("one page of a run: curves, results, views, settings, time", None),
+    "compare": Task("several runs in one table and page", None),
     "data": Task("check a data set: counts, classes, sizes, unreadable images, speed", None),
     "import": Task("a PyTorch checkpoint into a run directory", None, "importing"),
     "export": Task("a network to PyTorch, Detectron2, ONNX, TFLite or StableHLO", None),

@@ -171,6 +171,7 @@ def smoke_config(recipe, **changes):
     config.student.width = config.teacher.width = 4
     if config.bags.sampling == "clusters" or config.objectives.bags.weight:
         config.bags.file = "bags.npz"  # which is not read before a run starts
+    config.log.report = False  # which has tests of its own
     config.update_from_flattened_dict({**QUIET, **changes})
     return teacher.resolve(config)
 

@@ -32,7 +32,7 @@ def plane(paths: Mapping[str, Sequence[Mapping[str, float]]], file: epath.Path) 
         training.
       file: a PNG.
     """
-    pyplot = _pyplot()
+    pyplot = agg()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for i, (name, path) in enumerate(paths.items()):
         style = dict(color=COLOURS[i % len(COLOURS)], lw=1.5, marker=".", ms=4)
@@ -68,7 +68,7 @@ def embeddings(
       names: of the classes.
       file: a PNG.
     """
-    pyplot = _pyplot()
+    pyplot = agg()
     count = len(places)
     figure, all_axes = pyplot.subplots(
         1, count, figsize=(4.2 * count + 1.2, 4.4), layout="constrained", squeeze=False
@@ -115,10 +115,11 @@ def accuracy_of_size(rows: Sequence[Mapping[str, Any]], file: epath.Path) -> Non
 
 
 def _axes(size: tuple[float, float]):
-    return _pyplot().subplots(figsize=size, layout="constrained")
+    return agg().subplots(figsize=size, layout="constrained")
 
 
-def _pyplot():
+def agg():
+    """`matplotlib.pyplot`, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,4 +131,4 @@ def _pyplot():
 def _save(figure: Any, file: epath.Path) -> None:
     with file.open("wb") as stream:
         figure.savefig(stream, format="png", dpi=130)
-    _pyplot().close(figure)
+    agg().close(figure)

@@ -32,6 +32,7 @@ _FREE = (
     "checkpoint_every_epochs",
     "evaluate_every_epochs",
     "extract_batch_size",
+    "report",
 )
 # Fields of `augment` that are the run's own, whatever the stack.
 _OF_RUN = ("size", "interpolation", "antialias", "mean", "std")

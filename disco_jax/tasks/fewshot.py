@@ -10,6 +10,7 @@ from disco_jax import errors
 from disco_jax.data import chosen
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
+from disco_jax.report import build
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             print(
                 f"{count} images a class: top-1 {found['top1']:.2f} +- {found['top1_spread']:.2f} %"
             )
+    build.refresh(config.report, workdir)
     return result
 
 

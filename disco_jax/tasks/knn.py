@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, knn, saved, scores, target
+from disco_jax.report import build
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     if jax.process_index() == 0:
         how = f"{config.vote}, k = {config.k}, {config.output}"
         print(f"kNN ({how}): {scores.line(result)}")
+    build.refresh(config.report, workdir)
     return result
 
 

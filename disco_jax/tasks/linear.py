@@ -16,6 +16,7 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import features, grid, linear, saved, scores, streamed, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features, Trained
+from disco_jax.report import build
 
 AUGMENT = ("linear", "flip", "none")
 
@@ -58,6 +59,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     )
     if jax.process_index() == 0:
         print(f"{_TITLES[config.layers]}: {scores.line(result)} of {source.name}")
+    build.refresh(config.report, workdir)
     return result
 
 

@@ -6,17 +6,23 @@ from typing import Any
 
 from disco_jax import flags
 from disco_jax.configs import common
+from disco_jax.tasks import settings
 from disco_jax.tasks.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax list [--sizes]`."""
+    """`disco-jax list [--sizes | --settings]`."""
     parser = Parser("list", __doc__)
     parser.add_argument(
         "--sizes", action="store_true", help="count the parameters of every network: 20 seconds"
     )
+    parser.add_argument(
+        "--settings", action="store_true", help="every field of the configs instead, as Markdown"
+    )
     values = parser.read(argv)
-    if values is not None:
+    if values is not None and values.settings:
+        print(settings.markdown(), end="")
+    elif values is not None:
         run(sizes=values.sizes)
 
 

@@ -14,6 +14,7 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Trained
+from disco_jax.report import build
 
 _NUMBERS = ("input_bits", "label_bits", "top1", "most_bits")
 _LEAST = {"points": 2, "bins": 2, "images": 0}
@@ -69,6 +70,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
                 f"I(X;T) comes close to the {last['most_bits']:.2f} bits that so few images allow: "
                 "most outputs are alone in their bin. Look at more (config.plane.split, .images)."
             )
+    build.refresh(config.report, workdir)
     return result
 
 

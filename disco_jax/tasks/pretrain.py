@@ -17,6 +17,8 @@ from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
+from disco_jax.report import build
+from disco_jax.tasks import report
 from disco_jax.train import checkpoint, health, loop, optimizer, state, step, teacher
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
@@ -144,6 +146,7 @@ def run(
             _train(config, ready, path, checkpoints, begin, position, goodput, traced)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
+    build.refresh(config.log.report, workdir)
     if ready.source.unreadable:
         _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
     return {"step": ready.total, "workdir": str(path), "seconds": time.monotonic() - started}
@@ -175,6 +178,7 @@ def _train(
         ) as logger,
         pipeline.Prefetcher(crops, transform=_lay_out) as batches,
     ):
+        _show_views(config, ready.source, path, logger, int(begin.step))
         loop.run(
             step.parallel(ready.built.train_step),
             state.everywhere(begin),
@@ -200,6 +204,15 @@ def _train(
             monitor.knn_of(config, ready.method.networks["student"].encoder, ready.source),
         )
     _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
+
+
+def _show_views(
+    config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int
+) -> None:
+    """What the networks will see, at a run's first start."""
+    if config.log.report and not step and jax.process_index() == 0:
+        with build.optional("contact sheet"):
+            logger.write_image(step, "views", report.draw_sheet(config, str(path), source))
 
 
 def _steps_to_trace(given: str) -> tuple[int, ...]:

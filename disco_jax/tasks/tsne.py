@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, plots, saved, target
+from disco_jax.report import build
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         names = config.names or [f"class {label}" for label in classes]
         plots.embeddings(places, labels, [str(name) for name in names], file)
         print(f"{len(rows)} images of {len(classes)} classes: {file}")
+    build.refresh(config.report, workdir)
     return result
 
 

@@ -60,7 +60,7 @@ class Goodput:
         self._waited = waited_s
         self._unsaved += self._seconds["step"] - before
 
-    def evaluated(self) -> None:
+    def evaluate(self) -> None:
         """Books the time since the last call as an evaluation."""
         self._book("eval", 0.0)
 

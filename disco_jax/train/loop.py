@@ -167,7 +167,8 @@ class _Saver:
         self.measure()
         yield
         if self._goodput:
-            self._goodput.evaluated()
+            self._goodput.evaluate()
+            self._goodput.write()
 
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         self.measure()

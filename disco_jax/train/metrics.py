@@ -59,6 +59,12 @@ class Logger:
             self._clu.write_scalars(step, dict(scalars))
             self._clu.flush()
 
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Shows u8[H, W, 3] in TensorBoard, if that is written."""
+        if self._clu is not None:
+            self._clu.write_images(step, {name: image[None]})
+            self._clu.flush()
+
     def close(self) -> None:
         """Closes what is open."""
         if self._clu is not None:

@@ -7,6 +7,9 @@ goodput.json      where the time went, over all starts
 xla_cache/        compiled programs
 profile/          traces that were asked for
 checkpoints/      see `checkpoint.py`
+report.html       what the run came to, with figures/; see `report/build.py`
+
+`docs/rundir.md` draws all of it.
 """
 
 import contextlib

@@ -27,6 +27,11 @@ def test_the_run_is_watched_and_left_alone(tmp_path):
     watched = config(**{"monitor.knn_every_steps": 3})
     pretrain.run(watched, str(tmp_path / "watched"), few())
     pretrain.run(config(), str(tmp_path / "alone"), few())
+    spent = {
+        name: json.loads((tmp_path / name / "goodput.json").read_text())["seconds"]["eval"]
+        for name in ("watched", "alone")
+    }
+    assert spent["watched"] > spent["alone"] == 0
     lines = (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()
     found = {
         line["step"]: line["knn/top1"] for line in map(json.loads, lines) if "knn/top1" in line

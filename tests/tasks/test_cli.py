@@ -141,6 +141,7 @@ def test_every_task_has_its_help(capsys):
             "export": "--format",
             "embed": "--images",
             "data": "--limit",
+            "compare": "--output",
         }.get(task, "--workdir")
         assert word in capsys.readouterr().out
 
@@ -183,5 +184,5 @@ def test_a_smoke_run_from_the_shell_with_evaluation(tmp_path, digits_file):
     left = {p.name for p in run.iterdir()}
     assert left >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints",
-        "knn.json", "linear.json", "linear.npz",
+        "knn.json", "linear.json", "linear.npz", "report.html", "figures",
     }  # fmt: skip

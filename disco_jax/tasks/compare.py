@@ -1,0 +1,52 @@
+"""Put several runs side by side: results, what their settings differ in, curves."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from disco_jax.report import build, page
+from disco_jax.tasks.arguments import Parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """`disco-jax compare RUN RUN... [--output FILE]`."""
+    parser = Parser("compare", __doc__)
+    parser.add_argument("runs", nargs="+", help="run directories, two or more")
+    parser.add_argument("--output", default="compare.html", help="the page")
+    values = parser.read(argv)
+    if values is not None:
+        run(values.runs, values.output)
+
+
+def run(runs: Sequence[str], output: str = "compare.html") -> dict[str, Any]:
+    """Writes the page and prints its tables.
+
+    Args:
+      runs: run directories, two or more.
+      output: an .html file.
+
+    Returns:
+      See `build.compare`.
+
+    Raises:
+      UserError: fewer than two runs, or a directory that is none.
+    """
+    found = build.compare(runs, output)
+    print(_aligned([("run", *page.RESULTS), *found["results"]]))
+    fields = [
+        (f"config.{key}", *map(json.dumps, values)) for key, values in found["differences"].items()
+    ]
+    print("\nSettings that differ:")
+    print(_aligned([("field", *found["runs"]), *fields]) if fields else "none")
+    print(f"\nPage: {output}")
+    return found
+
+
+def _aligned(lines: Sequence[Sequence[Any]]) -> str:
+    """Columns of text; the last one is not padded."""
+    cells = [[page.text(value) for value in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )

@@ -1,0 +1,189 @@
+"""The pages say what is: commands that are understood, every setting, the files of a run."""
+
+import ast
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+import disco_jax
+import helpers
+from disco_jax import convert, errors, flags, main, models
+from disco_jax.nested import flatten
+from disco_jax.tasks import arguments, distill, settings
+from disco_jax.tasks import list as listing
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(lines):
+    """The words of every `disco-jax` command in lines for a shell."""
+    for line in lines.replace("\\\n", " ").splitlines():
+        if "disco-jax " in line or "babysit" in line:
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["disco-jax"] and len(words) > 1:
+                yield words[1:]
+            if words[:2] == ["launch/tpu.sh", "babysit"]:  # which runs `pretrain`
+                yield ["pretrain", "--workdir=W", *words[2:]]
+
+
+def of_page(path):
+    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S)
+    return commands("\n".join(blocks))
+
+
+def of_recipe(path):
+    """Of the indented lines at the top; [--flag] is a flag that may be given."""
+    header = path.read_text().split('"""')[1]
+    lines = "\n".join(line for line in header.splitlines() if line.startswith("    "))
+    return commands(re.sub(r"\[(--[^]]*)\]", r"\1", lines))
+
+
+COMMANDS = {shlex.join(words): words for path in PAGES for words in of_page(path)}  # each once
+RECIPES = {shlex.join(words) for path in flags.recipes().values() for words in of_recipe(path)}
+
+
+class Understood(Exception):
+    """Raised instead of starting the task."""
+
+
+@pytest.fixture
+def understand(monkeypatch):
+    """Reads a command line as the task does, and stops there."""
+
+    def stops(function):
+        def run(*args, **kwargs):
+            raise Understood(function(*args, **kwargs))
+
+        return run
+
+    parse = flags.parse
+    monkeypatch.setattr(flags, "parse", stops(parse))
+    monkeypatch.setattr(arguments.Parser, "read", stops(arguments.Parser.read))
+    monkeypatch.setattr(flags, "prepare_jax", lambda *args: None)
+    # Neither its data nor its teacher are here.
+    monkeypatch.setattr(distill, "resolve", lambda **_: (flags.load("disco"), None))
+
+    def read(words):
+        with pytest.raises(Understood):
+            main._start(words[0], words[1:])
+
+    return read
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) > 30 and len(RECIPES) > 20
+    assert {words[0] for words in COMMANDS.values()} >= set(main.TASKS) - {"demo", "fewshot"} - {
+        "plane"
+    }
+
+
+@pytest.mark.parametrize("line", sorted({*COMMANDS, *RECIPES}))
+def test_a_command_of_a_page_or_a_recipe_is_understood(line, understand, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    understand(shlex.split(line))
+
+
+def test_a_command_with_a_mistake_is_not_understood(understand):
+    for line in ("knn --workdir=W --config.kk=1", "report --wrkdir=W", "linaer --workdir=W"):
+        with pytest.raises(errors.UserError):
+            understand(line.split())
+
+
+def test_python_on_a_page_names_what_there_is():
+    blocks = [
+        block
+        for path in PAGES
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+    ]
+    assert len(blocks) > 1
+    for block in blocks:
+        ast.parse(block)
+        for name in re.findall(r"\bdisco_jax\.(\w+)\(", block):
+            assert callable(getattr(disco_jax, name)), name
+        for name in re.findall(r"\bconvert\.(\w+)\(", block):
+            assert callable(getattr(convert, name)), name
+        for reference in re.findall(r"flags\.load\(\"(.+?)\"\)", block):
+            flags.load(reference)
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_settings_page_is_what_the_configs_say():
+    text = settings.markdown()
+    stored = (ROOT / "docs" / "settings.md").read_text()
+    assert stored == text, "disco-jax list --settings > docs/settings.md"
+    rows = set(re.findall(r"^\| `([\w.]+)` \|", text, re.M))
+    for name in flags.recipes():
+        if name != "demo":
+            assert flatten(flags.load(name)).keys() <= rows, name
+
+
+def test_settings_take_the_comments_beside_and_above_them():
+    notes = settings.comments()
+    assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
+    assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
+    assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
+    assert notes["pretrain"]["monitor"].startswith("Whether it learns")
+    assert "augment.count" not in notes["pretrain"]
+    assert notes["classification"]["layers"] == "classifier | all"
+    page = settings.markdown()
+    assert "| `objectives.contrast.keys_from` | `'momentum'` | the network that encodes" in page
+
+
+def test_the_page_to_choose_by_counts_as_the_code_does():
+    text = (ROOT / "docs" / "choose.md").read_text()
+    counted = re.findall(r"^\| [^|]+ \| `(\w+)`[^|]* \| (student [^|]+) \|", text, re.M)
+    assert len(counted) > 7
+    for recipe, networks in counted:
+        assert f"; {networks}; " in listing._needs(recipe), recipe
+    sizes = 0
+    for names, numbers in re.findall(r"^\| (`[^|]+) \| ([\d., ]+) \|", text, re.M):
+        for name, number in zip(re.findall(r"`(\w+)`", names), numbers.split(", "), strict=True):
+            assert f"{models.parameters(models.backbone(name)) / 2**20:.1f}" == number, name
+            sizes += 1
+    assert sizes == 8
+
+
+def drawn():
+    """Names in the tree of docs/rundir.md."""
+    text = (ROOT / "docs" / "rundir.md").read_text()
+    tree = text.split("```\n")[1]
+    return set(re.findall(r"^  (\S+)", tree, re.M))
+
+
+def test_a_run_directory_is_as_it_is_drawn(tmp_path):
+    """What a run and its evaluations leave is in the tree, and nothing else."""
+    from disco_jax.tasks import knn, linear, pretrain
+
+    made = helpers.digits()
+    few = {key: value[: 128 if key.startswith("train") else 40] for key, value in made.items()}
+    np.savez(tmp_path / "few.npz", **few)
+    config = helpers.smoke_config("moco_v2")
+    config.data.update(source="npz", dir=str(tmp_path / "few.npz"))
+    config.log.report = True
+    run = tmp_path / "run"
+    pretrain.run(config, str(run))
+    assert (run / "figures" / "views.png").exists() and (run / "report.html").exists()
+    (run / "report.html").unlink()
+    knn.run(flags.load("knn"), str(run))
+    assert "knn" in (run / "report.html").read_text()
+    probe = flags.load("linear")
+    probe.update(total_epochs=1, report=False)
+    before = (run / "report.html").read_text()
+    linear.run(probe, str(run))
+    assert (run / "report.html").read_text() == before
+    left = {path.name + "/" * path.is_dir() for path in run.iterdir()}
+    assert left <= drawn()
+    occasional = {
+        "events.out.*", "xla_cache/", "profile/", "manifest.json", "linear_disco/",
+        "tsne.json", "tsne.npz", "tsne.png",
+    }  # fmt: skip
+    assert left == drawn() - occasional
