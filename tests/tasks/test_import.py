@@ -51,7 +51,7 @@ def test_the_manifest_says_what_came_from_where(run, file):
 def test_the_directory_is_a_teacher_with_the_files_weights(run, file):
     loaded = []
     for weights in (run, file):
-        spec = helpers.encoder_spec("resnet18", hidden=512, weights=str(weights))
+        spec = helpers.encoder_spec("resnet18", hidden=512, weights=str(weights), network="student")
         loaded.append(teacher.load(spec, models.build_encoder(spec), 32))
     np.testing.assert_array_equal(loaded[0].queue.vectors, loaded[1].queue.vectors)
     for a, b in zip(*(helpers.jax.tree.leaves(x.variables) for x in loaded), strict=True):
@@ -75,7 +75,9 @@ def test_swavs_normalisation_goes_into_the_config(tmp_path):
     assert config.augment.std == [0.228, 0.224, 0.225]
     assert not config.objectives.contrast.weight  # no queue came with it
     weights = str(tmp_path / "swav")
-    spec = helpers.encoder_spec("resnet50", head="auto", weights=weights, mean=(), std=())
+    spec = helpers.encoder_spec(
+        "resnet50", head="auto", weights=weights, network="student", mean=(), std=()
+    )
     teacher.fill(spec)
     assert (spec.head, tuple(spec.prototypes)) == ("swav", (3000,))
     assert tuple(spec.std) == (0.228, 0.224, 0.225)

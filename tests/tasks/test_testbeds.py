@@ -147,7 +147,7 @@ def test_recipes_hold_together_for_every_data_set(recipe, data):
     config = flags.load(f"{recipe}:data={data}")
     config.teacher.update(head="mlp", dim=config.student.dim)  # which weights would tell
     made = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count, 100)
+    method = methods.build(config, config.views, config.local.count)
     read = {view for wanted in method.plan.values() for view in wanted}
     assert read == set(range(len(made.sizes)))
     assert len(set(made.sizes)) == 2 and all(net.grouped for net in method.networks.values())
