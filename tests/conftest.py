@@ -8,7 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept between runs of the suite and shared with child processes.
+# Compiled programs of child processes are kept between runs of the suite.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/disco_jax/xla_tests")
 )
@@ -19,6 +19,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import jax
 import pytest
 
+# Child processes keep and find programs; a worker, which compiles hundreds, once crashed while it
+# wrote one.
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
