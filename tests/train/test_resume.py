@@ -177,7 +177,12 @@ MEMORIES = {  # what must come back beside weights: queue and late prototypes; c
         "optimizer.frozen_epochs": 0,
         "optimizer.frozen_steps": 2,
     },
-    "dino": {"optimizer.frozen_epochs": 0, "optimizer.frozen_steps": 2},
+    "dino": {
+        "optimizer.fixed": ("prototypes/scale*",),
+        "optimizer.frozen": ("prototypes/*",),
+        "optimizer.frozen_epochs": 0,
+        "optimizer.frozen_steps": 2,
+    },
 }
 
 
