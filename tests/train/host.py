@@ -75,7 +75,10 @@ def work(task, workdir, settings):
     here = jax.process_index(), jax.process_count()
     inner = ArraySource(helpers.digits_splits())
     if task == "knn":
-        return knn.run(flags.load("knn"), workdir, inner)
+        mine = ArraySource(
+            helpers.digits_splits(), process_index=here[0], process_count=here[1]
+        )
+        return knn.run(flags.load("knn"), workdir, mine)
     config = helpers.smoke_config(settings.pop("recipe"), **settings.pop("config"))
     if task == "replicas":
         _, begin, _, _ = helpers.smoke(config, 1)

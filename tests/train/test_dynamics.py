@@ -229,7 +229,7 @@ def test_swavs_states_follow_the_official_train_function(replicas):
 def test_when_the_momentum_network_follows(follow_last):
     """MoCo: the student before the step. DINO: the student after the optimizer."""
     encoder = Encoder(Vectors(), ProjectionHead(0, 4), prototypes=Prototypes((6,), True))
-    networks = {name: Network(encoder, "sync", True) for name in ("student", "momentum")}
+    networks = {name: Network(encoder, "sync", grouped=True) for name in ("student", "momentum")}
     method = Method(networks, {"self_distill": SelfDistill()}, Views((0, 1)))
     rate = schedules.constant(0.5)
     tx = optimizer.build(ConfigDict(dict(name="sgd", momentum=0.9, weight_decay=0.0)), rate)
