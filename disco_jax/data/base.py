@@ -54,7 +54,7 @@ class HostBatch(NamedTuple):
 
 
 class Source(Protocol):
-    """Where images come from; `arrays.ArraySource` and `sources.TfdsSource` are the two.
+    """Where images come from; arrays, folders and TFDS have one each.
 
     Attributes:
       name: of the data set.

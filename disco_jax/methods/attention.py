@@ -63,9 +63,10 @@ class Attention(Objective):
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         student, teacher = (record.encoded[n][self.view].maps for n in ("student", "teacher"))
-        losses = [jnp.mean(attention_distance(s, t)) for s, t in self._pairs(student, teacher)]
-        metrics = {f"size_{s.shape[1]}": x for (s, _), x in zip(
-            self._pairs(student, teacher), losses, strict=True)}  # fmt: skip
+        pairs = self._pairs(student, teacher)
+        losses = [jnp.mean(attention_distance(ours, theirs)) for ours, theirs in pairs]
+        sizes = [f"size_{ours.shape[1]}" for ours, _ in pairs]
+        metrics = dict(zip(sizes, losses, strict=True))
         return Term(jnp.sum(jnp.stack(losses)), memory, metrics)
 
     def _pairs(self, student: tuple, teacher: tuple) -> list[tuple[Array, Array]]:

@@ -12,18 +12,42 @@ from jax import Array
 
 from disco_jax import errors
 from disco_jax.methods.base import Record, spread
-from disco_jax.ops.collectives import gather, replicas
+from disco_jax.ops.collectives import gather, pmean, replicas
 from disco_jax.ops.losses import squared_distance, unit
 from disco_jax.ops.memory import Queue
 
 _LOG = logging.getLogger(__name__)
 
 PREFIX = "health/"
+STD = PREFIX + "std"  # always there where signals are
 # Rows of the global batch that rank and uniformity are measured on: enough for embeddings of 128,
 # and a matrix that costs nothing beside a network.
 ROWS = 256
 # Uniformity of rows drawn from the whole sphere in many dimensions is about -4; of equal ones 0.
 _SHARPNESS = 2.0
+
+
+def measured(
+    record: Record, memory: Mapping[str, Any], step: Array, every: int
+) -> dict[str, Array]:
+    """`signals` of all replicas every so many steps, for they are read no more often.
+
+    Args:
+      record, memory: see `signals`.
+      step: i32[], equal on all replicas; measured where step + 1 is a multiple of `every`.
+      every: 1 or more.
+
+    Returns:
+      name -> array, equal on all replicas; NaN in the steps between.
+    """
+
+    def now() -> dict[str, Array]:
+        return pmean(signals(record, memory, step))
+
+    def later() -> dict[str, Array]:
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(now))
+
+    return jax.lax.cond((step + 1) % every == 0, now, later)
 
 
 def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str, Array]:
@@ -44,7 +68,6 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
       there is what it needs. And "health/rank", f32[N, N]: a Gram matrix of the features, which
       `effective_rank` reads.
     """
-    record = record._replace(encoded=jax.lax.stop_gradient(record.encoded))
     view, first = next(iter(record.encoded["student"].items()))
     embedding = unit(first.embedding)
     found = {"std": spread(embedding), "rank": _gram(first.features)}
@@ -100,7 +123,7 @@ class Watch:
         Raises:
           NumericError: it has collapsed and `stop` is set.
         """
-        std = summary.get(PREFIX + "std")
+        std = summary.get(STD)
         self._low = self._low + 1 if std is not None and std < self.min_std else 0
         if self._low != self.patience:
             return

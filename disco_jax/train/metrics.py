@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from disco_jax.errors import NumericError
-from disco_jax.train.health import effective_rank
+from disco_jax.train.health import PREFIX, STD, effective_rank
 
 FILE = "metrics.jsonl"
 
@@ -85,7 +85,9 @@ def _until(text: str, step: int) -> list[str]:
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
-    """The mean of each metric over the last steps; of a Gram matrix, the last one's rank.
+    """The mean of each metric over the last steps, and the newest signals of health among them.
+
+    Of these a Gram matrix becomes its effective rank; see `health.measured`.
 
     Args:
       window: metrics of consecutive steps, still on the device, the last one that of `step`.
@@ -94,7 +96,7 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
     Raises:
       NumericError: when a value is not finite; names the terms and the first step.
     """
-    fetched = jax.device_get(list(window))
+    fetched = jax.device_get([_without_health(metrics) for metrics in window])
     for i, metrics in enumerate(fetched):
         bad = sorted(key for key, value in metrics.items() if not np.isfinite(value).all())
         if bad:
@@ -103,13 +105,23 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
                 f"Not finite at step {first}: {', '.join(bad)}. The last good checkpoint is kept. "
                 "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
             )
-    last = fetched[-1]
-    return {
-        key: effective_rank(last[key])
-        if np.ndim(last[key])
-        else float(np.mean([metrics[key] for metrics in fetched]))
-        for key in last
-    }
+    means = {key: float(np.mean([metrics[key] for metrics in fetched])) for key in fetched[-1]}
+    return means | _newest_health(window)
+
+
+def _without_health(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {key: value for key, value in metrics.items() if not key.startswith(PREFIX)}
+
+
+def _newest_health(window: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """The signals of the last step that measured them; {} if none of the window did."""
+    measured = jax.device_get([metrics.get(STD, np.nan) for metrics in window])
+    there = np.flatnonzero(np.isfinite(measured))
+    if not len(there):
+        return {}
+    newest = window[there[-1]]
+    found = jax.device_get({k: value for k, value in newest.items() if k.startswith(PREFIX)})
+    return {k: effective_rank(v) if np.ndim(v) else float(v) for k, v in found.items()}
 
 
 class Progress:

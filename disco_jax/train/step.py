@@ -66,6 +66,7 @@ def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoc
         ema_rate=optimizer.ema_rate(config.momentum, steps_per_epoch * epochs),
         seed=config.seed,
         follow_last=config.momentum.follow == "after",
+        health_steps=config.log.every_steps,
     )
     return Built(train_step, tx, rate)
 
@@ -79,6 +80,7 @@ def make_train_step(
     ema_rate: Schedule,
     seed: int,
     follow_last: bool = False,
+    health_steps: int = 1,
 ) -> Step:
     """The step of one replica: (state, frozen, batch) -> (state, metrics).
 
@@ -96,6 +98,7 @@ def make_train_step(
       seed: of augmentation, shuffling and the student's dropout; folded with the step and an
         image's global position, so that a replay draws the same on any number of devices.
       follow_last: the momentum network follows the updated student, at the end of the step.
+      health_steps: signals of health are measured every so many steps; see `health.measured`.
 
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
@@ -116,9 +119,10 @@ def make_train_step(
         learned, still = method.split(state.student["params"])
         loss_fn = _loss(method, state, still, views, aux, targets, shuffle_rng)
         (loss, aside), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
-        terms, new, signals = aside
-        stats["student"] = new
-        grads, stats, metrics = pmean((grads, stats, _report(loss, terms) | signals))
+        terms, stats["student"], student = aside
+        grads, stats, metrics = pmean((grads, stats, _report(loss, terms)))
+        record = Record({"student": student, **targets}, aux, method.views)
+        metrics |= health.measured(record, state.memory, state.step, health_steps)
         updates, opt_state = tx.update(grads, state.opt_state, learned)
         params = {**optax.apply_updates(learned, updates), **still}
         student = {"params": params, "batch_stats": stats["student"]}
@@ -144,7 +148,7 @@ def _loss(
     targets: Mapping[str, Any],
     rng: Array,
 ) -> Callable[[Any], tuple[Array, Any]]:
-    """The function to differentiate: learned parameters -> (loss, (terms, statistics, signals))."""
+    """The function to differentiate: learned parameters -> (loss, (terms, statistics, encoded))."""
     network = method.networks["student"]
 
     def loss_fn(learned: Mapping[str, Any]) -> tuple[Array, Any]:
@@ -159,8 +163,7 @@ def _loss(
             name: objective(record, state.memory[name], state.step)
             for name, objective in method.objectives.items()
         }
-        signals = health.signals(record, state.memory, state.step)
-        return method.total(terms), (terms, new, signals)
+        return method.total(terms), (terms, new, student)
 
     return loss_fn
 

@@ -75,9 +75,7 @@ def work(task, workdir, settings):
     here = jax.process_index(), jax.process_count()
     inner = ArraySource(helpers.digits_splits())
     if task == "knn":
-        mine = ArraySource(
-            helpers.digits_splits(), process_index=here[0], process_count=here[1]
-        )
+        mine = ArraySource(helpers.digits_splits(), process_index=here[0], process_count=here[1])
         return knn.run(flags.load("knn"), workdir, mine)
     config = helpers.smoke_config(settings.pop("recipe"), **settings.pop("config"))
     if task == "replicas":
