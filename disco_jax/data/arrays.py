@@ -120,8 +120,7 @@ class ArraySource:
         offset = start.offset
         with _mapper(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
-                shuffled = np.random.default_rng(base.seed_words(seed, epoch))
-                order = shuffled.permutation(len(images))[self._host :: self._hosts]
+                order = base.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
                 for begin in range(offset, share - batch_size + 1, batch_size):
                     rows = order[begin : begin + batch_size]
                     chosen = [images[i] for i in rows]

@@ -148,6 +148,16 @@ def seed_words(*numbers: int, words: int = 2) -> np.ndarray:
     return np.random.SeedSequence(entropy).generate_state(words, np.uint64)
 
 
+def shuffled_share(count: int, seed: int, epoch: int, host: int, hosts: int) -> np.ndarray:
+    """i64[count // hosts]: what a host reads of `count` records in an epoch, and in which order.
+
+    All hosts draw one permutation and each takes its own places of it, so that no record is read
+    twice in an epoch; up to hosts - 1 records, others in each epoch, are left out.
+    """
+    order = np.random.default_rng(seed_words(seed, epoch)).permutation(count)
+    return order[host::hosts][: count // hosts]
+
+
 def check_batch_size(name: str, split: str, share: int, batch_size: int) -> None:
     """Raises UserError unless a host's share of a split holds one batch at least."""
     if not 0 < batch_size <= share:

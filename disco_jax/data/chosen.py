@@ -95,9 +95,8 @@ class _Records(EncodedSource):
         return (self._record(row) for row in range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
-        order = np.random.default_rng(base.seed_words(seed, epoch)).permutation(len(self._kept))
-        mine = order[self._host :: self._hosts][offset : len(self._kept) // self._hosts]
-        return (self._record(int(row)) for row in mine)
+        mine = base.shuffled_share(len(self._kept), seed, epoch, self._host, self._hosts)
+        return (self._record(int(row)) for row in mine[offset:])
 
     def _name(self, split: str, row: int) -> str:
         return self._kept[row][0]

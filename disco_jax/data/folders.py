@@ -90,10 +90,8 @@ class FolderSource(EncodedSource):
         return self._chosen(split, range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterator[Record]:
-        count = self.count(split)
-        order = np.random.default_rng(base.seed_words(seed, epoch)).permutation(count)
-        mine = order[self._host :: self._hosts][offset : count // self._hosts]
-        return self._chosen(split, mine.tolist())
+        mine = base.shuffled_share(self.count(split), seed, epoch, self._host, self._hosts)
+        return self._chosen(split, mine[offset:].tolist())
 
     def _chosen(self, split: str, rows: Iterable[int]) -> Iterator[Record]:
         files, labels = self._split(split)

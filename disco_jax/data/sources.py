@@ -170,8 +170,8 @@ class TfdsSource(EncodedSource):
             return (kept[row] for row in self._order(split, seed, epoch)[offset:])
         rows = self._rows_of(split)
         if rows.at_will:
-            order = np.random.default_rng(base.seed_words(seed, epoch)).permutation(rows.count)
-            return rows.chosen(order[self._host :: self._hosts][offset : self._share(split)])
+            mine = base.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
+            return rows.chosen(mine[offset:])
         return self._streamed(rows, seed, epoch, offset)
 
     def _share(self, split: str) -> int:

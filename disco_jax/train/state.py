@@ -61,7 +61,7 @@ def create(
       record: what `shapes` gave, if it is there already.
     """
     student = _reusing(method, method.networks["student"].encoder.create(seed, size), reused)
-    record = record or shapes(method, (size,) * 32)
+    record = record or shapes(method, (size,))
     learned, _ = method.split(student["params"])
     return TrainState(
         step=jnp.zeros((), jnp.int32),

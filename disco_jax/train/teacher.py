@@ -174,7 +174,7 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     if not config.objectives.contrast.weight:
         return Teacher(variables)
     method = methods.build(config, config.views, config.local.count)
-    record = state.shapes(method, (size,) * 32)
+    record = state.shapes(method, (size,))
     abstract = jax.eval_shape(lambda: method.memory(jax.random.key(0), record))
     if KEYS not in abstract["contrast"]:
         return Teacher(variables)
