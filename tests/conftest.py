@@ -27,6 +27,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_threefry_partitionable", True)
 
 PARITY = pathlib.Path(__file__).parent / "parity"
+MOST_BYTES = 3 * 2**30  # that a worker may hold after a module's tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Of hundreds of compiled programs a worker would hold many gigabytes at the end."""
+    yield
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

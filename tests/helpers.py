@@ -195,12 +195,12 @@ def smoke(config, replicas):
     method = methods.build(config, config.views, config.local.count)
     method = method.paced(10)
     config = ConfigDict({**config.to_dict(), "total_epochs": 5})
-    train_step, tx, _ = from_config(config, method, recipe, 10)
+    train_step, learner = from_config(config, method, recipe, 10)
     size = config.augment.size
     frozen = {}
     if "teacher" in method.plan:
         frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
-    train_state = state.create(method, tx, config.seed, size, reused=frozen.get("teacher"))
+    train_state = state.create(method, learner.tx, config.seed, size, reused=frozen.get("teacher"))
     rng = np.random.default_rng(0)
     shape = (replicas, config.batch_size // replicas)
     crops = {

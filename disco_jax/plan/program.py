@@ -152,7 +152,7 @@ def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.St
         frozen["teacher"] = jax.eval_shape(lambda: encoder.create(0, size))
     begin = jax.eval_shape(
         lambda teacher: state.create(
-            method, built.tx, config.seed, size, reused=teacher, record=record
+            method, built.learner.tx, config.seed, size, reused=teacher, record=record
         ),
         frozen.get("teacher"),
     )

@@ -58,7 +58,7 @@ def run(
       UserError: a setting will not do, or the step does not fit into the memory.
     """
     from disco_jax.data import pipeline
-    from disco_jax.tasks import pretrain
+    from disco_jax.tasks import prepare
     from disco_jax.train import teacher
 
     if output and not output.endswith(".json"):
@@ -67,7 +67,7 @@ def run(
     if config.dtype == "auto":
         config.dtype = "bfloat16"
     where = topology.open_slice(name)
-    pretrain.check_devices(config, len(where.devices))
+    prepare.check_devices(config, len(where.devices))
     data = config.data
     images = images or (IMAGES.get(data.name, 0) if data.source == "tfds" else 0)
     images = images or pipeline.open_source(data).count(data.train_split)

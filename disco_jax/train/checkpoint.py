@@ -71,7 +71,7 @@ class Checkpoints:
           position: (epoch, offset) of each host's data.
           metrics: of the last steps, for keep-best.
         """
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         parts = _parts(jax.tree.map(np.asarray, jax.device_get(state)))
         meta = {
@@ -90,7 +90,13 @@ class Checkpoints:
             metrics=best,
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def steps(self) -> list[int]:
+        """Of the checkpoints that there are, good or not."""
+        return list(self._manager.all_steps())
+
+    def restore(
+        self, like: TrainState, newest: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest good checkpoint, or None if there is none.
 
         A checkpoint that cannot be read, or whose checksum does not match, is moved to
@@ -98,6 +104,7 @@ class Checkpoints:
 
         Args:
           like: a state of the same shapes and dtypes.
+          newest: checkpoints of later steps are left alone; None: there are none such.
 
         Returns:
           The state, as host arrays, and {"step", "position", ...}.
@@ -108,7 +115,8 @@ class Checkpoints:
         """
         parts = _parts(like)
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = [s for s in self.steps() if newest is None or s <= newest]
+        for step in sorted(steps, reverse=True):
             try:
                 restored, meta = _read(self._manager, step, parts)
             except UserError:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -23,13 +23,15 @@ class Goodput:
     itself.
     """
 
-    def __init__(self, workdir: str | None, started: float):
+    def __init__(self, workdir: str | None, started: float, also: Sequence[str] = ()):
         """Reads what earlier starts have noted.
 
         Args:
           workdir: of the run; None keeps nothing.
           started: `time.monotonic()` when this start began.
+          also: directories of runs that take their steps together with it, and get the same notes.
         """
+        self._also = [epath.Path(other) / FILE for other in also]
         self._file = epath.Path(workdir) / FILE if workdir is not None else None
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._unsaved = 0.0
@@ -84,8 +86,9 @@ class Goodput:
             "unsaved_s": self._unsaved,
             "starts": self.starts,
         }
-        with whole(self._file) as file:
-            file.write_text(json.dumps(noted, indent=2) + "\n")
+        for kept in (self._file, *self._also):
+            with whole(kept) as file:
+                file.write_text(json.dumps(noted, indent=2) + "\n")
 
     def close(self) -> None:
         """Stops listening to the compiler."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,7 @@ def run(
     watch: Callable[[int, Mapping[str, float]], None] = lambda step, summary: None,
     goodput: Goodput | None = None,
     evaluate: Callable[[int, Any], Mapping[str, float]] | None = None,
+    summary_of: Callable[[Sequence[Any], int], dict[str, float]] = summarise,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -83,6 +84,7 @@ def run(
       goodput: where the time is booked; None: nowhere.
       evaluate: (step, state) -> metrics, called every `schedule.evaluate_steps` steps and after
         the last one; it must leave the state alone.
+      summary_of: (metrics of the last steps, step) -> what is logged of them.
 
     Returns:
       The last state.
@@ -115,7 +117,7 @@ def run(
             stopping = asked(step) and checkpoints is not None
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
-                summary = summarise(window, step)
+                summary = summary_of(window, step)
                 window.clear()
                 summary |= progress.measure(step, getattr(batches, "waited_s", 0.0))
                 summary |= saver.measure()

@@ -1,23 +1,21 @@
 """The train step, written for one replica, and its `pmap`."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax import Array
 
-from disco_jax.methods.base import Method, Record, Term
-from disco_jax.models.encoder import Network, Variables, encode
-from disco_jax.ops.collectives import AXIS, pmean, positions
-from disco_jax.ops.schedules import Schedule
-from disco_jax.train import health, optimizer
+from disco_jax.methods.base import Method
+from disco_jax.models.encoder import Variables
+from disco_jax.ops.collectives import AXIS, positions
+from disco_jax.train import optimizer
+from disco_jax.train.learner import Learner, Metrics, learn, targets_of
 from disco_jax.train.state import TrainState
 
 # Keys of views below this are augmentation's.
 _MIXING = 1 << 16
-Metrics = dict[str, Array]
 Step = Callable[[TrainState, Mapping[str, Variables], Any], tuple[TrainState, Metrics]]
 
 
@@ -30,17 +28,15 @@ class Photometric(Protocol):
 
 
 class Built(NamedTuple):
-    """A step and what it was made with.
+    """A step and what it was made of.
 
     Attributes:
       train_step: of one replica.
-      tx: the optimizer, whose state is in the step's.
-      learning_rate: step -> the rate.
+      learner: its student's part; has the optimizer whose state is in the step's.
     """
 
     train_step: Step
-    tx: optax.GradientTransformation
-    learning_rate: Schedule
+    learner: Learner
 
 
 def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoch: int) -> Built:
@@ -55,161 +51,92 @@ def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoc
     Raises:
       UserError: a setting of the optimizer or the schedules will not do.
     """
+    learner = learner_of(config, method, steps_per_epoch)
+    return Built(make_train_step(learner, recipe, config.seed), learner)
+
+
+def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
+    """How the student of a pretraining config learns; the arguments are those of `from_config`."""
     epochs = config.total_epochs
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, steps_per_epoch, epochs)
-    tx = optimizer.build(config.optimizer, rate, steps_per_epoch, epochs)
-    train_step = make_train_step(
+    return Learner(
         method,
-        recipe,
-        tx,
+        optimizer.build(config.optimizer, rate, steps_per_epoch, epochs),
         learning_rate=rate,
         ema_rate=optimizer.ema_rate(config.momentum, steps_per_epoch * epochs),
-        seed=config.seed,
         follow_last=config.momentum.follow == "after",
         health_steps=config.log.every_steps,
     )
-    return Built(train_step, tx, rate)
 
 
-def make_train_step(
-    method: Method,
-    recipe: Photometric,
-    tx: optax.GradientTransformation,
-    *,
-    learning_rate: Schedule,
-    ema_rate: Schedule,
-    seed: int,
-    follow_last: bool = False,
-    health_steps: int = 1,
-) -> Step:
+def make_train_step(learner: Learner, recipe: Photometric, seed: int) -> Step:
     """The step of one replica: (state, frozen, batch) -> (state, metrics).
 
-    The order is that of the official MoCo and DisCo: the momentum network follows the student as
-    it is before this step's update, then encodes the keys; the losses read the queues before the
-    keys enter them; the optimizer comes last. In DINO (`follow_last`) the momentum network follows
-    after the optimizer.
-
     Args:
-      method: networks and objectives.
+      learner: how the student learns.
       recipe: makes normalised images of crops.
-      tx: the optimizer.
-      learning_rate: only for the metrics; `tx` has its own.
-      ema_rate: step -> the share of the old momentum weights that is kept.
       seed: of augmentation, shuffling and the student's dropout; folded with the step and an
         image's global position, so that a replay draws the same on any number of devices.
-      follow_last: the momentum network follows the updated student, at the end of the step.
-      health_steps: signals of health are measured every so many steps; see `health.measured`.
 
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
     """
+    joint = make_joint_step({"": learner}, recipe, seed)
 
     def train_step(state: TrainState, frozen: Mapping[str, Variables], batch: Any):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_rng, shuffle_rng = jax.random.split(rng)
-        size = next(iter(batch["views"].values())).shape[0]
-        views = recipe.photometric(batch["views"], augment_rng, positions(size))
-        views, aux = method.mix(views, batch["aux"], jax.random.fold_in(augment_rng, _MIXING))
-        rate = ema_rate(state.step)
-        momentum = state.momentum
-        if not follow_last:
-            momentum = follow(momentum, state.student, rate, method.reuse)
-        targets, stats = _targets(method, {"momentum": momentum, **frozen}, views, shuffle_rng)
-
-        learned, still = method.split(state.student["params"])
-        loss_fn = _loss(method, state, still, views, aux, targets, shuffle_rng)
-        (loss, aside), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
-        terms, stats["student"], student = aside
-        grads, stats, metrics = pmean((grads, stats, _report(loss, terms)))
-        record = Record({"student": student, **targets}, aux, method.views)
-        metrics |= health.measured(record, state.memory, state.step, health_steps)
-        updates, opt_state = tx.update(grads, state.opt_state, learned)
-        params = {**optax.apply_updates(learned, updates), **still}
-        student = {"params": params, "batch_stats": stats["student"]}
-        if momentum:
-            momentum = {**momentum, "batch_stats": stats["momentum"]}
-            if follow_last:
-                momentum = follow(momentum, student, rate, method.reuse)
-            metrics["ema_rate"] = rate
-        metrics["learning_rate"] = learning_rate(state.step)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        memory = {name: term.memory for name, term in terms.items()}
-        return TrainState(state.step + 1, student, momentum, memory, opt_state), metrics
+        states, metrics = joint({"": state}, frozen, batch)
+        return states[""], metrics[""]
 
     return train_step
 
 
-def _loss(
-    method: Method,
-    state: TrainState,
-    still: Mapping[str, Any],
-    views: Mapping[int, Array],
-    aux: Mapping[str, Array],
-    targets: Mapping[str, Any],
-    rng: Array,
-) -> Callable[[Any], tuple[Array, Any]]:
-    """The function to differentiate: learned parameters -> (loss, (terms, statistics, encoded))."""
-    network = method.networks["student"]
+def make_joint_step(
+    learners: Mapping[str, Learner], recipe: Photometric, seed: int
+) -> Callable[..., tuple[dict[str, TrainState], dict[str, Metrics]]]:
+    """The step of several students on one replica: (states, frozen, batch) -> (states, metrics).
 
-    def loss_fn(learned: Mapping[str, Any]) -> tuple[Array, Any]:
-        variables = {**state.student, "params": {**learned, **still}}
-        maps = method.reads_maps("student")
-        student, new = encode(
-            network, variables, views, method.plan["student"], rng, dropout=True, maps=maps
-        )
-        score = {"student": _scorer(network, variables)}
-        record = Record({"student": student, **targets}, aux, method.views, score)
-        terms = {
-            name: objective(record, state.memory[name], state.step)
-            for name, objective in method.objectives.items()
-        }
-        return method.total(terms), (terms, new, student)
+    The images are made once and the teacher sees them once; each student learns from them what it
+    would learn alone.
 
-    return loss_fn
+    Args:
+      learners: name -> how a student learns; their teachers are one, and views that their
+        objectives mix and their teacher sees are mixed alike.
+      recipe, seed: of all; see `make_train_step`.
 
-
-def _targets(
-    method: Method, variables: Mapping[str, Variables], views: Mapping[int, Array], rng: Array
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the networks that do not learn encode, and the new statistics of the momentum one."""
-    targets, stats = {}, {}
-    for name in sorted(variables.keys() & method.plan.keys()):
-        encoded = encode(
-            method.networks[name],
-            variables[name],
-            views,
-            method.plan[name],
-            rng,
-            maps=method.reads_maps(name),
-        )
-        targets[name], stats[name] = jax.lax.stop_gradient(encoded)
-    stats.pop("teacher", None)  # frozen: its stored statistics stay what they are
-    return targets, stats
-
-
-def follow(
-    momentum: Variables, student: Variables, rate: Array, still: Sequence[str] = ()
-) -> Variables:
-    """The EMA of the student's parameters: rate * old + (1 - rate) * student; {} stays {}.
-
-    MoCo (arXiv:1911.05722) eq. 2. BatchNorm statistics are the momentum network's own, and parts
-    of the student that never change, `still`, are left as they are to the bit.
+    Returns:
+      The step; states and metrics are by the names of `learners`, and the states' steps are equal.
     """
-    if not momentum:
-        return momentum
-    moving = {part: tree for part, tree in momentum["params"].items() if part not in still}
-    params = jax.tree.map(
-        lambda old, new: rate * old + (1 - rate) * new,
-        moving,
-        {part: student["params"][part] for part in moving},
-    )
-    return {**momentum, "params": {**momentum["params"], **params}}
+
+    def train_step(states: Mapping[str, TrainState], frozen: Mapping[str, Variables], batch: Any):
+        step = next(iter(states.values())).step
+        augment_rng, rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        size = next(iter(batch["views"].values())).shape[0]
+        views = recipe.photometric(batch["views"], augment_rng, positions(size))
+        mixing = jax.random.fold_in(augment_rng, _MIXING)
+        seen = {n: one.method.mix(views, batch["aux"], mixing) for n, one in learners.items()}
+        methods = [one.method for one in learners.values()]
+        everything = functools.reduce(lambda a, b: {**a, **b[0]}, seen.values(), {})
+        teacher = _teacher(methods, frozen, everything, rng)
+        made = {n: learn(one, states[n], teacher, *seen[n], rng) for n, one in learners.items()}
+        return {n: state for n, (state, _) in made.items()}, {n: m for n, (_, m) in made.items()}
+
+    return train_step
 
 
-def _scorer(network: Network, variables: Variables) -> Callable[[Array], Array]:
-    """Embeddings f32[N, D] -> scores f32[N, K] on the prototypes as they are, without gradient."""
-    still = jax.lax.stop_gradient(variables)
-    return lambda rows: network.encoder.apply(still, rows, method="score")
+def _teacher(
+    methods: Sequence[Method],
+    frozen: Mapping[str, Variables],
+    views: Mapping[int, Array],
+    rng: Array,
+) -> dict[str, Any]:
+    """{"teacher": view -> `Encoded`} of every view that some method asks for; {} if none does."""
+    wanted = sorted({view for method in methods for view in method.plan.get("teacher", ())})
+    if not wanted:
+        return {}
+    # Of those that have one, a method that reads its maps if there is one.
+    method = max((m for m in methods if "teacher" in m.plan), key=lambda m: m.reads_maps("teacher"))
+    encoded, _ = targets_of(method, "teacher", frozen["teacher"], views, wanted, rng)
+    return {"teacher": encoded}  # its stored statistics stay what they are
 
 
 def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
@@ -227,12 +154,3 @@ def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> S
         donate_argnums=0,
         devices=devices,
     )
-
-
-def _report(loss: Array, terms: Mapping[str, Term]) -> Metrics:
-    """{"loss", "contrast/loss", "contrast/accuracy", ...}."""
-    metrics = {"loss": loss}
-    for name, term in terms.items():
-        metrics[f"{name}/loss"] = term.loss
-        metrics |= {f"{name}/{key}": value for key, value in term.metrics.items()}
-    return jax.tree.map(lambda value: value.astype(jnp.float32), metrics)

@@ -104,7 +104,7 @@ def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
     from disco_jax.train import state
 
     ready = pretrain.prepare(config, source)
-    create = lambda: state.create(ready.method, ready.built.tx, 0, 16, found)  # noqa: E731
+    create = lambda: state.create(ready.method, ready.built.learner.tx, 0, 16, found)  # noqa: E731
     np.testing.assert_array_equal(create().memory["contrast"]["view_1"].vectors, found.vectors)
     config.objectives.contrast.queue_init = "random"
     ready = pretrain.prepare(config, source)

@@ -22,6 +22,7 @@ from disco_jax.ops import schedules
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import optimizer
+from disco_jax.train.learner import Learner
 from disco_jax.train.state import TrainState
 from disco_jax.train.step import make_train_step
 
@@ -43,14 +44,10 @@ def build(meta, ref, objectives, hidden, teacher_hidden):
         rate = schedules.constant(settings["lr"])
     spec = dict(name="sgd", momentum=0.9, weight_decay=settings["weight_decay"])
     tx = optimizer.build(ConfigDict(spec), rate)
-    step = make_train_step(
-        method,
-        helpers.Identity(),
-        tx,
-        learning_rate=rate,
-        ema_rate=schedules.constant(settings["ema_momentum"]),
-        seed=0,
+    learner = Learner(
+        method, tx, learning_rate=rate, ema_rate=schedules.constant(settings["ema_momentum"])
     )
+    step = make_train_step(learner, helpers.Identity(), seed=0)
     student = helpers.tiny_variables(ref, "init/encoder_q.")
     queue = Queue(ref["init/queue"].T, np.int32(ref["init/queue_ptr"][0]))
     memory = {"contrast": {"view_1": queue}, "distill": (), "relations": ()}
@@ -197,14 +194,8 @@ def test_swavs_states_follow_the_official_train_function(replicas):
         unit_norm=("prototypes/kernel*",),
     )
     tx = optimizer.build(ConfigDict(spec), rate)
-    step = make_train_step(
-        method,
-        helpers.Identity(),
-        tx,
-        learning_rate=rate,
-        ema_rate=schedules.constant(0.0),
-        seed=0,
-    )
+    learner = Learner(method, tx, learning_rate=rate, ema_rate=schedules.constant(0.0))
+    step = make_train_step(learner, helpers.Identity(), seed=0)
     step = replicated(step, replicas)
     student = swav_variables(ref, "init")
     queues = {f"view_{v}": Queue.empty(settings["queue_length"], settings["dim"]) for v in (0, 1)}
@@ -233,15 +224,10 @@ def test_when_the_momentum_network_follows(follow_last):
     method = Method(networks, {"self_distill": SelfDistill()}, Views((0, 1)))
     rate = schedules.constant(0.5)
     tx = optimizer.build(ConfigDict(dict(name="sgd", momentum=0.9, weight_decay=0.0)), rate)
-    step = make_train_step(
-        method,
-        helpers.Identity(),
-        tx,
-        learning_rate=rate,
-        ema_rate=schedules.constant(0.75),
-        seed=0,
-        follow_last=follow_last,
+    learner = Learner(
+        method, tx, learning_rate=rate, ema_rate=schedules.constant(0.75), follow_last=follow_last
     )
+    step = make_train_step(learner, helpers.Identity(), seed=0)
     images = np.random.default_rng(0).normal(size=(2, 8, 5)).astype("f")
     start = encoder.init(jax.random.key(0), images[0], norm="sync")
     start = {"params": start["params"], "batch_stats": {}}

@@ -234,9 +234,14 @@ def test_the_plan_is_printed(recipe, says, capsys):
     config = helpers.smoke_config(recipe)
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
     begin = state.create(
-        ready.method, ready.built.tx, 0, 16, reused=ready.teacher.variables, record=ready.record
+        ready.method,
+        ready.built.learner.tx,
+        0,
+        16,
+        reused=ready.teacher.variables,
+        record=ready.record,
     )
-    pretrain._describe(ready.config, ready, begin)
+    pretrain.describe(ready, begin)
     out = capsys.readouterr().out
     assert says in out and ("M of it learned" in out) == (recipe == "retro")
 

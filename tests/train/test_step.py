@@ -9,7 +9,7 @@ import helpers
 from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import step as step_module
+from disco_jax.train import learner
 from disco_jax.train.state import apart, everywhere
 from disco_jax.train.step import parallel
 
@@ -76,13 +76,13 @@ def two_steps(config, replicas):
 
 
 def test_dropout_acts_in_the_student_alone(monkeypatch):
-    dropped, real = {}, step_module.encode
+    dropped, real = {}, learner.encode
 
     def encode(network, *args, dropout=False, **rest):
         dropped[id(network)] = dropout
         return real(network, *args, dropout=dropout, **rest)
 
-    monkeypatch.setattr(step_module, "encode", encode)
+    monkeypatch.setattr(learner, "encode", encode)
     config = helpers.smoke_config("disco")
     step, state, frozen, batch = helpers.smoke(config, replicas=1)
     jax.eval_shape(jax.vmap(step, in_axes=(None, None, 0), axis_name=AXIS), state, frozen, batch)
