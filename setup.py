@@ -20,7 +20,11 @@ setup(
     python_requires=">=3.11",
     # configs/ stays at the top of the repository, where people edit it, and is found from an
     # installed wheel as the package disco_jax.configs.
-    packages=[*find_packages(include=["disco_jax", "disco_jax.*"]), "disco_jax.configs"],
+    packages=[
+        *find_packages(include=["disco_jax", "disco_jax.*"]),
+        "disco_jax.configs",
+        "disco_jax.configs.sweeps",
+    ],
     package_dir={"disco_jax.configs": "configs"},
     install_requires=[
         "absl-py>=2.1",

@@ -483,3 +483,51 @@ def classification(name: str) -> ConfigDict:
     config.checkpoint_every_epochs = 1  # of trainings that read images
     config.extract_batch_size = 256  # images encoded at once by a host
     return config
+
+
+def sweep(name: str) -> ConfigDict:
+    """Every field of a sweep.
+
+    Args:
+      name: of the table.
+    """
+    config = ConfigDict()
+    config.name = name
+    config.recipe = ""  # that every cell begins with: "disco" or "disco:data=fashion_mnist"
+    # ((axis, values), ...); a cell for each combination. An axis is an argument of the recipe
+    # ("student"), a field ("config.student.hidden"), "recipe", or "teacher": a name of `teachers`.
+    config.axes = ()
+    config.seeds = (0,)  # a cell for each; the table has means and spreads
+    config.changes = ()  # ((field, value), ...) of all cells and of the teachers made here
+    config.teacher = ""  # of all cells, where it is no axis
+    config.teachers = {}
+    config.evaluate = ("linear", "knn")  # recipes of the tasks that score each run
+    config.joint = 8  # students that may train in one step, where they can share a teacher
+    # Of the figure: the axis along x, those that tell lines apart, and the score. x="": bars.
+    config.figure = dict(x="", score="linear")
+    return config
+
+
+def teacher(backbone: str, weights: str = "", recipe: str = "", changes=(), fields=()) -> dict:
+    """An entry of a sweep's `teachers`.
+
+    Args:
+      backbone: its name.
+      weights: see `config.teacher.weights`; "": the sweep trains it first.
+      recipe: of that training, e.g. "moco_v2:student=resnet50".
+      changes: ((field, value), ...) of that training.
+      fields: ((field, value), ...) of the runs that it teaches.
+    """
+    return dict(backbone=backbone, weights=weights, recipe=recipe, changes=changes, fields=fields)
+
+
+def smoke_sweep(config: ConfigDict) -> None:
+    """Two steps a cell on tiny images, to see a sweep run."""
+    config.recipe += ":data=digits,smoke=true"
+    config.changes = (
+        ("augment.size", 16),
+        ("student.width", 4),
+        ("teacher.width", 4),
+        ("batch_size", 32),
+    )
+    config.evaluate = (("linear", (("total_epochs", 2),)), "knn")

@@ -14,6 +14,7 @@ from disco_jax import errors
 from disco_jax.nested import flatten
 
 CONFIGS = "disco_jax.configs"
+SWEEPS = "sweeps"  # the folder of those of sweeps
 
 
 def parse(
@@ -85,12 +86,16 @@ def load(reference: str) -> ConfigDict:
     return module.get_config(argument or None)
 
 
-def recipes() -> dict[str, pathlib.Path]:
-    """The shipped recipes: name -> file."""
-    folder = pathlib.Path(importlib.util.find_spec(CONFIGS).origin).parent
+def recipes(folder: str = "") -> dict[str, pathlib.Path]:
+    """The shipped recipes: name -> file.
+
+    Args:
+      folder: "" for those of single runs, "sweeps" for sweeps.
+    """
+    place = pathlib.Path(importlib.util.find_spec(CONFIGS).origin).parent / folder
     return {
-        path.stem: path
-        for path in sorted(folder.glob("*.py"))
+        str(pathlib.PurePosixPath(folder, path.stem)): path
+        for path in sorted(place.glob("*.py"))
         if path.stem not in ("__init__", "common")
     }
 
@@ -225,10 +230,12 @@ def _locate(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    shipped = recipes()
-    if path.parent in (pathlib.Path("."), pathlib.Path("configs")) and path.stem in shipped:
-        return shipped[path.stem]
-    raise errors.unknown("--config", path.stem, shipped)
+    shipped = recipes() | recipes(SWEEPS)
+    parts = path.with_suffix("").parts
+    short = "/".join(parts[1:] if parts[:1] == ("configs",) else parts)
+    if short in shipped:
+        return shipped[short]
+    raise errors.unknown("--config", short, shipped)
 
 
 def _module(path: pathlib.Path) -> ModuleType:

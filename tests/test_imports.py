@@ -8,7 +8,7 @@ import pytest
 import disco_jax
 
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
-ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "tasks"]
+ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
 # Folders beside the row, and what of the row they may use.
 BESIDE = {"data": {"ops"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -53,11 +53,7 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     Raises:
       UserError: when no objective is left, or the settings contradict one another.
     """
-    objectives = {
-        name: OBJECTIVES[name](**_tuples(fields))
-        for name, fields in config.objectives.items()
-        if fields["weight"]
-    }
+    objectives = _objectives(config)
     if not objectives:
         raise errors.UserError(
             "Every objective has weight 0, so there is nothing to learn from. Set one of "
@@ -73,6 +69,21 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
         networks["teacher"] = _raw(networks["teacher"])
     checks.check_widths(objectives, config)
     return Method(networks, objectives, method.views, reuse)
+
+
+def plan(config: Any) -> dict[str, tuple[int, ...]]:
+    """`Method.plan` of a config that need not be complete yet."""
+    views = tuple(range(config.views + config.local.count))
+    known = Views(views[: config.views], views[config.views :])
+    return Method({}, _objectives(config), known).plan
+
+
+def _objectives(config: Any) -> dict[str, Objective]:
+    return {
+        name: OBJECTIVES[name](**_tuples(fields))
+        for name, fields in config.objectives.items()
+        if fields["weight"]
+    }
 
 
 def _tuples(fields: Any) -> dict[str, Any]:

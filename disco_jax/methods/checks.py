@@ -3,10 +3,9 @@
 from typing import Any
 
 from disco_jax import errors, models
-from disco_jax.methods import distill
 from disco_jax.methods.base import NETWORKS, OUTPUTS, Method, Objective, Views
 from disco_jax.methods.compress import Compress
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.distill import REDUCTIONS, Distill
 from disco_jax.methods.swapped import Swapped
 
 # A target of temperature 0 is one-hot, which only SEED's loss means anything by.
@@ -56,8 +55,8 @@ def _check_numbers(name: str, objective: Objective, batch_size: int) -> None:
     init = getattr(objective, "queue_init", "random")
     if init not in ("random", "teacher"):
         raise errors.unknown(f"{setting}.queue_init", init, ("random", "teacher"))
-    if isinstance(objective, Distill) and objective.reduction not in distill.REDUCTIONS:
-        raise errors.unknown(f"{setting}.reduction", objective.reduction, distill.REDUCTIONS)
+    if isinstance(objective, Distill) and objective.reduction not in REDUCTIONS:
+        raise errors.unknown(f"{setting}.reduction", objective.reduction, REDUCTIONS)
     size = getattr(objective, "queue_size", None)
     if isinstance(objective, Compress):  # its anchors may wrap inside a batch
         if size < batch_size:

@@ -77,10 +77,10 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
       UserError: the settings of a method, a recipe or the optimizer will not do.
     """
     count = len(where.devices)
-    train_step, arguments = _abstract(config, count, steps_per_epoch)
+    built, arguments = abstract(config, count, steps_per_epoch)
     held = _held(arguments, count)
     begin = time.monotonic()
-    lowered = step.parallel(train_step, where.devices).lower(*arguments)
+    lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
     try:
         with _uncached():
             compiled = lowered.compile()
@@ -138,8 +138,14 @@ def _uncached() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Step, tuple]:
-    """The step of one replica, and the shapes of (state, frozen, batch)."""
+def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Built, tuple]:
+    """The step of one replica, and the shapes of (state, frozen, batch).
+
+    Args:
+      config: of a pretraining run, resolved.
+      replicas: that share a batch.
+      steps_per_epoch: for the schedules.
+    """
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     record = state.shapes(method, recipe.sizes)
@@ -166,7 +172,7 @@ def _abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.St
         for objective in method.objectives.values()
         for name in objective.aux
     }
-    return built.train_step, (begin, frozen, {"views": crops, "aux": aux})
+    return built, (begin, frozen, {"views": crops, "aux": aux})
 
 
 def _held(arguments: tuple, replicas: int) -> dict[str, int]:

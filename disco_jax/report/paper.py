@@ -20,6 +20,9 @@ class Value(NamedTuple):
     source: str
 
 
+# Width of DisCo's head, and of DisCo*'s: as many as the backbone has features (Table 4).
+_WIDE = 2048
+_NARROW = {"resnet18": 512, "resnet34": 512}
 _STUDENTS = ("efficientnet_b0", "efficientnet_b1", "mobilenetv3_large", "resnet18", "resnet34")
 
 
@@ -166,7 +169,7 @@ def values(config: Mapping[str, Any]) -> dict[str, Value]:
     """
     if config.get("data", {}).get("name") != DATA or "student" not in config:
         return {}
-    recipe, student = config.get("name", ""), config["student"]["backbone"].removesuffix("_seed")
+    recipe, student = _recipe(config), config["student"]["backbone"].removesuffix("_seed")
     teacher = _teacher(recipe, config.get("teacher", {}))
     found = {}
     if (recipe, student, teacher) in LINEAR:
@@ -175,6 +178,16 @@ def values(config: Mapping[str, Any]) -> dict[str, Value]:
         for percent, top1 in zip((1, 10), _SEMI[recipe, teacher], strict=True):
             found[f"semi {percent} %"] = Value(top1, None, "RETRO, semi-supervised table")
     return found
+
+
+def _recipe(config: Mapping[str, Any]) -> str:
+    """The recipe as the keys of `LINEAR` have it: DisCo's by the width of the student's head."""
+    recipe, student = config.get("name", ""), config["student"]
+    hidden = student.get("hidden", _WIDE)
+    if recipe != "disco" or hidden == _WIDE:
+        return recipe
+    backbone = student["backbone"].removesuffix("_seed")
+    return "disco_star" if hidden in (-1, _NARROW.get(backbone, 1280)) else ""
 
 
 def _teacher(recipe: str, teacher: Mapping[str, Any]) -> str:

@@ -117,10 +117,9 @@ def run(
             stopping = asked(step) and checkpoints is not None
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
-                summary = summary_of(window, step)
-                window.clear()
+                summary = summary_of(window, step) | saver.measure()
                 summary |= progress.measure(step, getattr(batches, "waited_s", 0.0))
-                summary |= saver.measure()
+                window = []
                 _tell(step, summary, logger, progress if schedule.verbose else None)
                 watch(step, summary)
             if _due(step, False, schedule.replica_check_steps):

@@ -161,7 +161,8 @@ class Progress:
         losses = " ".join(
             f"{key.removesuffix('/loss')} {value:.4f}"
             for key, value in scalars.items()
-            if key == "loss" or key.endswith("/loss")
+            # Of students that train together ("NAME/contrast/loss") only the sum.
+            if key == "loss" or (key.endswith("/loss") and key.count("/") == 1)
         )
         return (
             f"step {step}/{self._total}  epoch {scalars['epoch']:.2f}"

@@ -1,0 +1,1 @@
+"""Sweeps: a file for each table or figure."""

@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one config, and the table that they come to."""

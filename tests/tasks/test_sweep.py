@@ -1,0 +1,246 @@
+"""A sweep trains, scores and tabulates its cells, and goes on where it was stopped."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import flags
+from disco_jax.configs import common
+from disco_jax.errors import Preempted, UserError
+from disco_jax.sweeps import cells, table
+from disco_jax.tasks import joint, pretrain, sweep
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, **helpers.digits())
+    return path
+
+
+def small(digits_file, **changes):
+    """Two recipes x two widths, with a teacher that the sweep trains."""
+    config = flags.load("sweeps/hidden_width:smoke=true")
+    config.axes = (("recipe", RECIPES), ("config.student.hidden", (8, 16)))
+    config.teachers = {
+        "small": common.teacher("resnet8", recipe=f"moco_v2:{GIVEN}", changes=(("seed", 7),))
+    }
+    config.teacher = "small"
+    config.changes = (
+        *config.changes,
+        ("data.source", "npz"),
+        ("data.dir", str(digits_file)),
+        ("log.report", False),
+        ("checkpoint.every_steps", 1),
+    )
+    config.evaluate = (("knn", (("report", False),)),)
+    config.figure.score = "knn"
+    config.update(changes)
+    return config
+
+
+GIVEN = "student=resnet8,data=digits,smoke=true"
+RECIPES = (f"moco_v2:{GIVEN}", f"disco:{GIVEN}")
+
+
+def test_cells_are_the_product_of_the_axes():
+    config = flags.load("sweeps/hidden_width")
+    found = cells.expand(config)
+    assert len(found) == 35
+    assert found[1].name == "student=resnet18,hidden=512"
+    assert (found[1].config.student.backbone, found[1].config.student.hidden) == ("resnet18", 512)
+    assert {cell.config.name for cell in found} == {"disco"}
+    config.seeds = (0, 1)
+    assert [cell.config.seed for cell in cells.expand(config)[:2]] == [0, 1]
+    assert cells.expand(config)[0].row == cells.expand(config)[1].row
+
+
+def test_a_baseline_has_no_teacher(digits_file):
+    found = {cell.name: cell for cell in cells.expand(small(digits_file))}
+    assert [bool(cell.teacher) for cell in found.values()] == [False, False, True, True]
+    assert next(iter(found)) == "recipe=moco_v2:student=resnet8_data=digits_smoke=true,hidden=8"
+
+
+BAD = {
+    "no axes": (dict(axes=()), "nothing to sweep over"),
+    "not values": (dict(axes=(("student", "resnet18"),)), "needs a name and its values"),
+    "twice": (dict(axes=(("config.student.hidden", (8, 8)),)), "twice"),
+    "no field": (dict(axes=(("config.student.hiden", (8,)),)), "Did you mean 'student.hidden'"),
+    "no argument": (dict(axes=(("students", ("resnet8",)),)), "Did you mean 'student'"),
+    "type": (dict(axes=(("config.student.hidden", ("wide",)),)), "student.hidden='wide'"),
+    "no teacher": (dict(teacher="large"), "The teacher of a cell.*small"),
+    "evaluation": (dict(evaluate=("kn",)), "Did you mean 'knn'"),
+    "figure": (dict(figure=dict(x="width", score="knn")), "config.figure.x"),
+    "score": (dict(figure=dict(x="", score="top1")), "config.figure.score"),
+    "joint": (dict(joint=0), "1 or more"),
+    "method": (
+        dict(
+            axes=(("config.objectives.contrast.queue_size", (33,)),), figure=dict(x="", score="knn")
+        ),
+        "Cell queue_size=33: .*not a multiple",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_refused_before_anything_is_trained(name, digits_file, tmp_path):
+    changes, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        config = small(digits_file)
+        config.recipe = RECIPES[1]
+        for field, value in changes.items():
+            config[field] = value
+        sweep.run(config, str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_teacher_without_weights_or_recipe_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"--config.teachers.resnet50.weights"):
+        sweep.run(flags.load("sweeps/hidden_width"), str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", flags.recipes("sweeps"))
+def test_shipped_sweeps_build(name):
+    """Every cell of every shipped sweep is a run that would be accepted."""
+    config = flags.load(name)
+    for teacher in config.teachers.values():
+        teacher.weights = teacher.weights or "random"
+    found = cells.expand(config)
+    assert sum(map(len, sweep._groups({c.name: c for c in found}, set(), 8))) == len(found)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, digits_file):
+    """A sweep that was stopped in its second group, and started again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config = small(digits_file)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*_, **__):
+            raise Preempted("stopped")
+
+        patch.setattr(joint, "run", stopping_after(1, joint.run, stop))
+        with pytest.raises(Preempted):
+            sweep.run(config, str(folder))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/config.json")}
+    first = [*folder.glob("status/*.json")]
+    result = sweep.run(config, str(folder))
+    return folder, result, before, first
+
+
+def stopping_after(count, real, stop):
+    calls = []
+
+    def run(*args, **rest):
+        calls.append(1)
+        return (real if len(calls) <= count else stop)(*args, **rest)
+
+    return run
+
+
+def test_all_cells_are_trained_scored_and_tabulated(done):
+    folder, result, before, first = done
+    assert (result["cells"], result["done"], result["failed"]) == (4, 4, {})
+    assert len(first) == 3  # the teacher and the first group
+    for path, when in before.items():  # what was finished is left alone
+        assert path.stat().st_mtime_ns == when
+    lines = list(csv.DictReader((folder / "table.csv").open()))
+    assert [line["student.hidden"] for line in lines] == ["8", "16", "8", "16"]
+    for line in lines:
+        assert line["seeds"] == "1/1"
+        name = f"recipe={cells._told(line['recipe'])},hidden={line['student.hidden']}"
+        found = json.loads((folder / "cells" / name / "knn.json").read_text())
+        assert float(line["knn top-1 (%)"]) == pytest.approx(found["top1"], abs=1e-3)
+    assert "<table>" in (folder / "table.html").read_text()
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_teacher_is_the_sweeps_own(done):
+    folder = done[0]
+    cell = next(folder.glob("cells/recipe=disco*hidden=8/config.json"))
+    taught = json.loads(cell.read_text())["teacher"]
+    assert taught["weights"] == str(folder / "teachers" / "small")
+    made = json.loads((folder / "teachers" / "small" / "config.json").read_text())
+    assert (made["name"], made["seed"]) == ("moco_v2", 7)
+    assert (folder / "teachers" / "small" / "knn.json").exists()
+
+
+def test_a_cell_that_diverges_is_left_out(digits_file, tmp_path):
+    """The others of its group end as they would without it."""
+    config = small(digits_file, teacher="", teachers={})
+    config.recipe = RECIPES[0]
+    config.axes = (("config.learning_rate.per_256", (1e30, 0.01)),)
+    config.figure.x = "config.learning_rate.per_256"
+    config.changes = (*config.changes, ("total_steps", 4))
+    result = sweep.run(config, str(tmp_path))
+    assert result["done"] == 1
+    assert list(result["failed"]) == ["per_256=1e+30"]
+    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert "Not finite" in lines[0]["remark"] and not lines[0]["knn top-1 (%)"]
+    assert float(lines[1]["knn top-1 (%)"]) > 0
+    assert sweep.run(config, str(tmp_path))["done"] == 1  # not tried again
+
+
+def test_workers_share_the_groups(digits_file, tmp_path, monkeypatch):
+    config = small(digits_file, joint=1)
+    trained = []
+    monkeypatch.setattr(sweep, "_train", lambda mine, *_: trained.extend(c.name for c in mine))
+    monkeypatch.setattr(sweep, "_score", lambda *_: None)
+    with pytest.raises(UserError, match="--teachers-only"):
+        sweep.run(config, str(tmp_path), worker=1, workers=2)
+    monkeypatch.setattr(pretrain, "run", lambda *_: None)
+    sweep.run(config, str(tmp_path), teachers_only=True)
+    assert trained == []
+    for worker in (0, 1):
+        sweep.run(config, str(tmp_path), worker=worker, workers=2)
+    assert sorted(trained) == sorted(cell.name for cell in cells.expand(config))
+    with pytest.raises(UserError, match=r"--worker=2 must be in 0..1"):
+        sweep.run(config, str(tmp_path), worker=2, workers=2)
+
+
+def test_the_dry_run_tells_what_is_saved(digits_file, tmp_path, capsys):
+    config = small(digits_file)
+    config.axes = (("config.student.hidden", (8, 16, 32)),)
+    config.recipe = RECIPES[1]
+    found = sweep.run(config, str(tmp_path / "none"), dry_run=True)
+    assert [len(names) for names in found["groups"]] == [3]
+    told = capsys.readouterr().out
+    assert "teacher small: 2 forward passes" in told
+    assert told.count("5 forward passes") == 3
+    share = float(told.split("GFLOP an image, ")[-1].split()[0])
+    assert 0.3 < share < 0.9
+    assert not (tmp_path / "none").exists()
+
+
+def test_means_and_spreads_are_over_seeds(digits_file):
+    config = small(digits_file, seeds=(0, 1, 2))
+    config.axes = (("config.student.hidden", (8,)),)
+    config.recipe = RECIPES[0]
+    every = cells.expand(config)
+    results = {cell.name: {"knn": {"top1": 50.0 + i}} for i, cell in enumerate(every[:2])}
+    (row,) = table.rows(every, {c.name: 1 for c in every}, results, {every[2].name: "lost"})
+    head, (line,) = table.lines([row], ["knn"])
+    found = dict(zip(head, line, strict=True))
+    assert found["seeds"] == "2/3"
+    assert found["knn top-1 (%)"] == 50.5
+    assert found["knn +-"] == pytest.approx(0.5**0.5)
+    assert found["remark"] == "lost"
+
+
+def test_papers_values_stand_beside(digits_file):
+    """DisCo's own at 2048, DisCo*'s where the head is as wide as the features, none elsewhere."""
+    config = flags.load("sweeps/hidden_width")
+    config.teachers.resnet50.weights = "somewhere"
+    every = [c for c in cells.expand(config) if c.config.student.backbone == "resnet18"]
+    results = {cell.name: {"linear": {"top1": 50.0}} for cell in every}
+    rows = table.rows(every, {c.name: 1 for c in every}, results, {})
+    printed = {
+        row.values["config.student.hidden"]: value.top1
+        for row in rows
+        for value in row.printed.values()
+    }
+    assert printed == {512: 57.1, 2048: 60.6}
