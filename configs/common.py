@@ -126,7 +126,14 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     # the backbone's name is taken from them. network: of a run, student | momentum. mean, std: what
     # its images are normalised by; (): what the weights say, else as the student's.
     config.teacher = dict(
-        encoder, norm="local", head="auto", weights="", network="student", mean=(), std=()
+        encoder,
+        norm="local",
+        head="auto",
+        weights="",
+        network="student",
+        mean=(),
+        std=(),
+        cache="",  # a folder of `disco-jax cache`: its outputs instead of a pass of the teacher
     )
 
     config.objectives = dict(

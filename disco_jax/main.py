@@ -41,6 +41,7 @@ TASKS = {
     ),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "sweep": Task("many runs from one config, and their table", None),
+    "cache": Task("keep what a teacher says, for students that come later", None),
     "plan": Task("memory, speed and hours of a config on a TPU slice, without one", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),

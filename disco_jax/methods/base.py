@@ -110,6 +110,10 @@ class Objective(Protocol):
         """
         return None
 
+    def reads(self, network: str) -> str:
+        """Which output of a network in `needs`: a field of `Encoded`."""
+        return "embedding"
+
     def check(self, setting: str, record: Record) -> None:
         """Refuses networks whose outputs it cannot compare.
 
@@ -167,6 +171,19 @@ class Method:
             objective.reads_maps and network in objective.needs(self.views)
             for objective in self.objectives.values()
         )
+
+    def teacher_outputs(self, record: Record) -> dict[int, dict[str, int]]:
+        """View -> field of `Encoded` -> width: what the objectives read of the teacher.
+
+        Args:
+          record: of shapes (`jax.ShapeDtypeStruct` leaves).
+        """
+        readers = [o for o in self.objectives.values() if "teacher" in o.needs(self.views)]
+        names = sorted({objective.reads("teacher") for objective in readers})
+        return {
+            view: {name: record.output("teacher", view, name).shape[-1] for name in names}
+            for view in self.plan.get("teacher", ())
+        }
 
     def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The student's parameters that are learned, and those that are the teacher's."""

@@ -44,6 +44,9 @@ class Compress(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys({"student", "teacher", self.bank}, (self.view,))
 
+    def reads(self, network: str) -> str:
+        return self.teacher_output if network == "teacher" else "embedding"
+
     def matches(self) -> str | None:
         return self.teacher_output if self.bank == "teacher" else None
 

@@ -38,6 +38,9 @@ class Distill(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": self.views, "teacher": self.teacher_views or self.views}
 
+    def reads(self, network: str) -> str:
+        return self.teacher_output if network == "teacher" else "embedding"
+
     def matches(self) -> str:
         return self.teacher_output
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from disco_jax import methods
 from disco_jax.data import views
+from disco_jax.data.targets import KEY
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
 
@@ -152,15 +153,15 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
     method.check(record)
     method = method.paced(steps_per_epoch)
     built = step.from_config(config, method, recipe, steps_per_epoch)
-    size, frozen = config.augment.size, {}
+    size, taught = config.augment.size, None
     if "teacher" in method.plan:
         encoder = method.networks["teacher"].encoder
-        frozen["teacher"] = jax.eval_shape(lambda: encoder.create(0, size))
+        taught = jax.eval_shape(lambda: encoder.create(0, size))
     begin = jax.eval_shape(
         lambda teacher: state.create(
             method, built.learner.tx, config.seed, size, reused=teacher, record=record
         ),
-        frozen.get("teacher"),
+        taught,
     )
     shape = (replicas, config.batch_size // replicas)
     crops = {
@@ -172,7 +173,15 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
         for objective in method.objectives.values()
         for name in objective.aux
     }
+    frozen = {"teacher": taught} if taught else {}
+    if taught and config.teacher.cache:
+        frozen, aux[KEY] = {}, _kept(method.teacher_outputs(record), shape)
     return built, (begin, frozen, {"views": crops, "aux": aux})
+
+
+def _kept(outputs: Any, shape: tuple[int, ...]) -> Any:
+    """What a cache of the teacher's outputs adds to a batch."""
+    return jax.tree.map(lambda dim: jax.ShapeDtypeStruct((*shape, dim), jnp.bfloat16), outputs)
 
 
 def _held(arguments: tuple, replicas: int) -> dict[str, int]:

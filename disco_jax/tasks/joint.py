@@ -167,8 +167,7 @@ def _train(
     first = next(iter(ready.values()))
     start = _step(begin)
     learners = {name: one.built.learner for name, one in ready.items()}
-    teacher = next((one.teacher for one in ready.values() if one.teacher), None)
-    frozen = {"teacher": teacher.variables} if teacher else {}
+    made = step.make_joint_step(learners, first.recipe, first.config.seed, first.period)
     loggers = {
         name: Logger(str(paths[name]), tensorboard=pretrain.tensorboard(one.config), step=start)
         for name, one in ready.items()
@@ -180,9 +179,9 @@ def _train(
         for name, one in ready.items():
             pretrain.show_views(one.config, one.source, paths[name], loggers[name], start)
         loop.run(
-            step.parallel(step.make_joint_step(learners, first.recipe, first.config.seed)),
+            step.parallel(made),
             state.everywhere(dict(begin)),
-            state.everywhere(frozen),
+            state.everywhere(first.frozen),
             batches,
             pretrain.schedule(first, start, paths[next(iter(ready))]),
             logger,

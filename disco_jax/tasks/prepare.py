@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from disco_jax import errors, methods
-from disco_jax.data import pipeline, views
+from disco_jax.data import pipeline, targets, views
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
+from disco_jax.tasks import cached
 from disco_jax.train import optimizer, state, step, teacher
 
 
@@ -29,6 +31,8 @@ class Prepared:
       built: the step.
       teacher: frozen weights; None if the method has no teacher.
       record: of shapes: what the networks make of an image.
+      period: steps after which the views come again, with the teacher's outputs beside them
+        (`config.teacher.cache`); 0: the teacher is asked in every step.
     """
 
     config: ConfigDict
@@ -40,6 +44,14 @@ class Prepared:
     built: step.Built
     teacher: teacher.Teacher | None
     record: Record
+    period: int = 0
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """What the step reads and never changes."""
+        if self.teacher is None or self.period:
+            return {}
+        return {"teacher": self.teacher.variables}
 
 
 def prepare(
@@ -77,7 +89,7 @@ def prepare(
     elif loaded is None:
         encoder = method.networks["teacher"].encoder
         loaded = teacher.load(config.teacher, encoder, config.augment.size)
-    return Prepared(
+    ready = Prepared(
         config=config,
         recipe=recipe,
         method=method,
@@ -88,6 +100,21 @@ def prepare(
         teacher=loaded,
         record=record,
     )
+    return _cached(ready) if config.teacher.cache else ready
+
+
+def _cached(ready: Prepared) -> Prepared:
+    """The run with the teacher's outputs from `config.teacher.cache`."""
+    config = ready.config
+    if ready.teacher is None:
+        raise errors.UserError("config.teacher.cache is set, but no objective reads a teacher.")
+    told = cached.made_of(config, ready.method, ready.record, ready.source, ready.teacher)
+    kept = cached.opened(config.teacher.cache, told)
+    built = step.from_config(
+        config, ready.method, ready.recipe, ready.steps_per_epoch, period=len(kept)
+    )
+    source = targets.ReplayedSource(ready.source, kept)
+    return dataclasses.replace(ready, source=source, built=built, period=len(kept))
 
 
 def _check_numbers(config: ConfigDict) -> None:

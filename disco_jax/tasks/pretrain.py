@@ -84,7 +84,6 @@ def _train(
     traced: tuple[int, ...],
 ) -> None:
     """The loop, from `begin` to the last step."""
-    frozen = {"teacher": ready.teacher.variables} if ready.teacher else {}
     with (
         contextlib.closing(
             Logger(path, tensorboard=tensorboard(config), step=int(begin.step))
@@ -95,7 +94,7 @@ def _train(
         loop.run(
             step.parallel(ready.built.train_step),
             state.everywhere(begin),
-            state.everywhere(frozen),
+            state.everywhere(ready.frozen),
             batches,
             schedule(ready, int(begin.step), path, traced),
             logger,

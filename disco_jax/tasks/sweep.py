@@ -185,16 +185,17 @@ def _make_teachers(
 ) -> None:
     """Trains and scores the sweep's own teachers; only worker 0 does."""
     for name, config in own.items():
-        run = path / TEACHERS / name
-        if worker and not (path / STATUS / f"teacher_{name}.json").exists():
+        run, status = path / TEACHERS / name, path / STATUS / f"teacher_{name}.json"
+        if status.exists():
+            continue
+        if worker:
             raise errors.UserError(
                 f"The teacher {name} is not trained yet. Start worker 0 with --teachers-only first."
             )
-        if not worker:
-            print(f"\n== teacher {name}", flush=True)
-            pretrain.run(config, str(run), source)
-            _score(run, evaluations, source)
-            _note(path / STATUS / f"teacher_{name}.json", {"done": True})
+        print(f"\n== teacher {name}", flush=True)
+        made = pretrain.run(config, str(run), source)
+        _score(run, evaluations, source)
+        _note(status, {"step": made["step"]})
 
 
 def _train(mine: Sequence[Cell], path: epath.Path, source: Source | None) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.data.targets import KEY
 from disco_jax.methods.base import Method
-from disco_jax.models.encoder import Variables
+from disco_jax.models.encoder import Encoded, Variables
 from disco_jax.ops.collectives import AXIS, positions
 from disco_jax.train import optimizer
 from disco_jax.train.learner import Learner, Metrics, learn, targets_of
@@ -39,7 +41,9 @@ class Built(NamedTuple):
     learner: Learner
 
 
-def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoch: int) -> Built:
+def from_config(
+    config: Any, method: Method, recipe: Photometric, steps_per_epoch: int, period: int = 0
+) -> Built:
     """The step of a pretraining config; see `make_train_step`.
 
     Args:
@@ -47,12 +51,13 @@ def from_config(config: Any, method: Method, recipe: Photometric, steps_per_epoc
       method: what `methods.build` made of it.
       recipe: what `views.build` did.
       steps_per_epoch: for the schedules.
+      period: see `make_joint_step`.
 
     Raises:
       UserError: a setting of the optimizer or the schedules will not do.
     """
     learner = learner_of(config, method, steps_per_epoch)
-    return Built(make_train_step(learner, recipe, config.seed), learner)
+    return Built(make_train_step(learner, recipe, config.seed, period), learner)
 
 
 def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
@@ -69,7 +74,7 @@ def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
     )
 
 
-def make_train_step(learner: Learner, recipe: Photometric, seed: int) -> Step:
+def make_train_step(learner: Learner, recipe: Photometric, seed: int, period: int = 0) -> Step:
     """The step of one replica: (state, frozen, batch) -> (state, metrics).
 
     Args:
@@ -77,11 +82,12 @@ def make_train_step(learner: Learner, recipe: Photometric, seed: int) -> Step:
       recipe: makes normalised images of crops.
       seed: of augmentation, shuffling and the student's dropout; folded with the step and an
         image's global position, so that a replay draws the same on any number of devices.
+      period: see `make_joint_step`.
 
     Returns:
       The step. `frozen` maps "teacher" to its variables; `batch` holds "views" and "aux".
     """
-    joint = make_joint_step({"": learner}, recipe, seed)
+    joint = make_joint_step({"": learner}, recipe, seed, period)
 
     def train_step(state: TrainState, frozen: Mapping[str, Variables], batch: Any):
         states, metrics = joint({"": state}, frozen, batch)
@@ -91,7 +97,7 @@ def make_train_step(learner: Learner, recipe: Photometric, seed: int) -> Step:
 
 
 def make_joint_step(
-    learners: Mapping[str, Learner], recipe: Photometric, seed: int
+    learners: Mapping[str, Learner], recipe: Photometric, seed: int, period: int = 0
 ) -> Callable[..., tuple[dict[str, TrainState], dict[str, Metrics]]]:
     """The step of several students on one replica: (states, frozen, batch) -> (states, metrics).
 
@@ -102,6 +108,8 @@ def make_joint_step(
       learners: name -> how a student learns; their teachers are one, and views that their
         objectives mix and their teacher sees are mixed alike.
       recipe, seed: of all; see `make_train_step`.
+      period: steps after which the views are drawn as from the first one on, for outputs of the
+        teacher that come with the batch (`data/targets.py`); 0: never.
 
     Returns:
       The step; states and metrics are by the names of `learners`, and the states' steps are equal.
@@ -109,18 +117,64 @@ def make_joint_step(
 
     def train_step(states: Mapping[str, TrainState], frozen: Mapping[str, Variables], batch: Any):
         step = next(iter(states.values())).step
-        augment_rng, rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-        size = next(iter(batch["views"].values())).shape[0]
-        views = recipe.photometric(batch["views"], augment_rng, positions(size))
-        mixing = jax.random.fold_in(augment_rng, _MIXING)
-        seen = {n: one.method.mix(views, batch["aux"], mixing) for n, one in learners.items()}
-        methods = [one.method for one in learners.values()]
-        everything = functools.reduce(lambda a, b: {**a, **b[0]}, seen.values(), {})
-        teacher = _teacher(methods, frozen, everything, rng)
+        rng = _keys(seed, step)[1]
+        aux = dict(batch["aux"])
+        kept = aux.pop(KEY, None)
+        views, mixing = _views(recipe, seed, step % period if period else step, batch["views"])
+        seen = {n: one.method.mix(views, aux, mixing) for n, one in learners.items()}
+        if kept is None:
+            methods = [one.method for one in learners.values()]
+            everything = functools.reduce(lambda a, b: {**a, **b[0]}, seen.values(), {})
+            teacher = _teacher(methods, frozen, everything, rng)
+        else:
+            teacher = {"teacher": {view: _encoded(outputs) for view, outputs in kept.items()}}
         made = {n: learn(one, states[n], teacher, *seen[n], rng) for n, one in learners.items()}
         return {n: state for n, (state, _) in made.items()}, {n: m for n, (_, m) in made.items()}
 
     return train_step
+
+
+def make_targets(
+    method: Method, recipe: Photometric, seed: int, names: Sequence[str]
+) -> Callable[[Array, Mapping[str, Variables], Any], dict[int, dict[str, Array]]]:
+    """What the teacher says of the views of a step, on one replica: (step, frozen, batch) -> ...
+
+    Args:
+      method: whose teacher and views.
+      recipe, seed: see `make_train_step`; the views are those of its step.
+      names: fields of `Encoded` to return.
+
+    Returns:
+      A function to {view: {name: f32[B, D]}}.
+    """
+
+    def targets(step: Array, frozen: Mapping[str, Variables], batch: Any):
+        views, mixing = _views(recipe, seed, step, batch["views"])
+        views, _ = method.mix(views, batch["aux"], mixing)
+        encoded = _teacher([method], frozen, views, _keys(seed, step)[1])["teacher"]
+        return {v: {name: getattr(out, name) for name in names} for v, out in encoded.items()}
+
+    return targets
+
+
+def _keys(seed: int, step: Array) -> Array:
+    """Of augmentation, and of everything else that is drawn in a step."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _views(
+    recipe: Photometric, seed: int, step: Array, crops: Mapping[int, Array]
+) -> tuple[Mapping[int, Array], Array]:
+    """The views of a step, and the key that mixes them."""
+    key = _keys(seed, step)[0]
+    size = next(iter(crops.values())).shape[0]
+    return recipe.photometric(crops, key, positions(size)), jax.random.fold_in(key, _MIXING)
+
+
+def _encoded(outputs: Mapping[str, Array]) -> Encoded:
+    """What is kept of a teacher, as it would say it; the rest nobody reads."""
+    found = {name: rows.astype(jnp.float32) for name, rows in outputs.items()}
+    return Encoded(found.get("features"), found.get("embedding"))
 
 
 def _teacher(
@@ -137,6 +191,11 @@ def _teacher(
     method = max((m for m in methods if "teacher" in m.plan), key=lambda m: m.reads_maps("teacher"))
     encoded, _ = targets_of(method, "teacher", frozen["teacher"], views, wanted, rng)
     return {"teacher": encoded}  # its stored statistics stay what they are
+
+
+def parallel_targets(targets: Callable) -> Callable:
+    """What `make_targets` made, on every device; what comes out is split like the batch."""
+    return jax.pmap(targets, AXIS, in_axes=(None, None, 0))
 
 
 def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:

@@ -142,13 +142,17 @@ def stopping_after(count, real, stop):
     return run
 
 
+def rows_of(folder):
+    return list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+
+
 def test_all_cells_are_trained_scored_and_tabulated(done):
     folder, result, before, first = done
     assert (result["cells"], result["done"], result["failed"]) == (4, 4, {})
     assert len(first) == 3  # the teacher and the first group
     for path, when in before.items():  # what was finished is left alone
         assert path.stat().st_mtime_ns == when
-    lines = list(csv.DictReader((folder / "table.csv").open()))
+    lines = rows_of(folder)
     assert [line["student.hidden"] for line in lines] == ["8", "16", "8", "16"]
     for line in lines:
         assert line["seeds"] == "1/1"
@@ -179,7 +183,7 @@ def test_a_cell_that_diverges_is_left_out(digits_file, tmp_path):
     result = sweep.run(config, str(tmp_path))
     assert result["done"] == 1
     assert list(result["failed"]) == ["per_256=1e+30"]
-    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    lines = rows_of(tmp_path)
     assert "Not finite" in lines[0]["remark"] and not lines[0]["knn top-1 (%)"]
     assert float(lines[1]["knn top-1 (%)"]) > 0
     assert sweep.run(config, str(tmp_path))["done"] == 1  # not tried again
@@ -192,7 +196,7 @@ def test_workers_share_the_groups(digits_file, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_score", lambda *_: None)
     with pytest.raises(UserError, match="--teachers-only"):
         sweep.run(config, str(tmp_path), worker=1, workers=2)
-    monkeypatch.setattr(pretrain, "run", lambda *_: None)
+    monkeypatch.setattr(pretrain, "run", lambda *_: {"step": 2})
     sweep.run(config, str(tmp_path), teachers_only=True)
     assert trained == []
     for worker in (0, 1):
