@@ -16,7 +16,7 @@ from disco_jax.errors import UserError
 from disco_jax.plan import budget
 from disco_jax.tasks import cache, joint, pretrain
 from disco_jax.tasks.prepare import prepare
-from disco_jax.train import step
+from disco_jax.train import step, teacher
 from disco_jax.train.state import everywhere
 
 STEPS = 5  # of an epoch: 1437 images, 256 at a time
@@ -172,19 +172,17 @@ def test_other_settings_are_refused(message, source, kept):
         prepare(config_of(**{**OTHERS[message], "teacher.cache": str(kept)}), source)
 
 
-def test_another_teacher_or_data_set_is_refused(source, kept, tmp_path, monkeypatch):
+def test_another_teacher_or_data_set_is_refused(source, kept, monkeypatch):
     config = config_of(**{"teacher.cache": str(kept)})
     images, labels = helpers.digits_splits()["train"]
     fewer = ArraySource({"train": (images[:-1], labels[:-1]), "test": (images, labels)})
     with pytest.raises(UserError, match="images: 1437 -> 1436"):
         prepare(config, fewer)
-    data = tmp_path / "digits.npz"
-    np.savez(data, **helpers.digits())
-    run = helpers.network_run(tmp_path / "other", data, seed=5, **{"student.hidden": -1})
-    config.teacher.weights = run
-    with pytest.raises(UserError, match="weights of the teacher"):
-        prepare(config, source)
-    config.teacher.weights = "random"
+    other = lambda _, encoder, size: teacher.Teacher(encoder.create(9, size))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "load", other)
+        with pytest.raises(UserError, match="weights of the teacher"):
+            prepare(config, source)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(UserError, match="devices: 4 -> 2"):
         prepare(config, source)
