@@ -96,6 +96,22 @@ class TinyEncoder(nn.Module):
         return Encoded(x, nn.Dense(self.dim, name="fc")(x))
 
 
+class TinyBackbone(nn.Module):
+    """Four means of an image - Linear - BatchNorm - tanh: compiles in a moment, without ties."""
+
+    width: int = 4
+    stem: str = "small"
+    norm_group: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, norm):
+        n, side = len(images), images.shape[1] // 2
+        x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
+        x = nn.Dense(self.width, use_bias=False)(x)
+        return jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
+
+
 def tiny_variables(arrays, prefix):
     """The variables of a `TinyEncoder` from a recorded PyTorch state."""
     params, stats = {}, {}
