@@ -173,6 +173,13 @@ _WITHOUT_TEACHER = (
     "moco_v2", "ressl", "pseudo_labels",
     "swav", "dino", "sslight_moco", "sslight_swav", "sslight_dino",
 )  # fmt: skip
+
+
+def has_teacher(recipe):
+    """Whether a recipe takes the argument `teacher`."""
+    return recipe.partition(":")[0] not in _WITHOUT_TEACHER
+
+
 QUIET = {}  # changes that a test makes to every smoke config
 
 
@@ -180,7 +187,7 @@ def smoke_config(recipe, **changes):
     """A shipped recipe with numbers so small that its step compiles in seconds."""
     name, _, given = recipe.partition(":")
     arg = "student=resnet8,smoke=true,data=digits"
-    if name not in _WITHOUT_TEACHER:
+    if has_teacher(name):
         arg += ",teacher=resnet8"
     config = flags.load(f"{name}:{arg}" + (f",{given}" if given else ""))
     config.augment.size, config.local.size = 16, 8

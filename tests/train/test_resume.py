@@ -251,7 +251,8 @@ def test_memories_resume_bit_for_bit(recipe, tmp_path, one_compilation):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sslight_moco", "sslight_swav", "sslight_dino"])
 def test_recipes_of_sslight_resume_bit_for_bit(recipe, tmp_path):
-    """As they ship, and compiled anew for the second start."""
-    whole, like, again = stopped_and_whole(recipe, {}, tmp_path)
+    """With their own optimizers, and compiled anew for the second start."""
+    changes = SWAV if recipe == "sslight_swav" else {}
+    whole, like, again = stopped_and_whole(recipe, changes, tmp_path)
     chex.assert_trees_all_equal(whole, again)
     assert_memory_was_used(whole, like)
