@@ -5,6 +5,9 @@ more time here than they save.
 
     python tests/learning.py FOLDER teacher
     python tests/learning.py FOLDER seed [shuffled]
+
+Floors come from other digits: with FOLDER/choice it trains on three quarters of the training digits
+and scores on the last quarter, so that those of the test are not looked at.
 """
 
 import functools
@@ -19,16 +22,21 @@ from disco_jax import flags
 from disco_jax.configs import demo
 from disco_jax.data.arrays import ArraySource
 from disco_jax.evaluate import features
+from disco_jax.methods import swapped
 from disco_jax.tasks import bags, knn, pretrain
-from disco_jax.train import step as step_module
+from disco_jax.train import learner, step
 
 EPOCHS = {"simreg": 40, "ressl": 40, "compress:queues=1": 40}  # else 10
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
+# Several crops of two sizes: the views and rates of the recipe itself.
+MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino")
 
 
 def recipe(name, folder):
     """A recipe for a few epochs of digits: larger rates and gentler crops than it ships with."""
+    if name in MULTICROP:
+        return multicrop(name, folder)
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
     rate = RATES.get(name, 4) * config.learning_rate.per_256
@@ -45,6 +53,21 @@ def recipe(name, folder):
     if config.objectives.pseudo_labels.weight:
         config.bags.file = f"{folder}/kmeans/bags.npz"
     config.total_epochs = EPOCHS.get(name, 10)
+    return config
+
+
+def multicrop(name, folder):
+    """A recipe of views of two sizes: shorter, and with two local ones."""
+    with_teacher = name.endswith("disco")
+    student = "student=resnet14,teacher=resnet8" if with_teacher else "student=resnet14"
+    config = flags.load(f"{name}:data=digits,{student}")
+    config.student.update(width=4, hidden=256, dim=64)
+    config.local.count = 2
+    config.total_epochs = 20
+    if with_teacher:
+        config.teacher.update(width=16, weights=f"{folder}/teacher", network="student")
+        config.student.dim = 128
+        config.objectives.distill.views = (0, 1, 2, 3)
     return config
 
 
@@ -66,20 +89,47 @@ def train(config, run, source):
     return knn.evaluate(flags.load("knn"), features.load(run), source)["top1"]
 
 
-def shuffle_teacher():
-    """From now on, teachers say of an image what they would of another one of the batch."""
-    real = step_module._teacher
+def shuffle_targets():
+    """From now on, a student learns of an image what is so of another one of the batch.
+
+    What teachers and momentum networks say moves on by one image, and so do SwAV's assignments.
+    """
+    real, assign = learner.targets_of, swapped.sinkhorn
     roll = functools.partial(jnp.roll, shift=1, axis=0)
-    step_module._teacher = lambda *args: jax.tree.map(roll, real(*args))
+
+    def shuffled(*args):
+        targets, stats = real(*args)
+        return jax.tree.map(roll, targets), stats
+
+    learner.targets_of = step.targets_of = shuffled
+    swapped.sinkhorn = lambda *args, **options: roll(assign(*args, **options))
+
+
+def digits(choice):
+    """The digits; for a choice the last quarter of the training images is what is held out."""
+    splits = helpers.digits_splits()
+    if choice:
+        images, labels = splits["train"]
+        splits = {"train": (images[:-360], labels[:-360]), "test": (images[-360:], labels[-360:])}
+    return ArraySource(splits)
+
+
+def untrained(folder, source):
+    """The kNN score of the student as it begins."""
+    found = features.untrained(recipe("seed", folder))
+    splits = [features.of_split(found, source, split, 256) for split in ("train", "test")]
+    return knn.accuracy(flags.load("knn"), *splits)["top1"]
 
 
 def main(folder, name, shuffled=""):
-    source = ArraySource(helpers.digits_splits())
+    source = digits(choice=os.path.basename(folder) == "choice")
     if name == "teacher":
         return make_teacher(folder, source)
+    if name == "untrained":
+        return untrained(folder, source)
     config = recipe(name, folder)
     if shuffled:
-        shuffle_teacher()
+        shuffle_targets()
     run = f"{folder}/{name.replace(':', '_')}{shuffled}"
     return train(config, os.path.abspath(run), source)
 

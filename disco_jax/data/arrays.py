@@ -95,9 +95,12 @@ class ArraySource:
 
     def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
         """(place in the split, image, label or -1) of every record, in the stored order."""
+        return self.chosen(split, range(self.count(split)))
+
+    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """The same of some records, in any order; see `base.Source`."""
         images, labels = self._split(split)
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield f"record {i}", image, int(label)
+        return ((f"record {row}", images[row], int(labels[row])) for row in rows)
 
     def train(
         self,

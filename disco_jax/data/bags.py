@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -95,11 +95,21 @@ class Bags:
         return np.argsort(self.clusters, kind="stable"), np.cumsum(sizes) - sizes, sizes
 
 
+class _Row(NamedTuple):
+    """What a batch shows of one record: its picture and one of its bag, u8[H, W] or u8[H, W, 3]."""
+
+    record: int
+    image: np.ndarray
+    other: np.ndarray
+    label: int
+
+
 class BagSource:
     """A `base.Source` whose training batches also show another member of each image's bag.
 
-    All but `train` is the wrapped source's. Pictures are read through `Source.pictures`: paths
-    and arrays cost nothing, but of a TFDS data set the encoded bytes are held in memory.
+    All but `train` is the wrapped source's. The pictures of a batch are read as it is made,
+    through `Source.chosen`, and none is kept: a data set of any size will do that can be read
+    out of order.
     """
 
     def __init__(
@@ -133,10 +143,23 @@ class BagSource:
             )
         self._source, self._bags, self._members = source, bags, frozenset(members)
         self._sampling, self._host, self._hosts = sampling, process_index, process_count
-        self._pictures: dict[str, list[tuple[str, Any, int]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+    def check(self, split: str) -> None:
+        """Refuses a split whose records the bags do not name, or that cannot be picked out.
+
+        Raises:
+          UserError: the bags are of another number of records, or see `base.Source.chosen`.
+        """
+        count = self._source.count(split)
+        if count != len(self._bags):
+            raise UserError(
+                f"config.bags.file holds bags of {len(self._bags)} images, but split {split!r} of "
+                f"{self._source.name} has {count}: make them again with `disco-jax bags`."
+            )
+        self._source.chosen(split, ())
 
     def train(
         self,
@@ -150,19 +173,12 @@ class BagSource:
         """Random resized crops; see `base.Source`. `aux` has "cluster", i32[b], if there are any.
 
         Raises:
-          UserError: also when the bags are of another number of records.
+          UserError: also for what `check` refuses.
         """
         check_crops(views)
-        count = self._source.count(split)
-        if count != len(self._bags):
-            raise UserError(
-                f"config.bags.file holds bags of {len(self._bags)} images, but split {split!r} of "
-                f"{self._source.name} has {count}: make them again with `disco-jax bags`."
-            )
-        share = count // self._hosts
+        self.check(split)
+        share = len(self._bags) // self._hosts
         base.check_batch_size(self._source.name, split, share, batch_size)
-        if split not in self._pictures:
-            self._pictures[split] = list(self._source.pictures(split))
         return self._train(split, share, views, batch_size, seed, start, max_unreadable)
 
     def _train(self, split, share, views, batch_size, seed, start, limit):
@@ -180,12 +196,9 @@ class BagSource:
                         break
                     any_batch = True
                     after = base.next_position(epoch, offset, share, batch_size)
-                    labels = [self._pictures[split][record][2] for record, *_ in rows]
-                    yield base.HostBatch(
-                        *self._batch(pool, views, rows, where, begin),
-                        after,
-                        np.array(labels, np.int32),
-                    )
+                    labels = np.array([row.label for row in rows], np.int32)
+                    made = self._batch(pool, views, rows, where, begin)
+                    yield base.HostBatch(*made, after, labels)
                 if not any_batch:  # too much is unreadable to fill one batch
                     base.check_batch_size(self._source.name, split, 0, batch_size)
                 offset = 0
@@ -201,36 +214,27 @@ class BagSource:
         return anchors[self._host :: self._hosts], others[self._host :: self._hosts]
 
     def _readable(self, pool, split, anchors, others, offset, share, batch_size, limit):
-        """[(record, image, other image)] of the next batch and the offset after it."""
+        """The next batch and the offset after it; of a pair both must be readable."""
         rows = []
         while len(rows) < batch_size and offset < share:
             end = min(offset + batch_size - len(rows), share)
             wanted = np.stack([anchors[offset:end], others[offset:end]], axis=1)
             if not self._members:
                 wanted = wanted[:, :1]
-            read = list(pool.map(self._read, itertools.repeat(split), wanted.ravel()))
-            bad = [name for name, image in read if image is None]
+            stored = self._source.chosen(split, wanted.ravel().tolist())
+            read = list(pool.map(_decoded, stored))
+            bad = [name for name, image, _ in read if image is None]
             base.report_unreadable(self._source.name, self._source.unreadable, bad, limit)
-            pairs = zip(*[iter(image for _, image in read)] * wanted.shape[1], strict=True)
+            pairs = zip(*[iter(read)] * wanted.shape[1], strict=True)
             for record, pair in zip(wanted[:, 0], pairs, strict=True):
-                if all(image is not None for image in pair):
-                    rows.append((record, pair[0], pair[-1]))
+                if all(image is not None for _, image, _ in pair):
+                    rows.append(_Row(record, pair[0][1], pair[-1][1], pair[0][2]))
             offset = end
         return rows, offset
 
-    def _read(self, split: str, record: int) -> tuple[str, np.ndarray | None]:
-        """The name of a record and its u8[H, W] or u8[H, W, 3]; None if it cannot be decoded."""
-        name, image, _ = self._pictures[split][record]
-        if isinstance(image, np.ndarray):
-            return name, image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-        try:
-            return name, decode.decode(image)
-        except decode.Unreadable:
-            return name, None
-
     def _batch(self, pool, views, rows, where, begin):
         """The crops of every view, and the clusters of the images."""
-        records, images, others = zip(*rows, strict=True)
+        records, images, others, _ = zip(*rows, strict=True)
         made = {
             view: crop_all(
                 others if view in self._members else images, crop, (*where, view, begin), pool.map
@@ -241,3 +245,15 @@ class BagSource:
         if self._bags.clusters is not None:
             aux["cluster"] = self._bags.clusters[np.array(records)].astype(np.int32)
         return made, aux
+
+
+def _decoded(stored: tuple[str, Any, int]) -> tuple[str, np.ndarray | None, int]:
+    """A record with its picture as u8[H, W] or u8[H, W, 3]; None if it cannot be decoded."""
+    name, image, label = stored
+    if isinstance(image, np.ndarray):
+        grey = image.ndim == 3 and image.shape[-1] == 1
+        return name, image[..., 0] if grey else image, label
+    try:
+        return name, decode.decode(image), label
+    except decode.Unreadable:
+        return name, None, label

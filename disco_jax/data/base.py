@@ -8,7 +8,7 @@ a run has to save in order to read on as if it had never stopped.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -78,6 +78,18 @@ class Source(Protocol):
 
         Yields its name, then the image (a path, encoded bytes, or u8[H, W] or u8[H, W, 3]), then
         its label, -1 where there is none.
+        """
+
+    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
+        """Some records of a split, as `pictures` yields them, in the order of `rows`.
+
+        Args:
+          split: e.g. "train".
+          rows: places in the stored order, in any order, repeated or not.
+
+        Raises:
+          UserError: at once, before a record is read or `rows` is looked at, where the split
+            cannot be read out of order.
         """
 
     def train(

@@ -56,6 +56,10 @@ class ChosenSource:
         """Every record of a split; see `base.Source`."""
         return self._of(split).pictures(split)
 
+    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
+        """Some of them, in any order; see `base.Source`."""
+        return self._of(split).chosen(split, rows)
+
     def train(
         self,
         split: str,
@@ -92,11 +96,14 @@ class _Records(EncodedSource):
         return len(self._kept)
 
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
-        return (self._record(row) for row in range(first, last))
+        return self._chosen(split, range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
         mine = base.shuffled_share(len(self._kept), seed, epoch, self._host, self._hosts)
-        return (self._record(int(row)) for row in mine[offset:])
+        return self._chosen(split, mine[offset:].tolist())
+
+    def _chosen(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
+        return (self._record(row) for row in rows)
 
     def _name(self, split: str, row: int) -> str:
         return self._kept[row][0]

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -69,6 +69,10 @@ class EncodedSource(abc.ABC):
         """The records from `first` to before `last`, in the stored order, whatever the host."""
 
     @abc.abstractmethod
+    def _chosen(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
+        """The records of any rows in their order; refuses at once what cannot be read so."""
+
+    @abc.abstractmethod
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
         """This host's count // hosts records of an epoch, from the one at `offset` on."""
 
@@ -78,8 +82,16 @@ class EncodedSource(abc.ABC):
 
     def pictures(self, split: str) -> Iterator[tuple[str, decode.File, int]]:
         """(name, encoded image or file, label or -1) of every record, in the stored order."""
-        for record in self._stored(split, 0, self.count(split)):
-            yield self._name(split, record.row), record.file, record.label
+        return self._shown(split, self._stored(split, 0, self.count(split)))
+
+    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, decode.File, int]]:
+        """The same of some records, in any order; see `base.Source`."""
+        return self._shown(split, self._chosen(split, rows))
+
+    def _shown(
+        self, split: str, records: Iterable[Record]
+    ) -> Iterator[tuple[str, decode.File, int]]:
+        return ((self._name(split, record.row), record.file, record.label) for record in records)
 
     def train(
         self,

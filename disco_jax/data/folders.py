@@ -7,7 +7,7 @@ place of an epoch costs nothing: an epoch is a permutation of the names.
 import glob
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,7 @@ class FolderSource(EncodedSource):
         mine = base.shuffled_share(self.count(split), seed, epoch, self._host, self._hosts)
         return self._chosen(split, mine[offset:].tolist())
 
-    def _chosen(self, split: str, rows: Iterable[int]) -> Iterator[Record]:
+    def _chosen(self, split: str, rows: Sequence[int]) -> Iterator[Record]:
         files, labels = self._split(split)
         return (Record(row, files[row], int(labels[row])) for row in rows)
 

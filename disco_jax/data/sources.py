@@ -7,7 +7,7 @@ opened. Nothing here ever downloads.
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -133,6 +133,7 @@ class TfdsSource(EncodedSource):
             )
         self._rows: dict[str, Rows] = {}
         self._kept: dict[str, list[Record]] = {}  # split -> encoded records of this host's share
+        self._kept_whole: dict[str, list[Record]] = {}  # and of all hosts' shares together
         self._kept_subset: dict[str, list[Record]] = {}  # all of it, which is little
         self._kept_pixels: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -174,6 +175,23 @@ class TfdsSource(EncodedSource):
             return rows.chosen(mine[offset:])
         return self._streamed(rows, seed, epoch, offset)
 
+    def _chosen(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
+        """Any rows: of array_record from the files, else from memory, which must hold them all."""
+        if split in self._subset:
+            return _picked(lambda: self._keep_subset(split), rows)
+        stored = self._rows_of(split)
+        if self._is_small(split):
+            return _picked(lambda: self._keep_whole(split), rows)
+        if stored.at_will:
+            return stored.chosen(rows)
+        raise UserError(
+            f"The split {split!r} of {self.name} in {self._builder.data_path} lies in TFRecord "
+            "files, whose records cannot be picked out one by one as bags need it. Prepare it with "
+            f"`tfds build {self.name} --file_format=array_record --data_dir NEW` and set "
+            "config.data.dir=NEW, or use a folder of pictures (config.data.source='folder'); "
+            "config.data.cache=true keeps all its encoded pictures in the memory of every host."
+        )
+
     def _share(self, split: str) -> int:
         return self.count(split) // self._hosts
 
@@ -196,6 +214,14 @@ class TfdsSource(EncodedSource):
             mine = self._stored(split, self._host * share, (self._host + 1) * share)
             self._kept[split] = list(mine)
         return self._kept[split]
+
+    def _keep_whole(self, split: str) -> list[Record]:
+        """All records of a split in the stored order, read once; with one host, its share."""
+        if self._hosts == 1:
+            return self._keep(split)
+        if split not in self._kept_whole:
+            self._kept_whole[split] = list(self._stored(split, 0, self.count(split)))
+        return self._kept_whole[split]
 
     def _keep_subset(self, split: str) -> list[Record]:
         """The records of a subset, found by their names."""
@@ -299,6 +325,12 @@ class TfdsSource(EncodedSource):
                     self._skip(split, record, error, limit)
             self._kept_pixels[split] = pixels, readable
         return self._kept_pixels[split]
+
+
+def _picked(keep: Callable[[], list[Record]], rows: Sequence[int]) -> Iterator[Record]:
+    """Rows of what is kept in memory, read when the first of them is asked for."""
+    kept = keep()
+    yield from (kept[row] for row in rows)
 
 
 def _cut(images, positions, crop, where):

@@ -159,7 +159,7 @@ def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
         )
     if classifies:
         _check_clusters(config, bags)
-    return BagSource(
+    bagged = BagSource(
         source,
         bags,
         sorted(members),
@@ -167,6 +167,8 @@ def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    bagged.check(config.data.train_split)
+    return bagged
 
 
 def _check_clusters(config: ConfigDict, bags: Bags) -> None:

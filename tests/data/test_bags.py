@@ -109,13 +109,13 @@ def test_clusters_are_sampled_evenly_and_labelled():
 def test_encoded_pictures_are_decoded_and_the_unreadable_skipped():
     source = ArraySource({"train": (images(), None)})
 
-    def encoded(split):
-        for i, image in enumerate(images()):
+    def encoded(split, rows):
+        for row in rows:
             file = io.BytesIO()
-            Image.fromarray(image).save(file, "PNG")
-            yield f"picture {i}", b"broken" if i == 5 else file.getvalue(), -1
+            Image.fromarray(images()[row]).save(file, "PNG")
+            yield f"picture {row}", b"broken" if row == 5 else file.getvalue(), -1
 
-    source.pictures = encoded
+    source.chosen = encoded
     found = batches(BagSource(source, neighbours(), (2, 3)), 6, max_unreadable=1)
     shown = {r for batch in found for view in (0, 2) for r in records(batch.views[view]).tolist()}
     assert shown == set(range(COUNT)) - {5} and source.unreadable == ["picture 5"]

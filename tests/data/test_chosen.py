@@ -53,3 +53,13 @@ def test_evaluation_is_in_order_and_other_splits_stay_whole(source):
         labels = np.concatenate([b["label"][b["mask"]] for b in batches])
         assert labels.tolist() == [n // 6 for n in wanted]
     assert [label for *_, label in some.pictures("train")] == [0, 0, 1, 1]
+
+
+def test_any_records_of_a_split_in_any_order(source):
+    """Of a source, and of some of its records."""
+    for of in (source, chosen.ChosenSource(source, "train", ROWS)):
+        for split in ("train", "test"):
+            whole, rows = list(of.pictures(split)), [3, 0, 3, 1]
+            for (name, image, label), row in zip(of.chosen(split, rows), rows, strict=True):
+                assert (name, label) == (whole[row][0], whole[row][2])
+                np.testing.assert_array_equal(image, whole[row][1])

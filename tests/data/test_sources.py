@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from disco_jax.data import base, decode, digits, records, sources
+from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
@@ -282,6 +283,71 @@ def test_parts_of_a_split_are_read(data_dir, name):
     made = list(source.pictures("train[10:25]"))
     assert [label for _, _, label in made] == [i % 10 for i in range(10, 25)]
     assert made[0][0].startswith(f"{name}-train.") and made[0][0].endswith("__10")
+
+
+@pytest.mark.parametrize(
+    "name, small, cache",
+    [("digits", True, False), ("plain", True, False), ("plain", False, True),
+     ("at_will", True, False), ("at_will", False, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_records_are_picked_out_in_any_order_by_any_host(
+    data_dir, monkeypatch, name, small, cache, hosts
+):
+    """Repeated ones too, and the same again: what was read before changes nothing."""
+    if not small:
+        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    source = TfdsSource(name, data_dir, cache=cache, process_index=hosts - 1, process_count=hosts)
+    whole = list(source.pictures("train"))
+    wanted = [7, 40, 0, 7, len(whole) - 1, 23]
+    for rows in (wanted, wanted[::-1], wanted):
+        assert list(source.chosen("train", rows)) == [whole[row] for row in rows]
+
+
+def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    for name in ("plain", "at_will"):
+        source = TfdsSource(name, data_dir, subset={"train": [f"{i}.jpg" for i in (3, 5, 40)]})
+        whole = list(source.pictures("train"))
+        assert list(source.chosen("train", [2, 0])) == [whole[2], whole[0]]
+    source = TfdsSource("at_will", data_dir)
+    assert [label for *_, label in source.chosen("train[10:25]", [4, 0])] == [4, 0]
+    with pytest.raises(UserError, match="The split of at_will"):
+        source.chosen("trian", ())
+
+
+def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(records.Rows, "_in_runs", None)  # what would read
+    source = TfdsSource("plain", data_dir)
+    bags = Bags(neighbours=np.zeros((COUNT, 1), np.int32))
+    with pytest.raises(UserError, match=r"plain/1\.0\.0.*=array_record.*source='folder'"):
+        BagSource(source, bags, (1,)).check("train")
+
+
+def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
+    """Every other member is the record after; nothing but the records of a batch is read."""
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    read, real = [], records.Rows.chosen
+    monkeypatch.setattr(
+        records.Rows, "chosen", lambda self, rows: read.append(len(rows)) or real(self, rows)
+    )
+    after = Bags(neighbours=((np.arange(COUNT)[:, None] + 1) % COUNT).astype(np.int32))
+    whole_picture = {0: crop(scale=(1.0, 1.0)), 1: crop(scale=(1.0, 1.0))}
+
+    def batches(source, start=START):
+        bagged = BagSource(source, after, (1,))
+        return list(itertools.islice(bagged.train("train", whole_picture, 6, 3, start, 0), 4))
+
+    found = batches(TfdsSource("at_will", data_dir))
+    assert set(read) == {0, 12} and sum(read) == 4 * 12
+    for batch in found:
+        first, second = (numbers(batch.views[view]) for view in (0, 1))
+        assert second == [(n + 1) % COUNT for n in first]
+        assert batch.labels.tolist() == [n % 10 for n in first]
+    resumed = batches(TfdsSource("at_will", data_dir), found[1].position)
+    assert_equal(resumed[:2], found[2:])
+    assert_equal(batches(TfdsSource("plain", data_dir, cache=True)), found)
 
 
 def test_cache_keeps_what_is_large(data_dir, monkeypatch):

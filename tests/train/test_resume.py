@@ -1,5 +1,6 @@
 """A run killed at any moment and started again ends with the bits of one that was never killed."""
 
+import functools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 
 import helpers
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.bags import Bags
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
@@ -170,36 +172,87 @@ def test_preempted_has_its_exit_code():
     assert Preempted.exit_code == 75
 
 
-MEMORIES = {  # what must come back beside weights: queue and late prototypes; centre and momentum
-    "swav": {
-        "objectives.swapped.queue_size": 64,
-        "objectives.swapped.queue_epochs": 0,
-        "optimizer.frozen_epochs": 0,
-        "optimizer.frozen_steps": 2,
-    },
-    "dino": {
-        "optimizer.fixed": ("prototypes/scale*",),
-        "optimizer.frozen": ("prototypes/*",),
-        "optimizer.frozen_epochs": 0,
-        "optimizer.frozen_steps": 2,
-    },
+# What must come back beside weights. Times in epochs are cut so that they pass within the run.
+ALL_QUEUES = {  # RETRO with two banks, and every other objective that remembers images of its own
+    f"objectives.{name}.weight": 0.1
+    for name in ("compress", "consistency", "binary_contrast", "online_clusters", "similarity")
+}
+LATE_PROTOTYPES = {"optimizer.frozen_epochs": 0, "optimizer.frozen_steps": 2}
+SWAV = {"objectives.swapped.queue_size": 64, "objectives.swapped.queue_epochs": 0}
+DINO = {
+    "optimizer.fixed": ("prototypes/scale*",),
+    "optimizer.frozen": ("prototypes/*",),
+    "optimizer.weight_decay_end": 0.4,
+    "optimizer.clip": 0.3,
+    "objectives.self_distill.warmup_temperature": 0.02,
+    "objectives.self_distill.warmup_epochs": 2,
+}
+MEMORIES = {
+    "retro": ALL_QUEUES,
+    "bingo": {"objectives.bags.own_epochs": 1},
+    "swav": {**SWAV, **LATE_PROTOTYPES},
+    "dino": {**DINO, **LATE_PROTOTYPES},
 }
 
 
-@pytest.mark.parametrize("recipe", MEMORIES)
-def test_prototypes_queues_and_centres_resume_bit_for_bit(recipe, tmp_path):
-    """A run whose last checkpoint is lost goes on from the one before and ends the same."""
-    source = ArraySource(helpers.digits_splits())
-    config = helpers.smoke_config(recipe, batch_size=32, total_steps=6, **MEMORIES[recipe])
+@pytest.fixture
+def one_compilation(monkeypatch):
+    """Runs share what the first of them prepared, and so the compiled step."""
+    made, real = [], pretrain.prepare
+    monkeypatch.setattr(
+        pretrain, "prepare", lambda *args: made[0] if made else made.append(real(*args)) or made[0]
+    )
+    monkeypatch.setattr(pretrain.step, "parallel", functools.cache(pretrain.step.parallel))
+
+
+def stopped_and_whole(recipe, changes, folder):
+    """The states of a run whose last checkpoint was lost and of one that lost nothing.
+
+    Between them, the fresh state. Checkpoints fall into the second of three epochs.
+    """
+    made = helpers.digits()
+    source = ArraySource({"train": (made["train_images"][:70], made["train_labels"][:70])})
+    config = helpers.smoke_config(recipe, batch_size=32, total_steps=6, **changes)
     config.checkpoint.every_steps = 3
-    pretrain.run(config, str(tmp_path / "whole"), source)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
-    pretrain.run(config, str(tmp_path / "again"), source)
+    if config.bags.file:
+        config.bags.file = str(folder / "bags.npz")
+        with open(config.bags.file, "wb") as file:
+            Bags(clusters=(np.arange(70) // 6).astype(np.int32)).save(file)
+    pretrain.run(config, str(folder / "whole"), source)
+    shutil.copytree(folder / "whole", folder / "again")
+    shutil.rmtree(folder / "again" / "checkpoints" / "6")
+    pretrain.run(config, str(folder / "again"), source)
     _, like, _, _ = helpers.smoke(config, 1)
-    (whole, _), (again, _) = (helpers.restore(tmp_path / n, like) for n in ("whole", "again"))
+    whole, again = (helpers.restore(folder / n, like)[0] for n in ("whole", "again"))
+    return whole, like, again
+
+
+def assert_memory_was_used(whole, like):
+    """Every memory holds something by the end, and what it begins with has changed."""
+    for name, memory in whole.memory.items():
+        leaves = zip(jax.tree.leaves(memory), jax.tree.leaves(like.memory[name]), strict=True)
+        for after, before in leaves:
+            assert not after.ndim or (np.any(after != 0) and np.any(after != before)), name
+
+
+@pytest.mark.parametrize("recipe", MEMORIES)
+def test_memories_resume_bit_for_bit(recipe, tmp_path, one_compilation):
+    """A run whose last checkpoint is lost goes on from the one before and ends the same."""
+    whole, like, again = stopped_and_whole(recipe, MEMORIES[recipe], tmp_path)
     chex.assert_trees_all_equal(whole, again)
-    memory = jax.tree.leaves(whole.memory)
-    assert memory and all(np.any(leaf != 0) for leaf in memory if leaf.ndim)
-    moved = jax.tree.map(lambda a, b: np.any(a != b), whole.student, like.student)
-    assert moved["params"]["prototypes"]["kernel0"]
+    assert_memory_was_used(whole, like)
+    if recipe == "retro":
+        assert len(whole.memory) == 2 + len(ALL_QUEUES) and len(whole.memory["contrast"]) == 2
+    if recipe in ("swav", "dino"):
+        moved = jax.tree.map(lambda a, b: np.any(a != b), whole.student, like.student)
+        assert moved["params"]["prototypes"]["kernel0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sslight_moco", "sslight_swav", "sslight_dino"])
+def test_recipes_of_sslight_resume_bit_for_bit(recipe, tmp_path):
+    """With their own optimizers, and compiled anew for the second start."""
+    changes = SWAV if recipe == "sslight_swav" else {}
+    whole, like, again = stopped_and_whole(recipe, changes, tmp_path)
+    chex.assert_trees_all_equal(whole, again)
+    assert_memory_was_used(whole, like)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
+from disco_jax import methods, models
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import learner
@@ -107,6 +107,7 @@ def test_local_views_are_encoded_at_their_own_size_on_any_number_of_devices():
         assert helpers.relative_error(b, a) < 1e-4
 
 
+SYNC = {f"{network}.norm": "sync" for network in ("student", "momentum", "teacher")}
 DEVICE_FREE = {  # statistics that do not depend on the number of devices
     "moco_v2": {"student.norm": "sync"},
     "disco": {"student.norm_group": 2, "teacher.norm_group": 2, "batch_size": 16},
@@ -116,6 +117,22 @@ DEVICE_FREE = {  # statistics that do not depend on the number of devices
     "dino_disco": {},
     "sslight_moco": {},
 }
+# With a small network: two banks, in one step all other objectives that compare with what they
+# remember, or images with one another; and the recipes with views of their own.
+OBJECTIVES = {
+    "retro": {
+        "batch_size": 16,
+        "objectives.relations.group": 4,
+        **{f"objectives.{name}.weight": 0.1 for name in (
+            "compress", "consistency", "online_clusters", "binary_contrast", "similarity",
+            "relations")},
+    },
+    "simreg": {},
+    "bingo": {},
+    "pseudo_labels": {},
+    "sslight_swav": {},
+    "sslight_dino": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", DEVICE_FREE)
@@ -123,15 +140,30 @@ def test_one_device_and_four_take_the_same_steps(recipe):
     changes = dict(DEVICE_FREE[recipe])
     if recipe == "moco_v2":
         changes["momentum.norm"] = "sync"
-    config = helpers.smoke_config(recipe, **changes)
+    assert_device_free(helpers.smoke_config(recipe, **changes))
+
+
+@pytest.mark.parametrize("recipe", OBJECTIVES)
+def test_objectives_do_not_depend_on_the_number_of_devices(recipe, monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+    config = helpers.smoke_config(recipe, **SYNC, **tiny, **OBJECTIVES[recipe])
+    (_, metrics), _ = assert_device_free(config)
+    weighted = [name for name, fields in config.objectives.items() if fields.weight]
+    assert all(f"{name}/loss" in metrics for name in weighted)
+
+
+def assert_device_free(config):
+    """Two steps end alike on one device and on four: state, losses and what is logged."""
     one, four = (two_steps(config, replicas) for replicas in (1, 4))
     leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(four), strict=True)
     for (path, a), b in leaves:
         # The gradient of a bias before BatchNorm is 0 but for rounding, and these scale every
         # gradient to a size of their own: there they scale nothing but the rounding.
-        if config.optimizer.name in ("larc", "adamw") and is_idle_bias(path):
+        if config.optimizer.name in ("larc", "lars", "adamw") and is_idle_bias(path):
             continue
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    return one, four
 
 
 def is_idle_bias(path):

@@ -1,0 +1,84 @@
+"""Every pretraining recipe holds together for every data set, as far as can be seen for nothing."""
+
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import flags, methods
+from disco_jax.configs import common
+from disco_jax.data import views
+from disco_jax.data.bags import Bags
+from disco_jax.tasks import pretrain
+from disco_jax.train import step, teacher
+
+IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
+PRETRAINING = [name for name in flags.recipes() if "objectives" in flags.load(name)]
+# What each takes besides `data`, so that every branch of a recipe is built.
+VARIANTS = [
+    *PRETRAINING,
+    *(recipe for recipe in helpers.RECIPES if ":" in recipe),
+    "attention:disco=true",
+    "rkd:disco=true",
+    "disco:student=efficientnet_b0,teacher=resnet50w2",
+    "seed:student=mobilenetv3_large,teacher=resnet152",
+    "bingo:student=efficientnet_b1",
+    "swav_disco:student=mobilenetv3_large",
+    "dino:student=mobilenetv2",
+    "dino_disco:student=xcit_tiny_12_p16,teacher=xcit_small_12_p16",
+    "sslight_dino:student=vit_tiny_p16",
+]
+
+
+class Images:
+    """A source of which only the number of images is known."""
+
+    name, num_classes, unreadable = "images", None, ()
+
+    def __init__(self, count):
+        self.splits, self._count = ["train"], count
+
+    def count(self, split):
+        return self._count
+
+    def chosen(self, split, rows):
+        return iter(())
+
+
+def loaded(recipe, data, *further):
+    name, _, arg = recipe.partition(":")
+    return flags.load(f"{name}:" + ",".join(filter(None, [arg, f"data={data}", *further])))
+
+
+@pytest.mark.parametrize("data", IMAGES)
+@pytest.mark.parametrize("recipe", VARIANTS)
+def test_networks_objectives_and_optimizer_are_built(recipe, data):
+    """Queues that the batch divides, views that somebody reads, schedules that end in time."""
+    config = loaded(recipe, data)
+    assert set(common.DATA) == set(IMAGES)
+    config.bags.file = config.bags.file or "bags.npz"
+    pretrain._check_numbers(config)
+    config = teacher.resolve(config)
+    recipe = views.build(config.augment, config.views, config.local)
+    method = methods.build(config, config.views, config.local.count)
+    pretrain._check_views(recipe, method)
+    steps_per_epoch = IMAGES[data] // config.batch_size
+    assert steps_per_epoch >= 1
+    step.from_config(config, method.paced(steps_per_epoch), recipe, steps_per_epoch)
+    assert methods.memory_bytes(method, config) < 2**31
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
+    """All that is checked before anything is compiled: shapes of every view, patterns, bags."""
+    arg = "student=resnet8" + (",teacher=resnet8" if helpers.has_teacher(recipe) else "")
+    config = loaded(recipe, "fashion_mnist", arg)
+    clusters = np.arange(IMAGES["fashion_mnist"], dtype=np.int32) % sum(
+        config.student.prototypes or (100,)
+    )
+    monkeypatch.setattr(Bags, "load", lambda path: Bags(clusters=clusters))
+    monkeypatch.setattr(teacher, "load", lambda *_: None)
+    if config.objectives.bags.weight or config.objectives.pseudo_labels.weight:
+        config.bags.file = "bags.npz"
+    ready = pretrain.prepare(config, Images(IMAGES["fashion_mnist"]))
+    assert ready.total == config.total_epochs * ready.steps_per_epoch > 0
+    assert set(ready.record.encoded) == set(ready.method.plan)
