@@ -110,7 +110,24 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"disco-jax {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        said = "" if debug else _of_storage(error)
+        if not said:
+            raise
+        print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _of_storage(error: Exception) -> str:
+    """What to tell of a disk that is full or not to be written; "" if it is something else."""
+    from disco_jax import files
+
+    said = files.refusal(error)
+    return said and (
+        f"Nothing more can be written: {said}. What was saved before is whole. Make room, or let "
+        "it be written, and start again: a run goes on from its last checkpoint."
+    )
 
 
 def _start(name: str, argv: Sequence[str]) -> None:
@@ -137,8 +154,11 @@ def _start(name: str, argv: Sequence[str]) -> None:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages from INFO on; those that libraries log through absl only if asked for."""
-    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.ERROR)
+    """Our own messages from INFO on; those of libraries only if asked for."""
+    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.FATAL)
+    if not debug:  # nor what a thread of Orbax says a second time, in nobody's name
+        known = sys.unraisablehook
+        sys.unraisablehook = lambda told: known(told) if told.object is not None else None
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("disco_jax")

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from disco_jax.errors import NumericError
+from disco_jax.files import whole
 from disco_jax.train.health import PREFIX, STD, effective_rank
 
 FILE = "metrics.jsonl"
@@ -38,7 +39,8 @@ class Logger:
         if writes:
             if self._file.exists():
                 self._lines = _until(self._file.read_text(), step)
-            self._file.write_text("".join(self._lines))
+            with whole(self._file) as file:
+                file.write_text("".join(self._lines))
             if tensorboard:
                 from clu import metric_writers
 

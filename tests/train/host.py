@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -46,6 +47,33 @@ class Disturbed(Shared):
             yield batch
 
 
+def kill_amid(what, at):
+    """SIGKILL to this process halfway through its save or evaluation number `at`."""
+    from disco_jax.evaluate import knn
+
+    done = []
+
+    def count(*_):
+        done.append(what)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "evaluation":
+        neighbours = knn.neighbours
+        knn.neighbours = lambda *args, **kwargs: (count(), neighbours(*args, **kwargs))[1]
+        return
+    # A checkpoint is written under another name, its parts too. Each is then renamed, the whole
+    # last: the metadata is there and nothing else when its part is.
+    for name in ("rename", "replace"):
+
+        def moved(old, new, *args, do=getattr(os, name), **kwargs):
+            if "/meta." in str(old):
+                count()
+            return do(old, new, *args, **kwargs)
+
+        setattr(os, name, moved)
+
+
 def differ(state):
     """A state of which the second device has another queue."""
     import jax
@@ -85,6 +113,8 @@ def work(task, workdir, settings):
         print("equal", flush=True)
         replicas.check(differ(begin), 1)
         return None
+    if amid := settings.pop("amid", None):
+        kill_amid(*amid)
     event = settings.pop("event", None)
     source = Disturbed(inner, *here, **event) if event else Shared(inner, *here)
     return pretrain.run(config, workdir, source, **settings)

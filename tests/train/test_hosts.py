@@ -29,6 +29,9 @@ CONFIG = {
     "learning_rate.per_256": 0.003,
 }
 RECIPES = ("disco", "moco_v2", "seed", "swav", "dino")
+OF_RECIPE = {  # a queue of earlier embeddings from the second step on
+    "swav": {"objectives.swapped.queue_size": 64, "objectives.swapped.queue_epochs": 0},
+}
 
 
 def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
@@ -36,7 +39,8 @@ def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = json.dumps({"recipe": recipe, "config": {**CONFIG, **(changes or {})}, **settings})
+    config = {**CONFIG, **OF_RECIPE.get(recipe, {}), **(changes or {})}
+    words = json.dumps({"recipe": recipe, "config": config, **settings})
     environment = {
         **os.environ,
         "XLA_FLAGS": helpers.one_device_flags()
@@ -84,6 +88,15 @@ def losses(workdir):
     assert list(found) == list(range(1, STEPS + 1))
     keys = sorted(key for key in found[1] if key == "loss" or key.endswith("/loss"))
     return np.array([[found[step][key] for key in keys] for step in found])
+
+
+def ended(workdir):
+    """Checksums of every part of the last checkpoint, and the place in the data."""
+    folder = pathlib.Path(workdir) / "checkpoints" / str(STEPS)
+    (file,) = (path for path in (folder / "meta").iterdir() if path.name == "metadata")
+    meta = json.loads(file.read_text())
+    assert {"student", "momentum", "memory", "opt_state"} <= meta["checksums"].keys()
+    return meta["checksums"], meta["position"]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +180,21 @@ def test_a_killed_process_ends_the_others_and_the_next_start_changes_no_loss(run
     assert time.monotonic() - begin < 150
     finish(launch("pretrain", workdir, 2))
     np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 2)))
+    assert ended(workdir) == ended(runs("disco", 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["save", "evaluation"])
+def test_a_run_killed_amid_something_ends_as_if_it_was_not(runs, tmp_path, what):
+    workdir, changes = tmp_path / "run", {"monitor.knn_every_steps": 3, "monitor.images": 64}
+    killed = launch("pretrain", workdir, 1, changes=changes, amid=(what, 2))
+    finish(killed, -signal.SIGKILL)
+    left = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert left[0] == ("10.orbax-checkpoint-tmp" if what == "save" else "5"), left
+    outputs = finish(launch("pretrain", workdir, 1, changes=changes))
+    assert "step 6/10" in outputs[0] and "step 5/10" not in outputs[0]
+    np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 1)))
+    assert ended(workdir) == ended(runs("disco", 1))
 
 
 @pytest.mark.slow
