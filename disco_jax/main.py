@@ -75,7 +75,8 @@ Flags of most tasks:
   --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
-Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved.
+Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved,
+134 another process of the run was lost.
 """
 
 

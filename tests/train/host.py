@@ -59,19 +59,28 @@ def kill_amid(what, at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if what == "evaluation":
-        neighbours = knn.neighbours
-        knn.neighbours = lambda *args, **kwargs: (count(), neighbours(*args, **kwargs))[1]
+        first(knn, "neighbours", count)
         return
-    # A checkpoint is written under another name, its parts too. Each is then renamed, the whole
-    # last: the metadata is there and nothing else when its part is.
-    for name in ("rename", "replace"):
 
-        def moved(old, new, *args, do=getattr(os, name), **kwargs):
-            if "/meta." in str(old):
-                count()
-            return do(old, new, *args, **kwargs)
+    def moved(old, *_):
+        # A checkpoint is written under another name, its parts too. Each is then renamed, the
+        # whole last: where the metadata is renamed, the checkpoint is not there yet.
+        if "/meta." in str(old):
+            count()
 
-        setattr(os, name, moved)
+    first(os, "rename", moved)
+    first(os, "replace", moved)
+
+
+def first(module, name, call):
+    """Lets a function of a module call `call` with its arguments before it does its own work."""
+    own = getattr(module, name)
+
+    def both(*args, **kwargs):
+        call(*args)
+        return own(*args, **kwargs)
+
+    setattr(module, name, both)
 
 
 def differ(state):

@@ -34,11 +34,15 @@ OF_RECIPE = {  # a queue of earlier embeddings from the second step on
 }
 
 
-def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
-    """Starts the processes of a run on `DEVICES` devices; a list of Popen."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
+    """Starts the processes of a run on `DEVICES` devices; a list of Popen."""
+    port = free_port()
     config = {**CONFIG, **OF_RECIPE.get(recipe, {}), **(changes or {})}
     words = json.dumps({"recipe": recipe, "config": config, **settings})
     environment = {
@@ -176,11 +180,31 @@ def test_a_killed_process_ends_the_others_and_the_next_start_changes_no_loss(run
     begin = time.monotonic()
     outputs = [process.communicate(timeout=200)[0] for process in killed]
     assert killed[1].returncode == -signal.SIGKILL
-    assert killed[0].returncode not in (0, None), outputs[0]
+    assert killed[0].returncode == -signal.SIGABRT, outputs[0]  # 134 of a shell
+    assert "another task died" in outputs[0]
     assert time.monotonic() - begin < 150
     finish(launch("pretrain", workdir, 2))
     np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 2)))
     assert ended(workdir) == ended(runs("disco", 2))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
+    """The exit code of the documents, whichever is lost: the first is the one that all talk to."""
+    code = (
+        "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
+        "hosts.meet(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.everyone(me); "
+        f"me == {victim} and os.kill(os.getpid(), 9); time.sleep(100)"
+    )
+    port = str(free_port())
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, port, str(i)], stderr=subprocess.PIPE)
+        for i in (0, 1)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in started]
+    assert started[victim].returncode == -signal.SIGKILL
+    assert started[1 - victim].returncode == -signal.SIGABRT
+    assert b"another task died" in errors[1 - victim]
 
 
 @pytest.mark.slow
@@ -199,10 +223,11 @@ def test_a_run_killed_amid_something_ends_as_if_it_was_not(runs, tmp_path, what)
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all_with_a_word(tmp_path):
-    event = {"event": "hang", "at": 4, "process": 1}
+    """Before its first step, where the others wait inside a collective."""
+    event = {"event": "hang", "at": 1, "process": 1}
     changes = {"log.hang_s": 15.0}
     for output in finish(launch("pretrain", tmp_path, 2, changes=changes, event=event), 1):
-        assert "nothing has happened for 15 s after step" in output
+        assert "nothing has happened for 15 s after step 0" in output
 
 
 @pytest.mark.parametrize(
