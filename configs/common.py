@@ -472,7 +472,7 @@ def classification(name: str) -> ConfigDict:
         warmup_epochs=0,
         warmup_from=0.0,
     )
-    # A grid of rates and weight decays instead, trained side by side on features extracted once;
+    # A grid of rates and weight decays instead, trained side by side on frozen features;
     # the best on a held-out part of the training images is the one that is tested.
     config.grid = dict(rates=(), weight_decays=(), held_out_percent=10.0)
     # A teacher's classes beside the labels: weight is its share, teacher RUN/NAME of a probe or of
