@@ -242,7 +242,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.health = dict(min_std=0.01, patience=10, stop=False)
     config.log = dict(
         every_steps=50,
-        tensorboard=True,  # where the data come from TFDS; the others do not need TensorFlow
+        tensorboard=True,  # of the run and its evaluations; in a bucket beside TFDS data alone
         report=True,  # the contact sheet of views at the start, report.html at the end
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
         hang_s=1800.0,  # end the process after so many seconds without a step; 0: never

@@ -6,6 +6,7 @@ A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,17 +107,18 @@ def main(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         _start(argv[0], [word for word in argv[1:] if word != "--debug"])
-    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
-        if debug:
-            raise
-        print(f"disco-jax {argv[0]}: {error}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        said = "" if debug else _of_storage(error)
-        if not said:
-            raise
-        print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
-        return 1
+        code = getattr(error, "exit_code", 1)
+        said = str(error) if hasattr(error, "exit_code") else _of_storage(error)
+        if debug or not said:
+            traceback.print_exc()
+        else:
+            print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
+        if "disco_jax.train.hosts" in sys.modules:
+            from disco_jax.train import hosts
+
+            hosts.leave(code)
+        return code
     return 0
 
 

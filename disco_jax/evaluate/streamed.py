@@ -183,12 +183,17 @@ def fit(
                 state,
                 frozen,
                 batches,
-                Logger(folder, tensorboard=False, step=int(state.step)),
+                Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step)),
                 evaluate=evaluate,
                 evaluate_steps=evaluate_steps,
                 checkpoints=checkpoints,
                 verbose=folder is not None,
             )
+
+
+def _tensorboard(trained: Trained, folder: str | None) -> bool:
+    """As the run that is evaluated has it; in a bucket not, as that needs TensorFlow."""
+    return trained.config.log.tensorboard and "://" not in str(folder)
 
 
 def plan(config: ConfigDict, trained: Trained, source: Source) -> linear.Plan:

@@ -174,7 +174,7 @@ def _train(
     frozen = {"teacher": ready.teacher.variables} if ready.teacher else {}
     with (
         contextlib.closing(
-            Logger(path, tensorboard=_tensorboard(config), step=int(begin.step))
+            Logger(path, tensorboard=_tensorboard(config, path), step=int(begin.step))
         ) as logger,
         pipeline.Prefetcher(crops, transform=_lay_out) as batches,
     ):
@@ -386,9 +386,9 @@ def _steps_per_epoch(source: Source, config: ConfigDict) -> int:
     return (count // jax.process_count()) // (config.batch_size // jax.process_count())
 
 
-def _tensorboard(config: ConfigDict) -> bool:
-    """Only beside a TensorFlow source: the others must not need TensorFlow."""
-    return config.log.tensorboard and config.data.source == "tfds"
+def _tensorboard(config: ConfigDict, path: epath.Path) -> bool:
+    """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
+    return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
 
 
 def _describe(config: ConfigDict, ready: Prepared, begin: state.TrainState) -> None:

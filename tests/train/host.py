@@ -1,5 +1,6 @@
 """One process of a run of several, for `test_hosts.py`: python host.py TASK WORKDIR SETTINGS."""
 
+import errno
 import json
 import os
 import signal
@@ -43,6 +44,8 @@ class Disturbed(Shared):
             if self._mine and step == self._at:
                 if self._event == "hang":
                     time.sleep(600)
+                if self._event == "no room":
+                    raise OSError(errno.ENOSPC, "", "/disk/of/process")
                 os.kill(os.getpid(), int(self._event))
             yield batch
 
@@ -132,7 +135,7 @@ def work(task, workdir, settings):
 def main():
     import jax
 
-    from disco_jax import errors
+    from disco_jax import main as command
     from disco_jax.train import hosts
 
     for name, value in (
@@ -144,11 +147,10 @@ def main():
     if "DISCO_JAX_COORDINATOR" in os.environ:
         hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]
-    try:
-        print(json.dumps(work(task, workdir, json.loads(settings))), flush=True)
-    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
-        print(error, flush=True)
-        sys.exit(error.exit_code)
+    command._start = lambda *_: print(
+        json.dumps(work(task, workdir, json.loads(settings))), flush=True
+    )
+    sys.exit(command.main([task]))
 
 
 if __name__ == "__main__":
