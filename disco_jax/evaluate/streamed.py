@@ -175,7 +175,12 @@ def fit(
         state, position = _resumed(checkpoints, start)
         if int(state.step) >= config.total_epochs * how.steps_per_epoch:
             return state
-        with _reading(source, trained, recipe, how, config.seed, position) as batches:
+        with (
+            contextlib.closing(
+                Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
+            ) as logger,
+            _reading(source, trained, recipe, how, config.seed, position) as batches,
+        ):
             return linear.fit(
                 config,
                 how,
@@ -183,7 +188,7 @@ def fit(
                 state,
                 frozen,
                 batches,
-                Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step)),
+                logger,
                 evaluate=evaluate,
                 evaluate_steps=evaluate_steps,
                 checkpoints=checkpoints,
