@@ -249,7 +249,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.health = dict(min_std=0.01, patience=10, stop=False)
     config.log = dict(
         every_steps=50,
-        tensorboard=True,  # where the data come from TFDS; the others do not need TensorFlow
+        tensorboard=True,  # of the run and its evaluations; in a bucket beside TFDS data alone
         report=True,  # the contact sheet of views at the start, report.html at the end
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
         hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
@@ -479,7 +479,7 @@ def classification(name: str) -> ConfigDict:
         warmup_epochs=0,
         warmup_from=0.0,
     )
-    # A grid of rates and weight decays instead, trained side by side on features extracted once;
+    # A grid of rates and weight decays instead, trained side by side on frozen features;
     # the best on a held-out part of the training images is the one that is tested.
     config.grid = dict(rates=(), weight_decays=(), held_out_percent=10.0)
     # A teacher's classes beside the labels: weight is its share, teacher RUN/NAME of a probe or of

@@ -5,7 +5,8 @@ r"""Linear probe of a run on frozen features.
 
 `cached`, the default, extracts the features once from the centre crop: minutes instead of hours.
 The others are the papers' protocols, with random crops and flips; their rates are those of the
-`student` named, which the run must then have. `grid` tries many rates and weight decays at once.
+`student` named, which the run must then have. `grid` tries many rates and weight decays at once,
+`grid_crops` with random crops and flips.
 """
 
 from disco_jax.configs import common
@@ -66,6 +67,8 @@ PROTOCOLS = {
         "total_epochs": 30,
     },
 }
+# The same search, images cropped and mirrored anew in every epoch.
+PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
 SMALL = ("efficientnet", "mobilenet")
 
 

@@ -1,10 +1,25 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and what is said when the storage takes none."""
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
+
+# What a system answers where there is no room, or no right, to write.
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
+# TensorStore, which writes checkpoints, has the number in its words alone.
+_NUMBER = re.compile(r"os_error_code='(\d+)'")
 
 
 @contextlib.contextmanager
@@ -24,3 +39,18 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def refusal(error: BaseException) -> str:
+    """What the storage said, with the file, if that is why a file was not written; else "".
+
+    Args:
+      error: of anything that writes files.
+    """
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if not isinstance(error, OSError):
+        found = _NUMBER.search(str(error))
+        number, place = int(found[1]) if found else None, "a checkpoint"
+    if number not in _REFUSALS:
+        return ""
+    return f"{place or 'a file'}: {os.strerror(number)}"

@@ -6,6 +6,7 @@ A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,7 +78,8 @@ Flags of most tasks:
   --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
-Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved.
+Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved,
+134 another process of the run was lost.
 """
 
 
@@ -107,12 +109,30 @@ def main(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         _start(argv[0], [word for word in argv[1:] if word != "--debug"])
-    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
-        if debug:
-            raise
-        print(f"disco-jax {argv[0]}: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        code = getattr(error, "exit_code", 1)
+        said = str(error) if hasattr(error, "exit_code") else _of_storage(error)
+        if debug or not said:
+            traceback.print_exc()
+        else:
+            print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
+        if "disco_jax.train.hosts" in sys.modules:
+            from disco_jax.train import hosts
+
+            hosts.leave(code)
+        return code
     return 0
+
+
+def _of_storage(error: Exception) -> str:
+    """What to tell of a disk that is full or not to be written; "" if it is something else."""
+    from disco_jax import files
+
+    said = files.refusal(error)
+    return said and (
+        f"Nothing more can be written: {said}. What was saved before is whole. Make room, or let "
+        "it be written, and start again: a run goes on from its last checkpoint."
+    )
 
 
 def _start(name: str, argv: Sequence[str]) -> None:
@@ -139,8 +159,11 @@ def _start(name: str, argv: Sequence[str]) -> None:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages from INFO on; those that libraries log through absl only if asked for."""
-    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.ERROR)
+    """Our own messages from INFO on; those of libraries only if asked for."""
+    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.FATAL)
+    if not debug:  # nor what a thread of Orbax says a second time, in nobody's name
+        known = sys.unraisablehook
+        sys.unraisablehook = lambda told: known(told) if told.object is not None else None
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("disco_jax")

@@ -12,6 +12,7 @@ from disco_jax import errors
 from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.streamed import Teacher
+from disco_jax.files import whole
 from disco_jax.train import checkpoint
 from disco_jax.train.metrics import FILE
 
@@ -24,9 +25,10 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
     if jax.process_index():
         return
     path = epath.Path(run)
-    (path / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    with whole(path / f"{name}.json") as file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
     if arrays:
-        with (path / f"{name}.npz").open("wb") as file:
+        with whole(path / f"{name}.npz") as place, place.open("wb") as file:
             np.savez(file, **arrays)
 
 

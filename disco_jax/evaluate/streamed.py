@@ -113,11 +113,9 @@ def train(
       UserError: an image has no label, or `folder` is of other settings.
       NumericError, Preempted: see `loop.run`.
     """
-    data = trained.config.data
-    how = linear.plan(config, source.count(data.train_split), jax.process_count())
-    tx = optimizer.build(config.optimizer, how.rate)
-    recipe = _recipe(trained)
-    standard = _standard(config, trained, source)
+    tx = optimizer.build(config.optimizer, plan(config, trained, source).rate)
+    recipe = views_of(trained)
+    standard = standard_of(config, trained, source)
     step = classifier.make_step(
         tx,
         _forward(config, trained, recipe),
@@ -132,24 +130,81 @@ def train(
     def evaluate(step, state):
         return look(step, network(trained, state), linear.layer(state, standard))
 
-    with _kept(folder, config, trained) as checkpoints:
-        state, position = _resumed(checkpoints, _start(config, trained, source.num_classes, tx))
-        if int(state.step) < config.total_epochs * how.steps_per_epoch:
-            with _reading(source, trained, recipe, how, config.seed, position) as batches:
-                state = linear.fit(
-                    config,
-                    how,
-                    step,
-                    state,
-                    frozen,
-                    batches,
-                    Logger(folder, tensorboard=False, step=int(state.step)),
-                    evaluate=evaluate if look else None,
-                    evaluate_steps=look_steps,
-                    checkpoints=checkpoints,
-                    verbose=folder is not None,
-                )
+    state = fit(
+        config,
+        trained,
+        source,
+        folder,
+        step,
+        _start(config, trained, source.num_classes, tx),
+        frozen,
+        evaluate=evaluate if look else None,
+        evaluate_steps=look_steps,
+    )
     return network(trained, state), linear.layer(state, standard)
+
+
+def fit(
+    config: ConfigDict,
+    trained: Trained,
+    source: Source,
+    folder: str | None,
+    step: Any,
+    start: ProbeState,
+    frozen: Any,
+    *,
+    evaluate: linear.Evaluate | None = None,
+    evaluate_steps: int = 0,
+) -> ProbeState:
+    """`linear.fit` on labelled crops as they are read, from where it was stopped, if it was.
+
+    Args:
+      config: see `common.classification`.
+      trained: its config says how images are read.
+      source: labelled images.
+      folder: see `train`.
+      step: of one replica, on {"images", "labels", and what the source gives beside}.
+      start: the state at step 0.
+      frozen: what the step reads and never changes.
+      evaluate: see `linear.fit`.
+      evaluate_steps: likewise.
+    """
+    how = plan(config, trained, source)
+    recipe = views_of(trained)
+    with _kept(folder, config, trained) as checkpoints:
+        state, position = _resumed(checkpoints, start)
+        if int(state.step) >= config.total_epochs * how.steps_per_epoch:
+            return state
+        with (
+            contextlib.closing(
+                Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
+            ) as logger,
+            _reading(source, trained, recipe, how, config.seed, position) as batches,
+        ):
+            return linear.fit(
+                config,
+                how,
+                step,
+                state,
+                frozen,
+                batches,
+                logger,
+                evaluate=evaluate,
+                evaluate_steps=evaluate_steps,
+                checkpoints=checkpoints,
+                verbose=folder is not None,
+            )
+
+
+def _tensorboard(trained: Trained, folder: str | None) -> bool:
+    """As the run that is evaluated has it; in a bucket not, as that needs TensorFlow."""
+    return trained.config.log.tensorboard and "://" not in str(folder)
+
+
+def plan(config: ConfigDict, trained: Trained, source: Source) -> linear.Plan:
+    """See `linear.plan`."""
+    count = source.count(trained.config.data.train_split)
+    return linear.plan(config, count, jax.process_count())
 
 
 def network(trained: Trained, state: ProbeState) -> Trained:
@@ -160,7 +215,7 @@ def network(trained: Trained, state: ProbeState) -> Trained:
     return dataclasses.replace(trained, variables=jax.device_get(variables))
 
 
-def _recipe(trained: Trained) -> views.Recipe:
+def views_of(trained: Trained) -> views.Recipe:
     """Random crops and flips, prepared for the network."""
     augment = trained.config.augment
     settings = {**STACKS["linear"], **{field: augment[field] for field in _OF_RUN}}
@@ -169,7 +224,7 @@ def _recipe(trained: Trained) -> views.Recipe:
 
 def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> ProbeState:
     """The state at step 0, on the host."""
-    head = classifier.init(config.init, _width(config, trained), classes, config.seed)
+    head = classifier.init(config.init, width(config, trained), classes, config.seed)
     params: dict[str, Any] = {"classifier": head}
     stats: Any = {}
     if config.layers == "all":
@@ -178,7 +233,8 @@ def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> Probe
     return ProbeState(np.int32(0), params, stats, jax.device_get(tx.init(params)))
 
 
-def _width(config: ConfigDict, trained: Trained) -> int:
+def width(config: ConfigDict, trained: Trained) -> int:
+    """F, the columns of what is asked of the network."""
     size = trained.config.augment.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     read = _reader(trained, config.output, config.blocks)
@@ -204,18 +260,30 @@ def _reader(trained: Trained, output: str, blocks: int) -> Callable[..., tuple[A
     return read
 
 
+def rows_of(config: ConfigDict, trained: Trained) -> Callable[..., Array]:
+    """(state, frozen, batch) -> f32[B, F]: what the frozen network makes of this step's crops."""
+    read, recipe = _reader(trained, config.output, config.blocks), views_of(trained)
+
+    def rows(state, frozen, batch):
+        images = _seen(recipe, state, batch, config.seed)
+        return jax.lax.stop_gradient(read(frozen["network"], images)[0])
+
+    return rows
+
+
 def _forward(config: ConfigDict, trained: Trained, recipe: views.Recipe) -> classifier.Forward:
     """Images -> logits, the network frozen or not."""
     read = _reader(trained, config.output, config.blocks)
+    frozen_rows = rows_of(config, trained)
 
     def forward(params, state, frozen, batch):
-        images = _seen(recipe, state, batch, config.seed)
         if "network" in params:
+            images = _seen(recipe, state, batch, config.seed)
             variables = {"params": params["network"], "batch_stats": state.stats}
             drops = {"dropout": jax.random.fold_in(jax.random.key(config.seed + 1), state.step)}
             rows, stats = read(variables, images, config.norm, drops)
         else:
-            rows, stats = jax.lax.stop_gradient(read(frozen["network"], images)[0]), state.stats
+            rows, stats = frozen_rows(state, frozen, batch), state.stats
         return classifier.logits(params["classifier"], rows, frozen["standard"]), stats
 
     return forward
@@ -256,7 +324,8 @@ def _seen(recipe: views.Recipe, state: ProbeState, batch: Mapping[str, Array], s
     return recipe.photometric({0: images}, key, positions(images.shape[0]))[0]
 
 
-def _standard(config: ConfigDict, trained: Trained, source: Source) -> dict[str, np.ndarray]:
+def standard_of(config: ConfigDict, trained: Trained, source: Source) -> dict[str, np.ndarray]:
+    """`classifier.standard` of the training images, if `config.normalise` asks for it."""
     if not config.normalise:
         return {}
     split, output = trained.config.data.train_split, config.output
@@ -274,7 +343,7 @@ def _reading(source, trained, recipe, how, seed, position):
     def lay_out(batch):
         if (batch.labels < 0).any():
             raise features.unlabelled(source, data.train_split)
-        tree = {"images": batch.views[0], "labels": batch.labels}
+        tree = {"images": batch.views[0], "labels": batch.labels, **batch.aux}
         where = (batch.position.epoch, batch.position.offset)
         return apart(pipeline.to_devices(tree, devices)), where
 

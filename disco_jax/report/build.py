@@ -18,6 +18,7 @@ from disco_jax.files import whole
 from disco_jax.nested import flatten
 from disco_jax.report import figures, page, runs
 from disco_jax.report.runs import Run
+from disco_jax.train import events
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,7 +83,33 @@ def write(workdir: str) -> epath.Path:
     views = sheet.read_bytes() if sheet.exists() else None
     with whole(run.path / FILE) as file:
         file.write_text(_page(run, drawn, views))
+    if run.config.get("log", {}).get("tensorboard") and "://" not in str(run.path):
+        _tensorboard(run, drawn)
     return run.path / FILE
+
+
+def _tensorboard(run: Run, drawn: Mapping[str, bytes]) -> None:
+    """The evaluations for TensorBoard: results, trainings, pictures; in one file, made anew.
+
+    The metrics of the run itself and its contact sheet were written as they came.
+    """
+    last = int(run.metrics[-1]["step"]) if run.metrics else 0
+    with (
+        whole(run.path / f"{events.PREFIX}report") as file,
+        contextlib.closing(events.Events(file)) as board,
+    ):
+        for row in runs.rows(run):
+            values = {"top1": row.top1, "top5": row.top5}
+            known = {f"{row.name}/{key}": x for key, x in values.items() if x is not None}
+            board.scalars(last if row.step is None else row.step, known)
+        for name, lines in run.trainings.items():
+            for line in lines:
+                told = {f"{name}/{key}": x for key, x in line.items() if key != "step"}
+                board.scalars(int(line["step"]), told)
+        for name, png in drawn.items():
+            board.image(last, f"report/{name}", png)
+        for name, picture in run.pictures.items():
+            board.image(last, f"report/{name}", picture.read_bytes())
 
 
 def keep_sheet(workdir: str, image: np.ndarray) -> None:

@@ -169,7 +169,9 @@ def _train(
     learners = {name: one.built.learner for name, one in ready.items()}
     made = step.make_joint_step(learners, first.recipe, first.config.seed, first.period)
     loggers = {
-        name: Logger(str(paths[name]), tensorboard=pretrain.tensorboard(one.config), step=start)
+        name: Logger(
+            str(paths[name]), tensorboard=pretrain.tensorboard(one.config, paths[name]), step=start
+        )
         for name, one in ready.items()
     }
     with (

@@ -108,8 +108,13 @@ def _check(config: ConfigDict, trained: Trained) -> None:
             f"config.augment={config.augment!r} extracts features once, which fine-tuning and "
             "distillation cannot use: set --config.augment=linear."
         )
-    if config.grid.rates and config.augment != "none":
-        raise errors.UserError("config.grid works on features extracted once: set augment=none.")
+    if config.grid.rates and (
+        config.augment == "flip" or config.layers == "all" or config.distill.weight
+    ):
+        raise errors.UserError(
+            "config.grid trains layers on frozen features by labels alone: set augment to none or "
+            "linear, layers to classifier and distill.weight to 0."
+        )
     backbone = trained.config.student.backbone
     if config.student not in ("", backbone):
         raise errors.UserError(
@@ -158,7 +163,7 @@ def _streamed(
     teacher: streamed.Teacher | None,
 ) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     data = trained.config.data
-    how = linear.plan(config, source.count(data.train_split), jax.process_count())
+    how = streamed.plan(config, trained, source)
     best = linear.Best(how.steps_per_epoch)
     folder = epath.Path(workdir) / config.name
 
@@ -169,17 +174,16 @@ def _streamed(
     def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
         return best(step, *tested(network, layer))
 
-    network, layer = streamed.train(
-        config,
-        trained,
-        source,
-        str(folder),
-        teacher=teacher,
-        look=look,
-        look_steps=config.evaluate_every_epochs * how.steps_per_epoch,
-    )
+    looks = dict(look=look, look_steps=config.evaluate_every_epochs * how.steps_per_epoch)
+    network, search = trained, {}
+    if config.grid.rates:
+        layer, search = grid.train_streamed(config, trained, source, str(folder), **looks)
+    else:
+        network, layer = streamed.train(
+            config, trained, source, str(folder), teacher=teacher, **looks
+        )
     found = tested(network, layer)
     for line in saved.metrics(str(folder)):
         if "test/top1" in line:
             best.note(line["step"], line["test/top1"])
-    return layer, {**scores.summary(*found), **best.result}, found
+    return layer, {**scores.summary(*found), **search, **best.result}, found

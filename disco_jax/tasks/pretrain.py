@@ -86,7 +86,7 @@ def _train(
     """The loop, from `begin` to the last step."""
     with (
         contextlib.closing(
-            Logger(path, tensorboard=tensorboard(config), step=int(begin.step))
+            Logger(path, tensorboard=tensorboard(config, path), step=int(begin.step))
         ) as logger,
         batches_of(ready, position) as batches,
     ):
@@ -209,9 +209,9 @@ def resume(checkpoints: Any, fresh: Any) -> tuple[Any, Position]:
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
-def tensorboard(config: ConfigDict) -> bool:
-    """Only beside a TensorFlow source: the others must not need TensorFlow."""
-    return config.log.tensorboard and config.data.source == "tfds"
+def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
+    """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
+    return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
 
 
 def describe(ready: Prepared, begin: state.TrainState) -> None:

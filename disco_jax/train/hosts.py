@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from disco_jax.errors import UserError
@@ -21,6 +23,9 @@ Result = TypeVar("Result")
 _MESSAGE = 4096
 # Seconds that a process waits for the others when it ends.
 _FAREWELL_S = 60
+# Seconds that a process that failed waits for the others to fail too.
+_PATIENCE_S = 5.0
+_LEFT = "disco_jax/left/"
 _ONE_OF_MANY = "DISCO_JAX_COORDINATOR", "DISCO_JAX_PROCESSES", "DISCO_JAX_PROCESS"
 
 
@@ -113,6 +118,28 @@ def everyone(values: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [np.asarray(values).tolist()]
     return multihost_utils.process_allgather(np.asarray(values)).tolist()
+
+
+def leave(code: int) -> None:
+    """To be called by a process that ends with an error: the others may know nothing of it.
+
+    Returns when they all end likewise, so that they end together. Otherwise this process ends here
+    and now, with `code`: an orderly end would wait for all, and be cut off by JAX with another
+    code. The others then learn from JAX that this one is gone.
+    """
+    client, processes = distributed.global_state.client, distributed.global_state.num_processes
+    if client is None or processes == 1:
+        return
+    with contextlib.suppress(Exception):  # the service is that of process 0, which may be gone
+        client.key_value_set(f"{_LEFT}{distributed.global_state.process_id}", str(code))
+        end = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < end:
+            if len(client.key_value_dir_get(_LEFT)) == processes:
+                return
+            time.sleep(0.1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Where numbers go: metrics.jsonl, TensorBoard and the log through clu, and a progress line."""
+"""Where numbers go: metrics.jsonl, TensorBoard, and a progress line."""
 
 import contextlib
 import datetime
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,6 +12,8 @@ import numpy as np
 from etils import epath
 
 from disco_jax.errors import NumericError
+from disco_jax.files import whole
+from disco_jax.train import events
 from disco_jax.train.health import PREFIX, STD, effective_rank
 
 FILE = "metrics.jsonl"
@@ -19,8 +22,8 @@ FILE = "metrics.jsonl"
 class Logger:
     """Writes a run's metrics; only process 0 writes.
 
-    The JSON-lines file is there always; TensorBoard and the log, through clu's metric writers,
-    only if asked for, because they import TensorFlow.
+    The JSON-lines file is there always, TensorBoard's only if asked for. In a bucket that is
+    written by clu, which imports TensorFlow; on a disk by `events.Events`, which does not.
     """
 
     def __init__(self, workdir: str | None, *, tensorboard: bool, step: int = 0):
@@ -28,18 +31,22 @@ class Logger:
 
         Args:
           workdir: the run's directory; None writes nowhere.
-          tensorboard: whether clu's writers join in.
+          tensorboard: whether to write for it too.
           step: the run goes on from here; later lines, of work that was lost, are dropped.
         """
         writes = workdir is not None and jax.process_index() == 0
         self._file = epath.Path(workdir) / FILE if writes else None
         self._lines = []
+        self._events: events.Events | None = None
         self._clu = None
         if writes:
             if self._file.exists():
                 self._lines = _until(self._file.read_text(), step)
-            self._file.write_text("".join(self._lines))
-            if tensorboard:
+            with whole(self._file) as file:
+                file.write_text("".join(self._lines))
+            if tensorboard and "://" not in str(workdir):
+                self._events = events.Events(self._file.with_name(_events_name()))
+            elif tensorboard:
                 from clu import metric_writers
 
                 self._clu = metric_writers.create_default_writer(workdir, asynchronous=False)
@@ -55,20 +62,31 @@ class Logger:
         else:
             with open(self._file, "a") as file:
                 file.write(line)
+        if self._events is not None:
+            self._events.scalars(step, scalars)
         if self._clu is not None:
             self._clu.write_scalars(step, dict(scalars))
             self._clu.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows u8[H, W, 3] in TensorBoard, if that is written."""
+        if self._events is not None:
+            self._events.image(step, name, image)
         if self._clu is not None:
             self._clu.write_images(step, {name: image[None]})
             self._clu.flush()
 
     def close(self) -> None:
         """Closes what is open."""
+        if self._events is not None:
+            self._events.close()
         if self._clu is not None:
             self._clu.close()
+
+
+def _events_name() -> str:
+    """Of a new file, behind those of earlier starts."""
+    return f"{events.PREFIX}{time.time_ns() // 1000}.{os.getpid()}"
 
 
 def _until(text: str, step: int) -> list[str]:

@@ -91,6 +91,19 @@ def test_leaving_out_passes_over_the_row_itself():
     np.testing.assert_array_equal(found, brute_force(rows, rows, 6)[:, 1:])
 
 
+def test_what_a_device_needs_beside_the_bank_does_not_grow_with_it():
+    """Of the compiled program, as the compiler counts it: far below one row of products a test."""
+
+    def beside(rows):
+        shapes = ((4, rows, 16), (4,), (4,), (256, 16), (256,))
+        kinds = ("float32", "int32", "int32", "float32", "int32")
+        arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
+        return knn._scan.lower(*arguments, 28, 512).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = beside(2048), beside(65_536)
+    assert large - small < 4 * 65_536 and large < 256 * 65_536 * 4 / 10
+
+
 def test_no_more_than_blocks_are_held():
     """The products of a step are of one block, whatever the size of the bank."""
     shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((4096, 4), (512, 4))]

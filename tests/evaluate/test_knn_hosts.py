@@ -1,6 +1,8 @@
 """Two hosts find what one finds: every image once, the same neighbours, the same classifier."""
 
+import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 import helpers
 
+KNN = "knn", "two_knn"
 CHILD = """
 import sys
 import jax
@@ -17,7 +20,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 jax.config.update("jax_default_matmul_precision", "highest")
 from disco_jax import flags
 from disco_jax.evaluate import features, knn, target
-from disco_jax.tasks import linear
+from disco_jax.tasks import knn as knn_task, linear
 import numpy as np
 found = []
 for recipe in ("linear", "linear:protocol=moco"):
@@ -26,6 +29,9 @@ for recipe in ("linear", "linear:protocol=moco"):
     config.learning_rate.per_256 = 0.5
     found.append(linear.run(config, sys.argv[3]))
 assert found[1]["images"] == found[0]["images"] == 61
+config = flags.load("knn")
+config.name = "two_knn"
+knn_task.run(config, sys.argv[3])
 trained, source = target.opened(features.load(sys.argv[3]))
 test = features.of_split(trained, source, "test", 16)
 near = knn.neighbours(test.features, test.features, 5, 16, leave_out=True)[1]
@@ -57,6 +63,7 @@ def test_two_hosts_find_what_one_finds(tmp_path):
         assert host.returncode == 0, said[-3000:]
     from disco_jax import flags
     from disco_jax.evaluate import features, knn, target
+    from disco_jax.tasks import knn as knn_task
     from disco_jax.tasks import linear
 
     trained, source = target.opened(features.load(run))
@@ -65,9 +72,15 @@ def test_two_hosts_find_what_one_finds(tmp_path):
     config.update(total_epochs=2, batch_size=32)
     config.learning_rate.per_256 = 0.5
     top1 = linear.run(config, run)["top1"]
+    knn_task.run(flags.load("knn"), run)
     with np.load(tmp_path / "out.npz") as two:
         np.testing.assert_array_equal(two["labels"], few["test_labels"])
         np.testing.assert_allclose(two["features"], test.features, rtol=1e-4, atol=1e-6)
         near = knn.neighbours(two["features"], two["features"], 5, 16, leave_out=True)[1]
         np.testing.assert_array_equal(two["near"], near)
         assert two["top1"] == pytest.approx(top1)
+    with np.load(f"{run}/two_0.npz") as two, np.load(f"{run}/linear.npz") as one:
+        for name in ("kernel", "bias", "confusion"):
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
+    one, two = (json.loads(pathlib.Path(run, f"{name}.json").read_text()) for name in KNN)
+    assert one == two

@@ -1,10 +1,16 @@
 """The linear probe learns what is linear, and nothing from noise."""
 
+import itertools
+
+import chex
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+import helpers
 from disco_jax import flags
+from disco_jax.data import base, views
+from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import grid, linear, scores
 from disco_jax.evaluate.features import Features
@@ -102,6 +108,45 @@ def test_a_grid_chooses_by_training_images_alone():
     _, one = grid.train(grid_config(), train.features, train.labels, 5)
     _, two = linear_task.probe(grid_config(), train, strange)
     assert two["grid"] == one["grid"] and two["top1"] < 50
+
+
+def test_what_is_held_out_weighs_nothing_in_a_batch():
+    """A step on eight images, three of them held out, is that on the other five."""
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(8, 3)).astype("f"), np.arange(8, dtype=np.int32) % 4
+    learned = np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)
+    made = grid_config()
+    pairs = [(0.5, 0.0), (0.1, 1e-3)]
+    how = linear.plan(made, 64)
+    step, state = grid._many(made, how, pairs, (3, 4), lambda _, __, batch: batch["features"])
+    batch = {"features": rows, "labels": labels, "learned": learned}
+    some = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}
+    for _ in range(2):
+        marked, told = helpers.single(step, state, {"standard": {}}, batch)
+        alone, same = helpers.single(step, state, {"standard": {}}, some)
+        chex.assert_trees_all_close(marked, alone, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(told["loss"], same["loss"], rtol=1e-6)
+        state = marked
+
+
+def test_marked_batches_know_their_rows_in_every_epoch_and_after_a_restart():
+    count = 37
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    source = ArraySource({"train": (images, np.arange(count))})  # the label is the row
+    out = np.random.default_rng(0).random(count) < 0.4
+    crops = dict(enumerate(views.build(helpers.smoke_config("moco_v2").augment, 1).crops))
+
+    def batches(start, many):
+        marked = grid.Marked(source, "train", out).train("train", crops, 8, 3, start, 0)
+        return list(itertools.islice(marked, many))
+
+    whole = batches(base.Position.start(), 11)  # of three epochs
+    for batch in whole:
+        np.testing.assert_array_equal(batch.aux["learned"], ~out[batch.labels])
+    assert {batch.aux["learned"].sum() for batch in whole} != {8.0}
+    again = batches(whole[5].position, 5)
+    for one, two in zip(whole[6:], again, strict=True):
+        np.testing.assert_array_equal(one.aux["learned"], two.aux["learned"])
 
 
 def test_normalised_rows_have_mean_zero_and_deviation_one():

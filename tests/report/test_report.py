@@ -1,13 +1,17 @@
 """The page of a run, the comparison of several, the papers' values and the contact sheet."""
 
+import contextlib
 import html.parser
+import io
 import json
 import pathlib
-import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.tensorflow_stub import errors as op_errors
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 import helpers
 from disco_jax import flags, models
@@ -215,14 +219,50 @@ def test_there_is_no_sheet_of_unreadable_images(tmp_path):
         sheet.sheet(helpers.smoke_config("moco_v2"), FolderSource(tmp_path))
 
 
-def test_tensorboard_gets_the_contact_sheet(tmp_path):
+def told(file):
+    """(step, tag) -> number, or (width, height) of an image, of a file for TensorBoard."""
+    reader, found = pywrap_tensorflow.PyRecordReader_New(str(file)), {}  # checks the checksums
+    with contextlib.suppress(op_errors.OutOfRangeError):
+        while True:
+            reader.GetNext()
+            event = event_pb2.Event.FromString(reader.record())
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
+                        assert image.size == (value.image.width, value.image.height)
+                        found[event.step, value.tag] = image.size
+                else:
+                    found[event.step, value.tag] = value.simple_value
+    return found
+
+
+def test_tensorboard_gets_the_contact_sheet_and_the_metrics(tmp_path):
     logger = Logger(str(tmp_path), tensorboard=True)
     logger.write_image(0, "views", np.full((5, 7, 3), 9, np.uint8))
+    logger.write(3, {"loss": 0.5})
     logger.close()
-    (events,) = tmp_path.glob("events.out.*")
-    content = events.read_bytes()
-    assert b"views" in content and b"\x89PNG" in content
-    assert re.search(rb"IHDR\0\0\0\x07\0\0\0\x05", content)
+    (file,) = tmp_path.glob("events.out.*")
+    assert told(file) == {(0, "views"): (7, 5), (3, "loss"): 0.5}
+
+
+def test_tensorboard_gets_what_evaluations_found(tmp_path):
+    run = made(tmp_path / "run")
+    report.run(str(run))
+    report.run(str(run))  # anew, not once more
+    (file,) = run.glob("events.out.*")
+    found = told(file)
+    rows = {row.name: row for row in runs.rows(runs.read(str(run))) if row.top1 is not None}
+    assert len(rows) == 2
+    for name, row in rows.items():
+        shown = [x for (_, tag), x in found.items() if tag == f"{name}/top1"]
+        assert shown == [pytest.approx(row.top1)]
+    trainings = runs.read(str(run)).trainings
+    for name, lines in trainings.items():
+        key = next(key for key in lines[0] if key != "step")
+        assert found[lines[0]["step"], f"{name}/{key}"] == pytest.approx(lines[0][key])
+    pictures = {tag.removeprefix("report/") for _, tag in found if tag.startswith("report/")}
+    drawn = {file.stem for file in (run / "figures").glob("*.png")} - {build.SHEET}
+    assert trainings and pictures == drawn | runs.read(str(run)).pictures.keys()
 
 
 def test_numbers_in_cells():

@@ -37,6 +37,18 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     assert "16 chips on 4 hosts" in printed and "each host must read" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, chips, hosts", [("v4:2x2x4", 16, 4), ("v5p:2x2x2", 8, 2), ("v6e:2x4", 8, 1)]
+)
+def test_every_kind_of_chip_has_its_compiler(name, chips, hosts):
+    report = plan.run(helpers.smoke_config("moco_v2", batch_size=32), name, images=1437)
+    assert (report["chips"], report["hosts"], report["fits"]) == (chips, hosts, True)
+    assert report["memory"]["limit"] == plan.topology.parse(name)[0].hbm_bytes
+    assert report["step_s"] >= report["compute_s"] > report["floor_s"] > 0
+    assert report["collectives"]["all-reduce"]["bytes"] >= report["memory"]["optimizer"]
+
+
 def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
     code = main.main(
         [

@@ -79,6 +79,23 @@ def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(ru
     assert linear.run(config, run) == result  # nothing is trained again
 
 
+def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
+    config = quick("linear:protocol=grid_crops")
+    config.grid.update(rates=(1e-6, 0.5), weight_decays=(0.0,), held_out_percent=30.0)
+    result = linear.run(config, run)
+    assert result["rate"] == 0.5 and len(result["grid"]) == 2
+    assert result["held_out_top1"] > result["grid"][0]["held_out_top1"]
+    for name in ("linear_grid_crops_search", "linear_grid_crops"):
+        assert metrics(run, name)[-1]["step"] == 6  # two epochs of three batches
+    alone = quick("linear:protocol=moco", name="alone")
+    for field in ("learning_rate", "optimizer", "total_epochs", "batch_size"):
+        alone[field] = config[field]
+    linear.run(alone, run)
+    with np.load(f"{run}/alone.npz") as one, np.load(f"{run}/linear_grid_crops.npz") as two:
+        np.testing.assert_array_equal(one["kernel"], two["kernel"])
+    assert linear.run(config, run) == result  # nothing is trained again
+
+
 @pytest.mark.parametrize("recipe", ["linear:protocol=moco", "finetune"])
 def test_devices_do_not_change_what_is_learned(run, recipe):
     """One device and four, whose last batches of the test images are partial."""
@@ -165,7 +182,8 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
         ("linear", {"labelled.per_class": 5, "labelled.percent": 5.0}, "set one of them to 0"),
         ("linear:protocol=disco,student=resnet18", {}, "student=resnet8"),
         ("linear:protocol=moco", {"norm": "sync"}, "the network is frozen"),
-        ("linear:protocol=grid", {"augment": "linear"}, "set augment=none"),
+        ("linear:protocol=grid", {"augment": "flip"}, "set augment to none or linear"),
+        ("linear:protocol=grid_crops", {"layers": "all"}, "layers to classifier"),
         ("linear:protocol=grid", {"optimizer.name": "lars"}, "trains with sgd"),
         ("finetune", {"augment": "none"}, "--config.augment=linear"),
         ("finetune", {"normalise": True}, "Set it to False"),

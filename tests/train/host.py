@@ -1,7 +1,9 @@
 """One process of a run of several, for `test_hosts.py`: python host.py TASK WORKDIR SETTINGS."""
 
+import errno
 import json
 import os
+import signal
 import sys
 import time
 
@@ -42,8 +44,46 @@ class Disturbed(Shared):
             if self._mine and step == self._at:
                 if self._event == "hang":
                     time.sleep(600)
+                if self._event == "no room":
+                    raise OSError(errno.ENOSPC, "", "/disk/of/process")
                 os.kill(os.getpid(), int(self._event))
             yield batch
+
+
+def kill_amid(what, at):
+    """SIGKILL to this process halfway through its save or evaluation number `at`."""
+    from disco_jax.evaluate import knn
+
+    done = []
+
+    def count(*_):
+        done.append(what)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "evaluation":
+        first(knn, "neighbours", count)
+        return
+
+    def moved(old, *_):
+        # A checkpoint is written under another name, its parts too. Each is then renamed, the
+        # whole last: where the metadata is renamed, the checkpoint is not there yet.
+        if "/meta." in str(old):
+            count()
+
+    first(os, "rename", moved)
+    first(os, "replace", moved)
+
+
+def first(module, name, call):
+    """Lets a function of a module call `call` with its arguments before it does its own work."""
+    own = getattr(module, name)
+
+    def both(*args, **kwargs):
+        call(*args)
+        return own(*args, **kwargs)
+
+    setattr(module, name, both)
 
 
 def differ(state):
@@ -85,6 +125,8 @@ def work(task, workdir, settings):
         print("equal", flush=True)
         replicas.check(differ(begin), 1)
         return None
+    if amid := settings.pop("amid", None):
+        kill_amid(*amid)
     event = settings.pop("event", None)
     source = Disturbed(inner, *here, **event) if event else Shared(inner, *here)
     return pretrain.run(config, workdir, source, **settings)
@@ -93,7 +135,7 @@ def work(task, workdir, settings):
 def main():
     import jax
 
-    from disco_jax import errors
+    from disco_jax import main as command
     from disco_jax.train import hosts
 
     for name, value in (
@@ -105,11 +147,10 @@ def main():
     if "DISCO_JAX_COORDINATOR" in os.environ:
         hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]
-    try:
-        print(json.dumps(work(task, workdir, json.loads(settings))), flush=True)
-    except (errors.UserError, errors.NumericError, errors.Preempted) as error:
-        print(error, flush=True)
-        sys.exit(error.exit_code)
+    command._start = lambda *_: print(
+        json.dumps(work(task, workdir, json.loads(settings))), flush=True
+    )
+    sys.exit(command.main([task]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What goes wrong around a run: changed settings, storage that is full or not to be written."""
 
+import errno
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -11,11 +13,12 @@ import chex
 import pytest
 
 import helpers
+from disco_jax import files, main
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
-from disco_jax.train import goodput
+from disco_jax.train import goodput, metrics
 
 # When a write fails, Orbax's threads tell of it a second time, in the air.
 pytestmark = pytest.mark.filterwarnings(
@@ -86,15 +89,29 @@ def test_a_directory_that_cannot_be_written_is_told():
         pretrain.run(config(), "/proc/disco_jax/run", source())
 
 
-def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path):
+@pytest.fixture
+def ends(monkeypatch, capsys):
+    """Calls a function as the command line calls a task; (exit code, what it says)."""
+
+    def end(call):
+        monkeypatch.setattr(main, "_start", lambda *_: call())
+        code = main.main(["pretrain"])
+        return code, capsys.readouterr().err
+
+    return end
+
+
+def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path, ends):
     """A limit on the size of files fails as a full disk does: in the middle of a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
     try:
-        with pytest.raises(Exception, match=r"(?i)file too large|write|EFBIG|27"):
-            pretrain.run(config(8), str(run), source(), allow_change="total_steps")
+        code, said = ends(
+            lambda: pretrain.run(config(8), str(run), source(), allow_change="total_steps")
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and "Nothing more can be written: a checkpoint: File too large" in said
     assert features.load(str(run)).step == 4
     pretrain.run(config(8), str(run), source())
     whole = tmp_path / "whole"
@@ -102,6 +119,26 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path):
     chex.assert_trees_all_equal(
         features.load(str(run)).variables, features.load(str(whole)).variables
     )
+
+
+def test_a_disk_that_takes_no_metrics_keeps_those_that_it_has(run, ends):
+    """The new file is made to be /dev/full, which is a file on a full disk."""
+    before = (run / "metrics.jsonl").read_text()
+    (run / f".metrics.jsonl.{os.getpid()}").symlink_to("/dev/full")
+    code, said = ends(lambda: metrics.Logger(str(run), tensorboard=False, step=2))
+    assert code == 1 and "No space left on device. What was saved before is whole" in said
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_storage_that_refuses_is_told_and_other_errors_are_not_hidden(number, ends):
+    def refused():
+        raise OSError(number, "x", "RUN/metrics.jsonl")
+
+    code, said = ends(refused)
+    assert code == 1 and f"RUN/metrics.jsonl: {os.strerror(number)}. What was saved" in said
+    for other in (OSError(errno.EPIPE, "x"), ValueError("RESOURCE_EXHAUSTED: of the device")):
+        assert not files.refusal(other)
 
 
 def test_a_trace_is_written_of_the_steps_asked_for(finished):

@@ -29,14 +29,22 @@ CONFIG = {
     "learning_rate.per_256": 0.003,
 }
 RECIPES = ("disco", "moco_v2", "seed", "swav", "dino")
+OF_RECIPE = {  # a queue of earlier embeddings from the second step on
+    "swav": {"objectives.swapped.queue_size": 64, "objectives.swapped.queue_epochs": 0},
+}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
     """Starts the processes of a run on `DEVICES` devices; a list of Popen."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = json.dumps({"recipe": recipe, "config": {**CONFIG, **(changes or {})}, **settings})
+    port = free_port()
+    config = {**CONFIG, **OF_RECIPE.get(recipe, {}), **(changes or {})}
+    words = json.dumps({"recipe": recipe, "config": config, **settings})
     environment = {
         **os.environ,
         "XLA_FLAGS": helpers.one_device_flags()
@@ -74,8 +82,12 @@ def finish(processes, expected=0):
 
 
 def lines(workdir):
-    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
-    return {line["step"]: line for line in map(json.loads, text.splitlines())}
+    """Step -> metrics; an evaluation's are in a line of their own."""
+    found = {}
+    for text in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        found.setdefault(line["step"], {}).update(line)
+    return found
 
 
 def losses(workdir):
@@ -84,6 +96,15 @@ def losses(workdir):
     assert list(found) == list(range(1, STEPS + 1))
     keys = sorted(key for key in found[1] if key == "loss" or key.endswith("/loss"))
     return np.array([[found[step][key] for key in keys] for step in found])
+
+
+def ended(workdir):
+    """Checksums of every part of the last checkpoint, and the place in the data."""
+    folder = pathlib.Path(workdir) / "checkpoints" / str(STEPS)
+    (file,) = (path for path in (folder / "meta").iterdir() if path.name == "metadata")
+    meta = json.loads(file.read_text())
+    assert {"student", "momentum", "memory", "opt_state"} <= meta["checksums"].keys()
+    return meta["checksums"], meta["position"]
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +184,65 @@ def test_a_killed_process_ends_the_others_and_the_next_start_changes_no_loss(run
     begin = time.monotonic()
     outputs = [process.communicate(timeout=200)[0] for process in killed]
     assert killed[1].returncode == -signal.SIGKILL
-    assert killed[0].returncode not in (0, None), outputs[0]
+    assert killed[0].returncode == -signal.SIGABRT, outputs[0]  # 134 of a shell
+    assert "another task died" in outputs[0]
     assert time.monotonic() - begin < 150
     finish(launch("pretrain", workdir, 2))
     np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 2)))
+    assert ended(workdir) == ended(runs("disco", 2))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
+    """The exit code of the documents, whichever is lost: the first is the one that all talk to."""
+    code = (
+        "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
+        "hosts.meet(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.everyone(me); "
+        f"me == {victim} and os.kill(os.getpid(), 9); time.sleep(100)"
+    )
+    port = str(free_port())
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, port, str(i)], stderr=subprocess.PIPE)
+        for i in (0, 1)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in started]
+    assert started[victim].returncode == -signal.SIGKILL
+    assert started[1 - victim].returncode == -signal.SIGABRT
+    assert b"another task died" in errors[1 - victim]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["save", "evaluation"])
+def test_a_run_killed_amid_something_ends_as_if_it_was_not(runs, tmp_path, what):
+    workdir, changes = tmp_path / "run", {"monitor.knn_every_steps": 3, "monitor.images": 64}
+    killed = launch("pretrain", workdir, 1, changes=changes, amid=(what, 2))
+    finish(killed, -signal.SIGKILL)
+    left = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert what == "evaluation" or left == {"5", "10.orbax-checkpoint-tmp"}
+    outputs = finish(launch("pretrain", workdir, 1, changes=changes))
+    # That of step 5 may be under way as the evaluation of step 6 begins.
+    assert f"step {6 if '5' in left else 1}/10" in outputs[0]
+    assert ("step 5/10" in outputs[0]) == ("5" not in left)
+    np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 1)))
+    assert ended(workdir) == ended(runs("disco", 1))
+
+
+def test_a_process_that_fails_alone_ends_with_its_own_code(tmp_path):
+    event = {"event": "no room", "at": 4, "process": 1}
+    failed = launch("pretrain", tmp_path, 2, event=event, peer_timeout_s=10)
+    outputs = [process.communicate(timeout=200)[0] for process in failed]
+    assert [process.returncode for process in failed] == [-signal.SIGABRT, 1], outputs
+    assert "/disk/of/process: No space left on device" in outputs[1]
+    assert "another task died" in outputs[0]
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all_with_a_word(tmp_path):
-    event = {"event": "hang", "at": 4, "process": 1}
+    """Before its first step, where the others wait inside a collective."""
+    event = {"event": "hang", "at": 1, "process": 1}
     changes = {"log.hang_s": 15.0}
     for output in finish(launch("pretrain", tmp_path, 2, changes=changes, event=event), 1):
-        assert "nothing has happened for 15 s after step" in output
+        assert "nothing has happened for 15 s after step 0" in output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The command blocks of the pages are carried out, on small networks and few images.
+
+A command keeps its words; where they mean hours, or a network or data set that is not here, others
+are put in their place (`small`). What is not run: `plan`, which has tests of its own with the TPU's
+compiler, and commands that are no `disco-jax`.
+"""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_docs import PAGES, commands
+
+import helpers
+from disco_jax import flags, main, models
+from disco_jax.convert import save
+from disco_jax.tasks import importing, linear
+
+BLOCKS = [
+    (path, number, block)
+    for path in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S)
+    )
+    if any(words[0] != "plan" for words in commands(block))
+]
+CHECKPOINT = "moco_v2_800ep_pretrain.pth.tar"
+RUNS = (
+    "runs/disco", "runs/moco_v2", "runs/student", "RUN", "OTHER", "TEACHER", "BASELINE", "STUDENT",
+)  # fmt: skip
+IMPORTS = "runs/my_teacher", "runs/teacher", "gs/teacher", "gs/moco_v2"
+NETWORKS = "resnet18", "resnet50", "mobilenetv3_large"
+# Further words by task: less of everything.
+OF_DATA = ("--config.data.source=npz", "--config.data.dir=few.npz")
+TRAIN = (
+    *OF_DATA, "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
+    "--config.total_steps=2", "--config.batch_size=32", "--config.student.hidden=16",
+    "--config.objectives.contrast.queue_size=64",
+)  # fmt: skip
+PROBE = "--config.total_epochs=1", "--config.batch_size=32", "--config.extract_batch_size=32"
+LESS = {
+    "pretrain": TRAIN,
+    "distill": ("--config.total_steps=2", "--config.student.width=4"),
+    "linear": PROBE,
+    "semi": PROBE,
+    "finetune": PROBE,
+    "transfer": (*PROBE, "--config.data.name=", "--config.data.dir=few.npz"),
+    "tsne": ("--config.images_per_class=6", "--config.perplexity=4"),
+    "cost": ("--config.repeats=1",),
+    "bags": (*OF_DATA, "--config.neighbours=3", "--config.clusters=3"),
+    "export": ("--format=safetensors",),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with what the pages take for granted: data, images, runs, a checkpoint."""
+    folder = tmp_path_factory.mktemp("place")
+    digits = helpers.digits()
+    few = {key: x[: 128 if key.startswith("train") else 60] for key, x in digits.items()}
+    np.savez(folder / "few.npz", **few)
+    for i in range(40):
+        image, label = few["train_images"][i], few["train_labels"][i]
+        name = folder / "photos" / "train" / str(label) / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(name)
+    for seed, run in enumerate(RUNS):
+        helpers.network_run(folder / run, folder / "few.npz", seed=seed)
+    taught = flags.load("finetune")
+    taught.update(total_epochs=1, batch_size=32, report=False)
+    linear.run(taught, str(folder / "TEACHER"))
+    encoder = models.build_encoder(helpers.encoder_spec("resnet8", width=4, hidden=8, dim=16))
+    state = save.state_dict("resnet8", encoder, encoder.create(0, 32), "moco", with_head=True)
+    save.write(folder / CHECKPOINT, state, "moco")
+    for run in IMPORTS:
+        importing.run(str(folder / CHECKPOINT), str(folder / run))
+    return folder
+
+
+def small(words):
+    """The same command on what is here."""
+    task, *rest = words
+    made = []
+    for word in rest:
+        word = word.replace("gs://BUCKET/", "gs/")
+        for name in NETWORKS:
+            word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)
+        if task == "pretrain" and "configs/" in word:
+            recipe, _, given = word.partition(":")
+            networks = "student=resnet8" + (",teacher=resnet8" if "disco" in recipe else "")
+            word = f"{recipe}:{given or networks},data=digits,smoke=true"
+        if word in NETWORKS:
+            word = "resnet8"
+        word = word.replace("imagenet2012", "few.npz" if task == "data" else "digits")
+        made.append(word)
+    if task == "export":  # of resnet8 the other formats know no layout; test_export.py has them
+        made = made[: made.index("--format")] + made[made.index("--format") + 2 :]
+    return [task, *made, *LESS.get(task, ())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path, number, block", BLOCKS, ids=[f"{path.name}-{number}" for path, number, _ in BLOCKS]
+)
+def test_a_block_of_commands_runs(path, number, block, place, tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    shutil.copytree(place, here)
+    monkeypatch.chdir(here)
+    for words in commands(block):
+        if words[0] == "plan":
+            continue
+        words = small(words)
+        if words[0] in ("pretrain", "distill", "import"):  # begins a run
+            shutil.rmtree(re.search(r"--workdir[ =](\S+)", " ".join(words))[1], ignore_errors=True)
+        code = main.main(words)
+        said = capsys.readouterr()
+        assert code == 0, f"{words}\n{said.out[-2000:]}\n{said.err}"
+
+
+def test_most_blocks_are_run():
+    assert len(BLOCKS) > 9
+    assert {words[0] for _, _, block in BLOCKS for words in commands(block)} > {
+        "pretrain", "distill", "import", "export", "embed", "knn", "linear", "bags", "compare",
+    }  # fmt: skip
