@@ -529,12 +529,19 @@ def teacher(backbone: str, weights: str = "", recipe: str = "", changes=(), fiel
 
 
 def smoke_sweep(config: ConfigDict) -> None:
-    """Two steps a cell on tiny images, to see a sweep run."""
-    config.recipe += ":data=digits,smoke=true"
+    """Two steps a cell on tiny images, to see a sweep run; teachers are random."""
+    if config.recipe:
+        config.recipe = smoke_recipe(config.recipe)
     config.changes = (
         ("augment.size", 16),
+        ("local.size", 8),
         ("student.width", 4),
         ("teacher.width", 4),
-        ("batch_size", 32),
     )
+    config.teachers = {name: teacher("resnet8", "random") for name in config.teachers}
     config.evaluate = (("linear", (("total_epochs", 2),)), "knn")
+
+
+def smoke_recipe(recipe: str) -> str:
+    """A recipe's reference with what makes its runs tiny."""
+    return recipe + (",data=digits,smoke=true" if ":" in recipe else ":data=digits,smoke=true")

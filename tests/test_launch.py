@@ -40,7 +40,7 @@ class Cloud:
     def answer(self, *answers):
         (self.folder / "answers.json").write_text(json.dumps(answers))
 
-    def run(self, *words, **settings):
+    def run(self, *words, script="tpu.sh", **settings):
         environment = {
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -55,7 +55,7 @@ class Cloud:
             **settings,
         }
         return subprocess.run(
-            ["bash", self.checkout / "launch" / "tpu.sh", *words],
+            ["bash", self.checkout / "launch" / script, *words],
             env=environment,
             capture_output=True,
             text=True,
@@ -339,3 +339,34 @@ def test_slurm_queues_a_preempted_run_again(tmp_path, code, requeued):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].endswith("disco-jax pretrain --config=disco --distributed")
     assert calls[1:] == (["scontrol requeue 17"] if requeued else [])
+
+
+def test_a_sweep_is_shared_among_slices(cloud):
+    cloud.notes.mkdir()
+    for i in (0, 1):
+        (cloud.notes / f"slice-{i}").write_text("secret spot\n")
+    cloud.answer(
+        ["always slice-1 run.rc)", 0, "rc=3"],
+        ["always run.rc)", 0, "rc=0"],
+        ["always describe value(state)", 0, "READY"],
+    )
+    logs = cloud.folder / "logs"
+    done = cloud.run("2", "--config=sweeps/seed", script="sweep.sh", LOGS_DIR=str(logs))
+    assert done.returncode == 3
+    assert "share 1 ended with exit code 3" in done.stderr and "share 0 ended" not in done.stderr
+    assert "finished" in (logs / "slice-0.log").read_text()
+    asked = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
+    assert asked == {"slice-0", "slice-1"}
+
+
+def test_a_dry_run_of_a_sweep_prints_each_share(cloud):
+    done = cloud.run("--dry-run", "2", "--config=sweeps/seed", script="sweep.sh")
+    assert done.returncode == 0, done.stderr
+    assert not cloud.calls()
+    for i in (0, 1):
+        assert f"slice-{i}" in done.stdout and f"--worker={i}" in done.stdout
+    assert done.stdout.count("--workers=2") == 2
+    assert "sweep --distributed" in done.stdout.replace("\\", "")
+    for words in ((), ("0",), ("two",)):
+        refused = cloud.run(*words, script="sweep.sh")
+        assert refused.returncode == 2 and "usage: launch/sweep.sh" in refused.stderr

@@ -26,5 +26,4 @@ def get_config(arg=None):
     if arg.smoke:
         common.smoke_sweep(config)
         config.axes = (("student", ("resnet8",)), ("config.student.hidden", (8, 32)))
-        config.teachers = dict(resnet50=common.teacher("resnet8", "random"))
     return config

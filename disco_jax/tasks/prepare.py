@@ -67,12 +67,12 @@ def prepare(
     Raises:
       UserError: a setting, the data or the teacher will not do.
     """
-    _check_numbers(config)
+    check_numbers(config)
     check_devices(config, jax.device_count())
     config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
-    _check_views(recipe, method)
+    check_views(recipe, method)
     _check_momentum(config)
     losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
     if config.checkpoint.best_metric not in ("", *losses):
@@ -117,7 +117,7 @@ def _cached(ready: Prepared) -> Prepared:
     return dataclasses.replace(ready, source=source, built=built, period=len(kept))
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def check_numbers(config: ConfigDict) -> None:
     """Refuses numbers that would only fail, or do nothing, hours later."""
     least = {
         "batch_size": 1,
@@ -186,7 +186,7 @@ def _check_clusters(config: ConfigDict, bags: Bags) -> None:
         )
 
 
-def _check_views(recipe: views.Recipe, method: Method) -> None:
+def check_views(recipe: views.Recipe, method: Method) -> None:
     """Refuses views that cost time and that nobody reads."""
     read = {view for wanted in method.plan.values() for view in wanted}
     idle = sorted(set(range(len(recipe.crops))) - read)

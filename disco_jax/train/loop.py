@@ -94,10 +94,10 @@ def run(
       NumericError: a loss or gradient is not finite, or replicas differ; nothing of it was saved.
       Preempted: SIGTERM came, to any process; the state was saved first.
     """
-    window: list[Any] = []
     progress = schedule.progress()
     watchdog = hosts.Watchdog(schedule.hang_s)
     saver = _Saver(checkpoints, goodput, batches)
+    window = _Window(summary_of, logger, progress if schedule.verbose else None)
     with (
         contextlib.closing(watchdog),
         contextlib.closing(_Profiler(schedule)) as profiler,
@@ -111,18 +111,14 @@ def run(
             profiler.before(step)
             batch, position = next(batches)
             state, metrics = step_fn(state, frozen, batch)
-            window.append(metrics)
-            if len(window) > IN_FLIGHT:
-                jax.block_until_ready(window[-IN_FLIGHT])
+            window.add(metrics)
             profiler.after(step, metrics)
             last = step == schedule.total
             stopping = asked(step) and checkpoints is not None
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
-                summary = summary_of(window, step) | saver.measure()
-                summary |= progress.measure(step, getattr(batches, "waited_s", 0.0))
-                window = []
-                _tell(step, summary, logger, progress if schedule.verbose else None)
+                rates = progress.measure(step, getattr(batches, "waited_s", 0.0))
+                summary = window.tell(step, rates | saver.measure())
                 watch(step, summary)
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
@@ -141,11 +137,34 @@ def run(
     return state
 
 
-def _tell(step: int, summary: dict[str, float], logger: Logger, progress: Progress | None) -> None:
-    """Writes a summary, and a line of it where there is `progress` to tell."""
-    logger.write(step, summary)
-    if progress and jax.process_index() == 0:
-        print(progress.line(step, summary), flush=True)
+class _Window:
+    """The metrics of the steps since the last log line, left on the device until then."""
+
+    def __init__(self, summary_of: Callable, logger: Logger, progress: Progress | None):
+        """Empty.
+
+        Args:
+          summary_of: see `run`.
+          logger: for what comes of it.
+          progress: of the line that is printed; None: none is.
+        """
+        self._summary_of, self._logger, self._progress = summary_of, logger, progress
+        self._metrics: list[Any] = []
+
+    def add(self, metrics: Any) -> None:
+        """Adds a step's; waits where too many steps are under way."""
+        self._metrics.append(metrics)
+        if len(self._metrics) > IN_FLIGHT:
+            jax.block_until_ready(self._metrics[-IN_FLIGHT])
+
+    def tell(self, step: int, rates: Mapping[str, float]) -> dict[str, float]:
+        """Logs a summary with `rates`, prints a line of it, and begins anew."""
+        summary = self._summary_of(self._metrics, step) | rates
+        self._metrics = []
+        self._logger.write(step, summary)
+        if self._progress and jax.process_index() == 0:
+            print(self._progress.line(step, summary), flush=True)
+        return summary
 
 
 class _Saver:

@@ -8,7 +8,7 @@ from disco_jax import flags, methods
 from disco_jax.configs import common
 from disco_jax.data import views
 from disco_jax.data.bags import Bags
-from disco_jax.tasks import pretrain
+from disco_jax.tasks import prepare, pretrain
 from disco_jax.train import step, teacher
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
@@ -56,11 +56,11 @@ def test_networks_objectives_and_optimizer_are_built(recipe, data):
     config = loaded(recipe, data)
     assert set(common.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
-    pretrain._check_numbers(config)
+    prepare.check_numbers(config)
     config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
-    pretrain._check_views(recipe, method)
+    prepare.check_views(recipe, method)
     steps_per_epoch = IMAGES[data] // config.batch_size
     assert steps_per_epoch >= 1
     step.from_config(config, method.paced(steps_per_epoch), recipe, steps_per_epoch)

@@ -1,0 +1,32 @@
+r"""Students under several teachers (DisCo, arXiv:2104.09124, Table 1; RETRO, Table 1).
+
+    disco-jax sweep --config sweeps/students_teachers --workdir gs://BUCKET/table1 \
+        --config.teachers.resnet50.weights=gs://BUCKET/moco_v2_resnet50 ...
+
+Each of SEED, DisCo and RETRO with each pair; the papers' linear top-1 stands beside ours in the
+table. Ours: not measured yet. Students that share a teacher train in one step.
+"""
+
+from disco_jax.configs import common
+from disco_jax.configs.sweeps.hidden_width import STUDENTS
+
+TEACHERS = ("resnet50", "resnet101", "resnet152", "resnet50w2")  # the last one is SwAV's
+
+
+def get_config(arg=None):
+    arg = common.parse(arg, smoke=False)
+    config = common.sweep("students_teachers")
+    config.recipe = "disco"
+    config.teachers = {name: common.teacher(name) for name in TEACHERS}
+    config.axes = (
+        ("recipe", ("seed", "disco", "retro")),
+        ("teacher", TEACHERS),
+        ("student", STUDENTS),
+    )
+    if arg.smoke:
+        common.smoke_sweep(config)
+        config.axes = (
+            ("recipe", tuple(map(common.smoke_recipe, ("seed", "disco")))),
+            ("student", ("resnet8", "resnet14")),
+        )
+    return config
