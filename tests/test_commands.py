@@ -49,6 +49,11 @@ LESS = {
     "transfer": (*PROBE, "--config.data.name=", "--config.data.dir=few.npz"),
     "tsne": ("--config.images_per_class=6", "--config.perplexity=4"),
     "cost": ("--config.repeats=1",),
+    "cache": (*TRAIN, "--epochs=1"),
+    "sweep": (
+        "--config.changes=(('data.source', 'npz'), ('data.dir', 'few.npz'), ('augment.size', 16), "
+        "('student.width', 4), ('teacher.width', 4))",
+    ),
     "bags": (*OF_DATA, "--config.neighbours=3", "--config.clusters=3"),
     "export": ("--format=safetensors",),
 }
@@ -87,10 +92,13 @@ def small(words):
         word = word.replace("gs://BUCKET/", "gs/")
         for name in NETWORKS:
             word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)
-        if task == "pretrain" and "configs/" in word:
+        if task in ("pretrain", "cache") and "configs/" in word:
             recipe, _, given = word.partition(":")
             networks = "student=resnet8" + (",teacher=resnet8" if "disco" in recipe else "")
             word = f"{recipe}:{given or networks},data=digits,smoke=true"
+        if task == "sweep":
+            word = word.replace("hidden_width", "hidden_width:smoke=true")
+            word = word.replace("runs/my_teacher", "random")
         if word in NETWORKS:
             word = "resnet8"
         word = word.replace("imagenet2012", "few.npz" if task == "data" else "digits")
@@ -123,4 +131,5 @@ def test_most_blocks_are_run():
     assert len(BLOCKS) > 9
     assert {words[0] for _, _, block in BLOCKS for words in commands(block)} > {
         "pretrain", "distill", "import", "export", "embed", "knn", "linear", "bags", "compare",
+        "sweep", "cache",
     }  # fmt: skip

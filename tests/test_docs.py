@@ -43,7 +43,8 @@ def of_recipe(path):
 
 
 COMMANDS = {shlex.join(words): words for path in PAGES for words in of_page(path)}  # each once
-RECIPES = {shlex.join(words) for path in flags.recipes().values() for words in of_recipe(path)}
+PATHS = [*flags.recipes().values(), *flags.recipes("sweeps").values()]
+RECIPES = {shlex.join(words) for path in PATHS for words in of_recipe(path)}
 
 
 class Understood(Exception):

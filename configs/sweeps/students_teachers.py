@@ -1,7 +1,10 @@
 r"""Students under several teachers (DisCo, arXiv:2104.09124, Table 1; RETRO, Table 1).
 
     disco-jax sweep --config sweeps/students_teachers --workdir gs://BUCKET/table1 \
-        --config.teachers.resnet50.weights=gs://BUCKET/moco_v2_resnet50 ...
+        --config.teachers.resnet50.weights=gs://BUCKET/moco_v2_resnet50 \
+        --config.teachers.resnet101.weights=gs://BUCKET/moco_v2_resnet101 \
+        --config.teachers.resnet152.weights=gs://BUCKET/moco_v2_resnet152 \
+        --config.teachers.resnet50w2.weights=swav_RN50w2_400ep_pretrain.pth.tar
 
 Each of SEED, DisCo and RETRO with each pair; the papers' linear top-1 stands beside ours in the
 table. Ours: not measured yet. Students that share a teacher train in one step.
