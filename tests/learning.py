@@ -26,7 +26,14 @@ from disco_jax.methods import swapped
 from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import step as step_module
 
-EPOCHS = {"simreg": 40, "ressl": 40, "compress:queues=1": 40}  # else 10
+EPOCHS = {
+    "simreg": 40,
+    "ressl": 40,
+    "compress:queues=1": 40,
+    "sslight_moco": 40,
+    "sslight_swav": 40,
+    "sslight_dino": 40,
+}  # else 10, or 20 of several crops
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
 # Several crops of two sizes: the views and rates of the recipe itself.
@@ -63,7 +70,7 @@ def multicrop(name, folder):
     config = flags.load(f"{name}:data=digits,{student}")
     config.student.update(width=4, hidden=256, dim=64)
     config.local.count = 2
-    config.total_epochs = 20
+    config.total_epochs = EPOCHS.get(name, 20)
     if with_teacher:
         config.teacher.update(width=16, weights=f"{folder}/teacher", network="student")
         config.student.dim = 128
