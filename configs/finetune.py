@@ -10,6 +10,9 @@ alone learns from the teacher, DisCo's "KD" (Table 2), whose teacher is a linear
     disco-jax linear --workdir TEACHER --config configs/linear.py:protocol=disco
     disco-jax finetune --workdir RUN --config configs/finetune.py:protocol=kd \
         --config.distill.teacher=TEACHER/linear_disco
+
+With a RUN of moco_v2.py that is KD alone, with one of disco.py KD + DisCo. Table 2, R-50 -> R-18:
+51.5 and 60.6; ours not measured yet.
 """
 
 from disco_jax.configs import common

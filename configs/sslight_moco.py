@@ -20,6 +20,8 @@ def get_config(arg=None):
     config.name = "sslight_moco"
     common.sslight(config, arg, "dino", per_256=0.48)
     config.student.head = "mlp_narrow"
+    if arg.data in common.SMALL_QUEUES:
+        config.momentum.ema_rate = 0.99  # these runs are too short for 0.999
     config.objectives.contrast.update(
         weight=1.0, pairs=((1, 0),), local_queries=True, global_share=0.4
     )

@@ -1,0 +1,99 @@
+"""DINO, alone and with DisCo, trains a tiny ViT and a tiny XCiT: whole steps, as their papers."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import flags, models
+from disco_jax.ops.collectives import AXIS
+from disco_jax.train import teacher
+
+TEACHERS = {"vit_tiny_p16": "vit_small_p16", "xcit_tiny_12_p16": "xcit_small_12_p16"}
+
+
+@pytest.fixture(autouse=True)
+def two_blocks(monkeypatch):
+    """The variants of the papers, but two blocks deep."""
+    for name in (*TEACHERS, *TEACHERS.values()):
+        cls, fields = models.BACKBONES[name]
+        monkeypatch.setitem(models.BACKBONES, name, (cls, {**fields, "depth": 2}))
+
+
+def smoke(recipe, student, **changes):
+    """A recipe as it ships for a transformer, on small images, in its second and last epoch."""
+    arg = f"student={student},data=digits,smoke=true"
+    if recipe == "dino_disco":
+        arg += f",teacher={TEACHERS[student]}"
+    config = flags.load(f"{recipe}:{arg}")
+    config.augment.size, config.local.size, config.batch_size = 16, 8, 4
+    # The settings of the papers, which short runs on small images replace.
+    real = flags.load(f"{recipe}:{arg.replace('digits,smoke=true', 'imagenet2012')}")
+    fields = ("name", "weight_decay", "weight_decay_end", "no_decay", "clip", "frozen", "fixed")
+    config.optimizer.update({field: real.optimizer[field] for field in fields})
+    config.optimizer.update(frozen_epochs=0, frozen_steps=1)
+    config.learning_rate.warmup_epochs = 0  # whose first step has the rate 0
+    config.student.drop_path = real.student.drop_path
+    config.update_from_flattened_dict(changes)
+    return teacher.resolve(config)
+
+
+def steps(config, count):
+    """The states after none, one, ... steps, and the metrics of the last."""
+    step, state, frozen, batch = helpers.smoke(config, 1)
+    step = jax.jit(jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS))
+    states = [state]
+    for _ in range(count):
+        state, metrics = step(state, frozen, batch)
+        states.append(state)
+    return states, metrics
+
+
+def moved(before, after):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+        )
+        if np.any(a != b)
+    }
+
+
+@pytest.mark.parametrize(
+    "recipe, student",
+    [
+        ("dino", "vit_tiny_p16"),
+        pytest.param("dino_disco", "vit_tiny_p16", marks=pytest.mark.slow),
+        pytest.param("dino_disco", "xcit_tiny_12_p16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_transformer_takes_steps_with_every_setting_of_its_paper(recipe, student):
+    config = smoke(recipe, student)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.clip, config.student.drop_path) == ("adamw", 3.0, 0.1)
+    assert (optimizer.weight_decay, optimizer.weight_decay_end) == (0.04, 0.4)
+    assert config.local.count == 2 and config.local.size < config.augment.size
+    (start, first, second), metrics = steps(config, 2)
+    names = {"self_distill/loss"} | ({"distill/loss"} if recipe == "dino_disco" else set())
+    assert names <= set(metrics)
+    chex.assert_tree_all_finite((second, metrics))
+    # The last layer waits for its step; its lengths never change, and all else learns at once.
+    everything = moved(
+        start.student["params"], jax.tree.map(lambda x: x + 1, start.student["params"])
+    )
+    still = {"prototypes/scale0"}
+    assert moved(start.student["params"], first.student["params"]) >= {
+        name for name in everything if name.startswith(("backbone", "head"))
+    }
+    assert moved(first.student["params"], second.student["params"]) == everything - still
+    assert not {n for n in moved(start.student["params"], first.student["params"])
+                if n.startswith("prototypes")}  # fmt: skip
+    # The momentum network follows by 1 - 0.996, later less; the centre is a tenth of a mean.
+    share = jax.tree.map(
+        lambda m, a, b: np.allclose(m, 0.996 * a + 0.004 * b, atol=1e-6),
+        first.momentum["params"], start.momentum["params"], first.student["params"],
+    )  # fmt: skip
+    assert all(jax.tree.leaves(share))
+    centre = first.memory["self_distill"]
+    assert np.any(centre != 0) and np.all(np.abs(centre) <= 0.1 + 1e-6)
