@@ -252,7 +252,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         tensorboard=True,  # of the run and its evaluations; in a bucket beside TFDS data alone
         report=True,  # the contact sheet of views at the start, report.html at the end
         replicas_every_steps=0,  # compare all replicas bit by bit so often; 0: never
-        hang_s=1800.0,  # end the process after so many seconds without a step; 0: never
+        # End the process after so many seconds without a step, what is compiled, evaluated and
+        # saved with it included; 0: never.
+        hang_s=1800.0,
     )
     # Whether it learns: kNN of the student's features within a labelled split, each image by the
     # others, as knn/top1 in the metrics. It costs a pass over so many images each time.

@@ -147,6 +147,7 @@ run() {
   everywhere "if [ -e run.pid ] && kill -0 \"\$(cat run.pid)\" 2>/dev/null
     then echo 'A run is under way here.' >&2; exit 1; fi
     rm -f run.rc
+    export DISCO_JAX_COMMIT=\$(cat disco_jax/COMMIT)
     nohup setsid sh -c 'disco_venv/bin/disco-jax \"\$@\" >>run.log 2>&1; echo \$? >run.rc' run $words \
       >/dev/null 2>&1 </dev/null & echo \$! >run.pid"
 }
@@ -161,13 +162,14 @@ outcome() {
   local said code found=none
   said=$(gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker=all \
     --command="$ask") || return 1
-  for code in 2 3 1 75 running none 0; do
+  for code in 2 3 1 75 running none; do
     if grep -qx "rc=$code" <<<"$said"; then
       echo "$code"
       return
     fi
   done
-  found=$(grep -m1 -o 'rc=[0-9]*' <<<"$said") || true
+  # Done are all or none: 134 on one machine says that another was lost before the end.
+  found=$(grep -m1 -o 'rc=[1-9][0-9]*' <<<"$said") || found=$(grep -m1 -o 'rc=0' <<<"$said") || true
   echo "${found#rc=}"
 }
 

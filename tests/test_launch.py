@@ -169,8 +169,10 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     machine = tmp_path / "machine"
     (machine / "disco_venv" / "bin").mkdir(parents=True)
     program = machine / "disco_venv" / "bin" / "disco-jax"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nsleep 0.5\nexit 75\n')
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$DISCO_JAX_COMMIT"\nsleep 0.5\nexit 75\n')
     program.chmod(0o755)
+    (machine / "disco_jax").mkdir()
+    (machine / "disco_jax" / "COMMIT").write_text("abc123\n")  # as `setup` leaves it
 
     def shell():
         return subprocess.run(["bash", "-c", line], cwd=machine, capture_output=True, text=True)
@@ -183,7 +185,7 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
             break
         subprocess.run(["sleep", "0.1"], check=True)
     assert (machine / "run.rc").read_text() == "75\n"
-    expected = ["pretrain", "--distributed", "--workdir=gs://bucket/run", *flags]
+    expected = ["pretrain", "--distributed", "--workdir=gs://bucket/run", *flags, "abc123"]
     assert (machine / "run.log").read_text().splitlines() == expected
 
 
@@ -209,6 +211,14 @@ def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud)
     verbs = [verb for verb in cloud.verbs() if verb != "describe"]
     start = ["scp", "ssh", "ssh"]  # setup and run
     assert verbs == ["delete", "create", "ssh", *start, "ssh", "ssh", *start, "ssh"]
+
+
+def test_a_lost_process_beside_one_that_is_done_is_no_end(cloud):
+    cloud.note()
+    cloud.answer(READY, ["ssh run.rc)", 0, "rc=0\nrc=134"], READY, ["ssh run.rc)", 0, "rc=0\nrc=0"])
+    done = cloud.run("babysit")
+    assert done.returncode == 0 and "Starting the run (before: 134)" in done.stdout
+    assert cloud.verbs() == ["describe", "ssh", "scp", "ssh", "ssh", "describe", "ssh"]
 
 
 @pytest.mark.parametrize("code, ends", [(2, 2), (3, 3)])

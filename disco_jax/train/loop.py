@@ -32,8 +32,8 @@ class Schedule:
       evaluate_steps: steps between two evaluations; 0: none.
       verbose: whether process 0 prints the progress line.
       replica_check_steps: steps between two comparisons of all replicas; 0: none.
-      hang_s: seconds without a step, with all that belongs to one (the first is compiled), or an
-        evaluation, after which the process ends; 0: never.
+      hang_s: seconds without a step, what is compiled, evaluated and saved with it included,
+        after which the process ends; 0: never.
       profile: (first, last) of the steps of this start that are traced, () for none.
       profile_dir: where to.
     """
@@ -123,10 +123,8 @@ def run(
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
             if _due(step, last, schedule.evaluate_steps):
-                watchdog.alive(step)
                 with progress.aside(), saver.aside():
                     logger.write(step, evaluate(step, state))
-                watchdog.alive(step)
             if save:
                 saver.save(step, state, position, summary)
             watchdog.alive(step)

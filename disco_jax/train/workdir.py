@@ -17,6 +17,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -193,7 +194,12 @@ def _installed(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout that this package runs from, "-dirty" with changes in it."""
+    """The revision of the checkout that this package runs from, "-dirty" with changes in it.
+
+    Where it was installed from an archive of a commit, $DISCO_JAX_COMMIT says of which.
+    """
+    if given := os.environ.get("DISCO_JAX_COMMIT"):
+        return given
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

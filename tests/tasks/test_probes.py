@@ -9,11 +9,12 @@ import pytest
 
 import helpers
 from disco_jax import flags
+from disco_jax.convert import pickles
 from disco_jax.data import chosen
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, saved, streamed
-from disco_jax.tasks import linear
+from disco_jax.evaluate import features, saved, streamed, target
+from disco_jax.tasks import importing, knn, linear
 
 
 def few(count=96):
@@ -156,6 +157,33 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     config = quick("linear:protocol=moco", name="plain")
     linear.run(config, other)
     assert taught != pathlib.Path(other, "plain", "metrics.jsonl").read_text()
+
+
+def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
+    """DINO's protocol: of the last four blocks, side by side; the last alone is what kNN reads."""
+    file, run = tmp_path / "vit.pth", tmp_path / "vit"
+    pickles.write(file, helpers.recorded_state("dino_vit_tiny_p16")[2])
+    importing.run(str(file), str(run))
+    on_digits = {"data.dir": str(data_file), "data.size": 32, "report": False}
+    near = flags.load("knn:protocol=dino")
+    near.update_from_flattened_dict({**on_digits, "network": "student"})
+    assert knn.run(near, str(run))["top1"] > 30  # of 10 by chance
+    config = quick("linear:protocol=dino,student=vit_tiny_p16", augment="none", **on_digits)
+    with pytest.raises(UserError, match=r"--config\.network=student"):
+        linear.run(config, str(run))
+    config.update(network="student", total_epochs=20)
+    result = linear.run(config, str(run))
+    with np.load(run / "linear_dino.npz") as kept:
+        assert kept["kernel"].shape == (4 * 192, 10)
+        kernel, bias = kept["kernel"], kept["bias"]
+    trained, source = target.opened(target.aimed(features.load(str(run)), config.data))
+    rows = {
+        blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
+        for blocks in (1, 4)
+    }
+    np.testing.assert_allclose(rows[4].features[:, -192:], rows[1].features, rtol=1e-4, atol=1e-5)
+    right = (rows[4].features @ kernel + bias).argmax(1) == rows[4].labels
+    assert 100 * right.mean() == pytest.approx(result["top1"]) and result["top1"] > 30
 
 
 def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):

@@ -168,6 +168,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored))
 
 
+def test_a_commit_that_was_installed_is_noted(tmp_path, monkeypatch):
+    from disco_jax.train import workdir
+
+    monkeypatch.setenv("DISCO_JAX_COMMIT", "abc123")
+    with workdir.claim(str(tmp_path), helpers.smoke_config("moco_v2")):
+        (start,) = json.loads((tmp_path / "environment.json").read_text())
+    assert start["git"] == "abc123"
+
+
 def test_preempted_has_its_exit_code():
     assert Preempted.exit_code == 75
 
