@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from disco_jax.errors import UserError
@@ -127,14 +126,16 @@ def leave(code: int) -> None:
     and now, with `code`: an orderly end would wait for all, and be cut off by JAX with another
     code. The others then learn from JAX that this one is gone.
     """
-    client, processes = distributed.global_state.client, distributed.global_state.num_processes
-    if client is None or processes == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     with contextlib.suppress(Exception):  # the service is that of process 0, which may be gone
-        client.key_value_set(f"{_LEFT}{distributed.global_state.process_id}", str(code))
+        from jax._src import distributed  # JAX has no public way to it
+
+        client = distributed.global_state.client
+        client.key_value_set(f"{_LEFT}{jax.process_index()}", str(code))
         end = time.monotonic() + _PATIENCE_S
         while time.monotonic() < end:
-            if len(client.key_value_dir_get(_LEFT)) == processes:
+            if len(client.key_value_dir_get(_LEFT)) == jax.process_count():
                 return
             time.sleep(0.1)
     sys.stdout.flush()
