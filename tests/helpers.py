@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import types
 
 import flax.linen as nn
 import jax
@@ -255,6 +256,29 @@ def digits_splits():
     """The digits as `ArraySource` takes them."""
     made = digits()
     return {s: (made[f"{s}_images"], made[f"{s}_labels"]) for s in ("train", "test")}
+
+
+def crop(size=8, **changes):
+    """How a view is cut out of an image."""
+    fields = dict(
+        size=size,
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        interpolation="bilinear",
+        antialias="exact",
+    )
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+def same_batches(ours, theirs):
+    """Asserts that two lists of host batches are equal."""
+    assert [b.position for b in ours] == [b.position for b in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.views.keys() == b.views.keys()
+        for view in a.views:
+            np.testing.assert_array_equal(a.views[view], b.views[view])
+        np.testing.assert_array_equal(a.labels, b.labels)
+        np.testing.assert_array_equal(a.rows, b.rows)
 
 
 def one_device_flags():

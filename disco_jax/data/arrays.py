@@ -132,7 +132,7 @@ class ArraySource:
                         for view, crop in views.items()
                     }
                     after = base.next_position(epoch, begin + batch_size, share, batch_size)
-                    yield base.HostBatch(made, {}, after, labels[rows])
+                    yield base.HostBatch(made, {}, after, labels[rows], rows)
                 offset = 0
 
     def evaluate(

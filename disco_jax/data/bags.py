@@ -197,8 +197,9 @@ class BagSource:
                     any_batch = True
                     after = base.next_position(epoch, offset, share, batch_size)
                     labels = np.array([row.label for row in rows], np.int32)
+                    records = np.array([row.record for row in rows], np.int64)
                     made = self._batch(pool, views, rows, where, begin)
-                    yield base.HostBatch(*made, after, labels)
+                    yield base.HostBatch(*made, after, labels, records)
                 if not any_batch:  # too much is unreadable to fill one batch
                     base.check_batch_size(self._source.name, split, 0, batch_size)
                 offset = 0

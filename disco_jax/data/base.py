@@ -45,12 +45,14 @@ class HostBatch(NamedTuple):
       aux: name -> array[b, ...], what else a method reads; {} where nothing is.
       position: where the next batch starts.
       labels: i32[b], -1 where there is none; for probes alone, no method reads them.
+      rows: i64[b], the place of each image in the stored order of its split, of all hosts.
     """
 
     views: dict[int, np.ndarray]
     aux: dict[str, np.ndarray]
     position: Position
     labels: np.ndarray
+    rows: np.ndarray
 
 
 class Source(Protocol):

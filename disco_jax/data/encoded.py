@@ -122,29 +122,31 @@ class EncodedSource(abc.ABC):
                 chunks = _chunks(offset, records, min(_CHUNK, batch_size))
                 made = _in_order(submit, crops, chunks, _ahead(batch_size))
                 any_batch = offset > 0
-                for after, rows, labels in self._batches(split, made, batch_size, limit):
+                for after, crops_of, records in self._batches(split, made, batch_size, limit):
                     any_batch = True
-                    columns = zip(*rows, strict=True)
+                    columns = zip(*crops_of, strict=True)
                     cut = {view: np.stack(c) for view, c in zip(views, columns, strict=True)}
                     after = base.next_position(epoch, after, share, batch_size)
-                    yield base.HostBatch(cut, {}, after, np.array(labels, np.int32))
+                    labels = np.array([record.label for record in records], np.int32)
+                    rows = np.array([record.row for record in records], np.int64)
+                    yield base.HostBatch(cut, {}, after, labels, rows)
                 if not any_batch:  # too much is unreadable to fill one batch
                     base.check_batch_size(self.name, split, 0, batch_size)
                 offset = 0
 
     def _batches(self, split, made, batch_size, limit):
-        """(position after it, crops, labels) of each full batch; names what cannot be read."""
-        rows, labels = [], []
+        """(position after it, crops, records) of each full batch; names what cannot be read."""
+        crops, read = [], []
         for (place, records), found in made:
             for position, record, cut in zip(itertools.count(place), records, found, strict=False):
                 if isinstance(cut, decode.Unreadable):
                     self._skip(split, record, cut, limit)
                     continue
-                rows.append(cut)
-                labels.append(record.label)
-                if len(rows) == batch_size:
-                    yield position + 1, rows, labels
-                    rows, labels = [], []
+                crops.append(cut)
+                read.append(record)
+                if len(crops) == batch_size:
+                    yield position + 1, crops, read
+                    crops, read = [], []
 
     def evaluate(
         self,

@@ -135,6 +135,7 @@ class TfdsSource(EncodedSource):
         self._kept: dict[str, list[Record]] = {}  # split -> encoded records of this host's share
         self._kept_whole: dict[str, list[Record]] = {}  # and of all hosts' shares together
         self._kept_subset: dict[str, list[Record]] = {}  # all of it, which is little
+        self._subset_rows: dict[str, list[int]] = {}  # and where in the whole split it lies
         self._kept_pixels: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -158,6 +159,8 @@ class TfdsSource(EncodedSource):
         return self._rows[split]
 
     def _name(self, split: str, row: int) -> str:
+        if split in self._subset:
+            row = self._subset_rows[split][row]
         return self._rows_of(split).name(row)
 
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
@@ -233,7 +236,10 @@ class TfdsSource(EncodedSource):
                     f"{len(missing)} of {len(names)} file names of config.data.subset are not in "
                     f"the split {split!r} of {self.name}, {missing[0]!r} for one."
                 )
-            self._kept_subset[split] = list(found.values())
+            self._subset_rows[split] = [record.row for record in found.values()]
+            self._kept_subset[split] = [
+                record._replace(row=i) for i, record in enumerate(found.values())
+            ]
         return self._kept_subset[split]
 
     def _streamed(self, rows: Rows, seed: int, epoch: int, offset: int) -> Iterator[Record]:
@@ -305,7 +311,8 @@ class TfdsSource(EncodedSource):
                     for view, crop in views.items()
                 }
                 after = base.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
-                yield base.HostBatch(cut, {}, after, labels[order[batch]])
+                rows = self._host * share + order[batch]
+                yield base.HostBatch(cut, {}, after, labels[order[batch]], rows)
             if not offset and len(positions) < batch_size:
                 base.check_batch_size(self.name, split, 0, batch_size)
 

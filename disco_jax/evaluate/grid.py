@@ -116,11 +116,7 @@ def train_streamed(
 
 
 class Marked:
-    """A source whose training batches say of each image whether it is to be learned from.
-
-    The order of an epoch is that of `base.shuffled_share`, whatever the source. In a batch that
-    passed over an unreadable image the rows are not known: nothing is learned from it.
-    """
+    """A source whose training batches say of each image whether it is to be learned from."""
 
     def __init__(self, source: Source, split: str, out: np.ndarray):
         """Marks the rows bool[N] `out` of `split` with 0, the others with 1."""
@@ -129,28 +125,11 @@ class Marked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(
-        self,
-        split: str,
-        views: Mapping[int, Any],
-        batch_size: int,
-        seed: int,
-        start: base.Position,
-        max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    def train(self, split: str, *args: Any) -> Iterator[base.HostBatch]:
         """See `base.Source`; `aux` has "learned", f32[b]."""
-        hosts = jax.process_index(), jax.process_count()
-        before, epoch, order = start, -1, None
-        for batch in self._source.train(split, views, batch_size, seed, start, max_unreadable):
-            if before.epoch != epoch:
-                epoch = before.epoch
-                order = base.shuffled_share(len(self._out), seed, epoch, *hosts)
-            after = batch.position
-            end = after.offset if after.epoch == epoch else before.offset + batch_size
-            learned = np.zeros(batch_size, np.float32)
-            if end - before.offset == batch_size:
-                learned[:] = ~self._out[order[before.offset : end]]
-            before = after
+        assert split == self._split
+        for batch in self._source.train(split, *args):
+            learned = (~self._out[batch.rows]).astype(np.float32)
             yield batch._replace(aux={**batch.aux, "learned": learned})
 
 

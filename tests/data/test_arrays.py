@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,20 +14,10 @@ from disco_jax.data import arrays, base, crops, decode
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
+from helpers import crop, same_batches
 
 START = Position.start()
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def crop(size=8, **changes):
-    fields = dict(
-        size=size,
-        scale=(0.2, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation="bilinear",
-        antialias="exact",
-    )
-    return types.SimpleNamespace(**{**fields, **changes})
 
 
 VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
@@ -48,14 +37,6 @@ def train(source, n, batch_size=7, seed=3, start=START, views=VIEWS):
     return list(itertools.islice(batches, n))
 
 
-def assert_equal(ours, theirs):
-    assert [b.position for b in ours] == [b.position for b in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.views.keys() == b.views.keys()
-        for view in a.views:
-            np.testing.assert_array_equal(a.views[view], b.views[view])
-
-
 def load(parity, name):
     path = parity / "augment" / name
     return json.loads(path.with_suffix(".json").read_text())["params"], np.load(f"{path}.npz")
@@ -67,7 +48,7 @@ def test_reading_on_from_any_position_repeats_the_rest(host):
     whole = train(source, 9)
     assert [b.position.epoch for b in whole] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     for i, batch in enumerate(whole[:-1]):
-        assert_equal(train(source, 8 - i, start=batch.position), whole[i + 1 :])
+        same_batches(train(source, 8 - i, start=batch.position), whole[i + 1 :])
 
 
 def test_batches_have_the_promised_layout():
@@ -93,7 +74,7 @@ def test_labels_come_with_their_images():
 
 def test_the_seed_decides_order_and_crops():
     source = ArraySource({"train": (noise(), None)})
-    assert_equal(train(source, 6), train(source, 6))
+    same_batches(train(source, 6), train(source, 6))
     for a, b in zip(train(source, 6), train(source, 6, seed=4), strict=True):
         assert (a.views[0] != b.views[0]).any()
 
@@ -287,7 +268,7 @@ def test_large_images_are_cropped_in_threads_to_the_same_bytes(monkeypatch):
     source = ArraySource({"train": (noise(6, 100), None)})
     threaded = train(source, 2, batch_size=3, views={0: crop(64)})
     monkeypatch.setattr(arrays, "_SMALL", 10**9)
-    assert_equal(train(source, 2, batch_size=3, views={0: crop(64)}), threaded)
+    same_batches(train(source, 2, batch_size=3, views={0: crop(64)}), threaded)
 
 
 def test_tensorflow_is_not_needed(tmp_path):

@@ -1,7 +1,6 @@
 """One picture: every kind and fault, Pillow's bytes, and what the ways to shrink differ by."""
 
 import io
-import types
 
 import numpy as np
 import pytest
@@ -9,20 +8,10 @@ from PIL import Image, ImageOps
 
 import helpers
 from disco_jax.data import decode
+from helpers import crop
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (30, 41, 3), np.uint8)
-
-
-def crop(size=8, **changes):
-    fields = dict(
-        size=size,
-        scale=(0.2, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation="bilinear",
-        antialias="exact",
-    )
-    return types.SimpleNamespace(**{**fields, **changes})
 
 
 def encode(image, kind="JPEG", **options):

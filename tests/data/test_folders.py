@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import types
 
 import numpy as np
 import pytest
@@ -13,19 +12,9 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
+from helpers import crop, same_batches
 
 START = Position.start()
-
-
-def crop(size=8, **changes):
-    fields = dict(
-        size=size,
-        scale=(0.2, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation="bilinear",
-        antialias="exact",
-    )
-    return types.SimpleNamespace(**{**fields, **changes})
 
 
 VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
@@ -34,14 +23,6 @@ VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
 def train(source, n, batch_size=7, seed=3, start=START, views=VIEWS, max_unreadable=0):
     batches = source.train("train", views, batch_size, seed, start, max_unreadable)
     return list(itertools.islice(batches, n))
-
-
-def assert_equal(ours, theirs):
-    assert [b.position for b in ours] == [b.position for b in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.views.keys() == b.views.keys()
-        for view in a.views:
-            np.testing.assert_array_equal(a.views[view], b.views[view])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +42,7 @@ def noisy(noise, tmp_path_factory):
 def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
     """One order, one set of boxes, one resize: the folder is only another place."""
     memory = ArraySource({"train": (noise, None)})
-    assert_equal(train(FolderSource(noisy), 7), train(memory, 7))
+    same_batches(train(FolderSource(noisy), 7), train(memory, 7))
     kept = memory.evaluate("train", 12, 16, "bicubic", 5)
     for a, b in zip(FolderSource(noisy).evaluate("train", 12, 16, "bicubic", 5), kept, strict=True):
         for key in a:
@@ -72,7 +53,7 @@ def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
 def test_batches_do_not_depend_on_the_threads(noisy, monkeypatch, threads):
     usual = train(FolderSource(noisy), 4)
     monkeypatch.setattr(encoded, "_THREADS", threads)
-    assert_equal(train(FolderSource(noisy), 4), usual)
+    same_batches(train(FolderSource(noisy), 4), usual)
 
 
 def test_reading_on_from_any_position_repeats_the_rest(noisy):
@@ -80,7 +61,7 @@ def test_reading_on_from_any_position_repeats_the_rest(noisy):
     whole = train(source, 9, batch_size=5)
     for i, batch in enumerate(whole[:-1]):
         rest = train(source, 8 - i, batch_size=5, start=batch.position)
-        assert_equal(rest, whole[i + 1 :])
+        same_batches(rest, whole[i + 1 :])
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -98,7 +79,7 @@ def test_hosts_share_an_epoch_without_repeats(tmp_path, hosts):
 
 def test_the_seed_decides_order_and_crops(noisy):
     source = FolderSource(noisy)
-    assert_equal(train(source, 3), train(source, 3))
+    same_batches(train(source, 3), train(source, 3))
     other = train(source, 3, seed=4)
     assert any(
         (a.views[0] != b.views[0]).any() for a, b in zip(train(source, 3), other, strict=True)
@@ -218,7 +199,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
     assert all(np.abs(b.views[0].astype(int) - (200, 30, 60)).max() < 9 for b in batches)
     for i, batch in enumerate(batches[:-1]):
         rest = train(source, 3 - i, batch_size=2, start=batch.position, max_unreadable=3)
-        assert_equal(rest, batches[i + 1 :])
+        same_batches(rest, batches[i + 1 :])
     with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2"):
         train(FolderSource(tmp_path), 4, batch_size=2, max_unreadable=2)
 

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import types
 
 import numpy as np
 import pytest
@@ -12,19 +11,9 @@ from disco_jax.data import digits, sources
 from disco_jax.data.base import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
+from helpers import crop, same_batches
 
 START = Position.start()
-
-
-def crop(size=8, **changes):
-    fields = dict(
-        size=size,
-        scale=(0.2, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation="bilinear",
-        antialias="exact",
-    )
-    return types.SimpleNamespace(**{**fields, **changes})
 
 
 WHOLE = {0: crop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))}  # a square image comes out as it is
@@ -46,14 +35,6 @@ def test_views_of_other_sizes_leave_the_first_as_it_is(data_dir, path):
             assert [b.views[v].shape for v in range(4)] == [(4, s, s, 3) for s in (8, 8, 4, 5)]
             for view in both:
                 np.testing.assert_array_equal(a.views[view], b.views[view])
-
-
-def assert_equal(ours, theirs):
-    assert [b.position for b in ours] == [b.position for b in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.views.keys() == b.views.keys()
-        for view in a.views:
-            np.testing.assert_array_equal(a.views[view], b.views[view])
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +153,7 @@ def test_damaged_records_are_skipped_and_named_and_read_past(data_dir, path, cap
     for i in (0, 3, 5):
         again = TfdsSource("photographs", data_dir, shuffle_buffer=16)
         rest = train(again, 2, 7, CROPS, start=whole[i].position, max_unreadable=5)
-        assert_equal(rest, whole[i + 1 : i + 3])
+        same_batches(rest, whole[i + 1 : i + 3])
 
 
 def test_too_many_damaged_records_are_an_error(data_dir, path):

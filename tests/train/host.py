@@ -29,7 +29,7 @@ class Shared:
             mine = {view: images[rows] for view, images in batch.views.items()}
             epoch, offset = batch.position.epoch, batch.position.offset
             after = base.Position(epoch, offset // self._hosts)
-            yield base.HostBatch(mine, {}, after, batch.labels[rows])
+            yield base.HostBatch(mine, {}, after, batch.labels[rows], batch.rows[rows])
 
 
 class Disturbed(Shared):
