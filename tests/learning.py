@@ -31,9 +31,9 @@ EPOCHS = {
     "simreg": 40,
     "ressl": 40,
     "compress:queues=1": 40,
-    "sslight_moco": 40,
+    "sslight_moco": 60,
     "sslight_swav": 40,
-    "sslight_dino": 40,
+    "sslight_dino": 60,
 }  # else 10, or 20 of several crops
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
@@ -72,6 +72,12 @@ def multicrop(name, folder):
     config.student.update(width=4, hidden=256, dim=64)
     config.local.count = 2
     config.total_epochs = EPOCHS.get(name, 20)
+    if not with_teacher:
+        config.augment.scale = (0.4, 1.0)
+        config.local.update(count=1, size=12, scale=(0.3, 0.7))
+    if name == "sslight_moco":  # with the batch's statistics a narrow network knows its own key
+        config.student.norm, config.momentum.norm = "local", "shuffle"
+        config.student.update(hidden=128, dim=128)
     if with_teacher:
         config.teacher.update(width=16, weights=f"{folder}/teacher", network="student")
         config.student.dim = 128
@@ -115,7 +121,9 @@ def shuffle_targets():
 
 def scores_of(found, source):
     """kNN top-1 in percent: (on the held-out digits, of the training digits left out in turn)."""
-    splits = [features.of_split(found, source, split, 256) for split in ("train", "test")]
+    splits = [
+        features.of_split(found, source, split, 256, ("features",)) for split in ("train", "test")
+    ]
     among = leave_one_out(splits[0].features, splits[0].labels, 20)
     return knn.accuracy(flags.load("knn"), *splits)["top1"], among
 
