@@ -392,9 +392,8 @@ def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> 
         config.student.drop_path = 0.1
     if arg.data in SMALL_QUEUES:
         config.learning_rate.update(warmup_epochs=2, minimum=0.0)
-        config.optimizer.trust = 0.02  # a thousandth moves a kernel too little in a short run
-        # S_g = S_l still, but less is cut away of small images.
-        config.augment.scale, config.local.scale = (0.5, 1.0), (0.2, 0.5)
+        # Less is cut away of small images.
+        config.augment.scale, config.local.scale = (0.4, 1.0), (0.3, 0.7)
         config.local.count = 2
 
 

@@ -21,6 +21,11 @@ def get_config(arg=None):
     # Bicubic crops and the usual deviation, unlike SwAV's code (disagreement L5).
     config.augment.update(std=IMAGENET_STD, interpolation="bicubic")
     config.student.head = "swav_narrow"
+    if arg.data in common.SMALL_QUEUES:
+        # As in swav.py: short runs of narrow networks, which a narrow start lets collapse.
+        config.student.head = "swav"
+        config.optimizer.update(name="larc", no_decay=(), no_trust=())
+        config.learning_rate.per_256 = 8.0
     if common.is_large(arg):
         config.student.hidden = 4096
         config.learning_rate.warmup_from = 0.075

@@ -4,7 +4,7 @@ A process of its own, because tests have four virtual devices and unoptimised pr
 more time here than they save.
 
     python tests/learning.py FOLDER teacher
-    python tests/learning.py FOLDER seed [shuffled]
+    python tests/learning.py FOLDER seed [shuffled | untrained]
 
 It prints two scores: that on the held-out digits, which a test looks at, and that of the training
 digits among one another, each left out in turn, from which the floors were chosen.
@@ -31,9 +31,9 @@ EPOCHS = {
     "simreg": 40,
     "ressl": 40,
     "compress:queues=1": 40,
-    "sslight_moco": 40,
-    "sslight_swav": 40,
-    "sslight_dino": 40,
+    "sslight_moco": 60,
+    "sslight_swav": 25,
+    "sslight_dino": 60,
 }  # else 10, or 20 of several crops
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
@@ -72,6 +72,18 @@ def multicrop(name, folder):
     config.student.update(width=4, hidden=256, dim=64)
     config.local.count = 2
     config.total_epochs = EPOCHS.get(name, 20)
+    if not with_teacher:
+        config.augment.scale = (0.4, 1.0)
+        config.local.update(count=1, size=12, scale=(0.3, 0.7))
+    if name == "sslight_moco":  # with the batch's statistics a narrow network knows its own key
+        config.student.norm, config.momentum.norm = "local", "shuffle"
+        config.student.update(hidden=128, dim=128)
+    if name == "sslight_swav":  # wide local views and mostly global pairs: else it stands still
+        config.student.update(backbone="resnet8", width=8, hidden=64, dim=16)
+        config.augment.scale = config.local.scale = (0.5, 1.0)
+        config.local.update(count=2, size=8)
+        config.objectives.swapped.global_share = 0.8
+        config.learning_rate.warmup_epochs = 0
     if with_teacher:
         config.teacher.update(width=16, weights=f"{folder}/teacher", network="student")
         config.student.dim = 128
@@ -115,21 +127,23 @@ def shuffle_targets():
 
 def scores_of(found, source):
     """kNN top-1 in percent: (on the held-out digits, of the training digits left out in turn)."""
-    splits = [features.of_split(found, source, split, 256) for split in ("train", "test")]
+    splits = [
+        features.of_split(found, source, split, 256, ("features",)) for split in ("train", "test")
+    ]
     among = leave_one_out(splits[0].features, splits[0].labels, 20)
     return knn.accuracy(flags.load("knn"), *splits)["top1"], among
 
 
-def main(folder, name, shuffled=""):
+def main(folder, name, variant=""):
     source = ArraySource(helpers.digits_splits())
     if name == "teacher":
         return make_teacher(folder, source)
-    if name == "untrained":
-        return scores_of(features.untrained(recipe("seed", folder)), source)
     config = recipe(name, folder)
-    if shuffled:
+    if variant == "untrained":
+        return scores_of(features.untrained(config), source)
+    if variant == "shuffled":
         shuffle_targets()
-    run = f"{folder}/{name.replace(':', '_')}{shuffled}"
+    run = f"{folder}/{name.replace(':', '_')}{variant}"
     return train(config, os.path.abspath(run), source)
 
 

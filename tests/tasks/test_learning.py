@@ -1,7 +1,9 @@
 """Every method teaches a small student something in a few epochs, and broken ones do not.
 
-kNN on the 360 held-out digits, in percent. The student with its initial weights scores 59.2, its
-teacher 97.5.
+kNN on the 360 held-out digits, in percent; the teacher has 98. A floor lies eight points, which is
+more than other seeds make, below the score of the 1437 training digits among one another, each left
+out in turn, and at least five above that of the student with its initial weights: none was chosen
+on the digits that the tests look at.
 """
 
 import os
@@ -12,30 +14,31 @@ import pytest
 
 import helpers
 
-UNTRAINED = 59.2
-# A few points below what was measured.
-FLOORS = {
-    "seed": 82,
-    "disco": 85,
-    "retro": 86,
-    "rkd": 68,
-    "attention": 65,
-    "disco_seed:rkd=true": 86,
-    "squared_distance": 78,
-    "binary_contrast": 82,
-    "online_clusters": 80,
-    "pseudo_labels:clusters=64": 74,
-    "simreg": 74,
-    "compress": 76,
-    "compress:queues=1": 78,
-    "bingo": 84,
-    "ressl": 66,
-    "attention:disco=true": 76,
-    "swav_disco": 64,
-    "dino_disco": 80,
-    "sslight_moco": 64,
-    "sslight_swav": 64,
-    "sslight_dino": 64,
+# Held-out digits and training digits agree within half a point before anything is learned.
+UNTRAINED = {"sslight_swav": 79.2}  # a wider student; else:
+NARROW = 59.2
+AMONG = {  # the training digits, measured
+    "seed": 89.8,
+    "disco": 82.4,
+    "retro": 94.4,
+    "rkd": 78.2,
+    "attention": 80.7,
+    "disco_seed:rkd=true": 84.4,
+    "squared_distance": 80.4,
+    "binary_contrast": 85.4,
+    "online_clusters": 88.7,
+    "pseudo_labels:clusters=64": 81.5,
+    "simreg": 72.9,
+    "compress": 83.7,
+    "compress:queues=1": 86.9,
+    "bingo": 92.0,
+    "ressl": 68.6,
+    "attention:disco=true": 92.1,
+    "swav_disco": 70.0,
+    "dino_disco": 91.0,
+    "sslight_moco": 87.0,
+    "sslight_swav": 92.6,
+    "sslight_dino": 78.7,
 }
 # Shuffled among the images of a batch, what these learn from leaves nothing else.
 BROKEN = (
@@ -70,12 +73,15 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", FLOORS)
+def floor(name):
+    return max(AMONG[name] - 8, UNTRAINED.get(name, NARROW) + 5)
+
+
+@pytest.mark.parametrize("name", AMONG)
 def test_a_student_learns(name, folder):
-    found = score(folder, name)
-    assert found > FLOORS[name] and found > UNTRAINED + 5
+    assert score(folder, name) > floor(name)
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_it_does_not_learn_from_a_teacher_that_speaks_of_other_images(name, folder):
-    assert score(folder, name, "shuffled") < FLOORS[name]
+def test_it_does_not_learn_from_what_is_so_of_other_images(name, folder):
+    assert score(folder, name, "shuffled") < floor(name)
