@@ -110,18 +110,25 @@ def main(argv: Sequence[str]) -> int:
     try:
         _start(argv[0], [word for word in argv[1:] if word != "--debug"])
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
-        said = str(error) if hasattr(error, "exit_code") else _of_storage(error)
+        code, said = _told(error)
         if debug or not said:
             traceback.print_exc()
         else:
             print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
-        if "disco_jax.train.hosts" in sys.modules:
-            from disco_jax.train import hosts
-
+        if hosts := sys.modules.get("disco_jax.train.hosts"):
             hosts.leave(code)
         return code
     return 0
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error; no message of a defect, which needs a traceback."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)
+    hosts = sys.modules.get("disco_jax.train.hosts")
+    if hosts and (said := hosts.lost(error)):
+        return hosts.LOST, said
+    return 1, _of_storage(error)
 
 
 def _of_storage(error: Exception) -> str:

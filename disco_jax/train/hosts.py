@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 _MESSAGE = 4096
 # Seconds that a process waits for the others when it ends.
 _FAREWELL_S = 60
+# Exit code of a process that ends because another one is gone: 128 + SIGABRT, which JAX sends.
+LOST = 134
+_GONE = re.compile(r"gloo|nccl|connection (reset|closed|refused)|socket closed", re.IGNORECASE)
 # Seconds that a process that failed waits for the others to fail too.
 _PATIENCE_S = 5.0
 _LEFT = "disco_jax/left/"
@@ -141,6 +145,22 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def lost(error: Exception) -> str:
+    """What to tell of an error that says that another process is gone; "" if it says otherwise.
+
+    A collective of CPUs or GPUs may notice it before JAX does, which then says so and ends this
+    process with the signal SIGABRT: `LOST` is the exit code of that.
+    """
+    alone = (distributed.global_state.num_processes or 1) == 1
+    if alone or not isinstance(error, jax.errors.JaxRuntimeError) or not _GONE.search(str(error)):
+        return ""
+    words = str(error).splitlines()[0][:200]
+    return (
+        f"Another process of this run was lost; its own output says why ({words}). Start all again "
+        "to go on from the last checkpoint."
+    )
 
 
 @contextlib.contextmanager
