@@ -130,7 +130,7 @@ def leave(code: int) -> None:
     and now, with `code`: an orderly end would wait for all, and be cut off by JAX with another
     code. The others then learn from JAX that this one is gone.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if _alone():
         return
     with contextlib.suppress(Exception):  # the service is that of process 0, which may be gone
         from jax._src import distributed  # JAX has no public way to it
@@ -147,14 +147,22 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def _alone() -> bool:
+    """Whether there is one process; asks no backend, which may be what fails."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def lost(error: Exception) -> str:
     """What to tell of an error that says that another process is gone; "" if it says otherwise.
 
     A collective of CPUs or GPUs may notice it before JAX does, which then says so and ends this
     process with the signal SIGABRT: `LOST` is the exit code of that.
     """
-    alone = (distributed.global_state.num_processes or 1) == 1
-    if alone or not isinstance(error, jax.errors.JaxRuntimeError) or not _GONE.search(str(error)):
+    if (
+        _alone()
+        or not isinstance(error, jax.errors.JaxRuntimeError)
+        or not _GONE.search(str(error))
+    ):
         return ""
     words = str(error).splitlines()[0][:200]
     return (
