@@ -43,6 +43,26 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
     target.check_labels(source, "train", "validation", thorough=True)
 
 
+def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
+    """As SimCLR's lists for ImageNet do: a probe then reads these alone, and all test images."""
+    for split in ("train", "val"):
+        for label, level in (("dark", 20), ("light", 220)):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                image = np.full((16, 16, 3), level + i, np.uint8)
+                Image.fromarray(image).save(folder / f"{label}_{i}.png")
+    names = ["dark_1.png", "dark_3.png", "light_0.png"]
+    listed = tmp_path / "few.txt"
+    listed.write_text("\n".join(names) + "\n")
+    given = data(dir=str(tmp_path / "pictures"), subset=str(listed))
+    aimed, source = target.opened(target.aimed(trained, given))
+    assert (source.count("train"), source.count("validation")) == (3, 8)
+    assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
+    found = features.of_split(aimed, source, "train", 4, ("features",))
+    assert found.labels.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     "changes, kind", [({"name": "cifar10"}, "tfds"), ({"dir": "some.npz"}, "npz")]
 )
