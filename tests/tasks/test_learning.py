@@ -14,9 +14,9 @@ import pytest
 
 import helpers
 
-# Held-out digits and training digits agree within half a point before anything is learned.
-UNTRAINED = {"sslight_swav": 79.2}  # a wider student; else:
-NARROW = 59.2
+# Of the training digits too, by the initial weights.
+UNTRAINED = {"sslight_swav": 78.7}  # a wider student; else:
+NARROW = 59.4
 AMONG = {  # the training digits, measured
     "seed": 89.8,
     "disco": 82.4,
