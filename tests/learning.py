@@ -81,7 +81,6 @@ def multicrop(name, folder):
     if name == "sslight_swav":  # wide local views and mostly global pairs: else it stands still
         config.student.update(backbone="resnet8", width=8, hidden=64, dim=16)
         config.augment.scale = config.local.scale = (0.5, 1.0)
-        config.local.update(count=2, size=8)
         config.objectives.swapped.global_share = 0.8
         config.learning_rate.warmup_epochs = 0
     if with_teacher:

@@ -14,9 +14,9 @@ import pytest
 
 import helpers
 
-# Held-out digits and training digits agree within half a point before anything is learned.
-UNTRAINED = {"sslight_swav": 79.2}  # a wider student; else:
-NARROW = 59.2
+# Of the training digits too, by the initial weights.
+UNTRAINED = {"sslight_swav": 78.7}  # a wider student; else:
+NARROW = 59.4
 AMONG = {  # the training digits, measured
     "seed": 89.8,
     "disco": 82.4,
@@ -34,8 +34,8 @@ AMONG = {  # the training digits, measured
     "bingo": 92.0,
     "ressl": 68.6,
     "attention:disco=true": 92.1,
-    "swav_disco": 70.0,
-    "dino_disco": 91.0,
+    "swav_disco": 75.8,
+    "dino_disco": 94.8,
     "sslight_moco": 87.0,
     "sslight_swav": 92.6,
     "sslight_dino": 78.7,
