@@ -32,6 +32,7 @@ EPOCHS = {
     "ressl": 40,
     "compress:queues=1": 40,
     "sslight_moco": 60,
+    "swav_disco": 25,
     "sslight_swav": 25,
     "sslight_dino": 60,
 }  # else 10, or 20 of several crops
@@ -65,20 +66,19 @@ def recipe(name, folder):
 
 
 def multicrop(name, folder):
-    """A recipe of views of two sizes: shorter, and with two local ones."""
+    """A recipe of views of two sizes: shorter, with gentle crops and few local views."""
     with_teacher = name.endswith("disco")
     student = "student=resnet14,teacher=resnet8" if with_teacher else "student=resnet14"
     config = flags.load(f"{name}:data=digits,{student}")
     config.student.update(width=4, hidden=256, dim=64)
-    config.local.count = 2
     config.total_epochs = EPOCHS.get(name, 20)
-    if not with_teacher:
+    if name != "dino_disco":
         config.augment.scale = (0.4, 1.0)
         config.local.update(count=1, size=12, scale=(0.3, 0.7))
     if name == "sslight_moco":  # with the batch's statistics a narrow network knows its own key
         config.student.norm, config.momentum.norm = "local", "shuffle"
         config.student.update(hidden=128, dim=128)
-    if name == "sslight_swav":  # wide local views and mostly global pairs: else it stands still
+    if "swav" in name:  # wide local views and mostly global pairs: else it stands still
         config.student.update(backbone="resnet8", width=8, hidden=64, dim=16)
         config.augment.scale = config.local.scale = (0.5, 1.0)
         config.objectives.swapped.global_share = 0.8
@@ -86,7 +86,7 @@ def multicrop(name, folder):
     if with_teacher:
         config.teacher.update(width=16, weights=f"{folder}/teacher", network="student")
         config.student.dim = 128
-        config.objectives.distill.views = (0, 1, 2, 3)
+        config.objectives.distill.views = tuple(range(config.views + config.local.count))
     return config
 
 

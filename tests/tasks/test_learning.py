@@ -15,7 +15,7 @@ import pytest
 import helpers
 
 # Of the training digits too, by the initial weights.
-UNTRAINED = {"sslight_swav": 78.7}  # a wider student; else:
+UNTRAINED = {"swav_disco": 78.7, "sslight_swav": 78.7}  # a wider student; else:
 NARROW = 59.4
 AMONG = {  # the training digits, measured
     "seed": 89.8,
@@ -34,7 +34,7 @@ AMONG = {  # the training digits, measured
     "bingo": 92.0,
     "ressl": 68.6,
     "attention:disco=true": 92.1,
-    "swav_disco": 75.8,
+    "swav_disco": 94.1,
     "dino_disco": 94.8,
     "sslight_moco": 87.0,
     "sslight_swav": 92.6,
