@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 def test_recipes_and_licence_travel_with_the_wheel(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if name.startswith("disco_jax/configs/")}
-    recipes = {f"disco_jax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    recipes = {f"disco_jax/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.py")}
     assert recipes == shipped
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests")]
@@ -49,5 +49,6 @@ def test_an_unpacked_wheel_finds_its_recipes_in_any_directory(wheel, tmp_path):
         "from disco_jax import flags; import disco_jax\n"
         f"assert disco_jax.__file__.startswith({str(tmp_path)!r})\n"
         "assert flags.load('configs/disco.py:student=resnet34').student.backbone == 'resnet34'\n"
+        "assert flags.load('sweeps/hidden_width').name == 'hidden_width'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -17,7 +17,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import unit
 from disco_jax.ops.memory import Queue
 from disco_jax.tasks import pretrain
-from disco_jax.train import health
+from disco_jax.train import health, teacher
 
 
 def measured(encoded, memory=None, step=0, replicas=1):
@@ -105,7 +105,7 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
     config.checkpoint.every_steps = 40
     config.health.update(min_std=0.02, patience=3, stop=stop)
     if monkeypatch is not None:
-        real = pretrain.teacher.load
+        real = teacher.load
 
         def constant(*args):
             loaded = real(*args)
@@ -113,7 +113,7 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
             head["out"]["kernel"] = 0 * head["out"]["kernel"]
             return loaded
 
-        monkeypatch.setattr(pretrain.teacher, "load", constant)
+        monkeypatch.setattr(teacher, "load", constant)
     return pretrain.run(config, str(tmp_path / name), ArraySource(helpers.digits_splits()))
 
 
