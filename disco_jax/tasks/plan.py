@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -57,6 +57,7 @@ def run(
     Raises:
       UserError: a setting will not do, or the step does not fit into the memory.
     """
+    from disco_jax import methods
     from disco_jax.data import pipeline
     from disco_jax.tasks import prepare
     from disco_jax.train import teacher
@@ -73,6 +74,8 @@ def run(
     images = images or pipeline.open_source(data).count(data.train_split)
     made = program.compile_step(config, where, max(1, images // config.batch_size))
     report = _report(config, where, made, images)
+    report["forward_passes"] = methods.plan(config)
+    print(told(report["forward_passes"]))
     _print(report)
     if fit:
         report["largest_batch_size"] = _fit(config, where, images, made)
@@ -94,6 +97,12 @@ def _define(values: absl_flags.FlagValues) -> None:
         "images", 0, "images to train on; 0: count them", lower_bound=0, flag_values=values
     )
     absl_flags.DEFINE_string("output", "", "a .json file for the figures", flag_values=values)
+
+
+def told(passes: Mapping[str, Sequence[int]]) -> str:
+    """The forward passes of a step, network by network; see `methods.plan`."""
+    each = ", ".join(f"{name} on views {list(views)}" for name, views in passes.items())
+    return f"{sum(map(len, passes.values()))} forward passes an image: {each}"
 
 
 def _report(

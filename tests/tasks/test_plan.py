@@ -20,6 +20,7 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     file = tmp_path / "plan.json"
     report = plan.run(config, "v5e:4x4", images=1437, output=str(file))
     assert json.loads(file.read_text())["step_s"] == report["step_s"]
+    assert report["forward_passes"] == {"student": (0,), "momentum": (1,)}
     assert (report["chips"], report["hosts"], report["fits"]) == (16, 4, True)
     memory = report["memory"]
     assert memory["teacher"] == 0 and memory["queues"] == 64 * 16 * 4 + 4
@@ -34,6 +35,7 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     efficiencies = [report["scaling"][n]["efficiency"] for n in (8, 64, 256)]
     assert 1 > efficiencies[0] > efficiencies[1] > efficiencies[2] > 0
     printed = capsys.readouterr().out
+    assert "2 forward passes an image: student on views [0], momentum on views [1]" in printed
     assert "16 chips on 4 hosts" in printed and "each host must read" in printed
 
 

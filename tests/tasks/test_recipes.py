@@ -8,7 +8,7 @@ from disco_jax import flags, methods
 from disco_jax.configs import common
 from disco_jax.data import views
 from disco_jax.data.bags import Bags
-from disco_jax.tasks import prepare, pretrain
+from disco_jax.tasks import plan, prepare, pretrain
 from disco_jax.train import step, teacher
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
@@ -82,3 +82,10 @@ def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
     ready = pretrain.prepare(config, Images(IMAGES["fashion_mnist"]))
     assert ready.total == config.total_epochs * ready.steps_per_epoch > 0
     assert set(ready.record.encoded) == set(ready.method.plan)
+
+
+def test_a_plan_tells_the_forward_passes():
+    """RETRO's six and DisCo's five (both views of student and teacher, and the keys)."""
+    counts = {"retro": "6", "disco": "5", "seed": "2", "moco_v2": "2"}
+    for recipe, count in counts.items():
+        assert plan.told(methods.plan(flags.load(recipe))).startswith(f"{count} forward passes")
