@@ -236,15 +236,15 @@ def _positions(place: epath.Path) -> list[Position]:
     for part in sorted(place.glob("*.npz")):
         if int(part.stem) != len(found):
             break  # one in between was lost
-        with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found += [Position(int(e), int(o)) for e, o in arrays[_POSITIONS]]
+        found += [Position(int(e), int(o)) for e, o in _load(part, only=_POSITIONS)[_POSITIONS]]
     return found
 
 
-def _load(part: epath.Path) -> dict[str, np.ndarray]:
+def _load(part: epath.Path, only: str = "") -> dict[str, np.ndarray]:
+    """The arrays of a file, or one of them."""
     try:
         with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in ([only] if only else arrays.files)}
     except Exception as error:  # whatever a damaged archive makes the readers raise
         raise UserError(f"{part} is damaged ({error}): remove it and run `disco-jax cache`.") from (
             error

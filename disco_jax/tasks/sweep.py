@@ -90,7 +90,7 @@ def run(
         if cell.teacher in own:
             _take_teacher(cell.config, own[cell.teacher], str(path / TEACHERS / cell.teacher))
     by_name = {cell.name: cell for cell in every}
-    groups = _groups(by_name, set(own), config.joint)
+    groups = _groups(by_name, config.joint)
     if dry_run:
         return _show(by_name, own, groups, topology)
     path.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _take_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
     )
 
 
-def _groups(by_name: Mapping[str, Cell], own: set[str], most: int) -> list[list[str]]:
+def _groups(by_name: Mapping[str, Cell], most: int) -> list[list[str]]:
     """Names of cells that train in one step; refuses settings that will not do."""
     keys = {}
     for name, cell in by_name.items():

@@ -232,6 +232,34 @@ def test_a_damaged_file_is_named(kept, tmp_path):
         targets.Targets(str(copy), 0, 1).batch(3)
 
 
+def test_a_file_that_was_cut_short_is_named(kept, tmp_path):
+    import shutil
+
+    shutil.copytree(kept, tmp_path / "kept")
+    part = next((tmp_path / "kept").glob("host_*/*.npz"))
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"00000000.npz is damaged"):
+        targets.Targets(str(tmp_path / "kept"), 0, 1)
+
+
+def test_each_host_keeps_and_reads_its_own(tmp_path):
+    after = [Position(0, 4), Position(1, 0)]
+    targets.write_meta(tmp_path, {"steps": 2})
+    for host in (0, 1):
+        writer = targets.Writer(tmp_path, host, 2)
+        for i, position in enumerate(after):
+            rows = np.full((4, 3), 10 * host + i, np.float32)
+            writer.add(position, {0: {"embedding": rows}})
+        writer.flush()
+    for host in (0, 1):
+        read = targets.Targets(str(tmp_path), host, 2)
+        assert read.after == after and read.epochs == 1
+        assert (read.batch(1)[0]["embedding"] == 10 * host + 1).all()
+        assert read.number(Position(0, 4)) == 1
+    with pytest.raises(UserError, match="0 of 2 batches of host 0 of 1"):
+        targets.Targets(str(tmp_path), 0, 1)
+
+
 def test_the_size_is_told_ahead(source, tmp_path, capsys):
     found = cache.run(config_of(), str(tmp_path / "kept"), source, epochs=3, dry_run=True)
     assert found == {"steps": 15, "bytes": 2 * 2 * 16 * 256 * 15}

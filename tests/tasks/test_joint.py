@@ -184,3 +184,15 @@ def test_groups_are_of_equal_keys_and_not_too_large():
     assert joint.groups(keys, 8) == [["narrow", "wide", "more"], ["seed"]]
     assert joint.groups(keys, 2) == [["narrow", "wide"], ["more"], ["seed"]]
     assert joint.groups(keys, 1) == [["narrow"], ["wide"], ["more"], ["seed"]]
+
+
+def test_knn_is_taken_of_each_student_in_its_own_name(source, monkeypatch):
+    ready = {name: pretrain.prepare(config_of(name), source) for name in ("narrow", "wide")}
+    monkeypatch.setattr(
+        joint.monitor,
+        "knn_of",
+        lambda config, *_: lambda step, state: {"knn/top1": config.student.hidden + state + step},
+    )
+    found = joint._evaluation(ready)(100, {"narrow": 0.25, "wide": 0.5})
+    assert found == {"narrow/knn/top1": 108.25, "wide/knn/top1": 132.5}
+    assert shared.part_of("wide", tuple(ready), found) == {"knn/top1": 132.5}

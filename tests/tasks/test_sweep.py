@@ -10,6 +10,7 @@ import helpers
 from disco_jax import flags
 from disco_jax.configs import common
 from disco_jax.errors import Preempted, UserError
+from disco_jax.plan import budget
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
 
@@ -110,7 +111,7 @@ def test_shipped_sweeps_build(name):
     for teacher in config.teachers.values():
         teacher.weights = teacher.weights or "random"
     found = cells.expand(config)
-    assert sum(map(len, sweep._groups({c.name: c for c in found}, set(), 8))) == len(found)
+    assert sum(map(len, sweep._groups({c.name: c for c in found}, 8))) == len(found)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,24 @@ def test_the_dry_run_tells_what_is_saved(digits_file, tmp_path, capsys):
     share = float(told.split("GFLOP an image, ")[-1].split()[0])
     assert 0.3 < share < 0.9
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_for_a_slice_tells_memory_and_speed(digits_file, tmp_path, capsys, monkeypatch):
+    """What its compiler says is another's business (tests/plan); here it says 1 GiB and 2 s."""
+    config = small(digits_file, teacher="", teachers={})
+    config.recipe = RECIPES[0]
+    config.axes = (("config.student.hidden", (8,)),)
+    made = budget.program.Program({"student": 2**30}, 2**34, cycles=1.0)
+    monkeypatch.setattr(budget.topology, "open_slice", lambda name: name)
+    monkeypatch.setattr(budget.program, "compile_step", lambda config, where, steps: made)
+    monkeypatch.setattr(budget.estimate, "times", lambda *_: budget.estimate.Times(2.0, 1.0, 0.0))
+    sweep.run(config, str(tmp_path / "none"), dry_run=True, topology="v5e:2x4")
+    assert "1.00 of 16 GiB a chip, 4 images/s on v5e:2x4" in capsys.readouterr().out
+    monkeypatch.setattr(
+        budget.program, "compile_step", lambda *_: budget.program.Program({"teacher": 2**35}, 2**34)
+    )
+    sweep.run(config, str(tmp_path / "none"), dry_run=True, topology="v5e:2x4")
+    assert "32.00 of 16 GiB a chip: too large" in capsys.readouterr().out
 
 
 def test_means_and_spreads_are_over_seeds(digits_file):
