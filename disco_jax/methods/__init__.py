@@ -23,6 +23,7 @@ from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.similarity import Similarity
 from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded
+from disco_jax.ops.bank import Reading
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrast": Contrast,
@@ -53,7 +54,7 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     Raises:
       UserError: when no objective is left, or the settings contradict one another.
     """
-    objectives = _objectives(config)
+    objectives = _quick(_objectives(config), config)
     if not objectives:
         raise errors.UserError(
             "Every objective has weight 0, so there is nothing to learn from. Set one of "
@@ -83,6 +84,18 @@ def _objectives(config: Any) -> dict[str, Objective]:
         name: OBJECTIVES[name](**_tuples(fields))
         for name, fields in config.objectives.items()
         if fields["weight"]
+    }
+
+
+def _quick(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
+    """Objectives that read and keep their queues as the config's `fast` has it."""
+    fast = config.get("fast", {})  # runs of earlier versions have none
+    quick = fast.get("losses", True)
+    reading = Reading(quick, models.compute_dtype(config.dtype) if quick else jnp.float32)
+    given = {"reading": reading, "half": fast.get("half_queue", False)}
+    return {
+        name: dataclasses.replace(o, **{k: v for k, v in given.items() if hasattr(o, k)})
+        for name, o in objectives.items()
     }
 
 

@@ -9,8 +9,9 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
+from disco_jax.ops.bank import USUAL, Reading, compared_together
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import contrast_accuracy, info_nce, unit
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, unit
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.mixing import cutmix, draw_box
 
@@ -36,6 +37,8 @@ class Bags(Objective):
       cutmix: whether there is a mixed query; without it the mean is over two.
       own_epochs: for so many epochs the first two queries look for their own key alone.
       steps_per_epoch: filled in when a run knows its data.
+      reading: how the queue is read, and `half`, whether it is kept in bfloat16: filled in from
+        the config's `fast`.
     """
 
     members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
@@ -47,6 +50,8 @@ class Bags(Objective):
     cutmix: bool = True
     own_epochs: int = 11
     steps_per_epoch: int = 0
+    reading: Reading = USUAL
+    half: bool = False
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -64,8 +69,8 @@ class Bags(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
         dim = record.embedding("teacher", KEY).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return inherited
-        return Queue.create(rng, self.queue_size, dim)
+            return inherited.stored(self.half)
+        return Queue.create(rng, self.queue_size, dim).stored(self.half)
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
@@ -82,19 +87,26 @@ class Bags(Objective):
         shares = {QUERY: own, MEMBER_QUERY: 1 - own}
         if self.cutmix:
             shares[MIXED] = record.aux["mix_ratio"]
+        queries = {view: unit(record.embedding("student", view)) for view in shares}
+        banks = compared_together(
+            queries, memory.vectors, temperature=self.temperature, reading=self.reading
+        )
         terms = []
         for view, share in shares.items():
-            query = unit(record.embedding("student", view))
             losses = [
-                jnp.mean(info_nce(query, key, memory.vectors, temperature=self.temperature))
+                jnp.mean(
+                    info_nce_beside(
+                        queries[view], key, banks[view].total, temperature=self.temperature
+                    )
+                )
                 for key in keys
             ]
             terms.append(share * losses[0] + (1 - share) * losses[1])
-        query = unit(record.embedding("student", QUERY))
+        query, nearest = queries[QUERY], banks[QUERY].nearest
         metrics = {
             "image": terms[0],
             "member": terms[1],
-            "accuracy": jnp.mean(contrast_accuracy(query, keys[0], memory.vectors)),
+            "accuracy": jnp.mean(contrast_accuracy(query, keys[0], nearest)),
             "query_std": spread(query),
             "key_std": spread(keys[0]),
         }

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, alpha, spread
+from disco_jax.ops.bank import USUAL, Reading, compared_together
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import contrast_accuracy, info_nce, rebalanced, unit
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, rebalanced, unit
 from disco_jax.ops.memory import Queue
 
 
@@ -32,6 +33,8 @@ class Contrast(Objective):
         SSLight's MoCo-v2* (arXiv:2210.02808).
       global_share: of the pairs of global views in the loss, alpha in SSLight's eq. 3; -1: every
         query counts the same.
+      reading: how queues are read, and `half`, whether they are kept in bfloat16: filled in from
+        the config's `fast`.
     """
 
     weight: float = 1.0
@@ -42,6 +45,8 @@ class Contrast(Objective):
     queue_init: str = "teacher"
     local_queries: bool = False
     global_share: float = -1.0
+    reading: Reading = USUAL
+    half: bool = False
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         queries, keys = zip(*self._all_pairs(views), strict=True)
@@ -58,30 +63,35 @@ class Contrast(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         dim = record.embedding("student", self.pairs[0][0]).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return {_bank(key): inherited for _, key in self.pairs}
-        return {
+            return {_bank(key): inherited.stored(self.half) for _, key in self.pairs}
+        fresh = {
             _bank(key): Queue.create(jax.random.fold_in(rng, key), self.queue_size, dim)
             for _, key in self.pairs
         }
+        return {name: queue.stored(self.half) for name, queue in fresh.items()}
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
-        losses, accuracies, queues = [], [], {}
-        for query_view, key_view in self._all_pairs(record.views):
-            query = unit(record.embedding("student", query_view))
-            key = unit(record.embedding(self.keys_from, key_view))
-            queue = memory[_bank(key_view)]
-            losses.append(
-                jnp.mean(info_nce(query, key, queue.vectors, temperature=self.temperature))
+        losses, accuracies, queues = {}, {}, {}
+        pairs = self._all_pairs(record.views)
+        for key_view in dict.fromkeys(key for _, key in pairs):
+            key, queue = unit(record.embedding(self.keys_from, key_view)), memory[_bank(key_view)]
+            queries = {v: unit(record.embedding("student", v)) for v, k in pairs if k == key_view}
+            banks = compared_together(
+                queries, queue.vectors, temperature=self.temperature, reading=self.reading
             )
-            accuracies.append(jnp.mean(contrast_accuracy(query, key, queue.vectors)))
+            for view, query in queries.items():
+                near = info_nce_beside(query, key, banks[view].total, temperature=self.temperature)
+                losses[view, key_view] = jnp.mean(near)
+                found = contrast_accuracy(query, key, banks[view].nearest)
+                accuracies[view, key_view] = jnp.mean(found)
             queues[_bank(key_view)] = queue.push(gather(key))
         metrics = {
-            "accuracy": jnp.mean(jnp.stack(accuracies)),
+            "accuracy": jnp.mean(jnp.stack([accuracies[pair] for pair in pairs])),
             "query_std": spread(query),
             "key_std": spread(key),
         }
-        between = len(self.pairs)
-        loss = rebalanced(losses[:between], losses[between:], alpha(self.global_share))
+        each, between = [losses[pair] for pair in pairs], len(self.pairs)
+        loss = rebalanced(each[:between], each[between:], alpha(self.global_share))
         return Term(loss, queues, metrics)
 
 

@@ -8,6 +8,7 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
+from disco_jax.ops.bank import USUAL, Reading
 from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import soft_cross_entropy, unit
 from disco_jax.ops.memory import Queue
@@ -36,6 +37,7 @@ class Similarity(Objective):
         0 the target is one-hot and the loss InfoNCE.
       queue_size: teacher embeddings remembered a queue; a multiple of the global batch.
       queue_init: "random" as SEED starts, "teacher" to start from the teacher's own queue.
+      reading: how queues are read; filled in from the config's `fast`.
     """
 
     weight: float = 1.0
@@ -44,6 +46,7 @@ class Similarity(Objective):
     teacher_temperature: float = 0.01
     queue_size: int = 65_536
     queue_init: str = "random"
+    reading: Reading = USUAL
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         students, teachers = zip(*(pair for group in self.groups for pair in group), strict=True)
@@ -59,14 +62,14 @@ class Similarity(Objective):
             dim = record.embedding("teacher", view).shape[-1]
             fresh = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
             takes = self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim)
-            banks[_bank(group)] = inherited if takes else fresh
+            banks[_bank(group)] = inherited.stored(False) if takes else fresh
         return banks
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
         losses, banks = [], {}
         for group in self.groups:
             bank = memory[_bank(group)]
-            losses.append(jnp.mean(jnp.stack([self._pair(record, bank, *pair) for pair in group])))
+            losses.append(self._group(record, bank, group))
             banks[_bank(group)] = bank.push(gather(unit(record.embedding("teacher", group[0][1]))))
         view, theirs = self.groups[0][0]
         student, teacher = record.embedding("student", view), record.embedding("teacher", theirs)
@@ -77,16 +80,19 @@ class Similarity(Objective):
         }
         return Term(jnp.sum(jnp.stack(losses)), banks, metrics)
 
-    def _pair(self, record: Record, bank: Queue, view: int, theirs: int) -> Array:
-        return jnp.mean(
-            soft_cross_entropy(
-                unit(record.embedding("student", view)),
-                unit(record.embedding("teacher", theirs)),
-                bank.vectors,
-                student_temperature=self.student_temperature,
-                teacher_temperature=self.teacher_temperature,
-            )
+    def _group(self, record: Record, bank: Queue, group: Pairs) -> Array:
+        """The mean over the pairs, whose rows go through the bank together."""
+        students = [unit(record.embedding("student", view)) for view, _ in group]
+        teachers = [unit(record.embedding("teacher", view)) for _, view in group]
+        each = soft_cross_entropy(
+            jnp.concatenate(students),
+            jnp.concatenate(teachers),
+            bank.vectors,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            reading=self.reading,
         )
+        return jnp.mean(each)
 
 
 def _bank(group: Pairs) -> str:

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.ops.bank import USUAL, Reading, attended, compared
 
-def info_nce(query: Array, key: Array, negatives: Array, *, temperature: float) -> Array:
+
+def info_nce(
+    query: Array,
+    key: Array,
+    negatives: Array,
+    *,
+    temperature: float,
+    reading: Reading = USUAL,
+) -> Array:
     """Cross-entropy of picking each query's own key among a bank of negatives.
 
     MoCo (arXiv:1911.05722) eq. 1, RETRO eq. 1:
@@ -17,8 +26,9 @@ def info_nce(query: Array, key: Array, negatives: Array, *, temperature: float) 
     Args:
       query: f32[B, D], unit rows; the only input that needs a gradient.
       key: f32[B, D], unit rows; row i is the positive of query i.
-      negatives: f32[K, D], unit rows, shared by the whole batch.
+      negatives: f32 or bf16[K, D], unit rows, shared by the whole batch; no gradient passes.
       temperature: tau > 0, no unit; MoCo-v2 uses 0.2.
+      reading: of the negatives; see `bank.Reading`.
 
     Returns:
       f32[B] in nats, one value an example; the objective takes the mean.
@@ -26,23 +36,40 @@ def info_nce(query: Array, key: Array, negatives: Array, *, temperature: float) 
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    logits = _logits(query, key, negatives) / temperature
-    return jax.nn.logsumexp(logits, axis=-1) - logits[:, 0]
+    others = compared(query, negatives, temperature=temperature, reading=reading)
+    return info_nce_beside(query, key, others.total, temperature=temperature)
 
 
-def contrast_accuracy(query: Array, key: Array, negatives: Array) -> Array:
+def info_nce_beside(query: Array, key: Array, others: Array, *, temperature: float) -> Array:
+    """`info_nce` where the bank has been read: several keys, or queries at once, share that.
+
+    Args:
+      query, key: see `info_nce`.
+      others: f32[B], `compared(query, negatives).total` of the same temperature.
+      temperature: tau > 0.
+
+    Returns:
+      f32[B] in nats.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    # log(e^o + e^p) - p, which stays exact where the loss is near 0.
+    return jax.nn.softplus(others - _own(query, key) / temperature)
+
+
+def contrast_accuracy(query: Array, key: Array, nearest: Array) -> Array:
     """Whether each query is closer to its own key than to every negative.
 
     Args:
       query: f32[B, D], unit rows.
       key: f32[B, D], unit rows.
-      negatives: f32[K, D], unit rows.
+      nearest: f32[B], `compared(query, negatives).nearest`.
 
     Returns:
-      f32[B], 1 or 0. XLA shares the products with `info_nce` of the same arguments.
+      f32[B], 1 or 0.
     """
-    logits = _logits(query, key, negatives)
-    return (logits[:, 0] > jnp.max(logits[:, 1:], axis=-1)).astype(jnp.float32)
+    return (_own(query, key) > nearest).astype(jnp.float32)
 
 
 def soft_cross_entropy(
@@ -52,6 +79,7 @@ def soft_cross_entropy(
     *,
     student_temperature: float,
     teacher_temperature: float,
+    reading: Reading = USUAL,
 ) -> Array:
     """Cross-entropy between the teacher's and the student's similarities to a bank.
 
@@ -67,6 +95,9 @@ def soft_cross_entropy(
       student_temperature: tau_S > 0; SEED uses 0.2.
       teacher_temperature: tau_T >= 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
         target). At 0 the target is one-hot on the image itself and the loss is `info_nce`.
+      reading: of the negatives; see `bank.Reading`. In one pass the loss is the log of the
+        student's denominator less its similarity to what the teacher reads of D+ by attention,
+        sum_j p^T_ij d_j, so that no probabilities are kept.
 
     Returns:
       f32[B] in nats, one value an example; the objective takes the mean.
@@ -75,7 +106,14 @@ def soft_cross_entropy(
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
     if teacher_temperature == 0:
-        return info_nce(student, teacher, negatives, temperature=student_temperature)
+        return info_nce(
+            student, teacher, negatives, temperature=student_temperature, reading=reading
+        )
+    if reading.one_pass:
+        target = attended(teacher, negatives, temperature=teacher_temperature)
+        others = compared(student, negatives, temperature=student_temperature, reading=reading)
+        own = _own(student, teacher) / student_temperature
+        return jnp.logaddexp(others.total, own) - _own(student, target) / student_temperature
     targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)
     scores = _logits(student, teacher, negatives) / student_temperature
     return -jnp.sum(targets * jax.nn.log_softmax(scores, axis=-1), axis=-1)
@@ -265,6 +303,13 @@ def unit(rows: Array) -> Array:
     return rows * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
+def _own(rows: Array, others: Array) -> Array:
+    """f32[B]: similarity of row i to others[i]."""
+    chex.assert_type([rows, others], jnp.float32)
+    chex.assert_equal_shape([rows, others])
+    return jnp.sum(rows * others, axis=-1)
+
+
 def _logits(rows: Array, first: Array, negatives: Array) -> Array:
     """f32[B, 1 + K]: similarity of row i to first[i], then to every negative."""
     chex.assert_type([rows, first, negatives], jnp.float32)
@@ -273,5 +318,4 @@ def _logits(rows: Array, first: Array, negatives: Array) -> Array:
     # The similarities are divided by temperatures down to 1e-4: bfloat16 products, the default of
     # accelerators, would be off by units.
     others = jnp.matmul(rows, negatives.T, precision=jax.lax.Precision.HIGHEST)
-    own = jnp.sum(rows * first, axis=-1, keepdims=True)
-    return jnp.concatenate([own, others], axis=-1)
+    return jnp.concatenate([_own(rows, first)[:, None], others], axis=-1)

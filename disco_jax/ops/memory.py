@@ -16,7 +16,7 @@ class Queue:
     """A ring buffer of unit embeddings; MoCo's dictionary (arXiv:1911.05722, section 3.2).
 
     Attributes:
-      vectors: f32[K, D], unit rows.
+      vectors: f32[K, D], unit rows; bf16 after `stored(half=True)`.
       pointer: i32[], the row that the next push overwrites first.
     """
 
@@ -45,6 +45,10 @@ class Queue:
         """bool[]: whether a queue that started `empty` has been filled."""
         return jnp.any(self.vectors[-1] != 0)
 
+    def stored(self, half: bool) -> "Queue":
+        """The queue in bfloat16, which takes half the memory, or in float32."""
+        return Queue(self.vectors.astype(jnp.bfloat16 if half else jnp.float32), self.pointer)
+
     def push(self, rows: Array) -> "Queue":
         """The queue with its oldest rows replaced.
 
@@ -56,6 +60,7 @@ class Queue:
           AssertionError: while tracing, when a shape or dtype above does not hold.
         """
         chex.assert_type(rows, jnp.float32)
+        rows = rows.astype(self.vectors.dtype)
         size, dim = self.vectors.shape
         chex.assert_shape(rows, (None, dim))
         assert rows.shape[0] <= size, (size, rows.shape)

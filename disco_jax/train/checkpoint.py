@@ -249,7 +249,8 @@ def _checksum(tree: Any) -> int:
     """CRC-32 over the bytes of every leaf, in the order of the tree."""
     value = 0
     for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).data, value)
+        # As bytes: Python's buffers know no bfloat16.
+        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
     return value
 
 

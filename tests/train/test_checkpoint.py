@@ -58,6 +58,16 @@ def test_everything_comes_back_bit_for_bit(tmp_path, state):
     assert meta["step"] == 9 and meta["position"] == [[0, 72]]
 
 
+def test_a_queue_in_bfloat16_comes_back_too(tmp_path):
+    state = helpers.smoke(helpers.smoke_config("disco", **{"fast.half_queue": True}), 1)[1]
+    state = jax.tree.map(np.asarray, state)
+    assert state.memory["contrast"]["view_1"].vectors.dtype == jax.numpy.bfloat16
+    save(tmp_path, state, [3])
+    restored, _ = helpers.restore(tmp_path, state)
+    chex.assert_trees_all_equal(restored, at(state, 3))
+    chex.assert_trees_all_equal_dtypes(restored, at(state, 3))
+
+
 def test_nothing_there_is_none(tmp_path, state):
     assert helpers.restore(tmp_path, state) is None
 

@@ -207,6 +207,24 @@ def test_objectives_are_switched_and_weighted_from_the_config():
     assert only.plan == {"student": (0, 1), "teacher": (0, 1)}
 
 
+def test_quick_losses_are_those_of_the_formulas_and_can_be_switched_off(monkeypatch):
+    """With a half queue too, whose rows are rounded."""
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+    plain = {**tiny, "fast.losses": False, "objectives.similarity.weight": 1.0}
+    ways = [plain, {**plain, "fast.losses": True}, {**plain, "fast.half_queue": True}]
+    made = [two_steps(helpers.smoke_config("disco", **changes), 1) for changes in ways]
+    (_, slow), (one_pass, quick), (half, rounded) = made
+    for name in ("contrast/loss", "similarity/loss", "contrast/accuracy"):
+        np.testing.assert_allclose(quick[name], slow[name], rtol=1e-5)
+        np.testing.assert_allclose(rounded[name], slow[name], rtol=1e-3)
+    assert rounded["contrast/loss"] != slow["contrast/loss"]
+    queues = [state.memory["contrast"]["view_1"].vectors for state in (one_pass, half)]
+    assert [queue.dtype.name for queue in queues] == ["float32", "bfloat16"]
+    np.testing.assert_allclose(queues[1].astype(np.float32), queues[0], atol=2e-3)
+    assert half.memory["similarity"]["view_0"].vectors.dtype == np.float32
+
+
 def test_what_is_logged():
     _, metrics = two_steps(helpers.smoke_config("disco"), 4)
     assert {

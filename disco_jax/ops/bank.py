@@ -1,0 +1,188 @@
+"""Similarities to a bank of rows, in one pass over it: what contrasts and attention read.
+
+A softmax over a queue needs no array of its size. Rows of length 1 have no product above 1, so
+that e^((q.n - 1) / tau) can neither overflow nor, for temperatures down to `COLDEST`, vanish: no
+maximum is looked for first, and one pass gives the sum and the mean row, which is the gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# e^(-2 / tau), of two opposite rows, must be a normal float32.
+COLDEST = 1 / 40
+# Rows of the bank that a CPU reads at once; they and their products stay in its cache.
+BLOCK = 4096
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a bank is read; every way has the same result up to rounding.
+
+    Attributes:
+      one_pass: whether sum and gradient come from one pass over the bank, block by block on CPUs;
+        else the products with the whole bank are kept for the gradient.
+      dtype: of the factors of a student's products, float32 or bfloat16; sums are float32.
+    """
+
+    one_pass: bool = True
+    dtype: Any = jnp.float32
+
+
+USUAL = Reading()
+
+
+class Compared(NamedTuple):
+    """Rows beside a bank.
+
+    Attributes:
+      total: f32[B], log sum_j e^{q_i.n_j / tau}.
+      nearest: f32[B], max_j q_i.n_j, without a gradient.
+    """
+
+    total: Array
+    nearest: Array
+
+
+def compared(rows: Array, bank: Array, *, temperature: float, reading: Reading = USUAL) -> Compared:
+    """The part of a softmax's denominator that a bank makes up, and the nearest row of it.
+
+    Args:
+      rows: f32[B, D], unit rows; the only input that gets a gradient.
+      bank: f32 or bf16[K, D], unit rows.
+      temperature: tau > 0. Below `COLDEST` the bank is read as without `one_pass`.
+      reading: how.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    _check(rows, bank)
+    bank = jax.lax.stop_gradient(bank)
+    if reading.one_pass and temperature >= COLDEST:
+        return _compared(rows, bank, temperature, jnp.dtype(reading.dtype).name)
+    products = _products(rows, bank, reading.dtype)
+    nearest = jax.lax.stop_gradient(jnp.max(products, axis=-1))
+    return Compared(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
+
+
+def compared_together(
+    rows: Mapping[int, Array], bank: Array, *, temperature: float, reading: Reading = USUAL
+) -> dict[int, Compared]:
+    """`compared` of several batches, for which the bank is read once.
+
+    Args:
+      rows: name -> f32[B, D], unit rows; B is the same for all.
+      bank, temperature, reading: see `compared`.
+    """
+    together = jnp.concatenate(list(rows.values()))
+    found = compared(together, bank, temperature=temperature, reading=reading)
+    split = [jnp.split(part, len(rows)) for part in found]
+    return {name: Compared(*parts) for name, *parts in zip(rows, *split, strict=True)}
+
+
+def attended(rows: Array, bank: Array, *, temperature: float) -> Array:
+    """What rows read of themselves and a bank by attention: sum_j p_ij d_j.
+
+    p_i is the softmax of r_i.d_j / tau over d = [r_i, n_1, ..., n_K]. No row is closer to r_i than
+    itself, so that its own product is the shift of the exponent, at any temperature.
+
+    Args:
+      rows: f32[B, D], unit rows.
+      bank: f32[K, D], unit rows.
+      temperature: tau > 0. Products are float32: 1e-4 leaves no digit of bfloat16's.
+
+    Returns:
+      f32[B, D]; no gradient passes.
+
+    Raises:
+      AssertionError: while tracing, when a shape or dtype above does not hold.
+    """
+    _check(rows, bank)
+    chex.assert_type(bank, jnp.float32)
+    rows, bank = jax.lax.stop_gradient((rows, bank))
+    scaled = rows / temperature
+    own = jnp.sum(scaled * rows, axis=-1)
+    # The mean of rows is not divided by the temperature: three products of bfloat16 are enough.
+    sums = _read(scaled, bank, own, jnp.float32, jax.lax.Precision.HIGH)
+    return (sums.rows + rows) / (sums.weight + 1)[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _compared(rows: Array, bank: Array, temperature: float, dtype: str) -> Compared:
+    return _forward(rows, bank, temperature, dtype)[0]
+
+
+def _forward(rows: Array, bank: Array, temperature: float, dtype: str) -> tuple[Compared, Array]:
+    """And the gradient of the total by the rows, f32[B, D]."""
+    most = jnp.full(len(rows), 1 / temperature)
+    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), _HIGHEST)
+    gradient = sums.rows / (sums.weight[:, None] * temperature)
+    return Compared(jnp.log(sums.weight) + most, sums.highest * temperature), gradient
+
+
+def _backward(temperature: float, dtype: str, gradient: Array, given: Compared):
+    return given.total[:, None] * gradient, None
+
+
+_compared.defvjp(_forward, _backward)
+
+
+class _Sums(NamedTuple):
+    """Over a bank: f32[B] sum_j w_ij, f32[B, D] sum_j w_ij n_j and f32[B] max_j r_i.n_j."""
+
+    weight: Array
+    rows: Array
+    highest: Array
+
+
+def _read(rows: Array, bank: Array, shift: Array, dtype, mixing) -> _Sums:
+    """`_Sums` with w_ij = e^(r_i.n_j - shift_i), `mixing` the precision of their mean row."""
+    one = functools.partial(_block, rows, shift=shift, dtype=dtype, mixing=mixing)
+    return jax.lax.platform_dependent(bank, cpu=functools.partial(_by_blocks, one), default=one)
+
+
+def _block(rows: Array, bank: Array, *, shift, dtype, mixing) -> _Sums:
+    """See `_read`, all of `bank` at once."""
+    products = _products(rows, bank, dtype)
+    weights = jnp.exp(products - shift[:, None])
+    mixed = jnp.matmul(
+        weights.astype(dtype), bank.astype(dtype), precision=mixing,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return _Sums(jnp.sum(weights, axis=-1), mixed, jnp.max(products, axis=-1))
+
+
+def _by_blocks(one: Callable[[Array], _Sums], bank: Array) -> _Sums:
+    """`one` of blocks of the bank, summed; the first takes what the others leave over."""
+    first = len(bank) % BLOCK or BLOCK
+
+    def further(sums: _Sums, start: Array) -> tuple[_Sums, None]:
+        block = one(jax.lax.dynamic_slice_in_dim(bank, start, BLOCK))
+        highest = jnp.maximum(sums.highest, block.highest)
+        return _Sums(sums.weight + block.weight, sums.rows + block.rows, highest), None
+
+    begin = one(bank[:first])
+    if first == len(bank):
+        return begin
+    return jax.lax.scan(further, begin, jnp.arange(first, len(bank), BLOCK))[0]
+
+
+def _products(rows: Array, bank: Array, dtype) -> Array:
+    """f32[B, K]. They are divided by temperatures: float32 ones must be exact everywhere."""
+    return jnp.matmul(
+        rows.astype(dtype), bank.T.astype(dtype), precision=_HIGHEST,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _check(rows: Array, bank: Array) -> None:
+    chex.assert_type(rows, jnp.float32)
+    chex.assert_shape(bank, (None, rows.shape[-1]))
+    assert bank.dtype in (jnp.float32, jnp.bfloat16), bank.dtype
