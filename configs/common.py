@@ -223,6 +223,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         losses=True,  # queues are read in one pass, in the computation's dtype; false: float32
         # queues of keys in bfloat16: half the memory; those of `similarity` stay float32
         half_queue=False,
+        # how images are traded for shuffled BatchNorm: gather (every device gets all of them) |
+        # all_to_all (those that it needs; TPUs alone) | auto (all_to_all on TPUs)
+        exchange="auto",
     )
     config.optimizer = dict(
         name="sgd",  # sgd | larc | lars | adamw

@@ -89,14 +89,18 @@ def _objectives(config: Any) -> dict[str, Objective]:
 
 def _quick(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
     """Objectives that read and keep their queues as the config's `fast` has it."""
-    fast = config.get("fast", {})  # runs of earlier versions have none
-    quick = fast.get("losses", True)
+    quick = _fast(config, "losses", True)
     reading = Reading(quick, models.compute_dtype(config.dtype) if quick else jnp.float32)
-    given = {"reading": reading, "half": fast.get("half_queue", False)}
+    given = {"reading": reading, "half": _fast(config, "half_queue", False)}
     return {
         name: dataclasses.replace(o, **{k: v for k, v in given.items() if hasattr(o, k)})
         for name, o in objectives.items()
     }
+
+
+def _fast(config: Any, field: str, default: Any) -> Any:
+    """A field of `config.fast`, which configs of earlier versions do not have."""
+    return config.get("fast", {}).get(field, default)
 
 
 def _tuples(fields: Any) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def _network(name: str, config: Any) -> models.Network:
     spec = config.teacher if name == "teacher" else config.student
     augment = tuple(config.augment.mean), tuple(config.augment.std)
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
-    network = dataclasses.replace(network, grouped=config.group_views)
+    exchange = models.exchange(_fast(config, "exchange", "auto"))
+    network = dataclasses.replace(network, grouped=config.group_views, exchange=exchange)
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
         # BatchNorm in a reused head keeps the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")

@@ -13,6 +13,7 @@ from disco_jax import errors
 from disco_jax.models import efficientnet, heads, mobilenet, resnet, vit, xcit
 from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.norm import MODES
+from disco_jax.ops.collectives import EXCHANGES
 
 FAMILIES = {
     resnet.ResNet: resnet.VARIANTS,
@@ -42,6 +43,15 @@ def compute_dtype(name: str) -> Any:
     if name not in DTYPES:
         raise errors.unknown("config.dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
+
+
+def exchange(name: str) -> str:
+    """How "shuffle" moves images by a config's `fast.exchange`; "auto": all_to_all on TPUs."""
+    if name == "auto":
+        return "all_to_all" if jax.default_backend() == "tpu" else "gather"
+    if name not in EXCHANGES:
+        raise errors.unknown("config.fast.exchange", name, ["auto", *EXCHANGES])
+    return name
 
 
 def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.student") -> Encoder:

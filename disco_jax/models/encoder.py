@@ -132,12 +132,14 @@ class Network:
         normalisation into images with the one this network was trained with; None: the same.
       grouped: views of one size go through the network together and share batch statistics, as
         SwAV, DINO and SSLight train; else one after the other, as MoCo and DisCo do.
+      exchange: how "shuffle" moves images, see `collectives.shuffle`.
     """
 
     encoder: nn.Module
     norm: str = "local"
     rescale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     grouped: bool = False
+    exchange: str = "gather"
 
     def __post_init__(self):
         assert self.norm in MODES, self.norm
@@ -176,7 +178,10 @@ def encode(
         orders = {}
         if network.norm == "shuffle":
             for view in group:
-                mine[view], orders[view] = shuffle(jax.random.fold_in(rng, view), mine[view])
+                # Images travel as the network takes them: half as many bytes in bfloat16.
+                sent = mine[view].astype(network.encoder.backbone.dtype)
+                key = jax.random.fold_in(rng, view)
+                mine[view], orders[view] = shuffle(key, sent, network.exchange)
         drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + group[0])} if dropout else {}
         out, stats = _apply(network, current, mine, drops, maps)
         for view, order in orders.items():

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 AXIS = "replica"
+# How `shuffle` moves rows.
+EXCHANGES = ("gather", "all_to_all")
 
 Tree = TypeVar("Tree")
 
@@ -39,7 +41,7 @@ def positions(batch: int) -> Array:
     return jax.lax.axis_index(AXIS) * batch + jnp.arange(batch, dtype=jnp.int32)
 
 
-def shuffle(rng: Array, rows: Array) -> tuple[Array, Array]:
+def shuffle(rng: Array, rows: Array, exchange: str = "gather") -> tuple[Array, Array]:
     """Trades rows between replicas by one permutation that all of them draw.
 
     MoCo's shuffled BatchNorm (arXiv:1911.05722, section 3.3): a key's batch statistics must not
@@ -48,14 +50,39 @@ def shuffle(rng: Array, rows: Array) -> tuple[Array, Array]:
     Args:
       rng: a key, equal on all replicas.
       rows: [B, ...] of this replica.
+      exchange: "gather" has every replica receive all rows; "all_to_all" the B it needs, on TPUs
+        alone. The result is the same.
 
     Returns:
       [B, ...], this replica's part of the permuted global batch, and i32[replicas * B], the
       permutation, for `unshuffle`.
     """
-    everyone = gather(rows)
-    order = jax.random.permutation(rng, everyone.shape[0])
-    return everyone[order[positions(rows.shape[0])]], order
+    assert exchange in EXCHANGES, exchange
+    batch = rows.shape[0]
+    order = jax.random.permutation(rng, batch * replicas())
+    if exchange == "all_to_all":
+        return _traded(rows, order), order
+    return gather(rows)[order[positions(batch)]], order
+
+
+def _traded(rows: Array, order: Array) -> Array:
+    """This replica's part of the global rows in the order `order`, by a ragged all-to-all.
+
+    Rows leave sorted by where they go and arrive sorted by where they come from.
+    """
+    batch, me = rows.shape[0], jax.lax.axis_index(AXIS)
+    source = order // batch  # replica that a place gets its row from
+    target = jnp.arange(len(order)) // batch  # replica that has a place
+    counts = jnp.zeros((replicas(), replicas()), jnp.int32).at[source, target].add(1)
+    leave = jnp.argsort(jnp.argsort(order)[positions(batch)])  # own rows by their places
+    ends = jnp.cumsum(counts[me])
+    begins = jnp.cumsum(counts, axis=0) - counts  # where a source's rows begin at a target
+    arrived = jax.lax.ragged_all_to_all(
+        rows[leave], jnp.zeros_like(rows), ends - counts[me], counts[me], begins[me], counts[:, me],
+        axis_name=AXIS,
+    )  # fmt: skip
+    # A source's rows arrive by their places, as a stable sort of the places by source has them.
+    return arrived[jnp.argsort(jnp.argsort(source[positions(batch)], stable=True))]
 
 
 def unshuffle(rows: Array, order: Array) -> Array:

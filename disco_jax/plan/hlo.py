@@ -11,6 +11,7 @@ COLLECTIVES = (
     "all-reduce",
     "all-gather",
     "all-to-all",
+    "ragged-all-to-all",
     "reduce-scatter",
     "collective-permute",
 )

@@ -67,6 +67,8 @@ def run(
     config = teacher.resolve(config)
     if config.dtype == "auto":
         config.dtype = "bfloat16"
+    if config.fast.exchange == "auto":
+        config.fast.exchange = "all_to_all"
     where = topology.open_slice(name)
     prepare.check_devices(config, len(where.devices))
     data = config.data
