@@ -226,6 +226,11 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # how images are traded for shuffled BatchNorm: gather (every device gets all of them) |
         # all_to_all (those that it needs; TPUs alone) | auto (all_to_all on TPUs)
         exchange="auto",
+        # the first convolution takes two columns at once; weights are stored as ever
+        stem=True,
+        # the teacher's kernels in the computation's dtype, and on stored statistics ("running")
+        # its BatchNorm inside the layers before
+        teacher=True,
     )
     config.optimizer = dict(
         name="sgd",  # sgd | larc | lars | adamw

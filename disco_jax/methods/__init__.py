@@ -126,6 +126,8 @@ def _network(name: str, config: Any) -> models.Network:
     spec = config.teacher if name == "teacher" else config.student
     augment = tuple(config.augment.mean), tuple(config.augment.std)
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
+    if not _fast(config, "stem", True):
+        network = dataclasses.replace(network, encoder=models.plain_stem(network.encoder))
     exchange = models.exchange(_fast(config, "exchange", "auto"))
     network = dataclasses.replace(network, grouped=config.group_views, exchange=exchange)
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":

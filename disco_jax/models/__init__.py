@@ -88,6 +88,13 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     )
 
 
+def plain_stem(encoder: Encoder) -> Encoder:
+    """`encoder` without `stem.by_pairs`, where its family has that."""
+    if not getattr(encoder.backbone, "pairs", False):
+        return encoder
+    return encoder.clone(backbone=encoder.backbone.clone(pairs=False))
+
+
 def backbone(name: str) -> Encoder:
     """A backbone of `BACKBONES` in float32 without a head."""
     cls, fields = BACKBONES[name]

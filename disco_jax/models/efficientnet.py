@@ -20,6 +20,7 @@ from disco_jax.models.inverted import (
     shrink,
 )
 from disco_jax.models.maps import keep as keep_map
+from disco_jax.models.stem import by_pairs
 
 STEM, FEATURES = 32, 1280
 # Table 1: kernel, stride, expansion, channels of a stage.
@@ -46,6 +47,7 @@ class EfficientNet(nn.Module):
       stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
+      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -56,6 +58,7 @@ class EfficientNet(nn.Module):
     dropout: float = 0.0
     stem: str = "imagenet"
     norm_group: int = 0
+    pairs: bool = True
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -85,7 +88,8 @@ class EfficientNet(nn.Module):
         """float[B, H, W, 3] -> features f32[B, 1280] after the global average pool."""
         stride = 1 if self.stem == "small" else 2
         style, size = self.style, self.nominal
-        x = conv(style, STEM, 3, stride, size, False, self.dtype, name="stem_conv")(
+        first = by_pairs if self.pairs else None
+        x = conv(style, STEM, 3, stride, size, False, self.dtype, name="stem_conv", convolve=first)(
             images.astype(self.dtype)
         )
         size = shrink(size, stride)

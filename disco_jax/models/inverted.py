@@ -190,6 +190,7 @@ def conv(
     *,
     name: str,
     bias: bool = False,
+    convolve: Callable[..., Array] | None = None,
 ) -> nn.Conv:
     """A convolution padded and initialised as the code base does it.
 
@@ -203,6 +204,7 @@ def conv(
       dtype: of the computation.
       name: of the module.
       bias: whether it has one.
+      convolve: computes it in place of XLA's own convolution.
     """
     return nn.Conv(
         features,
@@ -214,6 +216,7 @@ def conv(
         kernel_init=_conv_init(style.start, depthwise),
         bias_init=zeros,
         dtype=dtype,
+        conv_general_dilated=convolve,
         name=name,
     )
 

@@ -21,6 +21,7 @@ from disco_jax.models.inverted import (
     divisible,
 )
 from disco_jax.models.maps import keep as keep_map
+from disco_jax.models.stem import by_pairs
 
 FEATURES = 1280
 
@@ -39,6 +40,7 @@ class MobileNet(nn.Module):
       stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
+      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -51,6 +53,7 @@ class MobileNet(nn.Module):
     dropout: float = 0.0
     stem: str = "imagenet"
     norm_group: int = 0
+    pairs: bool = True
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -73,9 +76,18 @@ class MobileNet(nn.Module):
         """float[B, H, W, 3] -> features f32[B, 1280]."""
         style, act = self.style, ACTIVATIONS[self.activation]
         stride = 1 if self.stem == "small" else 2
-        x = conv(style, self.stem_width, 3, stride, 0, False, self.dtype, name="stem_conv")(
-            images.astype(self.dtype)
-        )
+        first = by_pairs if self.pairs else None
+        x = conv(
+            style,
+            self.stem_width,
+            3,
+            stride,
+            0,
+            False,
+            self.dtype,
+            name="stem_conv",
+            convolve=first,
+        )(images.astype(self.dtype))
         x = act(batch_norm(style, self.norm_group, self.dtype, name="stem_bn")(x, norm=norm))
         for s, blocks in enumerate(self.blocks()):
             for i, block in enumerate(blocks):

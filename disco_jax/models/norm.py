@@ -21,7 +21,9 @@ class BatchNorm(nn.Module):
     them), "sync" those of the global batch, "running" the stored ones. Outside "running", when
     the collection `batch_stats` is mutable, stored <- momentum * stored + (1 - momentum) * batch,
     with the unbiased variance and, for "local", the mean over the groups. Statistics are float32
-    whatever the compute dtype. Only "local" with group=0 depends on the number of devices.
+    whatever the compute dtype. Without a scale among the parameters the layer before has taken
+    the rest in (`fold.still`), and the bias is added. Only "local" with group=0 depends on the
+    number of devices.
 
     Attributes:
       group: images a group in mode "local"; divides the batch of the replica.
@@ -40,6 +42,9 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, norm: str) -> Array:
         features = x.shape[-1]
+        if self.has_variable("params", "bias") and not self.has_variable("params", "scale"):
+            bias = self.param("bias", zeros, (features,), jnp.float32)
+            return (x.astype(jnp.float32) + _meet(bias, x)).astype(self.dtype or x.dtype)
         scale = self.param("scale", constant(self.scale), (features,), jnp.float32)
         bias = self.param("bias", zeros, (features,), jnp.float32)
         mean = self.variable("batch_stats", "mean", zeros, None, (features,))

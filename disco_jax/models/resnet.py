@@ -14,6 +14,7 @@ from jax import Array
 from disco_jax.models.init import he_fan_out
 from disco_jax.models.maps import keep as keep_map
 from disco_jax.models.norm import BatchNorm
+from disco_jax.models.stem import by_pairs
 
 STEMS = ("imagenet", "small")
 
@@ -30,6 +31,7 @@ class ResNet(nn.Module):
         weights ported from there expect.
       zero_init_residual: the last BatchNorm of a branch starts at 0, as in timm (disagreement M4).
       norm_group: see `BatchNorm.group`.
+      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -40,6 +42,7 @@ class ResNet(nn.Module):
     padding: str = "symmetric"
     zero_init_residual: bool = False
     norm_group: int = 0
+    pairs: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -55,7 +58,8 @@ class ResNet(nn.Module):
         )
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
-            x = conv(self.width, 7, 2, name="conv1")(x)
+            first = by_pairs if self.pairs else None
+            x = conv(self.width, 7, 2, name="conv1", convolve=first)(x)
         else:
             x = conv(self.width, 3, name="conv1")(x)
         x = nn.relu(batch_norm(name="bn1")(x, norm=norm))
@@ -115,9 +119,9 @@ _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 def _conv(
-    features: int, kernel: int, stride: int = 1, *, padding: str, dtype, name: str
+    features: int, kernel: int, stride: int = 1, *, padding: str, dtype, name: str, convolve=None
 ) -> nn.Conv:
-    """A biasless convolution."""
+    """A biasless convolution; `convolve` computes it in place of XLA's own."""
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -126,6 +130,7 @@ def _conv(
         use_bias=False,
         kernel_init=he_fan_out,
         dtype=dtype,
+        conv_general_dilated=convolve,
         name=name,
     )
 

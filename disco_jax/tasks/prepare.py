@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors, methods
@@ -13,6 +14,7 @@ from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
+from disco_jax.models import fold
 from disco_jax.tasks import cached
 from disco_jax.train import optimizer, state, step, teacher
 
@@ -51,7 +53,11 @@ class Prepared:
         """What the step reads and never changes."""
         if self.teacher is None or self.period:
             return {}
-        return {"teacher": self.teacher.variables}
+        variables = self.teacher.variables
+        if not self.config.fast.teacher:
+            return {"teacher": variables}
+        network, size = self.method.networks["teacher"], self.config.augment.size
+        return {"teacher": fold.still(network, jax.tree.map(np.asarray, variables), size)}
 
 
 def prepare(
