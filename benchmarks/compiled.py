@@ -1,60 +1,127 @@
 """What the TPU's compiler says of the parts of a step: thousand cycles an image. No TPU needed.
 
     pip install 'disco-jax[plan]'
-    python benchmarks/compiled.py [--config disco:student=resnet18,teacher=resnet50] [PART ...]
+    python benchmarks/compiled.py [--config disco:student=resnet18,teacher=resnet50]
+        [--change teacher.norm=running ...] [--naive] [PART ...]
 
 Each part is compiled by itself for one chip: "augmentation" of all views, the forward passes
-"teacher" and "momentum", "student" with its gradient, and every objective with its gradient.
+"teacher" and "momentum", "student" with its gradient, and every objective with its gradient. With
+--naive they are the yardstick's, see naive.py. "exchange" is what shuffled BatchNorm moves, on
+all chips of the slice.
 """
 
 import argparse
+import ast
 import os
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import naive
+import numpy as np
 
 from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.methods.base import Record
+from disco_jax.models import fold
 from disco_jax.models.encoder import encode
-from disco_jax.ops.collectives import AXIS
+from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.plan import hlo, topology
+
+
+class Part(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      function: of one replica.
+      arguments: shapes.
+      donated: which of them the result takes the place of.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help="which of them; default: all")
     parser.add_argument("--config", default="disco:student=resnet18,teacher=resnet50")
+    parser.add_argument("--change", action="append", default=[], help="FIELD=VALUE, as in Python")
+    parser.add_argument("--naive", action="store_true", help="the yardstick's parts")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--batch", type=int, default=32, help="images of one chip")
+    parser.add_argument("--top", type=int, default=0, help="show the dearest instructions")
     given = parser.parse_args()
-    config = flags.load(given.config)
-    config.dtype = "bfloat16"
-    if config.teacher.head == "auto":
-        config.teacher.head = "mlp"
+    config = changed(flags.load(given.config), given.change)
+    if given.naive:
+        naive.turn_off(config)
     parts = components(config, given.batch)
-    device = topology.open_slice(given.topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    if given.naive:
+        naive.replace(parts, config)
+    devices = topology.open_slice(given.topology).devices
     total = 0.0
-    for name in given.parts or parts:
-        function, arguments = parts[name]
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-        )
+    for name in given.parts or [name for name in parts if name != "exchange"]:
         begin = time.monotonic()
-        compiled = jax.jit(_alone(function)).lower(*arguments).compile()
-        found = hlo.cycles(compiled.as_text()) / 1e3 / given.batch
+        compiled = compile_part(parts[name], devices if name == "exchange" else devices[:1])
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        found = hlo.cycles(text) / 1e3 / given.batch
         total += found
+        arguments = memory.argument_size_in_bytes / 2**20
         seconds = time.monotonic() - begin
-        print(f"{name:14} {found:8.1f} thousand cycles an image  ({seconds:.0f} s)", flush=True)
+        print(
+            f"{name:14} {found:8.1f} thousand cycles an image  {arguments:7.1f} MiB of arguments  "
+            f"({seconds:.0f} s)",
+            flush=True,
+        )
+        for kind, moved in hlo.collective_bytes(text).items():
+            if name == "exchange":
+                print(f"{'':14} {kind}: {moved.count}, {moved.bytes / 2**20:.1f} MiB on a chip")
+        for cycles, line in hlo.dearest(text, given.top):
+            print(f"{'':6}{cycles / 1e3 / given.batch:8.1f}  {line[:110]}")
     print(f"{'sum':14} {total:8.1f}")
 
 
-def components(config, batch):
-    """Name -> (function, abstract arguments), each for one replica."""
+def changed(config: Any, changes: list[str]) -> Any:
+    """A recipe's config with bfloat16 as on TPUs, a teacher's head, and what was asked for."""
+    config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+    if config.teacher.head == "auto":
+        config.teacher.head = "mlp"
+    for change in changes:
+        field, _, text = change.partition("=")
+        group, _, name = field.rpartition(".")
+        fields = config
+        for part in filter(None, group.split(".")):
+            fields = fields[part]
+        is_text = isinstance(fields[name], str)
+        fields[name] = text if is_text else ast.literal_eval(text)
+    return config
+
+
+def compile_part(part: Part, devices: Any) -> Any:
+    """A part on each of `devices`, whose replicas all have the same arguments."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    every = jax.sharding.PartitionSpec()
+    sharding = jax.sharding.NamedSharding(mesh, every)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part.arguments
+    )
+    return jax.jit(on(mesh, part.function), donate_argnums=part.donated).lower(*arguments).compile()
+
+
+def on(mesh: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one replica, on all of a mesh alike."""
+    every = jax.sharding.PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=every, out_specs=every, check_vma=False)
+
+
+def components(config: Any, batch: int) -> dict[str, Part]:
+    """Name -> what is compiled of a config's step."""
+    alone = jax.sharding.AbstractMesh((1,), (AXIS,))
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     crops = {
@@ -67,24 +134,37 @@ def components(config, batch):
         key = jax.random.fold_in(jax.random.key(0), step)
         return recipe.photometric(crops, key, jnp.arange(batch, dtype=jnp.int32))
 
-    found = {"augmentation": (augmentation, (crops, jax.ShapeDtypeStruct((), jnp.int32)))}
+    found = {"augmentation": Part(augmentation, (crops, jax.ShapeDtypeStruct((), jnp.int32)))}
     encoded = {}
     for name, wanted in method.plan.items():
         network = method.networks[name]
         variables = jax.eval_shape(lambda n=network: n.encoder.create(0, recipe.sizes[0]))
+        if name == "teacher" and config.fast.teacher:
+            variables = jax.eval_shape(
+                lambda v, n=network: fold.still(n, v, recipe.sizes[0]), variables
+            )
 
         def forward(variables, images, network=network, wanted=wanted):
             return encode(network, variables, images, wanted, jax.random.key(0))
 
-        found[name] = (forward, (variables, images))
-        shapes = jax.eval_shape(_alone(forward), variables, images)[0]
-        encoded[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
-    found["student"] = (_with_gradient(found["student"][0]), found["student"][1])
+        seen = {view: images[view] for view in wanted}
+        found[name] = Part(forward, (variables, seen))
+        encoded[name] = jax.eval_shape(on(alone, forward), variables, seen)[0]
+    found["student"] = Part(_with_gradient(found["student"][0]), found["student"][1])
     record = Record(encoded, {})
     memory = jax.eval_shape(lambda: method.memory(jax.random.key(0), record))
     targets = {name: shapes for name, shapes in encoded.items() if name != "student"}
     for name, objective in method.objectives.items():
-        found[name] = (_term(objective), (encoded["student"], targets, memory[name]))
+        arguments = encoded["student"], targets, memory[name]
+        found[name] = Part(_term(objective), arguments, donated=(2,))
+    if "momentum" in method.plan and method.networks["momentum"].norm == "shuffle":
+        network, view = method.networks["momentum"], method.plan["momentum"][0]
+
+        def exchange(rows):
+            sent = rows.astype(network.encoder.backbone.dtype)
+            return shuffle(jax.random.key(0), sent, network.exchange)[0]
+
+        found["exchange"] = Part(exchange, (images[view],))
     return found
 
 
@@ -92,7 +172,7 @@ def _term(objective):
     def term(student, targets, memory):
         def loss(student):
             term = objective(Record({**targets, "student": student}, {}), memory, 0)
-            return term.loss, term.memory
+            return term.loss, (term.memory, term.metrics)
 
         return jax.value_and_grad(loss, has_aux=True)(student)
 
@@ -108,13 +188,6 @@ def _with_gradient(forward):
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
     return student
-
-
-def _alone(function):
-    """As the only replica."""
-    return lambda *arguments: jax.vmap(function, in_axes=None, axis_size=1, axis_name=AXIS)(
-        *arguments
-    )
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def _compared(rows: Array, bank: Array, temperature: float, dtype: str) -> Compa
 def _forward(rows: Array, bank: Array, temperature: float, dtype: str) -> tuple[Compared, Array]:
     """And the gradient of the total by the rows, f32[B, D]."""
     most = jnp.full(len(rows), 1 / temperature)
-    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), _HIGHEST)
+    mixing = _HIGHEST if dtype == "float32" else None
+    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), mixing)
     gradient = sums.rows / (sums.weight[:, None] * temperature)
     return Compared(jnp.log(sums.weight) + most, sums.highest * temperature), gradient
 
@@ -177,9 +178,11 @@ def _by_blocks(one: Callable[[Array], _Sums], bank: Array) -> _Sums:
 def _products(rows: Array, bank: Array, dtype) -> Array:
     """f32[B, K]. They are divided by temperatures: float32 ones must be exact everywhere."""
     return jnp.matmul(
-        rows.astype(dtype), bank.T.astype(dtype), precision=_HIGHEST,
+        rows.astype(dtype),
+        bank.T.astype(dtype),
+        precision=_HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 def _check(rows: Array, bank: Array) -> None:

@@ -17,6 +17,7 @@ COLLECTIVES = (
 )
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OPCODE = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
@@ -49,6 +50,26 @@ def cycles(text: str) -> float:
         if estimate := _ESTIMATE.search(line):
             total += weight * int(estimate.group(1))
     return total
+
+
+def dearest(text: str, count: int) -> list[tuple[float, str]]:
+    """The instructions with the most cycles, each with all of its executions; see `cycles`.
+
+    Args:
+      text: `compiled.as_text()`.
+      count: how many.
+
+    Returns:
+      Cycles and "NAME SHAPE: what of our program it computes", the most first.
+    """
+    found = []
+    for line, weight in _executed(text):
+        if estimate := _ESTIMATE.search(line):
+            source = _SOURCE.search(line)
+            name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+            told = f"{name} {rest.split('{')[0]}: {source.group(1) if source else ''}"
+            found.append((weight * int(estimate.group(1)), told))
+    return sorted(found, key=lambda pair: -pair[0])[:count]
 
 
 def collective_bytes(text: str) -> dict[str, Collective]:

@@ -51,6 +51,13 @@ def test_cycles_count_loops_by_turns_choices_by_their_mean_and_fusions_once():
     assert hlo.cycles(PROGRAM) == 20 + 7 * 5 + (300 + 0) / 2 + 1
 
 
+def test_the_dearest_instructions_come_first_with_all_their_turns():
+    first, second, third = hlo.dearest(PROGRAM, 3)
+    assert (first[0], second[0], third[0]) == (150, 35, 20)
+    assert first[1] == "%a f32[8]: " and second[1].startswith("%turn f32[8]")
+    assert len(hlo.dearest(PROGRAM, 100)) == 4 and hlo.dearest(PROGRAM, 0) == []
+
+
 def test_collectives_are_counted_once_with_what_they_make():
     assert hlo.collective_bytes(PROGRAM) == {
         "all-gather": hlo.Collective(2, 16 * 4 + 3 + 40),

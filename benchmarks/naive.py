@@ -1,0 +1,149 @@
+"""The yardstick: a step as one would write it first. Correct, in bfloat16, and one by one.
+
+Losses from float32 logits [B, K + 1], float32 weights, all images gathered to be shuffled; each
+image draws the order of its colour operations, all of which are computed for the one chosen, and
+a blur is 23 shifted sums along each axis.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from disco_jax.ops import augment
+from disco_jax.ops.collectives import gather
+from disco_jax.ops.losses import unit
+
+TAPS = 11  # on each side of a blurred pixel
+
+
+def turn_off(config: Any) -> None:
+    """Nothing of `config.fast`."""
+    config.fast.update(losses=False, half_queue=False, exchange="gather", stem=False, teacher=False)
+
+
+def replace(parts: dict[str, Any], config: Any) -> None:
+    """Puts the yardstick's own parts in place of those of `compiled.components`."""
+    parts["augmentation"] = parts["augmentation"]._replace(function=_augmentation(config.augment))
+    terms = {"contrast": contrast, "similarity": similarity}
+    for name in terms.keys() & parts.keys():
+        parts[name] = parts[name]._replace(
+            function=with_gradient(terms[name], config.objectives[name])
+        )
+
+
+def logits(rows: Array, own: Array, bank: Array) -> Array:
+    """f32[B, K + 1]: factors bfloat16, sums float32."""
+    half = jnp.bfloat16
+    others = jnp.matmul(rows.astype(half), bank.T.astype(half), preferred_element_type=jnp.float32)
+    return jnp.concatenate([jnp.sum(rows * own, axis=-1, keepdims=True), others], axis=-1)
+
+
+def contrast(student: Any, targets: Any, memory: Any, settings: Any):
+    """InfoNCE of the pairs, its accuracy, and the queues with the new keys."""
+    losses, accuracies, queues = [], [], {}
+    for query_view, key_view in settings.pairs:
+        key = unit(targets[settings.keys_from][key_view].embedding)
+        queue = memory[f"view_{key_view}"]
+        found = logits(unit(student[query_view].embedding), key, queue.vectors)
+        scaled = found / settings.temperature
+        losses.append(jnp.mean(jax.nn.logsumexp(scaled, axis=-1) - scaled[:, 0]))
+        accuracies.append(jnp.mean(jnp.argmax(found, axis=-1) == 0))
+        queues[f"view_{key_view}"] = queue.push(gather(key))
+    return jnp.mean(jnp.stack(losses)), (queues, accuracies)
+
+
+def similarity(student: Any, targets: Any, memory: Any, settings: Any):
+    """SEED's cross-entropy of two softmaxes; the teacher's logits are exact."""
+    losses, queues = [], {}
+    for group in settings.groups:
+        name = f"view_{group[0][1]}"
+        queue = memory[name]
+        for view, theirs in group:
+            teacher = unit(targets["teacher"][theirs].embedding)
+            exact = jnp.concatenate(
+                [
+                    jnp.sum(teacher * teacher, axis=-1, keepdims=True),
+                    jnp.matmul(teacher, queue.vectors.T, precision="highest"),
+                ],
+                axis=-1,
+            )
+            shares = jax.nn.softmax(exact / settings.teacher_temperature, axis=-1)
+            scores = logits(unit(student[view].embedding), teacher, queue.vectors)
+            scores = jax.nn.log_softmax(scores / settings.student_temperature, axis=-1)
+            losses.append(-jnp.mean(jnp.sum(shares * scores, axis=-1)) / len(group))
+        first = unit(targets["teacher"][group[0][1]].embedding)
+        queues[name] = queue.push(gather(first))
+    return sum(losses), queues
+
+
+def with_gradient(term, settings):
+    """The function of a part: (student, targets, memory) -> loss, memory and gradient."""
+
+    def part(student, targets, memory):
+        def loss(student):
+            return term(student, targets, memory, settings)
+
+        return jax.value_and_grad(loss, has_aux=True)(student)
+
+    return part
+
+
+def _augmentation(settings: Any):
+    def augmentation(crops, step):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        return {
+            view: photometric(images, jax.random.fold_in(key, view), settings)
+            for view, images in crops.items()
+        }
+
+    return augmentation
+
+
+def photometric(crops: Array, key: Array, settings: Any) -> Array:
+    """u8[B, H, W, 3] -> f32[B, H, W, 3], MoCo-v2's operations one by one."""
+    count = len(crops)
+    jitter_key, order_key, grey_key, blur_key, sigma_key, flip_key, act_key = jax.random.split(
+        key, 7
+    )
+    images = crops.astype(jnp.float32) / 255
+    strengths = jnp.asarray(settings.jitter)[None]
+    spread = jax.random.uniform(jitter_key, (count, 4), minval=-1.0) * strengths
+    factors = spread + jnp.array([[1.0, 1.0, 1.0, 0.0]])
+    orders = jax.vmap(lambda k: jax.random.permutation(k, 4))(jax.random.split(order_key, count))
+    jittered = _jitter(images, factors, orders)
+    images = _where(jax.random.uniform(act_key, (count,)) < settings.jitter_prob, jittered, images)
+    grey = jax.random.uniform(grey_key, (count,)) < settings.grey_prob
+    images = augment.grayscale(images, grey)
+    low, high = settings.blur_sigma
+    sigma = jax.random.uniform(sigma_key, (count,), minval=low, maxval=high)
+    blurred = _blur(_blur(images, sigma, 1), sigma, 2)
+    images = _where(jax.random.uniform(blur_key, (count,)) < settings.blur_prob, blurred, images)
+    mirrored = jax.random.uniform(flip_key, (count,)) < settings.flip_prob
+    images = _where(mirrored, images[:, :, ::-1], images)
+    return augment.normalize(images, tuple(settings.mean), tuple(settings.std))
+
+
+def _jitter(images: Array, factors: Array, orders: Array) -> Array:
+    operations = [getattr(augment, name) for name in augment.JITTER]
+    for place in range(4):
+        made = [operation(images, factors[:, i]) for i, operation in enumerate(operations)]
+        for i, image in enumerate(made):
+            images = _where(orders[:, place] == i, image, images)
+    return images
+
+
+def _blur(images: Array, sigma: Array, axis: int) -> Array:
+    offsets = jnp.arange(-TAPS, TAPS + 1, dtype=jnp.float32)[None]
+    weights = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))
+    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
+    around = [(TAPS, TAPS) if i == axis else (0, 0) for i in range(4)]
+    padded = jnp.pad(images, around, mode="reflect")
+    size = images.shape[axis]
+    shifted = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * TAPS + 1))
+    return sum(weights[:, i, None, None, None] * part for i, part in enumerate(shifted))
+
+
+def _where(chosen: Array, images: Array, others: Array) -> Array:
+    return jnp.where(chosen[:, None, None, None], images, others)

@@ -1,0 +1,116 @@
+"""What the TPU's compiler makes of a step: cycles of the losses, what crosses chips, donation."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import helpers
+from disco_jax import models
+from disco_jax.ops.bank import Reading, compared
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, soft_cross_entropy
+from disco_jax.plan import hlo, program, topology
+from disco_jax.train import step
+
+pytestmark = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+SLICE = "v5e:2x4"
+IMAGES, DIM = 32, 128
+HALF = Reading(dtype=jnp.bfloat16)
+
+
+def thousand_cycles(function, rows, size, dtype=jnp.float32):
+    """Of one of `IMAGES` images, of function(f32[rows, DIM], f32[rows, DIM], dtype[size, DIM])."""
+    sharding = jax.sharding.SingleDeviceSharding(topology.open_slice(SLICE).devices[0])
+    shapes = ((rows, DIM), (rows, DIM), (size, DIM))
+    dtypes = (jnp.float32, jnp.float32, dtype)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+        for shape, kind in zip(shapes, dtypes, strict=True)
+    ]
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return hlo.cycles(compiled.as_text()) / IMAGES / 1e3
+
+
+def nce(reading):
+    def term(query, key, bank):
+        def loss(query):
+            found = compared(query, bank, temperature=0.2, reading=reading)
+            accuracy = contrast_accuracy(query, key, found.nearest)
+            each = info_nce_beside(query, key, found.total, temperature=0.2)
+            return jnp.mean(each), jnp.mean(accuracy)
+
+        return jax.value_and_grad(loss, has_aux=True)(query)
+
+    return term
+
+
+def seed(student, teacher, bank):
+    def loss(student):
+        each = soft_cross_entropy(
+            student, teacher, bank, student_temperature=0.2, teacher_temperature=0.01, reading=HALF
+        )
+        return jnp.mean(each)
+
+    return jax.value_and_grad(loss)(student)
+
+
+def test_a_contrast_costs_one_pass_over_its_queue():
+    """Of 65,536 keys, and of 262,144 in half; all products kept take more than twice as long."""
+    assert thousand_cycles(nce(HALF), IMAGES, 65_536) <= 3.4
+    assert thousand_cycles(nce(HALF), IMAGES, 262_144, jnp.bfloat16) <= 10.5
+    kept = Reading(one_pass=False, dtype=jnp.bfloat16)
+    assert thousand_cycles(nce(kept), IMAGES, 65_536) > 2 * 3.4
+
+
+def test_seeds_loss_on_two_views_costs_two_passes():
+    assert thousand_cycles(seed, 2 * IMAGES, 65_536) <= 8
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The step of DisCo on a slice, and the state that goes into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+        tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+        config = helpers.smoke_config("disco", batch_size=32, **tiny)
+        config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+        where = topology.open_slice(SLICE)
+        built, arguments = program.abstract(config, len(where.devices), 10)
+        lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
+        return lowered.compile().as_text(), arguments[0]
+
+
+def every_step(text, kind):
+    """The result of each collective of a kind that runs in every step."""
+    matches = ((hlo._OPCODE.match(line.strip()), weight) for line, weight in hlo._executed(text))
+    return [m.group(1) for m, weight in matches if m and m.group(2) == kind and weight == 1]
+
+
+def test_gradients_cross_chips_once_and_metrics_once(compiled):
+    """What health measures every few steps is behind a condition."""
+    text, state = compiled
+    found = every_step(text, "all-reduce")
+    assert len(found) == 2
+    # Gradients and statistics: as many arrays as the student has, and some of metrics.
+    leaves = len(jax.tree.leaves(state.student))
+    assert max(shape.count("[") for shape in found) >= leaves
+
+
+def test_shuffled_images_are_no_more_than_a_chips_own(compiled):
+    text, _ = compiled
+    moved = hlo.collective_bytes(text)["ragged-all-to-all"]
+    assert moved == hlo.Collective(1, 32 // 8 * 16 * 16 * 3 * 2)  # four images in bfloat16
+    images = [shape for shape in every_step(text, "all-gather") if ",16,16,3]" in shape]
+    assert not images
+
+
+def test_the_new_state_takes_the_place_of_the_old_one(compiled):
+    text, state = compiled
+    header = text.splitlines()[0]
+    aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}, may-alias\)", header)
+    assert len(aliased) == len(jax.tree.leaves(state))
