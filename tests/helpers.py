@@ -105,6 +105,10 @@ class TinyBackbone(nn.Module):
     norm_group: int = 0
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def out_features(self):
+        return self.width
+
     @nn.compact
     def __call__(self, images, *, norm):
         n, side = len(images), images.shape[1] // 2

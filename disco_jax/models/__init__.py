@@ -1,7 +1,6 @@
 """Networks by name. A family is a module whose `VARIANTS` table ends its file."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -127,24 +126,12 @@ def build_network(
 
 def width(spec: Any) -> int:
     """How many features the backbone of a network's part of a config has."""
-    fields = tuple((name, spec[name]) for name in ("backbone", *_OPTIONAL))
-    return _width(fields)
-
-
-@functools.cache
-def _width(fields: tuple[tuple[str, Any], ...]) -> int:
-    spec = dict(fields)
-    if spec["backbone"] not in BACKBONES:
-        raise errors.unknown("The backbone", spec["backbone"], BACKBONES)
-    cls, variant = BACKBONES[spec["backbone"]]
+    if spec.backbone not in BACKBONES:
+        raise errors.unknown("The backbone", spec.backbone, BACKBONES)
+    cls, variant = BACKBONES[spec.backbone]
     known = {field.name for field in dataclasses.fields(cls)}
     given = {n: spec[n] for n, off in _OPTIONAL.items() if spec[n] != off and n in known}
-    backbone = Encoder(cls(**{**variant, **given}), heads.Identity())
-    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    shapes = jax.eval_shape(
-        lambda x: backbone.init_with_output(jax.random.key(0), x, norm="running")[0], images
-    )
-    return shapes.features.shape[-1]
+    return cls(**{**variant, **given}).out_features
 
 
 def parameters(encoder: Encoder, parts: Iterable[str] = ("backbone",), size: int = 224) -> int:

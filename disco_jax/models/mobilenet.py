@@ -71,6 +71,11 @@ class MobileNet(nn.Module):
                 width = channels
         return stages
 
+    @property
+    def out_features(self) -> int:
+        """D of its features."""
+        return FEATURES
+
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, 1280]."""

@@ -6,6 +6,7 @@ about 224 px. With the small stem: a 3x3 convolution of stride 1 and no pool, fo
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -45,6 +46,11 @@ class ResNet(nn.Module):
     pairs: bool = True
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def out_features(self) -> int:
+        """D of its features."""
+        return self.width * 2 ** (len(self.stage_sizes) - 1) * _BLOCKS[self.block].expansion
+
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, D] after the global average pool."""
@@ -80,6 +86,7 @@ class ResNet(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside the identity."""
 
+    expansion: ClassVar[int] = 1
     channels: int
     stride: int
     conv: Callable[..., nn.Conv]
@@ -98,6 +105,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 down, 3x3 with the stride, 1x1 up to 4 times the channels."""
 
+    expansion: ClassVar[int] = 4
     channels: int
     stride: int
     conv: Callable[..., nn.Conv]

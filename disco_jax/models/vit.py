@@ -39,6 +39,11 @@ class ViT(nn.Module):
     norm_group: int = 0
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def out_features(self) -> int:
+        """D of its features."""
+        return self.width
+
     @nn.compact
     def __call__(self, images: Array, *, norm: str, blocks: int = 1) -> Array:
         """float[B, H, W, 3] -> features f32[B, blocks * width].

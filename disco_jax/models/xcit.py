@@ -41,6 +41,11 @@ class XCiT(nn.Module):
     norm_group: int = 0
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def out_features(self) -> int:
+        """D of its features."""
+        return self.width
+
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3], sides of at least `patch` px -> features f32[B, width]."""

@@ -10,7 +10,7 @@ from etils import epath
 from disco_jax import convert, errors, methods, models
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
-from disco_jax.train import checkpoint, state, workdir
+from disco_jax.train import workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -166,6 +166,8 @@ def _existing(weights: str) -> epath.Path:
 
 
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
+    from disco_jax.train import checkpoint, state  # half a second for what resolves a config
+
     config = workdir.read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
     network = _network(path, spec.network)
@@ -184,6 +186,8 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
 
 def _network(path: epath.Path, wanted: str) -> str:
     """The network of a run that teaches; an import holds one alone, its student."""
+    from disco_jax.train import checkpoint
+
     if wanted not in NETWORKS:
         raise errors.unknown("config.teacher.network", wanted, NETWORKS)
     if wanted == "momentum" and not checkpoint.has(path, wanted):

@@ -94,10 +94,12 @@ ALL = [name for name in models.BACKBONES if not name.startswith(("xcit_medium", 
 
 @pytest.mark.parametrize("backbone", ALL)
 def test_every_network_computes_in_bfloat16_and_keeps_float32_outside(backbone):
-    variables, out = shapes(build(backbone, "bfloat16", hidden=32, dim=16), 64, "local")
+    encoder = build(backbone, "bfloat16", hidden=32, dim=16)
+    variables, out = shapes(encoder, 64, "local")
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert out.features.dtype == out.embedding.dtype == jnp.float32
-    assert out.features.ndim == 2 and out.embedding.shape == (2, 16)
+    assert out.features.shape == (2, encoder.backbone.out_features)
+    assert out.embedding.shape == (2, 16)
 
 
 @pytest.mark.parametrize(
