@@ -88,7 +88,7 @@ def main() -> None:
 
 def changed(config: Any, changes: list[str]) -> Any:
     """A recipe's config with bfloat16 as on TPUs, a teacher's head, and what was asked for."""
-    config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+    config.dtype, config.fast.exchange, config.fast.columns = "bfloat16", "all_to_all", "on"
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     for change in changes:
@@ -161,7 +161,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
         network, view = method.networks["momentum"], method.plan["momentum"][0]
 
         def exchange(rows):
-            sent = rows.astype(network.encoder.backbone.dtype)
+            sent = rows.astype(network.carried)
             return shuffle(jax.random.key(0), sent, network.exchange)[0]
 
         found["exchange"] = Part(exchange, (images[view],))

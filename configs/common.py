@@ -228,6 +228,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         exchange="auto",
         # the first convolution takes two columns at once; weights are stored as ever
         stem=True,
+        # EfficientNets' first layers with four columns side by side in the channels, which fills
+        # a TPU's lanes: on | off | auto (on TPUs)
+        columns="auto",
         # the teacher's kernels in the computation's dtype, and on stored statistics ("running")
         # its BatchNorm inside the layers before
         teacher=True,

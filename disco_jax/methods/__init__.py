@@ -128,8 +128,13 @@ def _network(name: str, config: Any) -> models.Network:
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
     if not _fast(config, "stem", True):
         network = dataclasses.replace(network, encoder=models.plain_stem(network.encoder))
+    if models.packs(_fast(config, "columns", "auto")):
+        network = dataclasses.replace(network, encoder=models.packed_columns(network.encoder))
     exchange = models.exchange(_fast(config, "exchange", "auto"))
-    network = dataclasses.replace(network, grouped=config.group_views, exchange=exchange)
+    carried = network.encoder.backbone.dtype
+    network = dataclasses.replace(
+        network, grouped=config.group_views, exchange=exchange, carried=carried
+    )
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
         # BatchNorm in a reused head keeps the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")

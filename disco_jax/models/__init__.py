@@ -87,6 +87,20 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     )
 
 
+def packs(name: str) -> bool:
+    """Whether early layers pack columns, by a config's `fast.columns`; "auto": on TPUs."""
+    if name not in ("auto", "on", "off"):
+        raise errors.unknown("config.fast.columns", name, ["auto", "on", "off"])
+    return name == "on" or (name == "auto" and jax.default_backend() == "tpu")
+
+
+def packed_columns(encoder: Encoder, columns: int = 4) -> Encoder:
+    """`encoder` with so many columns side by side in early layers, where its family has that."""
+    if not hasattr(encoder.backbone, "columns"):
+        return encoder
+    return encoder.clone(backbone=encoder.backbone.clone(columns=columns))
+
+
 def plain_stem(encoder: Encoder) -> Encoder:
     """`encoder` without `stem.by_pairs`, where its family has that."""
     if not getattr(encoder.backbone, "pairs", False):

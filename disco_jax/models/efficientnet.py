@@ -6,10 +6,13 @@ dropout and stochastic depth while training. And timm's `tf_` form of the same w
 padding follows the input.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.models.columns import packed, unpacked
 from disco_jax.models.drop import dropout
 from disco_jax.models.inverted import (
     Block,
@@ -48,6 +51,8 @@ class EfficientNet(nn.Module):
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
+      columns: that lie side by side in the channels up to the first block, whose channels fill a
+        quarter of a TPU's lanes; see `columns.packed`. 1, or images have another width: none do.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -59,6 +64,7 @@ class EfficientNet(nn.Module):
     stem: str = "imagenet"
     norm_group: int = 0
     pairs: bool = True
+    columns: int = 1
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -93,12 +99,16 @@ class EfficientNet(nn.Module):
         """float[B, H, W, 3] -> features f32[B, 1280] after the global average pool."""
         stride = 1 if self.stem == "small" else 2
         style, size = self.style, self.nominal
+        columns = 1 if images.shape[2] % (stride * self.columns) else self.columns
+        x = packed(images.astype(self.dtype), stride * columns if columns > 1 else 1)
         first = by_pairs if self.pairs else None
-        x = conv(style, STEM, 3, stride, size, False, self.dtype, name="stem_conv", convolve=first)(
-            images.astype(self.dtype)
-        )
+        x = conv(
+            style, STEM, 3, stride, size, False, self.dtype, name="stem_conv", convolve=first,
+            columns=columns,
+        )(x)  # fmt: skip
         size = shrink(size, stride)
-        x = nn.swish(batch_norm(style, self.norm_group, self.dtype, name="stem_bn")(x, norm=norm))
+        norm_of = functools.partial(batch_norm, style, self.norm_group, self.dtype)
+        x = nn.swish(norm_of(name="stem_bn", columns=columns)(x, norm=norm))
         stages, done, total = self.blocks(), 0, sum(self.repeats)
         for s, blocks in enumerate(stages):
             for i, block in enumerate(blocks):
@@ -109,12 +119,14 @@ class EfficientNet(nn.Module):
                     self.norm_group,
                     self.drop_path * done / total,
                     self.dtype,
+                    columns,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
+                x, columns = unpacked(x, columns), 1
                 size, done = shrink(size, block.stride), done + 1
             keep_map(self, s, x)
         x = conv(style, FEATURES, 1, 1, size, False, self.dtype, name="head_conv")(x)
-        x = nn.swish(batch_norm(style, self.norm_group, self.dtype, name="head_bn")(x, norm=norm))
+        x = nn.swish(norm_of(name="head_bn")(x, norm=norm))
         return dropout(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), self.dropout)
 
 

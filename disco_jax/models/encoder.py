@@ -133,6 +133,7 @@ class Network:
       grouped: views of one size go through the network together and share batch statistics, as
         SwAV, DINO and SSLight train; else one after the other, as MoCo and DisCo do.
       exchange: how "shuffle" moves images, see `collectives.shuffle`.
+      carried: dtype in which it does: that of the computation.
     """
 
     encoder: nn.Module
@@ -140,6 +141,7 @@ class Network:
     rescale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     grouped: bool = False
     exchange: str = "gather"
+    carried: jnp.dtype = jnp.float32
 
     def __post_init__(self):
         assert self.norm in MODES, self.norm
@@ -179,7 +181,7 @@ def encode(
         if network.norm == "shuffle":
             for view in group:
                 # Images travel as the network takes them: half as many bytes in bfloat16.
-                sent = mine[view].astype(network.encoder.backbone.dtype)
+                sent = mine[view].astype(network.carried)
                 key = jax.random.fold_in(rng, view)
                 mine[view], orders[view] = shuffle(key, sent, network.exchange)
         drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + group[0])} if dropout else {}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from disco_jax.models.columns import ColumnConv
 from disco_jax.models.encoder import Network, Variables
 from disco_jax.models.norm import BatchNorm
 
@@ -55,7 +56,7 @@ def _before(
             if path:  # else what BatchNorm gets is no layer's output, and it stays
                 found[module.path] = path, module
         out = call(*arguments, **keywords)
-        if isinstance(module, (nn.Conv, nn.Dense)):
+        if isinstance(module, (nn.Conv, nn.Dense, ColumnConv)):
             made.append((out, module.path))
         return out
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.models.columns import ColumnConv, pooled, tiled
 from disco_jax.models.drop import drop_path
 from disco_jax.models.init import (
     he_fan_out,
@@ -94,6 +95,7 @@ class InvertedResidual(nn.Module):
       norm_group: see `BatchNorm.group`.
       drop: probability that the branch of an image is left out while training.
       dtype: of the computation.
+      columns: that lie side by side in the channels, see `columns.packed`; only with stride 1.
     """
 
     block: Block
@@ -102,24 +104,26 @@ class InvertedResidual(nn.Module):
     norm_group: int = 0
     drop: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    columns: int = 1
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, C] -> float[B, ceil(H / stride), ceil(W / stride), channels]."""
         block, style, x = self.block, self.style, images
         act = ACTIVATIONS[block.activation]
-        if block.expanded != images.shape[-1]:
+        channels = images.shape[-1] // self.columns
+        if block.expanded != channels:
             x = self._conv(block.expanded, 1, 1, "expand_conv")(x)
             x = act(self._batch_norm("expand_bn")(x, norm=norm))
         x = self._conv(block.expanded, block.kernel, block.stride, "depthwise_conv", True)(x)
         x = self._batch_norm("depthwise_bn")(x, norm=norm)
-        squeeze_first = style.squeeze_first and block.expanded != images.shape[-1]
+        squeeze_first = style.squeeze_first and block.expanded != channels
         steps = [self._squeeze, act] if squeeze_first else [act, self._squeeze]
         for step in steps:
             x = step(x)
         x = self._conv(block.channels, 1, 1, "project_conv")(x)
         x = self._batch_norm("project_bn")(x, norm=norm)
-        if block.stride == 1 and images.shape[-1] == block.channels:
+        if block.stride == 1 and channels == block.channels:
             x = images + drop_path(self, x, self.drop)
         return x
 
@@ -132,16 +136,18 @@ class InvertedResidual(nn.Module):
             GATES[self.style.gate],
             self.style.start,
             self.dtype,
+            self.columns,
             name="squeeze",
         )(x)
 
-    def _conv(self, features, kernel, stride, name, depthwise=False) -> nn.Conv:
+    def _conv(self, features, kernel, stride, name, depthwise=False) -> nn.Module:
         return conv(
-            self.style, features, kernel, stride, self.nominal, depthwise, self.dtype, name=name
-        )
+            self.style, features, kernel, stride, self.nominal, depthwise, self.dtype, name=name,
+            columns=self.columns,
+        )  # fmt: skip
 
     def _batch_norm(self, name: str) -> BatchNorm:
-        return batch_norm(self.style, self.norm_group, self.dtype, name=name)
+        return batch_norm(self.style, self.norm_group, self.dtype, name=name, columns=self.columns)
 
 
 class SqueezeExcite(nn.Module):
@@ -153,6 +159,7 @@ class SqueezeExcite(nn.Module):
       gate: after them.
       start: see `Style.start`.
       dtype: of the computation.
+      columns: of a channel, see `columns.packed`.
     """
 
     width: int
@@ -160,14 +167,16 @@ class SqueezeExcite(nn.Module):
     gate: Activation
     start: str
     dtype: jnp.dtype
+    columns: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """float[B, H, W, C] -> the same shape."""
-        means = jnp.mean(x.astype(jnp.float32), axis=(1, 2)).astype(self.dtype)
+        means = pooled(jnp.mean(x.astype(jnp.float32), axis=(1, 2)), self.columns)
+        means = means.astype(self.dtype)
         inner = self.activation(self._linear(self.width, means.shape[-1], "reduce")(means))
-        gate = self.gate(self._linear(x.shape[-1], self.width, "expand")(inner))
-        return x * gate[:, None, None, :]
+        gate = self.gate(self._linear(means.shape[-1], self.width, "expand")(inner))
+        return x * tiled(gate, self.columns)[:, None, None, :]
 
     def _linear(self, width: int, fan_in: int, name: str) -> nn.Dense:
         kernel, bias = {
@@ -191,7 +200,8 @@ def conv(
     name: str,
     bias: bool = False,
     convolve: Callable[..., Array] | None = None,
-) -> nn.Conv:
+    columns: int = 1,
+) -> nn.Module:
     """A convolution padded and initialised as the code base does it.
 
     Args:
@@ -205,15 +215,22 @@ def conv(
       name: of the module.
       bias: whether it has one.
       convolve: computes it in place of XLA's own convolution.
+      columns: that leave it side by side in the channels, see `columns.ColumnConv`.
     """
+    padding = _padding(style.padding, kernel, stride, nominal)
+    draw = _conv_init(style.start, depthwise)
+    if columns > 1:
+        return ColumnConv(
+            features, kernel, stride, columns, padding, depthwise, draw, dtype, name=name
+        )
     return nn.Conv(
         features,
         (kernel, kernel),
         (stride, stride),
-        padding=_padding(style.padding, kernel, stride, nominal),
+        padding=padding,
         feature_group_count=features if depthwise else 1,
         use_bias=bias,
-        kernel_init=_conv_init(style.start, depthwise),
+        kernel_init=draw,
         bias_init=zeros,
         dtype=dtype,
         conv_general_dilated=convolve,
@@ -221,9 +238,11 @@ def conv(
     )
 
 
-def batch_norm(style: Style, group: int, dtype: jnp.dtype, *, name: str) -> BatchNorm:
-    """The code base's BatchNorm; `group` as in `BatchNorm`."""
-    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, name=name)
+def batch_norm(
+    style: Style, group: int, dtype: jnp.dtype, *, name: str, columns: int = 1
+) -> BatchNorm:
+    """The code base's BatchNorm; `group` and `columns` as in `BatchNorm`."""
+    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, columns=columns, name=name)
 
 
 def divisible(channels: float, by: int = 8) -> int:

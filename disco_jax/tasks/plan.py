@@ -69,6 +69,8 @@ def run(
         config.dtype = "bfloat16"
     if config.fast.exchange == "auto":
         config.fast.exchange = "all_to_all"
+    if config.fast.columns == "auto":
+        config.fast.columns = "on"
     where = topology.open_slice(name)
     prepare.check_devices(config, len(where.devices))
     data = config.data

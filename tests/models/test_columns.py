@@ -1,0 +1,108 @@
+"""Maps with columns side by side in their channels: the same network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import methods, models
+from disco_jax.errors import UserError
+from disco_jax.models.columns import ColumnConv, packed, unpacked
+from disco_jax.models.encoder import Network, encode
+from disco_jax.models.fold import still
+from disco_jax.models.init import he_fan_out
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize(
+    "side, stride, padding, depthwise",
+    [(3, 2, 1, False), (3, 2, "SAME", False), (5, 1, 2, True), (3, 1, ((1, 1), (1, 1)), True),
+     (1, 1, 0, False), (3, 2, ((0, 1), (0, 1)), False)],
+)  # fmt: skip
+def test_a_convolution_of_packed_maps_is_the_plain_one(columns, side, stride, padding, depthwise):
+    images = jax.random.normal(jax.random.key(0), (2, 8, 16, 6))
+    features = 6 if depthwise else 5
+    layer = ColumnConv(features, side, stride, columns, padding, depthwise, he_fan_out, jnp.float32)
+    rows = packed(images, stride * columns)
+    variables = layer.init(jax.random.key(1), rows)
+    kernel = variables["params"]["kernel"]
+    assert kernel.shape == (side, side, 1 if depthwise else 6, features)
+    pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+
+    def plain(kernel):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (stride, stride), pads, dimension_numbers=LAYOUT,
+            feature_group_count=6 if depthwise else 1,
+        )  # fmt: skip
+
+    def ours(kernel):
+        return unpacked(layer.apply({"params": {"kernel": kernel}}, rows), columns)
+
+    assert helpers.relative_error(ours(kernel), plain(kernel)) < 1e-5
+    gradients = (jax.grad(lambda k, f=f: jnp.sum(f(k) ** 2))(kernel) for f in (ours, plain))
+    assert helpers.relative_error(*gradients) < 1e-5
+
+
+def network(columns, norm="local", backbone="efficientnet_b0", group=0):
+    spec = helpers.encoder_spec(backbone, hidden=8, dim=8, norm_group=group)
+    encoder = models.build_encoder(spec)
+    return Network(models.packed_columns(encoder, columns) if columns > 1 else encoder, norm)
+
+
+def test_a_network_that_packs_columns_has_the_same_gradients():
+    """On stored statistics: a batch's own, of maps of one pixel, turn rounding into signs."""
+    plain, ours = network(1, "running"), network(4, "running")
+    variables = plain.encoder.create(0, 32)
+    same = jax.tree.map(np.array_equal, variables, ours.encoder.create(0, 32))
+    assert all(jax.tree.leaves(same))
+    images = {0: jax.random.normal(jax.random.key(1), (2, 32, 32, 3))}
+
+    def gradients(network):
+        def loss(params):
+            current = {**variables, "params": params}
+            out, _ = encode(network, current, images, (0,), jax.random.key(0))
+            return jnp.sum(jnp.square(out[0].embedding))
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(variables["params"]))
+
+    for theirs, mine in zip(*map(gradients, (plain, ours)), strict=True):
+        assert helpers.relative_error(mine, theirs) < 1e-3
+
+
+def test_a_channels_columns_share_their_statistics():
+    """Of groups of two images, in the padding of another code base."""
+    plain, ours = (network(columns, "local", "efficientnet_b0_seed", 2) for columns in (1, 4))
+    variables = plain.encoder.create(0, 32)
+    images = {0: jax.random.normal(jax.random.key(1), (4, 32, 32, 3))}
+    made = [encode(one, variables, images, (0,), jax.random.key(0))[1] for one in (plain, ours)]
+    for name in ("stem_bn", "block0_0"):
+        pairs = zip(*(jax.tree.leaves(stats["backbone"][name]) for stats in made), strict=True)
+        assert all(helpers.relative_error(mine, theirs) < 1e-5 for theirs, mine in pairs)
+
+
+def test_images_of_another_width_are_not_packed_and_stored_statistics_fold():
+    plain, ours = network(1, "running"), network(4, "running")
+    variables = jax.tree.map(np.asarray, dict(plain.encoder.create(0, 32)))
+    for side in (30, 32):
+        images = {0: jax.random.normal(jax.random.key(1), (2, side, side, 3))}
+        made = []
+        for one, own in ((plain, variables), (ours, variables), (ours, still(ours, variables, 32))):
+            out, _ = encode(one, own, images, (0,), jax.random.key(0))
+            made.append(out[0].embedding)
+        assert helpers.relative_error(made[1], made[0]) < 1e-4
+        assert helpers.relative_error(made[2], made[0]) < 1e-4
+
+
+def test_columns_are_packed_where_the_config_asks():
+    found = {}
+    for columns in ("on", "off", "auto"):
+        changes = {"student.backbone": "efficientnet_b0", "student.width": 0}
+        config = helpers.smoke_config("moco_v2", **changes, **{"fast.columns": columns})
+        found[columns] = methods.build(config).networks["student"].encoder.backbone.columns
+    assert found == {"on": 4, "off": 1, "auto": 1}
+    config.fast.columns = "yes"
+    with pytest.raises(UserError, match=r"config\.fast\.columns='yes'"):
+        methods.build(config)
