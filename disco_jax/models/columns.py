@@ -70,7 +70,7 @@ class ColumnConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         rows, (low, _) = self._pads((x.shape[1], x.shape[2] * incoming))
         where, across = _places(self.side, self.stride, low, self.columns)
-        kernel = kernel.astype(self.dtype)
+        kernel, where = kernel.astype(self.dtype), jnp.asarray(where, self.dtype)
         if self.depthwise:
             own = jnp.eye(self.features, dtype=self.dtype)
             dense = jnp.einsum("htc,tpio,cd->hpicod", kernel[:, :, 0], where, own)

@@ -14,6 +14,8 @@ _HOP_S = 1e-6
 _GROWING = ("all-gather",)
 # Bytes of one all-reduce or reduce-scatter that cross a chip's links, as a multiple of its size.
 _PASSES = {"all-reduce": 2.0}
+# Bytes go from each chip to its own target and cross every link on the way there.
+_TRAVELS = ("all-to-all", "ragged-all-to-all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ def collective_s(
     """Seconds that the collectives of a step take on a torus, one after the other.
 
     A ring through n chips passes (n - 1) / n of what it makes over each link, twice for an
-    all-reduce. All axes carry a share; an axis that does not close to a ring carries half.
+    all-reduce. All axes carry a share; an axis that does not close to a ring carries half. What has
+    one target travels, on average, a quarter of a ring or a third of a line along each axis.
     """
     count = math.prod(sides)
     if count == 1:
@@ -62,7 +65,13 @@ def collective_s(
     axes = [0.0 if side == 1 else (1.0 if side % chip.wrap == 0 else 0.5) for side in sides]
     rate = chip.ici_bytes_per_s * sum(axes) / chip.axes
     hops = sum(side // 2 for side in sides)
-    carried = sum(_PASSES.get(kind, 1.0) * c.bytes for kind, c in collectives.items())
+    rings = [side % chip.wrap == 0 for side in sides]
+    way = sum(
+        side / 4 if ring else (side**2 - 1) / (3 * side)
+        for side, ring in zip(sides, rings, strict=True)
+    )
+    passes = {**_PASSES, **dict.fromkeys(_TRAVELS, way)}
+    carried = sum(passes.get(kind, 1.0) * c.bytes for kind, c in collectives.items())
     started = sum(c.count for c in collectives.values())
     return carried * (count - 1) / count / rate + started * hops * _HOP_S
 

@@ -42,6 +42,9 @@ def test_a_convolution_of_packed_maps_is_the_plain_one(columns, side, stride, pa
         return unpacked(layer.apply({"params": {"kernel": kernel}}, rows), columns)
 
     assert helpers.relative_error(ours(kernel), plain(kernel)) < 1e-5
+    half = layer.clone(dtype=jnp.bfloat16).apply(variables, rows)
+    assert half.dtype == jnp.bfloat16
+    assert helpers.relative_error(unpacked(half, columns).astype(jnp.float32), plain(kernel)) < 0.02
     gradients = (jax.grad(lambda k, f=f: jnp.sum(f(k) ** 2))(kernel) for f in (ours, plain))
     assert helpers.relative_error(*gradients) < 1e-5
 

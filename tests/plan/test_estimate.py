@@ -42,6 +42,16 @@ def test_an_all_reduce_passes_each_link_twice():
     assert estimate.collective_s(GRADIENTS, V5E, (1, 1)) == 0
 
 
+def test_traded_rows_travel_to_their_own_chip():
+    """A quarter of each ring of 16, (n - 1 / n) / 3 of a line of n; as many on any slice."""
+    moved = {"ragged-all-to-all": hlo.Collective(1, 10_000_000)}
+    assert estimate.scaled(moved, 8, 64) == moved
+    took = estimate.collective_s(moved, V5E, (16, 16))
+    assert took == pytest.approx(8 * 10e6 * 255 / 256 / 200e9 + 16e-6)
+    took = estimate.collective_s(moved, V5E, (2, 4))
+    assert took == pytest.approx(1.75 * 10e6 * 7 / 8 / 100e9 + 3e-6)
+
+
 def test_gathered_rows_grow_with_the_chips_and_gradients_do_not():
     moved = {**GRADIENTS, "all-gather": hlo.Collective(2, 1000)}
     assert estimate.scaled(moved, 8, 64) == {
