@@ -1,0 +1,110 @@
+r"""The papers' claims in miniature: Fashion-MNIST, light students, three seeds.
+
+    disco-jax sweep --config miniature/claims --workdir runs/claims
+
+On one accelerator; `miniature/claims:cut=cpu` is a smaller cut for two CPU cores. `data=FILE.npz`
+reads a copy of the data set made by `disco-jax data fashion_mnist --npz FILE.npz`, without
+TensorFlow. The table of what was measured is in docs/claims.md.
+
+Students are ResNet-8s of width 4 and 8 (16 and 32 features), the teachers ResNet-8s of width 16,
+one trained long and one briefly. Views, batch, steps, learning rate and queue are the same for all
+methods. Heads as the papers have them: as wide as the features for MoCo-v2 and SEED, wide for
+DisCo; DisCo with the narrow one too.
+"""
+
+from disco_jax.configs import common
+from disco_jax.errors import unknown
+
+WIDTH, HIDDEN, TEACHER = "config.student.width", "config.student.hidden", "teacher"
+NARROW, WIDER, LARGE = 4, 8, 16
+HEAD = 512
+PROBE = (
+    ("grid.rates", (0.1, 1.0, 10.0)),
+    ("grid.weight_decays", (0.0,)),
+    ("total_epochs", 15),
+    ("report", False),
+)
+# Epochs of the students and of the two teachers, batch, keys remembered.
+CUTS = {
+    "accelerator": dict(epochs=20, good=60, poor=3, batch_size=256, queue_size=16_384),
+    "cpu": dict(epochs=1, good=4, poor=1, batch_size=128, queue_size=4096),
+}
+
+
+def get_config(arg=None):
+    arg = common.parse(arg, data="", cut="accelerator", smoke=False)
+    if arg.cut not in CUTS:
+        raise unknown("The recipe's argument cut", arg.cut, CUTS)
+    cut = CUTS[arg.cut]
+    config = common.sweep(f"claims_{arg.cut}")
+    config.arguments = (("data", "fashion_mnist"), ("student", "resnet8"))
+    config.changes = _changes(arg.data, **cut)
+    config.teachers = {
+        name: common.teacher(
+            "resnet8",
+            recipe="moco_v2:student=resnet8,data=fashion_mnist",
+            changes=(("student.width", LARGE), ("total_epochs", cut[name])),
+            fields=(("teacher.width", LARGE),),
+        )
+        for name in ("good", "poor")
+    }
+    students = (WIDTH, (NARROW, WIDER))
+    config.axes = (("recipe", ("moco_v2",)), (WIDTH, (NARROW, WIDER, LARGE)))
+    config.further = (
+        (("recipe", ("seed",)), students, (TEACHER, ("good",))),
+        (("recipe", ("disco",)), students, (HIDDEN, (-1, HEAD)), (TEACHER, ("good",))),
+        (("recipe", ("disco",)), students, (HIDDEN, (HEAD,)), (TEACHER, ("poor",))),
+        (("recipe", ("retro",)), students, (TEACHER, ("good",))),
+    )
+    config.seeds = (0, 1, 2)
+    config.claims = _claims()
+    config.evaluate = (("linear:protocol=grid", PROBE), "knn")
+    config.figure.score = "linear_grid"
+    if arg.smoke:
+        common.smoke_sweep(config)
+        config.arguments = (("data", "digits"), ("student", "resnet8"), ("smoke", "true"))
+        config.evaluate = ("knn",)
+        config.figure.score = "knn"
+    return config
+
+
+def _changes(data, epochs, batch_size, queue_size, **teachers):
+    """Of every run; what differs from the recipes is what 28 px and few steps ask for."""
+    del teachers
+    found = (
+        ("total_epochs", epochs),
+        ("batch_size", batch_size),
+        ("objectives.contrast.queue_size", queue_size),
+        ("objectives.similarity.queue_size", queue_size),
+        ("learning_rate.per_256", 0.12),
+        ("learning_rate.every", "step"),
+        ("learning_rate.warmup_epochs", 0),
+        ("momentum.ema_rate", 0.99),
+        ("augment.scale", (0.4, 1.0)),
+        ("augment.blur_sigma", (0.1, 0.6)),
+    )
+    return found + ((("data.source", "npz"), ("data.dir", data)) if data else ())
+
+
+def _claims():
+    moco, seed, retro = ((("recipe", name),) for name in ("moco_v2", "seed", "retro"))
+    default, wide = ((("recipe", "disco"), (HIDDEN, hidden)) for hidden in (-1, HEAD))
+    disco = (*wide, (TEACHER, "good"))
+    return dict(
+        degrades=common.claim(
+            "MoCo-v2 degrades on light students", (*moco, (WIDTH, LARGE)), (*moco,)
+        ),
+        over_moco=common.claim("DisCo beats MoCo-v2", disco, moco),
+        over_moco_alike=common.claim(
+            "DisCo with MoCo-v2's narrow head beats MoCo-v2", default, moco
+        ),
+        over_seed=common.claim("DisCo beats SEED", disco, seed),
+        wide=common.claim("A wider head helps", disco, default),
+        wide_narrow=common.claim(
+            "A wider head helps the narrow student most", disco, default, most=(WIDTH, NARROW)
+        ),
+        retro=common.claim("RETRO is at least as good as DisCo", retro, disco, at_least=True),
+        teacher=common.claim(
+            "A better teacher gives a better student", disco, (*wide, (TEACHER, "poor"))
+        ),
+    )
