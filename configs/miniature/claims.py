@@ -2,9 +2,9 @@ r"""The papers' claims in miniature: Fashion-MNIST, light students, three seeds.
 
     disco-jax sweep --config miniature/claims --workdir runs/claims
 
-On one accelerator; `miniature/claims:cut=cpu` is a smaller cut, at 20 px, for two CPU cores. `data=FILE.npz`
-reads a copy of the data set made by `disco-jax data fashion_mnist --npz FILE.npz`, without
-TensorFlow. The table of what was measured is in docs/claims.md.
+On one accelerator; `miniature/claims:cut=cpu` is a smaller cut, at 20 px, for two CPU cores.
+`data=FILE.npz` reads a copy of the data set made by `disco-jax data fashion_mnist --npz FILE.npz`,
+without TensorFlow. The table of what was measured is in docs/claims.md.
 
 Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher is one of width 16,
 trained long; the poor one is no larger than the narrow student and trained no longer. Views,
