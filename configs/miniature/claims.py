@@ -9,7 +9,8 @@ without TensorFlow. The table of what was measured is in docs/claims.md.
 Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher is one of width 16,
 trained long; the poor one is no larger than the narrow student and trained no longer. Views,
 batch, steps, learning rate and queue are the same for all methods. Heads as the papers have them:
-as wide as the features for MoCo-v2 and SEED, wide for DisCo; DisCo with the narrow one too.
+as wide as the features for MoCo-v2 and SEED, as the teachers' for DisCo, which for RETRO is the
+good teacher's own; DisCo with the narrow one too.
 """
 
 from disco_jax.configs import common
@@ -38,12 +39,16 @@ def get_config(arg=None):
     cut = CUTS[arg.cut]
     config = common.sweep(f"claims_{arg.cut}")
     config.arguments = (("data", "fashion_mnist"), ("student", "resnet8"))
-    config.changes = _changes(arg.data, **cut)
+    config.changes = _changes(**cut)
     config.teachers = {
         name: common.teacher(
             "resnet8",
             recipe="moco_v2:student=resnet8,data=fashion_mnist",
-            changes=(("student.width", width), ("total_epochs", epochs)),
+            changes=(
+                ("student.width", width),
+                ("student.hidden", HEAD),
+                ("total_epochs", epochs),
+            ),
             fields=(("teacher.width", width),),
         )
         for name, width, epochs in (("good", LARGE, cut["good"]), ("poor", NARROW, cut["epochs"]))
@@ -51,10 +56,10 @@ def get_config(arg=None):
     students = (WIDTH, (NARROW, WIDER))
     config.axes = (("recipe", ("moco_v2",)), (WIDTH, (NARROW, WIDER, LARGE)))
     config.further = (
-        (("recipe", ("seed",)), students, (TEACHER, ("good",))),
         (("recipe", ("disco",)), students, (HIDDEN, (-1, HEAD)), (TEACHER, ("good",))),
-        (("recipe", ("disco",)), students, (HIDDEN, (HEAD,)), (TEACHER, ("poor",))),
         (("recipe", ("retro",)), students, (TEACHER, ("good",))),
+        (("recipe", ("seed",)), students, (TEACHER, ("good",))),
+        (("recipe", ("disco",)), students, (HIDDEN, (HEAD,)), (TEACHER, ("poor",))),
     )
     config.seeds = (0, 1, 2)
     config.claims = _claims()
@@ -65,13 +70,15 @@ def get_config(arg=None):
         config.arguments = (("data", "digits"), ("student", "resnet8"), ("smoke", "true"))
         config.evaluate = ("knn",)
         config.figure.score = "knn"
+    if arg.data:
+        config.changes += (("data.source", "npz"), ("data.dir", arg.data))
     return config
 
 
-def _changes(data, good, epochs, size, batch_size, queue_size):
+def _changes(good, epochs, size, batch_size, queue_size):
     """Of every run; what differs from the recipes is what small images and few steps ask for."""
     del good
-    found = (
+    return (
         ("total_epochs", epochs),
         ("batch_size", batch_size),
         ("objectives.contrast.queue_size", queue_size),
@@ -84,7 +91,6 @@ def _changes(data, good, epochs, size, batch_size, queue_size):
         ("augment.scale", (0.4, 1.0)),
         ("augment.blur_sigma", (0.1, 0.6)),
     )
-    return found + ((("data.source", "npz"), ("data.dir", data)) if data else ())
 
 
 def _claims():

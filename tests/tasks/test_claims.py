@@ -1,14 +1,19 @@
 """What the rows of a sweep's table say of a claim."""
 
 import csv
+import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import helpers
 from disco_jax import flags
 from disco_jax.configs import common
 from disco_jax.errors import UserError
-from disco_jax.sweeps import claims
+from disco_jax.sweeps import cells, claims, table
 from disco_jax.sweeps.table import Row
 from disco_jax.tasks import sweep
 
@@ -100,15 +105,59 @@ def test_findings_are_written(tmp_path):
     assert "It wins" in claims.section(found) and claims.section([]) == ""
 
 
+RECIPE_OF_OURS = """
+from disco_jax.configs import common
+
+
+def get_config(arg=None):
+    config = common.sweep("ours")
+    config.arguments = (("data", "digits"), ("smoke", "true"), ("student", "resnet8"))
+    config.axes = (("recipe", ("moco_v2",)), ("config.student.width", (4, 8)))
+    config.seeds = (0, 1)
+    config.changes = (("data.source", "npz"), ("data.dir", "few.npz"), ("augment.size", 16))
+    config.evaluate = ("knn",)
+    config.figure.score = "knn"
+    config.claims.wide = common.claim(
+        "Wide is better", (("config.student.width", 8),), (("config.student.width", 4),)
+    )
+    return config
+"""
+
+
 @pytest.mark.slow
-def test_the_claims_in_miniature_run_end_to_end(tmp_path):
-    """Two steps a cell on tiny images: every cell is scored and every claim has a verdict."""
-    config = flags.load("miniature/claims:smoke=true")
-    config.update(seeds=(0, 1))
-    config.changes = (*config.changes, ("log.report", False))
-    found = sweep.run(config, str(tmp_path))
-    assert found["done"] == found["cells"] == 26 and not found["failed"]
-    lines = list(csv.DictReader((tmp_path / "claims.csv").read_text().splitlines()))
-    assert {line["verdict"] for line in lines} <= {"held", "open", "did not hold"}
-    assert {line["claim"] for line in lines} == {c.says for c in config.claims.values()}
-    assert all(line["seeds"] == "2" for line in lines)
+def test_a_sweep_with_a_claim_runs_without_tensorflow(tmp_path):
+    few = {key: x[:128] for key, x in helpers.digits().items()}
+    np.savez(tmp_path / "few.npz", **few)
+    (tmp_path / "ours.py").write_text(RECIPE_OF_OURS)
+    code = """
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
+from disco_jax import main
+sys.exit(main.main(["sweep", "--config=ours.py", "--workdir=runs"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 of 4 cells are done" in done.stdout
+    (line,) = csv.DictReader((tmp_path / "runs" / "claims.csv").read_text().splitlines())
+    tops = [
+        json.loads((tmp_path / "runs/cells" / name / "knn.json").read_text())["top1"]
+        for width in (8, 4)
+        for name in (f"recipe=moco_v2,width={width},seed={seed}" for seed in (0, 1))
+    ]
+    mean = (tops[0] - tops[2] + tops[1] - tops[3]) / 2
+    assert float(line["difference (points)"]) == pytest.approx(mean, abs=1e-3)
+    assert line["seeds"] == "2"
+    assert "Wide is better" in (tmp_path / "runs" / "table.html").read_text()
+
+
+def test_every_claim_in_miniature_compares_rows():
+    config = flags.load("miniature/claims")
+    every = cells.expand(config)
+    assert len(every) == 39 and len({cell.row for cell in every}) == 13
+    rows = table.rows(every, {c.name: 0 for c in every}, {}, {})
+    found = claims.judge(config.claims, rows, "linear_grid")
+    assert {f.claim for f in found} == {claim.says for claim in config.claims.values()}
+    count = {f.claim: sum(g.claim == f.claim for g in found) for f in found}
+    assert set(count.values()) == {1, 2}  # of both students, or of one against the other
