@@ -23,6 +23,7 @@ setup(
     packages=[
         *find_packages(include=["disco_jax", "disco_jax.*"]),
         "disco_jax.configs",
+        "disco_jax.configs.miniature",
         "disco_jax.configs.sweeps",
     ],
     package_dir={"disco_jax.configs": "configs"},
@@ -43,6 +44,7 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
         "safetensors>=0.4",
+        "scipy>=1.13",
         "tensorboard>=2.18",  # clu's summary writer imports it without asking for it
         "tensorflow-cpu>=2.18; platform_machine=='x86_64' and sys_platform!='darwin'",
         "tensorflow>=2.18; platform_machine!='x86_64' or sys_platform=='darwin'",

@@ -526,6 +526,8 @@ def sweep(name: str) -> ConfigDict:
     # ((axis, values), ...); a cell for each combination. An axis is an argument of the recipe
     # ("student"), a field ("config.student.hidden"), "recipe", or "teacher": a name of `teachers`.
     config.axes = ()
+    config.further = ()  # further products of axes, whose cells stand below the first's
+    config.arguments = ()  # ((argument, value), ...) of the recipe of every cell
     config.seeds = (0,)  # a cell for each; the table has means and spreads
     config.changes = ()  # ((field, value), ...) of all cells and of the teachers made here
     config.teacher = ""  # of all cells, where it is no axis
@@ -534,7 +536,24 @@ def sweep(name: str) -> ConfigDict:
     config.joint = 8  # students that may train in one step, where they can share a teacher
     # Of the figure: the axis along x, those that tell lines apart, and the score. x="": bars.
     config.figure = dict(x="", score="linear")
+    config.claims = {}  # name -> `claim`; what they come to stands above the table
     return config
+
+
+def claim(says: str, better, worse, at_least: bool = False, most=()) -> dict:
+    """An entry of a sweep's `claims`: some rows of its table score more than others.
+
+    Rows are picked by ((axis, value), ...); of the axes that neither names, two rows that are
+    compared have the same values.
+
+    Args:
+      says: the claim, as a sentence.
+      better: the rows that score more.
+      worse: those that score less.
+      at_least: as much is enough.
+      most: (axis, value): not that `better` wins, but that it wins by more there than elsewhere.
+    """
+    return dict(says=says, better=better, worse=worse, at_least=at_least, most=most)
 
 
 def teacher(backbone: str, weights: str = "", recipe: str = "", changes=(), fields=()) -> dict:

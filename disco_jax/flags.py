@@ -14,7 +14,7 @@ from disco_jax import errors
 from disco_jax.nested import flatten
 
 CONFIGS = "disco_jax.configs"
-SWEEPS = "sweeps"  # the folder of those of sweeps
+FOLDERS = "", "sweeps", "miniature"  # of recipes: of single runs, then of sweeps
 
 
 def parse(
@@ -90,7 +90,7 @@ def recipes(folder: str = "") -> dict[str, pathlib.Path]:
     """The shipped recipes: name -> file.
 
     Args:
-      folder: "" for those of single runs, "sweeps" for sweeps.
+      folder: of `FOLDERS`.
     """
     place = pathlib.Path(importlib.util.find_spec(CONFIGS).origin).parent / folder
     return {
@@ -230,7 +230,7 @@ def _locate(name: str) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.is_file():
         return path
-    shipped = recipes() | recipes(SWEEPS)
+    shipped = {name: file for folder in FOLDERS for name, file in recipes(folder).items()}
     parts = path.with_suffix("").parts
     short = "/".join(parts[1:] if parts[:1] == ("configs",) else parts)
     if short in shipped:

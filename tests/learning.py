@@ -4,7 +4,7 @@ A process of its own, because tests have four virtual devices and unoptimised pr
 more time here than they save.
 
     python tests/learning.py FOLDER teacher
-    python tests/learning.py FOLDER seed [shuffled | untrained]
+    python tests/learning.py FOLDER seed [shuffled | weightless | untrained]
 
 It prints two scores: that on the held-out digits, which a test looks at, and that of the training
 digits among one another, each left out in turn, from which the floors were chosen.
@@ -35,8 +35,14 @@ EPOCHS = {
     "swav_disco": 25,
     "sslight_swav": 25,
     "sslight_dino": 60,
+    "swav": 25,
+    "dino": 40,
 }  # else 10, or 20 of several crops
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
+TWO_VIEWS = {  # without a teacher
+    "swav": dict(backbone="resnet8", width=8, hidden=64, dim=16),
+    "dino": dict(backbone="resnet14", width=4, hidden=256, dim=64),
+}
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
 # Several crops of two sizes: the views and rates of the recipe itself.
 MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino")
@@ -46,6 +52,8 @@ def recipe(name, folder):
     """A recipe for a few epochs of digits: larger rates and gentler crops than it ships with."""
     if name in MULTICROP:
         return multicrop(name, folder)
+    if name in TWO_VIEWS:
+        return two_views(name)
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
     rate = RATES.get(name, 4) * config.learning_rate.per_256
@@ -62,6 +70,17 @@ def recipe(name, folder):
     if config.objectives.pseudo_labels.weight:
         config.bags.file = f"{folder}/kmeans/bags.npz"
     config.total_epochs = EPOCHS.get(name, 10)
+    return config
+
+
+def two_views(name):
+    """A recipe of views of two sizes, without the small ones."""
+    config = flags.load(f"{name}:data=digits,student={TWO_VIEWS[name]['backbone']}")
+    config.student.update(TWO_VIEWS[name])
+    config.update(total_epochs=EPOCHS[name])
+    config.local.count = 0
+    if name == "dino":
+        config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
     return config
 
 
@@ -124,6 +143,13 @@ def shuffle_targets():
     swapped.sinkhorn = lambda *args, **options: roll(assign(*args, **options))
 
 
+def take_weights(config):
+    """All objectives weigh so little that float32 parameters do not move; two epochs show it."""
+    for fields in config.objectives.values():
+        fields.weight *= 1e-30
+    config.total_epochs = 2
+
+
 def scores_of(found, source):
     """kNN top-1 in percent: (on the held-out digits, of the training digits left out in turn)."""
     splits = [
@@ -142,6 +168,8 @@ def main(folder, name, variant=""):
         return scores_of(features.untrained(config), source)
     if variant == "shuffled":
         shuffle_targets()
+    if variant == "weightless":
+        take_weights(config)
     run = f"{folder}/{name.replace(':', '_')}{variant}"
     return train(config, os.path.abspath(run), source)
 

@@ -105,6 +105,8 @@ def small(words):
         made.append(word)
     if task == "export":  # of resnet8 the other formats know no layout; test_export.py has them
         made = made[: made.index("--format")] + made[made.index("--format") + 2 :]
+    if task in ("linear", "semi", "finetune") and any(run in made for run in IMPORTS):
+        made += [*OF_DATA, "--config.data.size=16"]  # an import comes from ImageNet, else
     return [task, *made, *LESS.get(task, ())]
 
 

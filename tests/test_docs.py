@@ -43,7 +43,7 @@ def of_recipe(path):
 
 
 COMMANDS = {shlex.join(words): words for path in PAGES for words in of_page(path)}  # each once
-PATHS = [*flags.recipes().values(), *flags.recipes("sweeps").values()]
+PATHS = [path for folder in flags.FOLDERS for path in flags.recipes(folder).values()]
 RECIPES = {shlex.join(words) for path in PATHS for words in of_recipe(path)}
 
 

@@ -4,9 +4,10 @@ r"""SEED's own ablations (arXiv:2101.04731): teacher temperature, queue length, 
         --config.teachers.resnet50.weights=gs://BUCKET/moco_v2
 
 `axis`: temperature (0 is one-hot), queue, views (the strategies of Figure 6) or strategy (other
-targets than SEED's; the paper has linear top-1 51.0 of K-means, which needs `disco-jax bags` first
-and is not in here, 56.4 of online clustering and 57.9 of SEED). The paper's best temperature is
-0.01; a queue of 65,536 is 1.5 better than one of 256. Ours: not measured yet.
+targets than SEED's; the paper has linear top-1 51.0 of K-means, 56.4 of online clustering and 57.9
+of SEED). K-means is in it where `bags=FILE` names the labels that `disco-jax bags` made. The
+paper's best temperature is 0.01; a queue of 65,536 is 1.5 better than one of 256. Ours: not
+measured yet.
 """
 
 from disco_jax.configs import common
@@ -33,7 +34,7 @@ SMALL = {
 
 
 def get_config(arg=None):
-    arg = common.parse(arg, axis="temperature", student="resnet18", smoke=False)
+    arg = common.parse(arg, axis="temperature", student="resnet18", bags="", smoke=False)
     if arg.axis not in AXES:
         raise unknown("The recipe's argument axis", arg.axis, AXES)
     name, values = AXES[arg.axis]
@@ -50,5 +51,9 @@ def get_config(arg=None):
         if name == "recipe":
             values = tuple(map(common.smoke_recipe, values))
     config.axes = ((name, values),)
+    if arg.bags and arg.axis == "strategy":
+        labels = f"pseudo_labels:student={arg.student}"
+        labels = common.smoke_recipe("pseudo_labels") if arg.smoke else labels
+        config.further = ((("recipe", (labels,)), ("config.bags.file", (arg.bags,))),)
     config.figure.x = name if arg.axis in ("temperature", "queue") else ""
     return config

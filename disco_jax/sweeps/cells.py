@@ -34,9 +34,9 @@ class Cell:
     teacher: str = ""
 
     @property
-    def row(self) -> tuple[Any, ...]:
+    def row(self) -> tuple[tuple[str, Any], ...]:
         """What cells that differ in their seed alone share."""
-        return tuple(value for axis, value in self.values.items() if axis != SEED)
+        return tuple((axis, value) for axis, value in self.values.items() if axis != SEED)
 
 
 def expand(sweep: ConfigDict) -> list[Cell]:
@@ -48,18 +48,18 @@ def expand(sweep: ConfigDict) -> list[Cell]:
     Raises:
       UserError: an axis, a recipe or a field is not there, or two cells have one name.
     """
-    axes = [_axis(axis, values) for axis, values in sweep.axes]
-    if len(sweep.seeds) > 1:
-        axes.append((SEED, tuple(sweep.seeds)))
-    if not axes:
+    products = [[_axis(*axis) for axis in axes] for axes in (sweep.axes, *sweep.further) if axes]
+    seeds = [(SEED, tuple(sweep.seeds))] if len(sweep.seeds) > 1 else []
+    if not products and not seeds:
         raise errors.UserError("config.axes=() leaves nothing to sweep over.")
     cells = []
-    for chosen in itertools.product(*(values for _, values in axes)):
-        values = dict(zip((axis for axis, _ in axes), chosen, strict=True))
-        cells.append(_cell(sweep, values))
+    for axes in products or [[]]:
+        for chosen in itertools.product(*(values for _, values in (*axes, *seeds))):
+            values = dict(zip((axis for axis, _ in (*axes, *seeds)), chosen, strict=True))
+            cells.append(_cell(sweep, values))
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise errors.UserError(f"config.axes gives {twice[0]!r} twice.")
+        raise errors.UserError(f"config.axes and config.further give {twice[0]!r} twice.")
     return cells
 
 
@@ -80,7 +80,7 @@ def teachers(sweep: ConfigDict, cells: Sequence[Cell]) -> dict[str, ConfigDict]:
                 f"config.teachers.{name}.weights is empty: give the workdir of a pretraining run "
                 f"or of an import, or a PyTorch checkpoint, with --config.teachers.{name}.weights."
             )
-        made[name] = changed(flags.load(spec.recipe), (*spec.changes, *sweep.changes), name)
+        made[name] = changed(flags.load(spec.recipe), (*sweep.changes, *spec.changes), name)
     return made
 
 
@@ -96,7 +96,8 @@ def _axis(axis: str, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
 def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
     """The cell of one value of every axis."""
     recipe = values.get(RECIPE, sweep.recipe)
-    arguments, fields, teacher = [], [], values.get(TEACHER, sweep.teacher)
+    arguments = [f"{name}={value}" for name, value in sweep.arguments]
+    fields, teacher = [], values.get(TEACHER, sweep.teacher)
     for axis, value in values.items():
         if axis.startswith(FIELD):
             fields.append((axis.removeprefix(FIELD), value))

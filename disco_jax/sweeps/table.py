@@ -24,7 +24,7 @@ class Row:
     Attributes:
       values: axis -> value.
       parameters: of the student with its head.
-      scores: name of an evaluation -> top-1 in percent, a value a seed that has been evaluated.
+      scores: name of an evaluation -> seed -> top-1 in percent, of seeds that were evaluated.
       seeds: how many there are to be.
       printed: name of an evaluation -> what a paper says.
       failed: why, of the seeds that are not finite.
@@ -32,7 +32,7 @@ class Row:
 
     values: Mapping[str, Any]
     parameters: int
-    scores: Mapping[str, Sequence[float]]
+    scores: Mapping[str, Mapping[int, float]]
     seeds: int
     printed: Mapping[str, paper.Value]
     failed: Sequence[str] = ()
@@ -59,10 +59,10 @@ def rows(
 
 
 def _row(mine, parameters, results, failed) -> Row:
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, dict[int, float]] = {}
     for cell in mine:
         for name, found in results.get(cell.name, {}).items():
-            scores.setdefault(name, []).append(found["top1"])
+            scores.setdefault(name, {})[cell.config.seed] = found["top1"]
     first = mine[0]
     printed = paper.values(first.config.to_dict())
     return Row(
@@ -82,7 +82,7 @@ def lines(found: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], list[
       found: the rows.
       scores: the evaluations, each a column, with its spread over seeds and the paper's value.
     """
-    axes = list(found[0].values)
+    axes = list(dict.fromkeys(axis for row in found for axis in row.values))
     head = [*(axis.removeprefix("config.") for axis in axes), "parameters (M)", "seeds"]
     for name in scores:
         head += [f"{name} top-1 (%)", f"{name} +-", f"{name}, paper", f"{name}, where printed"]
@@ -90,9 +90,13 @@ def lines(found: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], list[
     made = []
     for row in found:
         done = max((len(values) for values in row.scores.values()), default=0)
-        line = [*map(_plain, row.values.values()), row.parameters / 2**20, f"{done}/{row.seeds}"]
+        line = [
+            *(_plain(row.values.get(a, "")) for a in axes),
+            row.parameters / 2**20,
+            f"{done}/{row.seeds}",
+        ]
         for name in scores:
-            values, printed = row.scores.get(name, ()), row.printed.get(name)
+            values, printed = _values(row, name), row.printed.get(name)
             line += [
                 statistics.fmean(values) if values else None,
                 statistics.stdev(values) if len(values) > 1 else None,
@@ -104,7 +108,12 @@ def lines(found: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], list[
 
 
 def write(
-    folder: epath.Path, name: str, found: Sequence[Row], scores: Sequence[str], x: str, score: str
+    folder: epath.Path,
+    name: str,
+    found: Sequence[Row],
+    scores: Sequence[str],
+    figure: Any,
+    *above: str,
 ) -> None:
     """Writes `FILES` to a folder.
 
@@ -113,19 +122,17 @@ def write(
       name: of the sweep.
       found: the rows.
       scores: names of the evaluations.
-      x: the axis along the picture's x; "": a bar a row.
-      score: the evaluation that is drawn.
+      figure: x, the axis along the picture's x ("": a bar a row), and score, what is drawn.
+      above: HTML above the table.
     """
     head, cells = lines(found, scores)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerows([head, *([_number(value) for value in line] for line in cells)])
-    png = draw(found, x, score)
+    png = draw(found, figure.x, figure.score)
     made = {
-        "table.csv": stream.getvalue().encode(),
+        "table.csv": text(head, cells),
         "table.png": png,
         "table.html": page.page(
             f"Sweep: {name}",
+            *above,
             page.section("Results", page.table(head, cells)),
             page.section("Picture", page.picture(png)),
         ).encode(),
@@ -133,6 +140,14 @@ def write(
     for file, content in made.items():
         with whole(folder / file) as unfinished:
             unfinished.write_bytes(content)
+
+
+def text(head: Sequence[str], cells: Sequence[Sequence[Any]]) -> bytes:
+    """A table as CSV."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([head, *([_number(value) for value in line] for line in cells)])
+    return stream.getvalue().encode()
 
 
 def draw(found: Sequence[Row], x: str, score: str) -> bytes:
@@ -153,8 +168,8 @@ def draw(found: Sequence[Row], x: str, score: str) -> bytes:
         colour = plots.COLOURS[i % len(plots.COLOURS)]
         done = [row for row in mine if row.scores.get(score)]
         at = [places.index(_label(row, x)) for row in done]
-        means = [statistics.fmean(row.scores[score]) for row in done]
-        spreads = [_spread(row.scores[score]) for row in done]
+        means = [statistics.fmean(_values(row, score)) for row in done]
+        spreads = [_spread(_values(row, score)) for row in done]
         if x:
             style = dict(color=colour, marker=plots.MARKERS[i % len(plots.MARKERS)], capsize=3)
             axes.errorbar(at, means, yerr=spreads, label=name or None, **style)
@@ -182,12 +197,17 @@ def draw(found: Sequence[Row], x: str, score: str) -> bytes:
 
 def _label(row: Row, x: str) -> str:
     """Where a row stands along x."""
-    return _plain(row.values[x]) if x else ", ".join(map(_plain, row.values.values()))
+    return _plain(row.values.get(x, "")) if x else ", ".join(map(_plain, row.values.values()))
 
 
 def _rest(row: Row, x: str) -> str:
     """What a line stands for."""
     return ", ".join(_plain(value) for axis, value in row.values.items() if axis != x) if x else ""
+
+
+def _values(row: Row, score: str) -> list[float]:
+    """A score, a value a seed."""
+    return list(row.scores.get(score, {}).values())
 
 
 def _plain(value: Any) -> str:

@@ -30,7 +30,7 @@ _SHOWN = 10
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax data DATA [--data-dir DIR] [--limit N] [--seconds S] [--output FILE]`."""
+    """`disco-jax data DATA [--data-dir DIR] [--limit N] [--seconds S] [--output|--npz FILE]`."""
     parser = Parser("data", __doc__)
     parser.add_argument(
         "data", help="a folder or pattern of images, an .npz file, a TFDS name or version folder"
@@ -39,13 +39,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--limit", type=int, default=0, help="images of a split to read; 0: all")
     parser.add_argument("--seconds", type=float, default=5.0, help="to measure the speed for")
     parser.add_argument("--output", default="", help="a .json file for the report")
+    parser.add_argument(
+        "--npz", default="", help="an .npz file for a copy, to be read without TensorFlow"
+    )
     values = parser.read(argv)
     if values is not None:
         run(**vars(values))
 
 
 def run(
-    data: str, *, data_dir: str = "", limit: int = 0, seconds: float = 5.0, output: str = ""
+    data: str,
+    *,
+    data_dir: str = "",
+    limit: int = 0,
+    seconds: float = 5.0,
+    output: str = "",
+    npz: str = "",
 ) -> dict[str, Any]:
     """Reads and decodes every image once, then measures how fast training would be fed.
 
@@ -56,6 +65,8 @@ def run(
       limit: images of each split to read; 0: all.
       seconds: how long to measure the speed of two 224 px crops an image; 0: not at all.
       output: a .json file for what is returned.
+      npz: a file for a copy of the images that were read, where all are of one size; it is what
+        `config.data.source=npz` reads.
 
     Returns:
       {"name", "classes", "splits": {split: {"images", "read", "labelled", "classes_seen",
@@ -66,6 +77,8 @@ def run(
     """
     if output and pathlib.Path(output).suffix != ".json":
         raise errors.UserError(f"--output={output} should end in .json.")
+    if npz and pathlib.Path(npz).suffix != ".npz":
+        raise errors.UserError(f"--npz={npz} should end in .npz.")
     if limit < 0 or seconds < 0:
         raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
     source = _open(data, data_dir)
@@ -80,7 +93,35 @@ def run(
     if output:
         with whole(output) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
+    if npz:
+        _copy(source, npz, limit)
     return report
+
+
+def _copy(source: Source, npz: str, limit: int) -> None:
+    """Writes the first images of every split, all if `limit` is 0, as arrays."""
+    arrays = {}
+    for split in source.splits:
+        records = list(itertools.islice(source.pictures(split), limit or None))
+        images = [
+            image if isinstance(image, np.ndarray) else decode.decode(image)
+            for _, image, _ in records
+        ]
+        if len(shapes := {image.shape for image in images}) > 1:
+            some = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+            raise errors.UserError(
+                f"--npz={npz} holds images of one size; those of {split} have {some}, among "
+                "others. Leave them in files: config.data.source=folder."
+            )
+        stacked = np.stack(images)
+        grey = stacked.ndim == 4 and (stacked == stacked[..., :1]).all()
+        arrays[f"{split}_images"] = stacked[..., :1] if grey else stacked
+        labels = np.array([label for _, _, label in records], np.int32)
+        if (labels >= 0).all():
+            arrays[f"{split}_labels"] = labels
+    with whole(npz) as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    print(f"Copied to {npz}: --config.data.source=npz --config.data.dir={npz}")
 
 
 def _open(data: str, data_dir: str) -> Source:

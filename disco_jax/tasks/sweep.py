@@ -17,7 +17,7 @@ from disco_jax.data.base import Source
 from disco_jax.files import whole
 from disco_jax.report import runs
 from disco_jax.sweeps import cells as expanding
-from disco_jax.sweeps import table
+from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
 from disco_jax.train import teacher, workdir
@@ -86,6 +86,7 @@ def run(
     _check(config, worker, workers, evaluations)
     own = expanding.teachers(config, every)
     path = epath.Path(folder)
+    claims.judge(config.claims, table.rows(every, {c.name: 0 for c in every}, {}, {}), "")
     for cell in every:
         if cell.teacher in own:
             _take_teacher(cell.config, own[cell.teacher], str(path / TEACHERS / cell.teacher))
@@ -127,7 +128,7 @@ def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[s
         raise errors.UserError(f"config.joint={config.joint} must be 1 or more.")
     if config.figure.score not in evaluations:
         raise errors.unknown("config.figure.score", config.figure.score, evaluations)
-    axes = {axis: None for axis, _ in config.axes}
+    axes = {axis: None for axes in (config.axes, *config.further) for axis, _ in axes}
     if config.figure.x and config.figure.x not in axes:
         raise errors.unknown("config.figure.x", config.figure.x, axes)
 
@@ -255,9 +256,12 @@ def _tabulate(
         results[cell.name] = {n: run.results[n] for n in evaluations if n in run.results}
     rows = table.rows(every, {c.name: _parameters(c) for c in every}, results, failed)
     if not jax.process_index():
+        findings = [f for name in evaluations for f in claims.judge(config.claims, rows, name)]
         table.write(
-            path, config.name, rows, list(evaluations), config.figure.x, config.figure.score
+            path, config.name, rows, list(evaluations), config.figure, claims.section(findings)
         )
+        if findings:
+            claims.write(path, findings)
     done = sum(len(found) == len(evaluations) for found in results.values())
     return {"cells": len(every), "done": done, "failed": failed}
 

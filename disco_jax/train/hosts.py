@@ -197,6 +197,7 @@ class Watchdog:
 
     A process that waits for another inside a collective cannot be interrupted, so this is the
     one place that ends without cleaning up: exit code 1, after every thread's stack was printed.
+    Where several processes wait, the first to end may take the others with it (`LOST`).
     """
 
     def __init__(self, timeout_s: float):
@@ -229,7 +230,6 @@ class Watchdog:
             self._beat.clear()
             if self._beat.wait(self._timeout_s):
                 continue
-            faulthandler.dump_traceback(all_threads=True)
             print(
                 f"disco-jax: nothing has happened for {self._timeout_s:.0f} s after step "
                 f"{self._step} (config.log.hang_s): another process, the storage or the data "
@@ -237,4 +237,5 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+            faulthandler.dump_traceback(all_threads=True)
             os._exit(1)

@@ -9,6 +9,8 @@ from PIL import Image
 import helpers
 from disco_jax import main
 from disco_jax.data import digits
+from disco_jax.data.arrays import ArraySource
+from disco_jax.errors import UserError
 from disco_jax.tasks import data
 
 
@@ -59,6 +61,29 @@ def test_a_prepared_data_set_and_an_npz_file_are_read_too(tmp_path):
     assert data.run(str(tmp_path / "a.npz"), seconds=0.1)["splits"]["test"]["labelled"] == 360
 
 
+def test_images_of_one_size_are_copied_for_a_machine_without_tensorflow(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (6, 5, 5, 1), np.uint8)
+    for i, image in enumerate(grey):
+        name = tmp_path / "photos" / "train" / str(i % 2) / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(name)
+    copy = tmp_path / "copy.npz"
+    data.run(str(tmp_path / "photos"), seconds=0, npz=str(copy))
+    assert f"--config.data.dir={copy}" in capsys.readouterr().out
+    source = ArraySource.from_npz(copy)
+    by_label = [grey[0], grey[2], grey[4], grey[1], grey[3], grey[5]]
+    images, labels = zip(
+        *((image, label) for _, image, label in source.pictures("train")), strict=True
+    )
+    np.testing.assert_array_equal(images, np.squeeze(by_label))
+    assert labels == (0, 0, 0, 1, 1, 1)
+    Image.fromarray(np.zeros((7, 5), np.uint8)).save(tmp_path / "photos" / "train" / "1" / "9.png")
+    with pytest.raises(UserError, match=r"images of one size; those of train have"):
+        data.run(str(tmp_path / "photos"), seconds=0, npz=str(tmp_path / "other.npz"))
+    assert not (tmp_path / "other.npz").exists()
+
+
 def test_nothing_readable_is_reported_not_raised(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no")
@@ -73,6 +98,7 @@ def test_nothing_readable_is_reported_not_raised(tmp_path):
         (["{here}"], "has no pictures"),
         (["{here}/*.png"], "matches no pictures"),
         (["{here}", "--output=a.txt"], "should end in .json"),
+        (["{here}", "--npz=a.npy"], "should end in .npz"),
         (["{here}", "--limit=-1"], "must not be below 0"),
         (["{here}", "--limits=1"], "Did you mean '--limit'"),
     ],

@@ -59,6 +59,35 @@ def test_cells_are_the_product_of_the_axes():
     assert cells.expand(config)[0].row == cells.expand(config)[1].row
 
 
+def test_further_products_stand_below_the_first(digits_file):
+    config = small(digits_file, seeds=(0, 1))
+    config.arguments = (("data", "digits"), ("smoke", "true"), ("student", "resnet8"))
+    config.axes = (("recipe", ("moco_v2",)),)
+    config.further = ((("recipe", ("disco",)), ("config.student.hidden", (8, 16))),)
+    found = cells.expand(config)
+    assert [cell.name for cell in found[::2]] == [
+        "recipe=moco_v2,seed=0",
+        "recipe=disco,hidden=8,seed=0",
+        "recipe=disco,hidden=16,seed=0",
+    ]
+    assert {cell.config.data.name for cell in found} == {"digits"}
+    rows = table.rows(found, {c.name: 1 for c in found}, {}, {})
+    head, lines = table.lines(rows, ["knn"])
+    assert head[:2] == ["recipe", "student.hidden"]
+    assert [line[:2] for line in lines] == [["moco_v2", ""], ["disco", "8"], ["disco", "16"]]
+    config.further = (*config.further, config.axes)
+    with pytest.raises(UserError, match="'recipe=moco_v2,seed=0' twice"):
+        cells.expand(config)
+
+
+def test_a_teachers_own_changes_come_last(digits_file):
+    config = small(digits_file)
+    config.changes = (*config.changes, ("total_steps", 5))
+    config.teachers.small.changes = (("total_steps", 9),)
+    made = cells.teachers(config, cells.expand(config))["small"]
+    assert (made.total_steps, made.student.width) == (9, 4)
+
+
 def test_a_baseline_has_no_teacher(digits_file):
     found = {cell.name: cell for cell in cells.expand(small(digits_file))}
     assert [bool(cell.teacher) for cell in found.values()] == [False, False, True, True]
@@ -104,7 +133,7 @@ def test_a_teacher_without_weights_or_recipe_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", flags.recipes("sweeps"))
+@pytest.mark.parametrize("name", [n for folder in flags.FOLDERS[1:] for n in flags.recipes(folder)])
 def test_shipped_sweeps_build(name):
     """Every cell of every shipped sweep is a run that would be accepted."""
     config = flags.load(name)
@@ -112,6 +141,14 @@ def test_shipped_sweeps_build(name):
         teacher.weights = teacher.weights or "random"
     found = cells.expand(config)
     assert sum(map(len, sweep._groups({c.name: c for c in found}, 8))) == len(found)
+
+
+def test_seeds_strategies_may_have_labels_of_k_means():
+    config = flags.load("sweeps/seed:axis=strategy,bags=runs/clusters/bags.npz")
+    config.teachers.resnet50.weights = "random"
+    last = cells.expand(config)[-1].config
+    assert (last.name, last.bags.file) == ("pseudo_labels", "runs/clusters/bags.npz")
+    assert last.student.backbone == "resnet18"
 
 
 @pytest.fixture(scope="module")

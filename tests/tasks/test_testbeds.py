@@ -9,6 +9,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
+from disco_jax.train import step
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,33 @@ def test_a_run_without_an_ema_copy_teaches_with_its_student(runs, source, caplog
 def test_a_swav_teacher_serves_the_moco_testbed_too(runs, source):
     ready = pretrain.prepare(student_of(runs / "swav", "disco"), source)
     assert ready.config.teacher.head == "swav" and ready.teacher.queue is None
+
+
+@pytest.mark.parametrize(
+    "recipe, student, network",
+    [
+        ("sslight_moco", "disco", "student"),
+        ("sslight_swav", "swav_disco", "student"),
+        ("sslight_dino", "dino_disco", "momentum"),
+    ],
+)
+def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
+    recipe, student, network, source, tmp_path, monkeypatch
+):
+    traced, parallel = [], step.parallel
+
+    def count(train_step):
+        def counted(*args):
+            traced.append(recipe)
+            return train_step(*args)
+
+        return parallel(counted)
+
+    monkeypatch.setattr(step, "parallel", count)
+    pretrain.run(helpers.smoke_config(recipe, total_steps=3), str(tmp_path), source)
+    assert len(traced) == 1  # for both sizes of views
+    ready = pretrain.prepare(student_of(tmp_path, student), source)
+    assert_same(ready.teacher.variables, features.load(str(tmp_path), network).variables)
 
 
 @pytest.mark.parametrize(

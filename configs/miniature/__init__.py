@@ -1,0 +1,1 @@
+"""The papers' claims at a size that anyone can run again."""

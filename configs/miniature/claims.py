@@ -1,0 +1,117 @@
+r"""The papers' claims in miniature: Fashion-MNIST, light students, three seeds.
+
+    disco-jax sweep --config miniature/claims --workdir runs/claims
+
+On one accelerator; `miniature/claims:cut=cpu` is a smaller cut, at 20 px, for two CPU cores.
+`data=FILE.npz` reads a copy of the data set made by `disco-jax data fashion_mnist --npz FILE.npz`,
+without TensorFlow. The table of what was measured is in docs/claims.md.
+
+Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher is one of width 16,
+trained long; the poor one is no larger than the narrow student and trained no longer. Views,
+batch, steps, learning rate and queue are the same for all methods. Heads as the papers have them:
+as wide as the features for MoCo-v2 and SEED, as the teachers' for DisCo, which for RETRO is the
+good teacher's own; DisCo with the narrow one too.
+"""
+
+from disco_jax.configs import common
+from disco_jax.errors import unknown
+
+WIDTH, HIDDEN, TEACHER = "config.student.width", "config.student.hidden", "teacher"
+NARROW, WIDER, LARGE = 4, 8, 16
+HEAD = 512
+PROBE = (
+    ("grid.rates", (0.3, 3.0)),
+    ("grid.weight_decays", (0.0,)),
+    ("total_epochs", 10),
+    ("report", False),
+)
+# Epochs of the good teacher and of all else, px, batch, keys remembered.
+CUTS = {
+    "accelerator": dict(good=60, epochs=20, size=28, batch_size=256, queue_size=16_384),
+    "cpu": dict(good=4, epochs=1, size=20, batch_size=128, queue_size=4096),
+}
+
+
+def get_config(arg=None):
+    arg = common.parse(arg, data="", cut="accelerator", smoke=False)
+    if arg.cut not in CUTS:
+        raise unknown("The recipe's argument cut", arg.cut, CUTS)
+    cut = CUTS[arg.cut]
+    config = common.sweep(f"claims_{arg.cut}")
+    config.arguments = (("data", "fashion_mnist"), ("student", "resnet8"))
+    config.changes = _changes(**cut)
+    config.teachers = {
+        name: common.teacher(
+            "resnet8",
+            recipe="moco_v2:student=resnet8,data=fashion_mnist",
+            changes=(
+                ("student.width", width),
+                ("student.hidden", HEAD),
+                ("total_epochs", epochs),
+            ),
+            fields=(("teacher.width", width),),
+        )
+        for name, width, epochs in (("good", LARGE, cut["good"]), ("poor", NARROW, cut["epochs"]))
+    }
+    students = (WIDTH, (NARROW, WIDER))
+    config.axes = (("recipe", ("moco_v2",)), (WIDTH, (NARROW, WIDER, LARGE)))
+    config.further = (
+        (("recipe", ("disco",)), students, (HIDDEN, (-1, HEAD)), (TEACHER, ("good",))),
+        (("recipe", ("retro",)), students, (TEACHER, ("good",))),
+        (("recipe", ("seed",)), students, (TEACHER, ("good",))),
+        (("recipe", ("disco",)), students, (HIDDEN, (HEAD,)), (TEACHER, ("poor",))),
+    )
+    config.seeds = (0, 1, 2)
+    config.claims = _claims()
+    config.evaluate = (("linear:protocol=grid", PROBE),)
+    config.figure.score = "linear_grid"
+    if arg.smoke:
+        common.smoke_sweep(config)
+        config.arguments = (("data", "digits"), ("student", "resnet8"), ("smoke", "true"))
+        config.evaluate = ("knn",)
+        config.figure.score = "knn"
+    if arg.data:
+        config.changes += (("data.source", "npz"), ("data.dir", arg.data))
+    return config
+
+
+def _changes(good, epochs, size, batch_size, queue_size):
+    """Of every run; what differs from the recipes is what small images and few steps ask for."""
+    del good
+    return (
+        ("total_epochs", epochs),
+        ("batch_size", batch_size),
+        ("objectives.contrast.queue_size", queue_size),
+        ("objectives.similarity.queue_size", queue_size),
+        ("learning_rate.per_256", 0.12),
+        ("learning_rate.every", "step"),
+        ("learning_rate.warmup_epochs", 0),
+        ("momentum.ema_rate", 0.99),
+        ("augment.size", size),
+        ("augment.scale", (0.4, 1.0)),
+        ("augment.blur_sigma", (0.1, 0.6)),
+    )
+
+
+def _claims():
+    moco, seed, retro = ((("recipe", name),) for name in ("moco_v2", "seed", "retro"))
+    default, wide = ((("recipe", "disco"), (HIDDEN, hidden)) for hidden in (-1, HEAD))
+    disco = (*wide, (TEACHER, "good"))
+    return dict(
+        degrades=common.claim(
+            "MoCo-v2 degrades on light students", (*moco, (WIDTH, LARGE)), (*moco,)
+        ),
+        over_moco=common.claim("DisCo beats MoCo-v2", disco, moco),
+        over_moco_alike=common.claim(
+            "DisCo with MoCo-v2's narrow head beats MoCo-v2", default, moco
+        ),
+        over_seed=common.claim("DisCo beats SEED", disco, seed),
+        wide=common.claim("A wider head helps", disco, default),
+        wide_narrow=common.claim(
+            "A wider head helps the narrow student most", disco, default, most=(WIDTH, NARROW)
+        ),
+        retro=common.claim("RETRO is at least as good as DisCo", retro, disco, at_least=True),
+        teacher=common.claim(
+            "A better teacher gives a better student", disco, (*wide, (TEACHER, "poor"))
+        ),
+    )
