@@ -98,11 +98,15 @@ def small(words):
             word = f"{recipe}:{given or networks},data=digits,smoke=true"
         if task == "sweep":
             word = word.replace("hidden_width", "hidden_width:smoke=true")
+            if word.startswith("miniature"):
+                word = word.partition(":")[0] + ":smoke=true"
             word = word.replace("runs/my_teacher", "random")
         if word in NETWORKS:
             word = "resnet8"
         word = word.replace("imagenet2012", "few.npz" if task == "data" else "digits")
         made.append(word)
+    if any(word.startswith("miniature") for word in made):  # many runs: only told
+        made += ["--dry-run", "--config.seeds=(0,)"]
     if task == "export":  # of resnet8 the other formats know no layout; test_export.py has them
         made = made[: made.index("--format")] + made[made.index("--format") + 2 :]
     if task in ("linear", "semi", "finetune") and any(run in made for run in IMPORTS):

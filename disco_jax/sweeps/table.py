@@ -183,7 +183,8 @@ def draw(found: Sequence[Row], x: str, score: str) -> bytes:
         )  # fmt: skip
     if any(score in row.printed for row in found):
         axes.plot([], [], "o", mfc="white", color="#555555", label="paper")
-    axes.set_xticks(range(len(places)), places, rotation=0 if x else 20, ha="center")
+    turned = dict(rotation=0, ha="center") if x else dict(rotation=25, ha="right")
+    axes.set_xticks(range(len(places)), places, rotation_mode="anchor", **turned)
     axes.set(xlabel=x.removeprefix("config."), ylabel=f"{score} top-1 (%)")
     axes.margins(x=0.08)
     axes.spines[["top", "right"]].set_visible(False)
