@@ -563,7 +563,7 @@ def teacher(backbone: str, weights: str = "", recipe: str = "", changes=(), fiel
       backbone: its name.
       weights: see `config.teacher.weights`; "": the sweep trains it first.
       recipe: of that training, e.g. "moco_v2:student=resnet50".
-      changes: ((field, value), ...) of that training.
+      changes: ((field, value), ...) of that training; they win over those of the sweep.
       fields: ((field, value), ...) of the runs that it teaches.
     """
     return dict(backbone=backbone, weights=weights, recipe=recipe, changes=changes, fields=fields)
