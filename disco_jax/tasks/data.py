@@ -102,23 +102,26 @@ def _copy(source: Source, npz: str, limit: int) -> None:
     """Writes the first images of every split, all if `limit` is 0, as arrays."""
     arrays = {}
     for split in source.splits:
-        records = list(itertools.islice(source.pictures(split), limit or None))
-        images = [
-            image if isinstance(image, np.ndarray) else decode.decode(image)
-            for _, image, _ in records
-        ]
-        if len(shapes := {image.shape for image in images}) > 1:
-            some = " and ".join(str(shape) for shape in sorted(shapes)[:2])
-            raise errors.UserError(
-                f"--npz={npz} holds images of one size; those of {split} have {some}, among "
-                "others. Leave them in files: config.data.source=folder."
-            )
+        images, labels = [], []
+        for name, image, label in itertools.islice(source.pictures(split), limit or None):
+            try:
+                images.append(image if isinstance(image, np.ndarray) else decode.decode(image))
+            except decode.Unreadable as error:
+                raise errors.UserError(f"--npz={npz}: {name} is unreadable ({error}).") from error
+            if images[-1].shape != images[0].shape:
+                raise errors.UserError(
+                    f"--npz={npz} holds images of one size; those of {split} have "
+                    f"{images[0].shape} and {images[-1].shape} ({name}). Leave them in files: "
+                    "config.data.source=folder."
+                )
+            labels.append(label)
+        if not images:
+            continue
         stacked = np.stack(images)
         grey = stacked.ndim == 4 and (stacked == stacked[..., :1]).all()
         arrays[f"{split}_images"] = stacked[..., :1] if grey else stacked
-        labels = np.array([label for _, _, label in records], np.int32)
-        if (labels >= 0).all():
-            arrays[f"{split}_labels"] = labels
+        if min(labels) >= 0:
+            arrays[f"{split}_labels"] = np.array(labels, np.int32)
     with whole(npz) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)
     print(f"Copied to {npz}: --config.data.source=npz --config.data.dir={npz}")

@@ -81,6 +81,9 @@ def test_images_of_one_size_are_copied_for_a_machine_without_tensorflow(tmp_path
     Image.fromarray(np.zeros((7, 5), np.uint8)).save(tmp_path / "photos" / "train" / "1" / "9.png")
     with pytest.raises(UserError, match=r"images of one size; those of train have"):
         data.run(str(tmp_path / "photos"), seconds=0, npz=str(tmp_path / "other.npz"))
+    (tmp_path / "photos" / "train" / "1" / "9.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"9\.png is unreadable"):
+        data.run(str(tmp_path / "photos"), seconds=0, npz=str(tmp_path / "other.npz"))
     assert not (tmp_path / "other.npz").exists()
 
 
