@@ -88,7 +88,8 @@ def main() -> None:
 
 def changed(config: Any, changes: list[str]) -> Any:
     """A recipe's config with bfloat16 as on TPUs, a teacher's head, and what was asked for."""
-    config.dtype, config.fast.exchange, config.fast.columns = "bfloat16", "all_to_all", "on"
+    config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+    config.fast.columns = config.fast.statistics = "on"
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     for change in changes:

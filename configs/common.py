@@ -226,11 +226,15 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # how images are traded for shuffled BatchNorm: gather (every device gets all of them) |
         # all_to_all (those that it needs; TPUs alone) | auto (all_to_all on TPUs)
         exchange="auto",
-        # the first convolution takes two columns at once; weights are stored as ever
+        # the first convolution takes two columns at once, and what a ResNet's max-pool leaves is
+        # normalised, not what it reads; weights are stored as ever
         stem=True,
-        # EfficientNets' first layers with four columns side by side in the channels, which fills
-        # a TPU's lanes: on | off | auto (on TPUs)
+        # first layers with columns side by side in the channels, which fills a TPU's lanes: four
+        # in EfficientNets, two in ResNets: on | off | auto (on TPUs)
         columns="auto",
+        # BatchNorm behind a 1x1 convolution to more channels takes its statistics from what that
+        # read: on | off | auto (on TPUs)
+        statistics="auto",
         # the teacher's kernels in the computation's dtype, and on stored statistics ("running")
         # its BatchNorm inside the layers before
         teacher=True,

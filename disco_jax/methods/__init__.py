@@ -126,10 +126,14 @@ def _network(name: str, config: Any) -> models.Network:
     spec = config.teacher if name == "teacher" else config.student
     augment = tuple(config.augment.mean), tuple(config.augment.std)
     network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
+    encoder = network.encoder
     if not _fast(config, "stem", True):
-        network = dataclasses.replace(network, encoder=models.plain_stem(network.encoder))
-    if models.packs(_fast(config, "columns", "auto")):
-        network = dataclasses.replace(network, encoder=models.packed_columns(network.encoder))
+        encoder = models.plain_stem(encoder)
+    if models.on_tpus(_fast(config, "columns", "auto"), "config.fast.columns"):
+        encoder = models.packed_columns(encoder)
+    if models.on_tpus(_fast(config, "statistics", "auto"), "config.fast.statistics"):
+        encoder = models.by_product(encoder)
+    network = dataclasses.replace(network, encoder=encoder)
     exchange = models.exchange(_fast(config, "exchange", "auto"))
     carried = network.encoder.backbone.dtype
     network = dataclasses.replace(

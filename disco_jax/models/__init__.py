@@ -87,25 +87,37 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     )
 
 
-def packs(name: str) -> bool:
-    """Whether early layers pack columns, by a config's `fast.columns`; "auto": on TPUs."""
+def on_tpus(name: str, setting: str) -> bool:
+    """Whether a choice that pays on TPUs is taken: "on", "off" or "auto", which asks where we are.
+
+    Args:
+      name: the choice.
+      setting: where it stands in the config, for messages.
+    """
     if name not in ("auto", "on", "off"):
-        raise errors.unknown("config.fast.columns", name, ["auto", "on", "off"])
+        raise errors.unknown(setting, name, ["auto", "on", "off"])
     return name == "on" or (name == "auto" and jax.default_backend() == "tpu")
 
 
-def packed_columns(encoder: Encoder, columns: int = 4) -> Encoder:
-    """`encoder` with so many columns side by side in early layers, where its family has that."""
-    if not hasattr(encoder.backbone, "columns"):
-        return encoder
-    return encoder.clone(backbone=encoder.backbone.clone(columns=columns))
+def packed_columns(encoder: Encoder) -> Encoder:
+    """`encoder` with columns side by side in early layers, as many as its family packs."""
+    return _with(encoder, columns=getattr(encoder.backbone, "packing", 1))
+
+
+def by_product(encoder: Encoder) -> Encoder:
+    """`encoder` with `BatchNorm.by_product`, where its family has that."""
+    return _with(encoder, by_product=True)
 
 
 def plain_stem(encoder: Encoder) -> Encoder:
     """`encoder` without `stem.by_pairs`, where its family has that."""
-    if not getattr(encoder.backbone, "pairs", False):
-        return encoder
-    return encoder.clone(backbone=encoder.backbone.clone(pairs=False))
+    return _with(encoder, pairs=False)
+
+
+def _with(encoder: Encoder, **fields: Any) -> Encoder:
+    """`encoder`, its backbone with those of `fields` that its family has."""
+    known = {name: value for name, value in fields.items() if hasattr(encoder.backbone, name)}
+    return encoder.clone(backbone=encoder.backbone.clone(**known)) if known else encoder
 
 
 def backbone(name: str) -> Encoder:

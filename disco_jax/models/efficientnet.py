@@ -53,6 +53,7 @@ class EfficientNet(nn.Module):
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
       columns: that lie side by side in the channels up to the first block, whose channels fill a
         quarter of a TPU's lanes; see `columns.packed`. 1, or images have another width: none do.
+      by_product: see `BatchNorm.by_product`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -65,6 +66,7 @@ class EfficientNet(nn.Module):
     norm_group: int = 0
     pairs: bool = True
     columns: int = 1
+    by_product: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -90,6 +92,11 @@ class EfficientNet(nn.Module):
         return stages
 
     @property
+    def packing(self) -> int:
+        """The `columns` that fill a TPU's lanes."""
+        return 4
+
+    @property
     def out_features(self) -> int:
         """D of its features."""
         return FEATURES
@@ -104,7 +111,7 @@ class EfficientNet(nn.Module):
         first = by_pairs if self.pairs else None
         x = conv(
             style, STEM, 3, stride, size, False, self.dtype, name="stem_conv", convolve=first,
-            columns=columns,
+            columns=stride * columns if columns > 1 else 1,
         )(x)  # fmt: skip
         size = shrink(size, stride)
         norm_of = functools.partial(batch_norm, style, self.norm_group, self.dtype)
@@ -120,6 +127,7 @@ class EfficientNet(nn.Module):
                     self.drop_path * done / total,
                     self.dtype,
                     columns,
+                    self.by_product,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
                 x, columns = unpacked(x, columns), 1

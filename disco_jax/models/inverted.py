@@ -22,7 +22,7 @@ from disco_jax.models.init import (
     torch_kernel,
     zeros,
 )
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.norm import BatchNorm, Product
 
 PADDINGS = ("symmetric", "same", "static")
 Activation = Callable[[Array], Array]
@@ -95,7 +95,9 @@ class InvertedResidual(nn.Module):
       norm_group: see `BatchNorm.group`.
       drop: probability that the branch of an image is left out while training.
       dtype: of the computation.
-      columns: that lie side by side in the channels, see `columns.packed`; only with stride 1.
+      columns: that come in side by side in the channels, see `columns.packed`; 1 / stride of them
+        leave.
+      by_product: see `BatchNorm.by_product`.
     """
 
     block: Block
@@ -105,29 +107,35 @@ class InvertedResidual(nn.Module):
     drop: float = 0.0
     dtype: jnp.dtype = jnp.float32
     columns: int = 1
+    by_product: bool = False
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, C] -> float[B, ceil(H / stride), ceil(W / stride), channels]."""
+        left = max(self.columns // self.block.stride, 1)
         block, style, x = self.block, self.style, images
         act = ACTIVATIONS[block.activation]
         channels = images.shape[-1] // self.columns
         if block.expanded != channels:
-            x = self._conv(block.expanded, 1, 1, "expand_conv")(x)
-            x = act(self._batch_norm("expand_bn")(x, norm=norm))
-        x = self._conv(block.expanded, block.kernel, block.stride, "depthwise_conv", True)(x)
-        x = self._batch_norm("depthwise_bn")(x, norm=norm)
+            expand = self._conv(block.expanded, 1, 1, "expand_conv", self.columns)
+            x, product = expand(x), Product.of(expand, x)
+            x = self._batch_norm("expand_bn", self.columns)(x, norm=norm, product=product)
+            x = act(x)
+        x = self._conv(
+            block.expanded, block.kernel, block.stride, "depthwise_conv", self.columns, True
+        )(x)
+        x = self._batch_norm("depthwise_bn", left)(x, norm=norm)
+        squeeze = functools.partial(self._squeeze, columns=left)
         squeeze_first = style.squeeze_first and block.expanded != channels
-        steps = [self._squeeze, act] if squeeze_first else [act, self._squeeze]
-        for step in steps:
+        for step in [squeeze, act] if squeeze_first else [act, squeeze]:
             x = step(x)
-        x = self._conv(block.channels, 1, 1, "project_conv")(x)
-        x = self._batch_norm("project_bn")(x, norm=norm)
+        x = self._conv(block.channels, 1, 1, "project_conv", left)(x)
+        x = self._batch_norm("project_bn", left)(x, norm=norm)
         if block.stride == 1 and channels == block.channels:
             x = images + drop_path(self, x, self.drop)
         return x
 
-    def _squeeze(self, x: Array) -> Array:
+    def _squeeze(self, x: Array, columns: int) -> Array:
         if not self.block.squeeze:
             return x
         return SqueezeExcite(
@@ -136,18 +144,21 @@ class InvertedResidual(nn.Module):
             GATES[self.style.gate],
             self.style.start,
             self.dtype,
-            self.columns,
+            columns,
             name="squeeze",
         )(x)
 
-    def _conv(self, features, kernel, stride, name, depthwise=False) -> nn.Module:
+    def _conv(self, features, kernel, stride, name, columns, depthwise=False) -> nn.Module:
         return conv(
             self.style, features, kernel, stride, self.nominal, depthwise, self.dtype, name=name,
-            columns=self.columns,
+            columns=columns,
         )  # fmt: skip
 
-    def _batch_norm(self, name: str) -> BatchNorm:
-        return batch_norm(self.style, self.norm_group, self.dtype, name=name, columns=self.columns)
+    def _batch_norm(self, name: str, columns: int) -> BatchNorm:
+        return batch_norm(
+            self.style, self.norm_group, self.dtype, name=name, columns=columns,
+            by_product=self.by_product,
+        )  # fmt: skip
 
 
 class SqueezeExcite(nn.Module):
@@ -215,13 +226,15 @@ def conv(
       name: of the module.
       bias: whether it has one.
       convolve: computes it in place of XLA's own convolution.
-      columns: that leave it side by side in the channels, see `columns.ColumnConv`.
+      columns: that come in side by side in the channels; 1 / stride of them leave, see
+        `columns.ColumnConv`.
     """
     padding = _padding(style.padding, kernel, stride, nominal)
     draw = _conv_init(style.start, depthwise)
     if columns > 1:
+        left = columns // stride
         return ColumnConv(
-            features, kernel, stride, columns, padding, depthwise, draw, dtype, name=name
+            features, kernel, stride, left, padding, depthwise, draw, dtype, name=name
         )
     return nn.Conv(
         features,
@@ -238,11 +251,9 @@ def conv(
     )
 
 
-def batch_norm(
-    style: Style, group: int, dtype: jnp.dtype, *, name: str, columns: int = 1
-) -> BatchNorm:
-    """The code base's BatchNorm; `group` and `columns` as in `BatchNorm`."""
-    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, columns=columns, name=name)
+def batch_norm(style: Style, group: int, dtype: jnp.dtype, *, name: str, **fields) -> BatchNorm:
+    """The code base's BatchNorm; `group` and `fields` as in `BatchNorm`."""
+    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, name=name, **fields)
 
 
 def divisible(channels: float, by: int = 8) -> int:

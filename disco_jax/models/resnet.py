@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.models.columns import ColumnConv, packed, unpacked
 from disco_jax.models.init import he_fan_out
 from disco_jax.models.maps import keep as keep_map
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.norm import BatchNorm, Product
 from disco_jax.models.stem import by_pairs
 
 STEMS = ("imagenet", "small")
@@ -32,7 +33,11 @@ class ResNet(nn.Module):
         weights ported from there expect.
       zero_init_residual: the last BatchNorm of a branch starts at 0, as in timm (disagreement M4).
       norm_group: see `BatchNorm.group`.
-      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
+      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`, and the max-pool
+        comes before the normalisation, see `BatchNorm`.
+      columns: that lie side by side in the channels of the first stage, whose 64 fill half of a
+        TPU's lanes; see `columns.packed`. 1, or maps have another width: none do.
+      by_product: see `BatchNorm.by_product`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -44,7 +49,14 @@ class ResNet(nn.Module):
     zero_init_residual: bool = False
     norm_group: int = 0
     pairs: bool = True
+    columns: int = 1
+    by_product: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    @property
+    def packing(self) -> int:
+        """The `columns` that fill a TPU's lanes."""
+        return 2 if self.width <= 64 else 1
 
     @property
     def out_features(self) -> int:
@@ -54,101 +66,154 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, D] after the global average pool."""
-        conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype)
-        batch_norm = functools.partial(BatchNorm, group=self.norm_group, dtype=self.dtype)
+        batch_norm = functools.partial(
+            BatchNorm, group=self.norm_group, dtype=self.dtype, by_product=self.by_product
+        )
         block = functools.partial(
             _BLOCKS[self.block],
-            conv=conv,
+            conv=functools.partial(_conv, padding=self.padding, dtype=self.dtype),
             batch_norm=batch_norm,
             last_scale=0.0 if self.zero_init_residual else 1.0,
         )
-        x = images.astype(self.dtype)
-        if self.stem == "imagenet":
-            first = by_pairs if self.pairs else None
-            x = conv(self.width, 7, 2, name="conv1", convolve=first)(x)
-        else:
-            x = conv(self.width, 3, name="conv1")(x)
-        x = nn.relu(batch_norm(name="bn1")(x, norm=norm))
-        if self.stem == "imagenet":
-            padding = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
-            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=padding)
+        x, columns = self._stem(images.astype(self.dtype), batch_norm, norm)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
+                stride = 2 if stage > 0 and i == 0 else 1
                 x = block(
                     channels=self.width * 2**stage,
-                    stride=2 if stage > 0 and i == 0 else 1,
+                    stride=stride,
+                    columns=columns,
                     name=f"layer{stage + 1}_{i}",
                 )(x, norm=norm)
-            keep_map(self, stage, x)
-        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+                columns = max(columns // stride, 1)
+            keep_map(self, stage, unpacked(x, columns))
+        return jnp.mean(unpacked(x, columns).astype(jnp.float32), axis=(1, 2))
+
+    def _stem(self, x: Array, batch_norm: Callable[..., nn.Module], norm: str):
+        """What the first stage reads, and how many of its columns lie side by side."""
+        conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype, name="conv1")
+        batch_norm = batch_norm(name="bn1")
+        if self.stem == "small":
+            x = nn.relu(batch_norm(conv(self.width, 3)(x), norm=norm))
+            columns = self._fitting(x.shape[2])
+            return packed(x, columns), columns
+        x = conv(self.width, 7, 2, convolve=by_pairs if self.pairs else None)(x)
+        columns = self._fitting(-(-x.shape[2] // 2))
+        padding = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
+
+        def pool(x: Array) -> Array:
+            return packed(nn.max_pool(x, (3, 3), (2, 2), padding), columns)
+
+        if self.pairs:
+            return nn.relu(batch_norm(x, norm=norm, pool=pool)), columns
+        return pool(nn.relu(batch_norm(x, norm=norm))), columns
+
+    def _fitting(self, width: int) -> int:
+        """`columns`, if maps of this width can be packed so, and halved."""
+        return 1 if width % (2 * self.columns) else self.columns
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity."""
+class Block(nn.Module):
+    """A residual branch beside the identity.
+
+    Attributes:
+      channels: of the branch; `expansion` times as many leave it.
+      stride: of its first 3x3 convolution.
+      conv: makes a convolution: channels, side, stride, and of what columns.
+      batch_norm: makes a BatchNorm.
+      last_scale: initial scale of the last BatchNorm.
+      columns: that come in side by side; 1 / stride of them leave.
+    """
 
     expansion: ClassVar[int] = 1
     channels: int
     stride: int
-    conv: Callable[..., nn.Conv]
-    batch_norm: type[BatchNorm]
+    conv: Callable[..., nn.Module]
+    batch_norm: Callable[..., nn.Module]
     last_scale: float
+    columns: int = 1
+
+    def _norm(self, name: str, stride: int, **fields) -> BatchNorm:
+        """A BatchNorm of maps that `stride` has shrunk."""
+        return self.batch_norm(columns=max(self.columns // stride, 1), name=name, **fields)
+
+    def _shortcut(self, x: Array, norm: str) -> Array:
+        """The identity, or a strided 1x1 convolution where the shape changes."""
+        channels = self.expansion * self.channels
+        if self.stride == 1 and x.shape[-1] == channels * self.columns:
+            return x
+        conv = self.conv(channels, 1, self.stride, columns=self.columns, name="downsample_conv")
+        return self._norm("downsample_bn", self.stride)(conv(x), norm=norm)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions beside the identity."""
 
     @nn.compact
     def __call__(self, x: Array, *, norm: str) -> Array:
-        y = self.conv(self.channels, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.batch_norm(name="bn1")(y, norm=norm))
-        y = self.conv(self.channels, 3, name="conv2")(y)
-        y = self.batch_norm(scale=self.last_scale, name="bn2")(y, norm=norm)
-        return nn.relu(y + _shortcut(self, x, self.channels, norm))
+        """float[B, H, W, columns * C] -> float[B, H / stride, ..., channels], packed likewise."""
+        left = max(self.columns // self.stride, 1)
+        y = self.conv(self.channels, 3, self.stride, columns=self.columns, name="conv1")(x)
+        y = nn.relu(self._norm("bn1", self.stride)(y, norm=norm))
+        y = self.conv(self.channels, 3, columns=left, name="conv2")(y)
+        y = self._norm("bn2", self.stride, scale=self.last_scale)(y, norm=norm)
+        return nn.relu(y + self._shortcut(x, norm))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1 down, 3x3 with the stride, 1x1 up to 4 times the channels."""
 
     expansion: ClassVar[int] = 4
-    channels: int
-    stride: int
-    conv: Callable[..., nn.Conv]
-    batch_norm: type[BatchNorm]
-    last_scale: float
 
     @nn.compact
     def __call__(self, x: Array, *, norm: str) -> Array:
-        y = self.conv(self.channels, 1, name="conv1")(x)
-        y = nn.relu(self.batch_norm(name="bn1")(y, norm=norm))
-        y = self.conv(self.channels, 3, self.stride, name="conv2")(y)
-        y = nn.relu(self.batch_norm(name="bn2")(y, norm=norm))
-        y = self.conv(4 * self.channels, 1, name="conv3")(y)
-        y = self.batch_norm(scale=self.last_scale, name="bn3")(y, norm=norm)
-        return nn.relu(y + _shortcut(self, x, 4 * self.channels, norm))
+        """float[B, H, W, columns * C] -> float[B, H / stride, ..., 4 channels], packed likewise."""
+        left = max(self.columns // self.stride, 1)
+        y = self.conv(self.channels, 1, columns=self.columns, name="conv1")(x)
+        y = nn.relu(self._norm("bn1", 1)(y, norm=norm))
+        y = self.conv(self.channels, 3, self.stride, columns=self.columns, name="conv2")(y)
+        y = nn.relu(self._norm("bn2", self.stride)(y, norm=norm))
+        up = self.conv(4 * self.channels, 1, columns=left, name="conv3")
+        up, inner = up(y), Product.of(up, y)
+        last = self._norm("bn3", self.stride, scale=self.last_scale)
+        return nn.relu(last(up, norm=norm, product=inner) + self._shortcut(x, norm))
 
 
 _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 def _conv(
-    features: int, kernel: int, stride: int = 1, *, padding: str, dtype, name: str, convolve=None
-) -> nn.Conv:
-    """A biasless convolution; `convolve` computes it in place of XLA's own."""
+    features: int,
+    kernel: int,
+    stride: int = 1,
+    *,
+    padding: str,
+    dtype,
+    name: str,
+    convolve=None,
+    columns: int = 1,
+) -> nn.Module:
+    """A biasless convolution; `convolve` computes it in place of XLA's own.
+
+    Where columns come in side by side, 1 / stride of them leave.
+    """
+    padding = "SAME" if padding == "same" else (kernel - 1) // 2
+    if columns > 1:
+        left = columns // stride
+        return ColumnConv(
+            features, kernel, stride, left, padding, False, he_fan_out, dtype, name=name
+        )
     return nn.Conv(
         features,
         (kernel, kernel),
         (stride, stride),
-        padding="SAME" if padding == "same" else (kernel - 1) // 2,
+        padding=padding,
         use_bias=False,
         kernel_init=he_fan_out,
         dtype=dtype,
         conv_general_dilated=convolve,
         name=name,
     )
-
-
-def _shortcut(block: BasicBlock | Bottleneck, x: Array, channels: int, norm: str) -> Array:
-    """The identity, or a strided 1x1 convolution where the shape changes."""
-    if block.stride == 1 and x.shape[-1] == channels:
-        return x
-    x = block.conv(channels, 1, block.stride, name="downsample_conv")(x)
-    return block.batch_norm(name="downsample_bn")(x, norm=norm)
 
 
 _IMAGENET = dict(width=64, stem="imagenet")

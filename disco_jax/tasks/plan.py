@@ -69,8 +69,9 @@ def run(
         config.dtype = "bfloat16"
     if config.fast.exchange == "auto":
         config.fast.exchange = "all_to_all"
-    if config.fast.columns == "auto":
-        config.fast.columns = "on"
+    for choice in ("columns", "statistics"):
+        if config.fast[choice] == "auto":
+            config.fast[choice] = "on"
     where = topology.open_slice(name)
     prepare.check_devices(config, len(where.devices))
     data = config.data

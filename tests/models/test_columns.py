@@ -52,7 +52,7 @@ def test_a_convolution_of_packed_maps_is_the_plain_one(columns, side, stride, pa
 def network(columns, norm="local", backbone="efficientnet_b0", group=0):
     spec = helpers.encoder_spec(backbone, hidden=8, dim=8, norm_group=group)
     encoder = models.build_encoder(spec)
-    return Network(models.packed_columns(encoder, columns) if columns > 1 else encoder, norm)
+    return Network(models.packed_columns(encoder) if columns > 1 else encoder, norm)
 
 
 def test_a_network_that_packs_columns_has_the_same_gradients():
