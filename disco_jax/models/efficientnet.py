@@ -36,6 +36,7 @@ _STAGES = (
     (5, 2, 6, 192),
     (3, 1, 6, 320),
 )
+_LAST_PACKED = 1, 0  # stage and block: further on, depthwise convolutions as dense ones cost more
 
 
 class EfficientNet(nn.Module):
@@ -51,9 +52,9 @@ class EfficientNet(nn.Module):
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
-      columns: that lie side by side in the channels up to the first block, whose channels fill a
-        quarter of a TPU's lanes; see `columns.packed`. 1, or images have another width: none do.
-      by_product: see `BatchNorm.by_product`.
+      columns: that lie side by side in the channels up to the second stage's first block; before
+        it they fill an eighth to a quarter of a TPU's lanes. See `columns.packed`. 1, or images
+        have another width: none do.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -66,7 +67,6 @@ class EfficientNet(nn.Module):
     norm_group: int = 0
     pairs: bool = True
     columns: int = 1
-    by_product: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -127,10 +127,11 @@ class EfficientNet(nn.Module):
                     self.drop_path * done / total,
                     self.dtype,
                     columns,
-                    self.by_product,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
-                x, columns = unpacked(x, columns), 1
+                columns = max(columns // block.stride, 1)
+                if (s, i) == _LAST_PACKED:
+                    x, columns = unpacked(x, columns), 1
                 size, done = shrink(size, block.stride), done + 1
             keep_map(self, s, x)
         x = conv(style, FEATURES, 1, 1, size, False, self.dtype, name="head_conv")(x)

@@ -22,7 +22,7 @@ from disco_jax.models.init import (
     torch_kernel,
     zeros,
 )
-from disco_jax.models.norm import BatchNorm, Product
+from disco_jax.models.norm import BatchNorm
 
 PADDINGS = ("symmetric", "same", "static")
 Activation = Callable[[Array], Array]
@@ -97,7 +97,6 @@ class InvertedResidual(nn.Module):
       dtype: of the computation.
       columns: that come in side by side in the channels, see `columns.packed`; 1 / stride of them
         leave.
-      by_product: see `BatchNorm.by_product`.
     """
 
     block: Block
@@ -107,7 +106,6 @@ class InvertedResidual(nn.Module):
     drop: float = 0.0
     dtype: jnp.dtype = jnp.float32
     columns: int = 1
-    by_product: bool = False
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
@@ -117,10 +115,8 @@ class InvertedResidual(nn.Module):
         act = ACTIVATIONS[block.activation]
         channels = images.shape[-1] // self.columns
         if block.expanded != channels:
-            expand = self._conv(block.expanded, 1, 1, "expand_conv", self.columns)
-            x, product = expand(x), Product.of(expand, x)
-            x = self._batch_norm("expand_bn", self.columns)(x, norm=norm, product=product)
-            x = act(x)
+            x = self._conv(block.expanded, 1, 1, "expand_conv", self.columns)(x)
+            x = act(self._batch_norm("expand_bn", self.columns)(x, norm=norm))
         x = self._conv(
             block.expanded, block.kernel, block.stride, "depthwise_conv", self.columns, True
         )(x)
@@ -155,10 +151,7 @@ class InvertedResidual(nn.Module):
         )  # fmt: skip
 
     def _batch_norm(self, name: str, columns: int) -> BatchNorm:
-        return batch_norm(
-            self.style, self.norm_group, self.dtype, name=name, columns=columns,
-            by_product=self.by_product,
-        )  # fmt: skip
+        return batch_norm(self.style, self.norm_group, self.dtype, name=name, columns=columns)
 
 
 class SqueezeExcite(nn.Module):

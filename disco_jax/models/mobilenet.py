@@ -41,7 +41,6 @@ class MobileNet(nn.Module):
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
-      by_product: see `BatchNorm.by_product`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -55,7 +54,6 @@ class MobileNet(nn.Module):
     stem: str = "imagenet"
     norm_group: int = 0
     pairs: bool = True
-    by_product: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
@@ -103,7 +101,6 @@ class MobileNet(nn.Module):
                     style,
                     norm_group=self.norm_group,
                     dtype=self.dtype,
-                    by_product=self.by_product,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
             keep_map(self, s, x)

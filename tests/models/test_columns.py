@@ -55,9 +55,10 @@ def network(columns, norm="local", backbone="efficientnet_b0", group=0):
     return Network(models.packed_columns(encoder) if columns > 1 else encoder, norm)
 
 
-def test_a_network_that_packs_columns_has_the_same_gradients():
+@pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18", "resnet50"])
+def test_a_network_that_packs_columns_has_the_same_gradients(backbone):
     """On stored statistics: a batch's own, of maps of one pixel, turn rounding into signs."""
-    plain, ours = network(1, "running"), network(4, "running")
+    plain, ours = (network(columns, "running", backbone) for columns in (1, 4))
     variables = plain.encoder.create(0, 32)
     same = jax.tree.map(np.array_equal, variables, ours.encoder.create(0, 32))
     assert all(jax.tree.leaves(same))

@@ -1,12 +1,16 @@
 """BatchNorm in its modes, against NumPy in float64."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from disco_jax.models.columns import packed, unpacked
 from disco_jax.models.encoder import Encoded, Network, encode
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.norm import BatchNorm, Product
 from disco_jax.ops.collectives import AXIS
 
 REPLICAS, BATCH = 4, 6
@@ -92,3 +96,105 @@ def test_shuffled_keys_are_normalised_among_strangers_and_come_home():
     for mine, image in zip(out.reshape(-1, 5, 2), X.reshape(-1, 5, 2), strict=True):
         for channel in range(2):
             assert np.corrcoef(mine[:, channel], image[:, channel])[0, 1] > 0.9999
+
+
+POOLS = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1),) * 2)
+SIGNED = {
+    "params": {"scale": jnp.asarray([2.0, -0.5, 0.1]), "bias": jnp.asarray([0.1, 0.3, -0.2])},
+    "batch_stats": {"mean": jnp.asarray([1.0, -1.0, 0.5]), "var": jnp.asarray([4.0, 0.25, 1.0])},
+}
+
+
+def with_gradients(function, *arguments):
+    """The result, the new statistics, and gradients of a sum that tells entries apart."""
+
+    def loss(*arguments):
+        out, new = function(*arguments)
+        weights = jax.random.normal(jax.random.key(7), out.shape)
+        return jnp.sum(weights * out.astype(jnp.float32)), (out, new)
+
+    gradients, (out, new) = jax.grad(loss, tuple(range(len(arguments))), has_aux=True)(*arguments)
+    return jax.tree.leaves((out, new, gradients))
+
+
+@pytest.mark.parametrize("norm, group", [("local", 0), ("local", 2), ("running", 0)])
+def test_a_max_pool_before_the_normalisation_is_one_after_it(norm, group):
+    """Channels with scales below 0 too, whose largest values are the smallest ones."""
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3)) * 3 + 1
+
+    def run(params, x, first):
+        variables = {**SIGNED, "params": params}
+        module = BatchNorm(group=group)
+        pool = POOLS if first else None
+        out, new = module.apply(variables, x, norm=norm, mutable=["batch_stats"], pool=pool)
+        out = nn.relu(out)
+        return (out if first else POOLS(out)), new
+
+    found = [
+        with_gradients(functools.partial(run, first=first), SIGNED["params"], x)
+        for first in (False, True)
+    ]
+    for theirs, ours in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def of_product(rows, kernel, params, columns, group, dtype, by_product):
+    """BatchNorm of rows @ kernel, all of it in `dtype`."""
+    module = BatchNorm(group=group, columns=columns, dtype=dtype, by_product=by_product)
+    features = kernel.shape[-1]
+    stats = {"mean": jnp.zeros(features), "var": jnp.ones(features)}
+    rows = rows.astype(dtype)
+    made = jnp.matmul(rows, kernel.astype(dtype), precision="highest")
+    out, new = module.apply(
+        {"params": params, "batch_stats": stats},
+        packed(made, columns),
+        norm="local",
+        product=Product(packed(rows, columns), kernel[None, None]),
+        mutable=["batch_stats"],
+    )
+    return unpacked(out, columns), new
+
+
+def factors(features=12, channels=4):
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = {
+        "scale": 1 + 0.3 * jax.random.normal(keys[2], (features,)),
+        "bias": 0.1 * jax.random.normal(keys[3], (features,)),
+    }
+    # Rows far from 0 and alike in part, as after a ReLU.
+    rows = jax.nn.relu(jax.random.normal(keys[0], (4, 8, 8, channels)) + 2)
+    return rows, jax.random.normal(keys[1], (channels, features)), params
+
+
+@pytest.mark.parametrize("columns, group", [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_statistics_of_a_product_from_its_factors_are_its_own(columns, group):
+    found = [
+        with_gradients(
+            functools.partial(
+                of_product, columns=columns, group=group, dtype=jnp.float32, by_product=way
+            ),
+            *factors(),
+        )
+        for way in (False, True)
+    ]
+    for theirs, ours in zip(*found, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_statistics_of_a_product_in_half_are_exact():
+    """Of the rounded factors; what is counted on the rounded product misses by its rounding."""
+    rows, kernel, params = factors()
+    new = of_product(rows, kernel, params, 1, 0, jnp.bfloat16, True)[1]["batch_stats"]
+    rows, kernel = (np.asarray(x.astype(jnp.bfloat16), np.float64) for x in (rows, kernel))
+    made = (rows @ kernel).reshape(-1, kernel.shape[-1])
+    np.testing.assert_allclose(new["mean"], 0.1 * made.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * made.var(0, ddof=1), rtol=1e-5)
+
+
+def test_only_products_wider_than_their_factors_count_on_them():
+    rows = jnp.zeros((4, 8, 8, 4))
+    assert Product(rows, jnp.zeros((1, 1, 4, 8))).pays(groups=1)
+    assert not Product(rows, jnp.zeros((1, 1, 4, 7))).pays(groups=1)
+    assert not Product(rows, jnp.zeros((1, 1, 4, 8))).pays(groups=8)
+    assert not Product(packed(rows, 2), jnp.zeros((1, 1, 4, 8))).pays(groups=8)
