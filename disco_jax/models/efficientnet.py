@@ -36,7 +36,7 @@ _STAGES = (
     (5, 2, 6, 192),
     (3, 1, 6, 320),
 )
-_LAST_PACKED = 1, 0  # stage and block: further on, depthwise convolutions as dense ones cost more
+_LAST_PACKED = 2, 0  # stage and block: further on, depthwise convolutions as dense ones cost more
 
 
 class EfficientNet(nn.Module):
@@ -52,8 +52,8 @@ class EfficientNet(nn.Module):
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
-      columns: that lie side by side in the channels up to the second stage's first block; before
-        it they fill an eighth to a quarter of a TPU's lanes. See `columns.packed`. 1, or images
+      columns: that lie side by side in the channels up to the third stage's first block; at the
+        start they fill a quarter of a TPU's lanes. See `columns.packed`. 1, or images
         have another width: none do.
       dtype: of the computation; parameters stay float32.
     """
@@ -133,7 +133,7 @@ class EfficientNet(nn.Module):
                 if (s, i) == _LAST_PACKED:
                     x, columns = unpacked(x, columns), 1
                 size, done = shrink(size, block.stride), done + 1
-            keep_map(self, s, x)
+            keep_map(self, s, unpacked(x, columns))
         x = conv(style, FEATURES, 1, 1, size, False, self.dtype, name="head_conv")(x)
         x = nn.swish(norm_of(name="head_bn")(x, norm=norm))
         return dropout(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), self.dropout)

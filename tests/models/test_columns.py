@@ -110,3 +110,18 @@ def test_columns_are_packed_where_the_config_asks():
     config.fast.columns = "yes"
     with pytest.raises(UserError, match=r"config\.fast\.columns='yes'"):
         methods.build(config)
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18"])
+def test_maps_that_are_read_are_not_packed(backbone):
+    plain, ours = (network(columns, "running", backbone) for columns in (1, 4))
+    variables = plain.encoder.create(0, 64)
+    images = {0: jax.random.normal(jax.random.key(1), (2, 64, 64, 3))}
+    theirs, mine = (
+        encode(one, variables, images, (0,), jax.random.key(0), maps=True)[0][0].maps
+        for one in (plain, ours)
+    )
+    assert [x.shape for x in mine] == [x.shape for x in theirs]
+    assert all(
+        helpers.relative_error(ours, plain) < 1e-4 for plain, ours in zip(theirs, mine, strict=True)
+    )
