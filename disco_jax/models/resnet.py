@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -103,9 +102,7 @@ class ResNet(nn.Module):
         padding = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
 
         def pool(x: Array) -> Array:
-            x = packed(nn.max_pool(x, (3, 3), (2, 2), padding), columns)
-            # XLA would move float32, in which BatchNorm reads it, into packs: twice the bytes.
-            return x if columns == 1 else jax.lax.optimization_barrier(x)
+            return packed(nn.max_pool(x, (3, 3), (2, 2), padding), columns)
 
         if self.pairs:
             return nn.relu(batch_norm(x, norm=norm, pool=pool)), columns

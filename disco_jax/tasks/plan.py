@@ -70,7 +70,7 @@ def run(
     if config.fast.exchange == "auto":
         config.fast.exchange = "all_to_all"
     for choice in ("columns", "statistics"):
-        if config.fast[choice] == "auto":
+        if config.fast.get(choice, "auto") == "auto":
             config.fast[choice] = "on"
     where = topology.open_slice(name)
     prepare.check_devices(config, len(where.devices))

@@ -107,8 +107,24 @@ def test_columns_are_packed_where_the_config_asks():
         config = helpers.smoke_config("moco_v2", **changes, **{"fast.columns": columns})
         found[columns] = methods.build(config).networks["student"].encoder.backbone.columns
     assert found == {"on": 4, "off": 1, "auto": 1}
-    config.fast.columns = "yes"
-    with pytest.raises(UserError, match=r"config\.fast\.columns='yes'"):
+
+
+def test_statistics_come_from_factors_where_the_config_asks():
+    """In networks with 1x1 convolutions to more channels, whose weights stay as they are."""
+    found = {}
+    for way in ("on", "off", "auto"):
+        changes = {"student.backbone": "resnet50", "student.width": 0, "fast.statistics": way}
+        encoder = (
+            methods.build(helpers.smoke_config("moco_v2", **changes)).networks["student"].encoder
+        )
+        found[way] = encoder.backbone.by_product
+    assert found == {"on": True, "off": False, "auto": False}
+
+
+@pytest.mark.parametrize("setting", ["columns", "statistics"])
+def test_a_choice_that_is_none_is_named(setting):
+    config = helpers.smoke_config("moco_v2", **{f"fast.{setting}": "yes"})
+    with pytest.raises(UserError, match=rf"config\.fast\.{setting}='yes'"):
         methods.build(config)
 
 
