@@ -1,11 +1,14 @@
 """What it saves to share a teacher pass: seconds of a step on this machine, in turns, in one run.
 
-    python benchmarks/shared.py joint    five DisCo students of other head widths, in one step
-    python benchmarks/shared.py cached   DisCo and SEED from a teacher's kept outputs
+    python benchmarks/shared.py joint      five DisCo students of other head widths, in one step
+    python benchmarks/shared.py cached     DisCo and SEED from a teacher's kept outputs
+    python benchmarks/shared.py compiled   the first, as the TPU's compiler counts it; takes long
 
 "joint" prints the step of all five over the sum of their own steps; "cached" the steps over that of
 MoCo-v2. Ratios are medians over rounds, each of one step of every program, with the least and the
-most. --size and --batch make the images fewer or smaller; the networks stay.
+most. --size and --batch make the images fewer or smaller; the networks stay. "compiled" prints
+operations, bytes and cycles of whole steps on a chip of --topology with --batch images; it needs
+disco-jax[plan] and no TPU.
 """
 
 import argparse
@@ -20,9 +23,8 @@ import jax.numpy as jnp
 
 from disco_jax import flags
 from disco_jax.data import views
-from disco_jax.ops.collectives import AXIS
-from disco_jax.plan import program
-from disco_jax.train import step
+from disco_jax.plan import hlo, program, topology
+from disco_jax.train import state, step
 
 WIDTHS = 512, 1024, 1280, 2048, 4096
 NETWORKS = "student=resnet18,teacher=resnet50"
@@ -31,11 +33,19 @@ KEPT = {"teacher.cache": "kept"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["joint", "cached"])
-    parser.add_argument("--size", type=int, default=64, help="px")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("what", choices=["joint", "cached", "compiled"])
+    parser.add_argument("--size", type=int, help="px; 64, or 224 for the compiler")
+    parser.add_argument("--batch", type=int, help="16, or 32 for the compiler")
+    parser.add_argument("--norm", default="local", help="the teacher's statistics, or running")
+    parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
+    compiles = given.what == "compiled"
+    given.size = given.size or (224 if compiles else 64)
+    given.batch = given.batch or (32 if compiles else 16)
+    given.tpu = compiles
+    if compiles:
+        return count(joint(given), given)
     seconds = measure((joint if given.what == "joint" else cached)(given), given.rounds)
     for name, found in seconds.items():
         print(f"{name:24} {statistics.median(found):7.3f} s a step")
@@ -54,10 +64,42 @@ def tell(name, ours, theirs):
     print(f"{name}: {middle:.3f} ({least:.3f} to {most:.3f} in {len(ratios)} rounds)")
 
 
+def count(steps, given):
+    """Prints what whole steps of a chip cost, and those of the students alone in sum."""
+    devices = topology.open_slice(given.topology).devices[:1]
+    alone = []
+    for name in sorted(steps, key=lambda name: name != "together"):
+        run, arguments = steps[name]
+        begin = time.monotonic()
+        compiled = step.parallel(run, devices).lower(*arguments).compile()
+        costs = compiled.cost_analysis()
+        found = costs["flops"], costs["bytes accessed"], hlo.cycles(compiled.as_text())
+        gflop, gbytes, kilo = found[0] / 1e9, found[1] / 1e9, found[2] / 1e3 / given.batch
+        seconds = time.monotonic() - begin
+        print(
+            f"{name:14} {gflop:9.1f} GFLOP {gbytes:9.2f} GB {kilo:9.1f} thousand cycles an image"
+            f"  ({seconds:.0f} s)",
+            flush=True,
+        )
+        if name == "together":
+            together = found
+            continue
+        alone.append(found)
+        # Students that are not compiled yet count as the mean of those that are.
+        sums = [sum(each) * len(WIDTHS) / len(alone) for each in zip(*alone, strict=True)]
+        shares = [a / b for a, b in zip(together, sums, strict=True)]
+        print(
+            f"{'':14} together over alone, by {len(alone)} of {len(WIDTHS)}: "
+            "{:.3f} of the operations, {:.3f} of the bytes, {:.3f} of the cycles".format(*shares),
+            flush=True,
+        )
+
+
 def joint(given):
     """Name -> (step, arguments) of five students alone and together."""
+    norm = {"teacher.norm": given.norm}
     configs = {
-        f"hidden {width}": load(f"disco:{NETWORKS}", given, {"student.hidden": width})
+        f"hidden {width}": load(f"disco:{NETWORKS}", given, {"student.hidden": width, **norm})
         for width in WIDTHS
     }
     made = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
@@ -90,6 +132,9 @@ def load(recipe, given, changes):
     config.update_from_flattened_dict(
         {"augment.size": given.size, "batch_size": given.batch, "dtype": "float32", **changes}
     )
+    if given.tpu:
+        config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+        config.fast.columns = config.fast.statistics = "on"
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     return config
@@ -97,15 +142,15 @@ def load(recipe, given, changes):
 
 def measure(steps, rounds):
     """Name -> seconds of every round after the first, which compiles."""
-    seconds = {name: [] for name in steps}
-    ready = {
-        name: (jax.jit(jax.vmap(one, in_axes=(None, None, 0), axis_name=AXIS)), filled(arguments))
-        for name, (one, arguments) in steps.items()
-    }
+    seconds, ready, devices = {name: [] for name in steps}, {}, jax.devices()[:1]
+    for name, (one, arguments) in steps.items():
+        begin, *others = filled(arguments)
+        ready[name] = step.parallel(one, devices), state.everywhere(begin, devices), others
     for number in range(rounds + 1):
-        for name, (run, arguments) in ready.items():
+        for name, (run, current, others) in ready.items():
             begin = time.monotonic()
-            jax.block_until_ready(run(*arguments))
+            current, _ = jax.block_until_ready(run(current, *others))
+            ready[name] = run, current, others
             if number:
                 seconds[name].append(time.monotonic() - begin)
     return seconds
