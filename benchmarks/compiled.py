@@ -133,20 +133,18 @@ def on(
       mesh: of devices, or of none.
       function: what to call.
       arguments: its, to see what of them is shared.
-      made: its result, likewise.
+      made: its result, likewise; None: nothing of it is.
     """
+    out = jax.sharding.PartitionSpec() if made is None else specs(made)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=specs(arguments), out_specs=specs(made), check_vma=False
+        function, mesh=mesh, in_specs=specs(arguments), out_specs=out, check_vma=False
     )
 
 
 def specs(tree: Any) -> Any:
     """How each leaf lies on a mesh: by rows if it is shared, else whole on every device."""
-    return jax.tree.map(
-        lambda axis: jax.sharding.PartitionSpec(*(() if axis is None else (AXIS,))),
-        axes(tree),
-        is_leaf=lambda axis: axis is None,
-    )
+    whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+    return jax.tree.map(lambda _, axis: whole if axis is None else rows, tree, axes(tree))
 
 
 def components(config: Any, batch: int) -> dict[str, Part]:

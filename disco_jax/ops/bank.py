@@ -157,9 +157,7 @@ def closest(rows: Array, bank: Array, *, shared: bool = False) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _compared(
-    rows: Array, bank: Array, temperature: float, dtype: str, shared: bool
-) -> Compared:
+def _compared(rows: Array, bank: Array, temperature: float, dtype: str, shared: bool) -> Compared:
     return _forward(rows, bank, temperature, dtype, shared)[0]
 
 
