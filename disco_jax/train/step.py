@@ -215,24 +215,32 @@ class _Parallel:
     """See `parallel`."""
 
     def __init__(self, train_step: Step, devices: Sequence[jax.Device] | None):
-        self._train_step, self._devices, self._mapped = train_step, devices, None
+        self._train_step, self._devices = train_step, devices
+        self._mapped, self._structure = None, None
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-        return self._of(state)(state, frozen, batch)
+        leaves, metrics = self._of(state)(state, frozen, batch)
+        return jax.tree.unflatten(self._structure, leaves), metrics
 
     def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
-        """The step for the compiler, of arrays or shapes."""
+        """The step for the compiler, of arrays or shapes; it returns the leaves of the state."""
         return self._of(state).lower(state, frozen, batch)
 
-    def _of(self, state: Any) -> Any:
+    def _of(self, state: Any) -> Callable[..., tuple[tuple[Array, ...], Any]]:
         if self._mapped is None:
-            differing = axes(state)
+            self._structure, differing = jax.tree.structure(state), axes(state)
+            # Of several processes, pmap wants axes that can be hashed: a tuple, not a tree.
+            each = tuple(self._structure.flatten_up_to(differing))
             self._mapped = jax.pmap(
-                self._train_step,
+                self._leaves,
                 AXIS,
                 in_axes=(differing, None, 0),
-                out_axes=(differing, None),
+                out_axes=(each, None),
                 donate_argnums=0,
                 devices=self._devices,
             )
         return self._mapped
+
+    def _leaves(self, state: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, ...], Any]:
+        state, metrics = self._train_step(state, frozen, batch)
+        return tuple(jax.tree.leaves(state)), metrics
