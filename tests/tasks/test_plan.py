@@ -65,6 +65,14 @@ def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
     assert "largest config.batch_size that fits: 0" in captured.out  # the queue alone is too much
 
 
+def test_a_queue_that_chips_share_is_divided_by_them():
+    config = helpers.smoke_config("moco_v2", batch_size=32, **{"fast.shard_queue": True})
+    config.fast.half_queue = True
+    report = plan.run(config, "v5e:2x4", images=1437)
+    assert report["fits"] and report["memory"]["queues"] == 64 // 8 * 16 * 2 + 4
+    assert report["collectives"]["reduce-scatter"]["bytes"] >= 32 // 8 * 16 * 4
+
+
 @pytest.mark.slow
 def test_the_largest_batch_is_found(monkeypatch):
     monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))
