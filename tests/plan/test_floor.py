@@ -72,18 +72,21 @@ def test_a_contrast_costs_one_pass_over_its_queue():
 def test_a_contrast_whose_queue_the_chips_share():
     """Of 65,536 keys in half, on 8 chips. The compiler does not count the time on the links."""
     mesh = jax.sharding.Mesh(np.array(topology.open_slice(SLICE).devices), (AXIS,))
-    rows = jax.sharding.PartitionSpec(AXIS)
+    rows, alike = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
     term = jax.shard_map(
-        nce(HALF, shared=True), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+        nce(HALF, shared=True),
+        mesh=mesh,
+        in_specs=rows,
+        out_specs=(alike, rows),
+        check_vma=False,
     )
-    # What a chip has of each, and makes: losses and accuracies are of one element on each.
     one = jax.sharding.NamedSharding(mesh, rows)
     arguments = [
         jax.ShapeDtypeStruct((mesh.size * mine, DIM), dtype, sharding=one)
         for mine, dtype in ((IMAGES, jnp.float32), (IMAGES, jnp.float32), (8192, jnp.bfloat16))
     ]
     compiled = jax.jit(term).lower(*arguments).compile()
-    assert hlo.cycles(compiled.as_text()) / IMAGES / 1e3 <= 1.5
+    assert hlo.cycles(compiled.as_text()) / IMAGES / 1e3 <= 0.7
     held = compiled.memory_analysis().argument_size_in_bytes
     assert held == 2 * 2**20 + 2 * IMAGES * DIM * 4
     moved = hlo.collective_bytes(compiled.as_text())
