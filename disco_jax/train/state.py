@@ -80,11 +80,9 @@ def create(
 def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """A copy of every leaf on each device of the pod, as the step takes it.
 
-    Of a queue that replicas share each device gets its own rows alone, and a host sees those of
-    its devices: [local_devices, K / devices, D].
-
     Without it the first step would donate arrays that live on one local device only, which fails
-    across hosts.
+    across hosts. Of a queue that replicas share each device gets its own rows alone, and a host
+    sees those of its devices: [local_devices, K / devices, D].
 
     Args:
       tree: arrays on the host.
@@ -114,6 +112,9 @@ def whole(tree: Tree) -> Tree:
 
     Args:
       tree: as the step returned it.
+
+    Returns:
+      The tree, the rows of such queues on the host and in the order in which they were pushed.
     """
 
     def put(leaf: Any) -> Any:

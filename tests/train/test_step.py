@@ -11,7 +11,7 @@ from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import learner
-from disco_jax.train.state import apart, everywhere, whole
+from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, whole
 from disco_jax.train.step import parallel
 
 FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
@@ -55,6 +55,18 @@ def test_next_state_is_equal_on_every_replica(recipe):
     assert bool(state.momentum) == ("momentum" in FORWARDS[recipe])
     assert bool(frozen) == ("teacher" in FORWARDS[recipe])
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, jax.eval_shape(lambda: state))
+
+
+@pytest.mark.parametrize("recipe", ["disco_seed:rkd=true", "bingo"])
+def test_of_what_devices_share_the_queues_alone_differ_by_replica(recipe):
+    config = helpers.smoke_config(recipe, **{"fast.shard_queue": True})
+    step, state, frozen, batch = helpers.smoke(config, replicas=4)
+    state = dealt_shapes(jax.eval_shape(lambda: state), 4)
+    where = axes(state)
+    assert set(jax.tree.leaves(where)) == {0}
+    step = jax.vmap(step, in_axes=(where, None, 0), out_axes=(where, None), axis_name=AXIS)
+    new_state, _ = jax.eval_shape(step, state, frozen, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
 @pytest.mark.parametrize("recipe", helpers.RECIPES)
