@@ -108,16 +108,13 @@ def soft_cross_entropy(
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    if teacher_temperature == 0:
+    if teacher_temperature == 0 or reading.one_pass or shared:
         others = compared(
             student, negatives, temperature=student_temperature, reading=reading, shared=shared
         )
-        return info_nce_beside(student, teacher, others.total, temperature=student_temperature)
-    if reading.one_pass or shared:
+        if teacher_temperature == 0:
+            return info_nce_beside(student, teacher, others.total, temperature=student_temperature)
         target = attended(teacher, negatives, temperature=teacher_temperature, shared=shared)
-        others = compared(
-            student, negatives, temperature=student_temperature, reading=reading, shared=shared
-        )
         own = _own(student, teacher) / student_temperature
         return jnp.logaddexp(others.total, own) - _own(student, target) / student_temperature
     targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)
