@@ -7,7 +7,8 @@
 Each part is compiled by itself for one chip: "augmentation" of all views, the forward passes
 "teacher" and "momentum", "student" with its gradient, and every objective with its gradient. With
 --naive they are the yardstick's, see naive.py. "exchange" is what shuffled BatchNorm moves, on
-all chips of the slice.
+all chips of the slice, and so are objectives whose queue the chips share
+(--change fast.shard_queue=True): the compiler does not count the time on the links.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from disco_jax.models import fold
 from disco_jax.models.encoder import encode
 from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.plan import hlo, topology
+from disco_jax.train.state import axes
 
 
 class Part(NamedTuple):
@@ -40,11 +42,13 @@ class Part(NamedTuple):
       function: of one replica.
       arguments: shapes.
       donated: which of them the result takes the place of.
+      everywhere: whether it is compiled for all chips, of which it needs the others.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
+    everywhere: bool = False
 
 
 def main() -> None:
@@ -60,14 +64,16 @@ def main() -> None:
     config = changed(flags.load(given.config), given.change)
     if given.naive:
         naive.turn_off(config)
+    devices = topology.open_slice(given.topology).devices
+    config.batch_size = given.batch * len(devices)
     parts = components(config, given.batch)
     if given.naive:
         naive.replace(parts, config)
-    devices = topology.open_slice(given.topology).devices
     total = 0.0
     for name in given.parts or [name for name in parts if name != "exchange"]:
         begin = time.monotonic()
-        compiled = compile_part(parts[name], devices if name == "exchange" else devices[:1])
+        every = parts[name].everywhere
+        compiled = compile_part(parts[name], devices if every else devices[:1])
         text, memory = compiled.as_text(), compiled.memory_analysis()
         found = hlo.cycles(text) / 1e3 / given.batch
         total += found
@@ -79,7 +85,7 @@ def main() -> None:
             flush=True,
         )
         for kind, moved in hlo.collective_bytes(text).items():
-            if name == "exchange":
+            if every:
                 print(f"{'':14} {kind}: {moved.count}, {moved.bytes / 2**20:.1f} MiB on a chip")
         for cycles, line in hlo.dearest(text, given.top):
             print(f"{'':6}{cycles / 1e3 / given.batch:8.1f}  {line[:110]}")
@@ -104,20 +110,42 @@ def changed(config: Any, changes: list[str]) -> Any:
 
 
 def compile_part(part: Part, devices: Any) -> Any:
-    """A part on each of `devices`, whose replicas all have the same arguments."""
+    """A part on each of `devices`: what they do not share is the same for all of them."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    every = jax.sharding.PartitionSpec()
-    sharding = jax.sharding.NamedSharding(mesh, every)
+    # What comes out, to see what of it is shared.
+    made = jax.eval_shape(on(mesh, part.function, part.arguments), *part.arguments)
+    function = on(mesh, part.function, part.arguments, made)
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part.arguments
+        lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+        ),
+        part.arguments,
+        specs(part.arguments),
     )
-    return jax.jit(on(mesh, part.function), donate_argnums=part.donated).lower(*arguments).compile()
+    return jax.jit(function, donate_argnums=part.donated).lower(*arguments).compile()
 
 
-def on(mesh: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one replica, on all of a mesh alike."""
-    every = jax.sharding.PartitionSpec()
-    return jax.shard_map(function, mesh=mesh, in_specs=every, out_specs=every, check_vma=False)
+def on(
+    mesh: Any, function: Callable[..., Any], arguments: tuple[Any, ...], made: Any = None
+) -> Callable[..., Any]:
+    """A function of one replica, on all of a mesh.
+
+    Args:
+      mesh: of devices, or of none.
+      function: what to call.
+      arguments: its, to see what of them is shared.
+      made: its result, likewise; None: nothing of it is.
+    """
+    out = jax.sharding.PartitionSpec() if made is None else specs(made)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs(arguments), out_specs=out, check_vma=False
+    )
+
+
+def specs(tree: Any) -> Any:
+    """How each leaf lies on a mesh: by rows if it is shared, else whole on every device."""
+    whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+    return jax.tree.map(lambda _, axis: whole if axis is None else rows, tree, axes(tree))
 
 
 def components(config: Any, batch: int) -> dict[str, Part]:
@@ -150,14 +178,15 @@ def components(config: Any, batch: int) -> dict[str, Part]:
 
         seen = {view: images[view] for view in wanted}
         found[name] = Part(forward, (variables, seen))
-        encoded[name] = jax.eval_shape(on(alone, forward), variables, seen)[0]
+        encoded[name] = jax.eval_shape(on(alone, forward, (variables, seen)), variables, seen)[0]
     found["student"] = Part(_with_gradient(found["student"][0]), found["student"][1])
     record = Record(encoded, {})
     memory = jax.eval_shape(lambda: method.memory(jax.random.key(0), record))
     targets = {name: shapes for name, shapes in encoded.items() if name != "student"}
     for name, objective in method.objectives.items():
         arguments = encoded["student"], targets, memory[name]
-        found[name] = Part(_term(objective), arguments, donated=(2,))
+        shared = bool(getattr(objective, "shared", 0))
+        found[name] = Part(_term(objective), arguments, donated=(2,), everywhere=shared)
     if "momentum" in method.plan and method.networks["momentum"].norm == "shuffle":
         network, view = method.networks["momentum"], method.plan["momentum"][0]
 
@@ -165,7 +194,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
             sent = rows.astype(network.carried)
             return shuffle(jax.random.key(0), sent, network.exchange)[0]
 
-        found["exchange"] = Part(exchange, (images[view],))
+        found["exchange"] = Part(exchange, (images[view],), everywhere=True)
     return found
 
 

@@ -223,6 +223,10 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         losses=True,  # queues are read in one pass, in the computation's dtype; false: float32
         # queues of keys in bfloat16: half the memory; those of `similarity` stay float32
         half_queue=False,
+        # queues of contrast, similarity and bags: every device keeps the keys that it made and
+        # compares the queries of all devices with them, which divides a queue's memory by the
+        # devices, and the time to read it
+        shard_queue=False,
         # how images are traded for shuffled BatchNorm: gather (every device gets all of them) |
         # all_to_all (those that it needs; TPUs alone) | auto (all_to_all on TPUs)
         exchange="auto",

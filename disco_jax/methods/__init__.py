@@ -91,7 +91,11 @@ def _quick(objectives: dict[str, Objective], config: Any) -> dict[str, Objective
     """Objectives that read and keep their queues as the config's `fast` has it."""
     quick = _fast(config, "losses", True)
     reading = Reading(quick, models.compute_dtype(config.dtype) if quick else jnp.float32)
-    given = {"reading": reading, "half": _fast(config, "half_queue", False)}
+    given = {
+        "reading": reading,
+        "half": _fast(config, "half_queue", False),
+        "shared": config.batch_size if _fast(config, "shard_queue", False) else 0,
+    }
     return {
         name: dataclasses.replace(o, **{k: v for k, v in given.items() if hasattr(o, k)})
         for name, o in objectives.items()
@@ -177,6 +181,8 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
 
 def memory_bytes(method: Method, config: Any) -> int:
     """Bytes that the objectives remember from step to step, on every device.
+
+    Of queues that devices share, on all of them together.
 
     Args:
       method: what `build` made of `config`.

@@ -10,7 +10,6 @@ from jax import Array
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
 from disco_jax.ops.bank import USUAL, Reading, compared_together
-from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, unit
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.mixing import cutmix, draw_box
@@ -39,6 +38,8 @@ class Bags(Objective):
       steps_per_epoch: filled in when a run knows its data.
       reading: how the queue is read, and `half`, whether it is kept in bfloat16: filled in from
         the config's `fast`.
+      shared: rows that enter the queue in a step, where every replica keeps its own; 0: each
+        keeps all. Filled in likewise.
     """
 
     members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
@@ -52,6 +53,7 @@ class Bags(Objective):
     steps_per_epoch: int = 0
     reading: Reading = USUAL
     half: bool = False
+    shared: int = 0
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -69,8 +71,8 @@ class Bags(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
         dim = record.embedding("teacher", KEY).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return inherited.stored(self.half)
-        return Queue.create(rng, self.queue_size, dim).stored(self.half)
+            return inherited.rewound().stored(self.half, self.shared)
+        return Queue.create(rng, self.queue_size, dim).stored(self.half, self.shared)
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
@@ -89,7 +91,11 @@ class Bags(Objective):
             shares[MIXED] = record.aux["mix_ratio"]
         queries = {view: unit(record.embedding("student", view)) for view in shares}
         banks = compared_together(
-            queries, memory.vectors, temperature=self.temperature, reading=self.reading
+            queries,
+            memory.vectors,
+            temperature=self.temperature,
+            reading=self.reading,
+            shared=bool(memory.shared),
         )
         terms = []
         for view, share in shares.items():
@@ -112,4 +118,4 @@ class Bags(Objective):
         }
         if self.cutmix:
             metrics["mixed"] = terms[2]
-        return Term(jnp.mean(jnp.stack(terms)), memory.push(gather(keys[0])), metrics)
+        return Term(jnp.mean(jnp.stack(terms)), memory.push_all(keys[0]), metrics)

@@ -9,7 +9,6 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, alpha, spread
 from disco_jax.ops.bank import USUAL, Reading, compared_together
-from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, rebalanced, unit
 from disco_jax.ops.memory import Queue
 
@@ -35,6 +34,8 @@ class Contrast(Objective):
         query counts the same.
       reading: how queues are read, and `half`, whether they are kept in bfloat16: filled in from
         the config's `fast`.
+      shared: rows that enter a queue in a step, where every replica keeps its own; 0: each keeps
+        all. Filled in likewise.
     """
 
     weight: float = 1.0
@@ -47,6 +48,7 @@ class Contrast(Objective):
     global_share: float = -1.0
     reading: Reading = USUAL
     half: bool = False
+    shared: int = 0
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         queries, keys = zip(*self._all_pairs(views), strict=True)
@@ -63,12 +65,13 @@ class Contrast(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         dim = record.embedding("student", self.pairs[0][0]).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return {_bank(key): inherited.stored(self.half) for _, key in self.pairs}
+            begin = inherited.rewound().stored(self.half, self.shared)
+            return {_bank(key): begin for _, key in self.pairs}
         fresh = {
             _bank(key): Queue.create(jax.random.fold_in(rng, key), self.queue_size, dim)
             for _, key in self.pairs
         }
-        return {name: queue.stored(self.half) for name, queue in fresh.items()}
+        return {name: queue.stored(self.half, self.shared) for name, queue in fresh.items()}
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
         losses, accuracies, queues = {}, {}, {}
@@ -77,14 +80,18 @@ class Contrast(Objective):
             key, queue = unit(record.embedding(self.keys_from, key_view)), memory[_bank(key_view)]
             queries = {v: unit(record.embedding("student", v)) for v, k in pairs if k == key_view}
             banks = compared_together(
-                queries, queue.vectors, temperature=self.temperature, reading=self.reading
+                queries,
+                queue.vectors,
+                temperature=self.temperature,
+                reading=self.reading,
+                shared=bool(queue.shared),
             )
             for view, query in queries.items():
                 near = info_nce_beside(query, key, banks[view].total, temperature=self.temperature)
                 losses[view, key_view] = jnp.mean(near)
                 found = contrast_accuracy(query, key, banks[view].nearest)
                 accuracies[view, key_view] = jnp.mean(found)
-            queues[_bank(key_view)] = queue.push(gather(key))
+            queues[_bank(key_view)] = queue.push_all(key)
         metrics = {
             "accuracy": jnp.mean(jnp.stack([accuracies[pair] for pair in pairs])),
             "query_std": spread(query),

@@ -9,7 +9,6 @@ from jax import Array
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
 from disco_jax.ops.bank import USUAL, Reading
-from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import soft_cross_entropy, unit
 from disco_jax.ops.memory import Queue
 
@@ -38,6 +37,8 @@ class Similarity(Objective):
       queue_size: teacher embeddings remembered a queue; a multiple of the global batch.
       queue_init: "random" as SEED starts, "teacher" to start from the teacher's own queue.
       reading: how queues are read; filled in from the config's `fast`.
+      shared: rows that enter a queue in a step, where every replica keeps its own; 0: each keeps
+        all. Filled in likewise.
     """
 
     weight: float = 1.0
@@ -47,6 +48,7 @@ class Similarity(Objective):
     queue_size: int = 65_536
     queue_init: str = "random"
     reading: Reading = USUAL
+    shared: int = 0
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         students, teachers = zip(*(pair for group in self.groups for pair in group), strict=True)
@@ -62,7 +64,8 @@ class Similarity(Objective):
             dim = record.embedding("teacher", view).shape[-1]
             fresh = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
             takes = self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim)
-            banks[_bank(group)] = inherited.stored(False) if takes else fresh
+            begin = inherited.rewound() if takes else fresh
+            banks[_bank(group)] = begin.stored(False, self.shared)
         return banks
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
@@ -70,7 +73,7 @@ class Similarity(Objective):
         for group in self.groups:
             bank = memory[_bank(group)]
             losses.append(self._group(record, bank, group))
-            banks[_bank(group)] = bank.push(gather(unit(record.embedding("teacher", group[0][1]))))
+            banks[_bank(group)] = bank.push_all(unit(record.embedding("teacher", group[0][1])))
         view, theirs = self.groups[0][0]
         student, teacher = record.embedding("student", view), record.embedding("teacher", theirs)
         metrics = {
@@ -91,6 +94,7 @@ class Similarity(Objective):
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             reading=self.reading,
+            shared=bool(bank.shared),
         )
         return jnp.mean(each)
 

@@ -3,6 +3,8 @@
 A softmax over a queue needs no array of its size. Rows of length 1 have no product above 1, so
 that e^((q.n - 1) / tau) can neither overflow nor, for temperatures down to `COLDEST`, vanish: no
 maximum is looked for first, and one pass gives the sum and the mean row, which is the gradient.
+Such sums add up over the parts of a bank, too: where replicas share one, each makes the sums of
+everyone's rows over its own part, and all that crosses between them is of the size of the rows.
 """
 
 import dataclasses
@@ -14,6 +16,8 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from disco_jax.ops.collectives import gather, highest, lowest, positions, scatter, share
 
 # e^(-2 / tau), of two opposite rows, must be a normal float32.
 COLDEST = 1 / 40
@@ -51,7 +55,14 @@ class Compared(NamedTuple):
     nearest: Array
 
 
-def compared(rows: Array, bank: Array, *, temperature: float, reading: Reading = USUAL) -> Compared:
+def compared(
+    rows: Array,
+    bank: Array,
+    *,
+    temperature: float,
+    reading: Reading = USUAL,
+    shared: bool = False,
+) -> Compared:
     """The part of a softmax's denominator that a bank makes up, and the nearest row of it.
 
     Args:
@@ -59,6 +70,8 @@ def compared(rows: Array, bank: Array, *, temperature: float, reading: Reading =
       bank: f32 or bf16[K, D], unit rows.
       temperature: tau > 0. Below `COLDEST` the bank is read as without `one_pass`.
       reading: how.
+      shared: whether `bank` is this replica's part of the bank, the parts being as long as one
+        another.
 
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
@@ -66,28 +79,39 @@ def compared(rows: Array, bank: Array, *, temperature: float, reading: Reading =
     _check(rows, bank)
     bank = jax.lax.stop_gradient(bank)
     if reading.one_pass and temperature >= COLDEST:
-        return _compared(rows, bank, temperature, jnp.dtype(reading.dtype).name)
-    products = _products(rows, bank, reading.dtype)
+        return _compared(rows, bank, temperature, jnp.dtype(reading.dtype).name, shared)
+    products = _products(gather(rows) if shared else rows, bank, reading.dtype)
     nearest = jax.lax.stop_gradient(jnp.max(products, axis=-1))
-    return Compared(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
+    if not shared:
+        return Compared(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
+    nearest = highest(nearest)
+    weights = jnp.exp((products - nearest[:, None]) / temperature)
+    total = jnp.log(scatter(jnp.sum(weights, axis=-1)))
+    nearest = share(nearest)
+    return Compared(total + nearest / temperature, nearest)
 
 
 def compared_together(
-    rows: Mapping[int, Array], bank: Array, *, temperature: float, reading: Reading = USUAL
+    rows: Mapping[int, Array],
+    bank: Array,
+    *,
+    temperature: float,
+    reading: Reading = USUAL,
+    shared: bool = False,
 ) -> dict[int, Compared]:
     """`compared` of several batches, for which the bank is read once.
 
     Args:
       rows: name -> f32[B, D], unit rows; B is the same for all.
-      bank, temperature, reading: see `compared`.
+      bank, temperature, reading, shared: see `compared`.
     """
     together = jnp.concatenate(list(rows.values()))
-    found = compared(together, bank, temperature=temperature, reading=reading)
+    found = compared(together, bank, temperature=temperature, reading=reading, shared=shared)
     split = [jnp.split(part, len(rows)) for part in found]
     return {name: Compared(*parts) for name, *parts in zip(rows, *split, strict=True)}
 
 
-def attended(rows: Array, bank: Array, *, temperature: float) -> Array:
+def attended(rows: Array, bank: Array, *, temperature: float, shared: bool = False) -> Array:
     """What rows read of themselves and a bank by attention: sum_j p_ij d_j.
 
     p_i is the softmax of r_i.d_j / tau over d = [r_i, n_1, ..., n_K]. No row is closer to r_i than
@@ -97,6 +121,7 @@ def attended(rows: Array, bank: Array, *, temperature: float) -> Array:
       rows: f32[B, D], unit rows.
       bank: f32[K, D], unit rows.
       temperature: tau > 0. Products are float32: 1e-4 leaves no digit of bfloat16's.
+      shared: see `compared`.
 
     Returns:
       f32[B, D]; no gradient passes.
@@ -110,25 +135,44 @@ def attended(rows: Array, bank: Array, *, temperature: float) -> Array:
     scaled = rows / temperature
     own = jnp.sum(scaled * rows, axis=-1)
     # The mean of rows is not divided by the temperature: three products of bfloat16 are enough.
-    sums = _read(scaled, bank, own, jnp.float32, jax.lax.Precision.HIGH)
+    sums = _read(scaled, bank, own, jnp.float32, jax.lax.Precision.HIGH, shared)
     return (sums.rows + rows) / (sums.weight + 1)[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _compared(rows: Array, bank: Array, temperature: float, dtype: str) -> Compared:
-    return _forward(rows, bank, temperature, dtype)[0]
+def closest(rows: Array, bank: Array, *, shared: bool = False) -> Array:
+    """i32[B]: which row of a bank has the largest product with each row; the first of several.
+
+    Args:
+      rows: f32[B, D].
+      bank: f32 or bf16[K, D].
+      shared: see `compared`. Rows of the bank then count in the order of the replicas.
+    """
+    products = (gather(rows) if shared else rows) @ bank.T
+    best = jnp.argmax(products, axis=-1)
+    if not shared:
+        return best
+    most = jnp.max(products, axis=-1)
+    numbers = jnp.where(most == highest(most), positions(len(bank))[best], jnp.iinfo(jnp.int32).max)
+    return share(lowest(numbers))
 
 
-def _forward(rows: Array, bank: Array, temperature: float, dtype: str) -> tuple[Compared, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _compared(rows: Array, bank: Array, temperature: float, dtype: str, shared: bool) -> Compared:
+    return _forward(rows, bank, temperature, dtype, shared)[0]
+
+
+def _forward(
+    rows: Array, bank: Array, temperature: float, dtype: str, shared: bool
+) -> tuple[Compared, Array]:
     """And the gradient of the total by the rows, f32[B, D]."""
     most = jnp.full(len(rows), 1 / temperature)
     mixing = _HIGHEST if dtype == "float32" else None
-    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), mixing)
+    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), mixing, shared)
     gradient = sums.rows / (sums.weight[:, None] * temperature)
     return Compared(jnp.log(sums.weight) + most, sums.highest * temperature), gradient
 
 
-def _backward(temperature: float, dtype: str, gradient: Array, given: Compared):
+def _backward(temperature: float, dtype: str, shared: bool, gradient: Array, given: Compared):
     return given.total[:, None] * gradient, None
 
 
@@ -143,8 +187,16 @@ class _Sums(NamedTuple):
     highest: Array
 
 
-def _read(rows: Array, bank: Array, shift: Array, dtype, mixing) -> _Sums:
+def _read(rows: Array, bank: Array, shift: Array, dtype, mixing, shared: bool) -> _Sums:
     """`_Sums` with w_ij = e^(r_i.n_j - shift_i), `mixing` the precision of their mean row."""
+    if not shared:
+        return _read_here(rows, bank, shift, dtype, mixing)
+    sums = _read_here(gather(rows), bank, gather(shift), dtype, mixing)
+    return _Sums(scatter(sums.weight), scatter(sums.rows), share(highest(sums.highest)))
+
+
+def _read_here(rows: Array, bank: Array, shift: Array, dtype, mixing) -> _Sums:
+    """See `_read`, over this replica's part of a bank that is shared."""
     one = functools.partial(_block, rows, shift=shift, dtype=dtype, mixing=mixing)
     return jax.lax.platform_dependent(bank, cpu=functools.partial(_by_blocks, one), default=one)
 

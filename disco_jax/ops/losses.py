@@ -80,6 +80,7 @@ def soft_cross_entropy(
     student_temperature: float,
     teacher_temperature: float,
     reading: Reading = USUAL,
+    shared: bool = False,
 ) -> Array:
     """Cross-entropy between the teacher's and the student's similarities to a bank.
 
@@ -98,6 +99,8 @@ def soft_cross_entropy(
       reading: of the negatives; see `bank.Reading`. In one pass the loss is the log of the
         student's denominator less its similarity to what the teacher reads of D+ by attention,
         sum_j p^T_ij d_j, so that no probabilities are kept.
+      shared: whether `negatives` are this replica's part of the bank; see `bank.compared`. The
+        loss is then that of one pass, whatever `reading` says.
 
     Returns:
       f32[B] in nats, one value an example; the objective takes the mean.
@@ -105,13 +108,13 @@ def soft_cross_entropy(
     Raises:
       AssertionError: while tracing, when a shape or dtype above does not hold.
     """
-    if teacher_temperature == 0:
-        return info_nce(
-            student, teacher, negatives, temperature=student_temperature, reading=reading
+    if teacher_temperature == 0 or reading.one_pass or shared:
+        others = compared(
+            student, negatives, temperature=student_temperature, reading=reading, shared=shared
         )
-    if reading.one_pass:
-        target = attended(teacher, negatives, temperature=teacher_temperature)
-        others = compared(student, negatives, temperature=student_temperature, reading=reading)
+        if teacher_temperature == 0:
+            return info_nce_beside(student, teacher, others.total, temperature=student_temperature)
+        target = attended(teacher, negatives, temperature=teacher_temperature, shared=shared)
         own = _own(student, teacher) / student_temperature
         return jnp.logaddexp(others.total, own) - _own(student, target) / student_temperature
     targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)

@@ -12,7 +12,7 @@ _HOP_S = 1e-6
 # What grows with the global batch: rows that every chip gets from all others. The others carry
 # parameters or a chip's own rows, which are as many on any number of chips.
 _GROWING = ("all-gather",)
-# Bytes of one all-reduce or reduce-scatter that cross a chip's links, as a multiple of its size.
+# Bytes of one collective that cross a chip's links, as a multiple of its result.
 _PASSES = {"all-reduce": 2.0}
 # Bytes go from each chip to its own target and cross every link on the way there.
 _TRAVELS = ("all-to-all", "ragged-all-to-all")
@@ -70,7 +70,8 @@ def collective_s(
         side / 4 if ring else (side**2 - 1) / (3 * side)
         for side, ring in zip(sides, rings, strict=True)
     )
-    passes = {**_PASSES, **dict.fromkeys(_TRAVELS, way)}
+    # A reduce-scatter makes one part of what goes around.
+    passes = {**_PASSES, "reduce-scatter": count, **dict.fromkeys(_TRAVELS, way)}
     carried = sum(passes.get(kind, 1.0) * c.bytes for kind, c in collectives.items())
     started = sum(c.count for c in collectives.values())
     return carried * (count - 1) / count / rate + started * hops * _HOP_S

@@ -174,6 +174,7 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
         for objective in method.objectives.values()
         for name in objective.aux
     }
+    begin = state.dealt_shapes(begin, replicas)
     frozen = {"teacher": taught} if taught else {}
     if taught and config.fast.teacher:
         network = method.networks["teacher"]
@@ -193,11 +194,12 @@ def _kept(outputs: Any, shape: tuple[int, ...]) -> Any:
 def _held(arguments: tuple, replicas: int) -> dict[str, int]:
     """Bytes that a chip holds when a step begins, without padding."""
     begin, frozen, batch = arguments
+    copies = _bytes(state.copied(begin.memory))
     return {
         "student": _bytes(begin.student),
         "momentum": _bytes(begin.momentum),
         "optimizer": _bytes(begin.opt_state),
-        "queues": _bytes(begin.memory),
+        "queues": copies + (_bytes(begin.memory) - copies) // replicas,
         "teacher": _bytes(frozen),
         "batch": _bytes(batch) // replicas,
     }

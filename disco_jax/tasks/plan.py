@@ -18,7 +18,7 @@ SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _HELP = {
     "activations": "fewer images a chip (a smaller config.batch_size or more chips; --fit finds "
     "how many), shorter queues",
-    "queues": "a smaller config.objectives.*.queue_size",
+    "queues": "--config.fast.shard_queue, or a smaller config.objectives.*.queue_size",
     "teacher": "a smaller config.teacher.backbone, or chips with more memory",
     "batch": "fewer images a chip: a smaller config.batch_size or more chips",
 }

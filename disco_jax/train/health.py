@@ -12,6 +12,7 @@ from jax import Array
 
 from disco_jax import errors
 from disco_jax.methods.base import Record, spread
+from disco_jax.ops.bank import closest
 from disco_jax.ops.collectives import gather, pmean, replicas
 from disco_jax.ops.losses import squared_distance, unit
 from disco_jax.ops.memory import Queue
@@ -78,7 +79,7 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
         found["alignment"] = jnp.mean(squared_distance(embedding, other))
     queues = [q for q in jax.tree.leaves(memory, is_leaf=_is_queue) if _is_queue(q)]
     if queues:
-        pushes = max(len(queue.vectors) for queue in queues) / (len(embedding) * replicas())
+        pushes = max(queue.size for queue in queues) / (len(embedding) * replicas())
         found["queue_age"] = jnp.minimum(step.astype(jnp.float32), jnp.float32(pushes))
     agreement = _agreement(record, queues)
     if agreement is not None:
@@ -182,10 +183,11 @@ def _agreement(record: Record, queues: list[Queue]) -> Array | None:
     teacher, student = unit(teachers[view].embedding), unit(students[view].embedding)
     if teacher.shape != student.shape:
         return None
-    bank = next((q.vectors for q in queues if q.vectors.shape[1] == teacher.shape[1]), None)
-    if bank is None:
+    queue = next((q for q in queues if q.vectors.shape[1] == teacher.shape[1]), None)
+    if queue is None:
         return None
-    picks = [jnp.argmax(rows @ bank.T, axis=-1) for rows in (student, teacher)]
+    shared = bool(queue.shared)
+    picks = [closest(rows, queue.vectors, shared=shared) for rows in (student, teacher)]
     return jnp.mean((picks[0] == picks[1]).astype(jnp.float32))
 
 

@@ -12,6 +12,7 @@ from disco_jax.train import hosts, replicas
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger, Progress, summarise
+from disco_jax.train.state import whole
 
 # Steps that may be under way on the device before the host waits: enough to hide the host's work,
 # few enough that waiting batches do not fill the device's memory.
@@ -194,7 +195,7 @@ class _Saver:
 
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         self.measure()
-        self._checkpoints.save(step, state, hosts.everyone(position), summary)
+        self._checkpoints.save(step, whole(state), hosts.everyone(position), summary)
         self._book()
 
     def wait(self) -> None:

@@ -8,19 +8,21 @@ import numpy as np
 
 from disco_jax.errors import NumericError
 from disco_jax.train import hosts
+from disco_jax.train.state import copied
 
 
 def check(tree: Any, step: int) -> None:
     """Compares every copy of every array of a replicated tree, bit by bit, by fingerprints.
 
     Args:
-      tree: arrays with a whole copy on each device, as `state.everywhere` makes them.
+      tree: arrays with a whole copy on each device, as `state.everywhere` makes them; of what
+        devices share there are no copies, and it is left out.
       step: for the message.
 
     Raises:
       NumericError: on all processes, when a copy differs; names the first arrays that do.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(copied(tree))[0]
     # [processes][devices of a process][leaves]
     found = np.asarray(hosts.everyone(_fingerprints([leaf for _, leaf in leaves])))
     copies = found.reshape(-1, len(leaves))

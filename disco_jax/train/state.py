@@ -1,4 +1,8 @@
-"""What a run is at a step: arrays only, with no device axis, equal on all replicas."""
+"""What a run is at a step: arrays only, with no device axis, equal on all replicas.
+
+A queue that replicas share (`Queue.shared`) has another form inside the step, where each of them
+has its own rows: `everywhere` makes that form, `whole` undoes it, and nobody else knows of it.
+"""
 
 import dataclasses
 import functools
@@ -16,6 +20,7 @@ from disco_jax.models.encoder import Encoded, Network, Variables
 from disco_jax.models.maps import COLLECTION, by_size
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
+from disco_jax.train import hosts
 
 Tree = TypeVar("Tree")
 
@@ -76,7 +81,8 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """A copy of every leaf on each device of the pod, as the step takes it.
 
     Without it the first step would donate arrays that live on one local device only, which fails
-    across hosts.
+    across hosts. Of a queue that replicas share each device gets its own rows alone, and a host
+    sees those of its devices: [local_devices, K / devices, D].
 
     Args:
       tree: arrays on the host.
@@ -86,14 +92,91 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     here = sorted(sharding.addressable_devices, key=lambda device: device.id)
 
-    def put(leaf: Array) -> Array:
+    def put(leaf: Array | Queue) -> Any:
+        if isinstance(leaf, Queue):
+            queue = _dealt(leaf, devices)
+            return dataclasses.replace(queue, pointer=put(queue.pointer))
         # From host memory, so that no two leaves share a device buffer; a device at a time, as one
         # call for all hosts would first compare every leaf between them.
         leaf = np.array(leaf)
         copies = [jax.device_put(leaf, device, may_alias=False) for device in here]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, tree, is_leaf=_is_shared)
+
+
+def whole(tree: Tree) -> Tree:
+    """Undoes `everywhere`, for what is stored: queues that replicas share are put together.
+
+    Every process must call it. All other leaves stay as they are.
+
+    Args:
+      tree: as the step returned it.
+
+    Returns:
+      The tree, the rows of such queues on the host and in the order in which they were pushed.
+    """
+
+    def put(leaf: Any) -> Any:
+        if not _is_shared(leaf):
+            return leaf
+        vectors = hosts.rows(np.asarray(leaf.vectors))
+        return dataclasses.replace(leaf, vectors=vectors).collected()
+
+    return jax.tree.map(put, tree, is_leaf=_is_shared)
+
+
+def axes(tree: Any) -> Any:
+    """Which leaves differ by device inside the step, for `jax.pmap`: 0, or None where none does."""
+
+    def axis(leaf: Any) -> Any:
+        if not _is_shared(leaf):
+            return None
+        return dataclasses.replace(leaf, vectors=0, pointer=None)
+
+    return jax.tree.map(axis, tree, is_leaf=_is_shared)
+
+
+def copied(tree: Any) -> Any:
+    """A state on the devices without what differs by device."""
+
+    def rest(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, vectors=None) if _is_shared(leaf) else leaf
+
+    return jax.tree.map(rest, tree, is_leaf=_is_shared)
+
+
+def dealt_shapes(tree: Tree, replicas: int) -> Tree:
+    """The shapes of a state inside the step of one process, of those of the state as it is stored.
+
+    Args:
+      tree: `jax.ShapeDtypeStruct`s.
+      replicas: that share what is shared.
+    """
+
+    def dealt(leaf: Any) -> Any:
+        if not _is_shared(leaf):
+            return leaf
+        return jax.eval_shape(lambda queue: queue.dealt(replicas), leaf)
+
+    return jax.tree.map(dealt, tree, is_leaf=_is_shared)
+
+
+def _is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, Queue) and leaf.shared > 0
+
+
+def _dealt(queue: Queue, devices: Sequence[jax.Device] | None) -> Queue:
+    """A whole queue on the host as `everywhere` makes it, but for the pointer."""
+    if queue.pointer % queue.shared:
+        queue = queue.rewound()  # it was filled by batches of another size
+    queue = dataclasses.replace(queue, vectors=np.asarray(queue.vectors))
+    here = jax.process_index()
+    local = [d for d in devices or jax.local_devices() if d.process_index == here]
+    vectors = queue.dealt(len(local) * jax.process_count()).vectors
+    first = here * len(local)  # replicas go by process
+    mine = vectors[first : first + len(local)]
+    return dataclasses.replace(queue, vectors=_apart(mine, local, may_alias=False))
 
 
 def apart(tree: Tree) -> Tree:
@@ -104,9 +187,13 @@ def apart(tree: Tree) -> Tree:
     Args:
       tree: arrays [local_devices, ...] on the host.
     """
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return _apart(tree, jax.local_devices())
+
+
+def _apart(tree: Tree, devices: Sequence[jax.Device], may_alias: bool | None = None) -> Tree:
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-    return jax.device_put(tree, sharding)
+    return jax.device_put(tree, sharding, may_alias=may_alias)
 
 
 def shapes(method: Method, sizes: Sequence[int]) -> Record:

@@ -14,7 +14,7 @@ from disco_jax.models.encoder import Encoded, Variables
 from disco_jax.ops.collectives import AXIS, positions
 from disco_jax.train import optimizer
 from disco_jax.train.learner import Learner, Metrics, learn, targets_of
-from disco_jax.train.state import TrainState
+from disco_jax.train.state import TrainState, axes
 
 # Keys of views below this are augmentation's.
 _MIXING = 1 << 16
@@ -201,15 +201,46 @@ def parallel_targets(targets: Callable) -> Callable:
 def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
     """`train_step` on every device: the batch is split, all else is equal on all of them.
 
+    But for queues that the devices share, see `state.everywhere`: which these are, the state tells
+    that comes first.
+
     Args:
       train_step: of one replica.
       devices: which; None: all of all hosts.
     """
-    return jax.pmap(
-        train_step,
-        AXIS,
-        in_axes=(None, None, 0),
-        out_axes=None,
-        donate_argnums=0,
-        devices=devices,
-    )
+    return _Parallel(train_step, devices)
+
+
+class _Parallel:
+    """See `parallel`."""
+
+    def __init__(self, train_step: Step, devices: Sequence[jax.Device] | None):
+        self._train_step, self._devices = train_step, devices
+        self._mapped, self._structure = None, None
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+        leaves, metrics = self._of(state)(state, frozen, batch)
+        return jax.tree.unflatten(self._structure, leaves), metrics
+
+    def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
+        """The step for the compiler, of arrays or shapes; it returns the leaves of the state."""
+        return self._of(state).lower(state, frozen, batch)
+
+    def _of(self, state: Any) -> Callable[..., tuple[tuple[Array, ...], Any]]:
+        if self._mapped is None:
+            self._structure, differing = jax.tree.structure(state), axes(state)
+            # Of several processes, pmap wants axes that can be hashed: a tuple, not a tree.
+            each = tuple(self._structure.flatten_up_to(differing))
+            self._mapped = jax.pmap(
+                self._leaves,
+                AXIS,
+                in_axes=(differing, None, 0),
+                out_axes=(each, None),
+                donate_argnums=0,
+                devices=self._devices,
+            )
+        return self._mapped
+
+    def _leaves(self, state: Any, frozen: Any, batch: Any) -> tuple[tuple[Array, ...], Any]:
+        state, metrics = self._train_step(state, frozen, batch)
+        return tuple(jax.tree.leaves(state)), metrics

@@ -1,12 +1,23 @@
 """Queues read in one pass: the same numbers as the formulas, and no array of a queue's size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import helpers
-from disco_jax.ops.bank import BLOCK, COLDEST, Reading, attended, compared, compared_together
+from disco_jax.ops.bank import (
+    BLOCK,
+    COLDEST,
+    Reading,
+    attended,
+    closest,
+    compared,
+    compared_together,
+)
+from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import info_nce, soft_cross_entropy, unit
 
 B, D = 8, 32
@@ -139,3 +150,70 @@ def test_what_a_bank_must_be_is_checked_while_tracing():
             compared(rows, wrong, temperature=0.2)
     with pytest.raises(AssertionError):
         attended(query, bank.astype(jnp.bfloat16), temperature=0.2)
+
+
+def with_gradient(read):
+    """read(rows, bank) -> `Compared`, and the gradient of uneven sums of it by the rows."""
+
+    def both(rows, bank, weights):
+        def total(rows):
+            found = read(rows, bank)
+            return jnp.sum(weights * found.total), found
+
+        return jax.grad(total, has_aux=True)(rows)
+
+    return both
+
+
+def shared_by(replicas, read, rows, bank, *more):
+    """read(rows, bank, ...) of replicas that have a part of both, put together."""
+    parts = (x.reshape(replicas, -1, *x.shape[1:]) for x in (rows, bank, *more))
+    made = jax.jit(jax.vmap(read, axis_name=AXIS))(*parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize(
+    "reading, temperature",
+    [(Reading(), 0.2), (Reading(), 0.01), (FORMULA, 0.2), (Reading(dtype=jnp.bfloat16), 0.2)],
+)
+def test_a_bank_that_replicas_share_reads_as_the_whole(reading, temperature, replicas):
+    """Totals, the nearest, and the gradient of totals that count differently."""
+    query, _, bank = embeddings(2 * BLOCK)
+    weights = jnp.arange(1.0, B + 1)
+    read = functools.partial(compared, temperature=temperature, reading=reading)
+    expected = with_gradient(read)(query, bank, weights)
+    together = with_gradient(functools.partial(read, shared=True))
+    found = shared_by(replicas, together, query, bank, weights)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert helpers.relative_error(ours, theirs) < EXACT
+
+
+@pytest.mark.parametrize("reading", [Reading(), FORMULA])
+@pytest.mark.parametrize("temperature", [0, 1e-4, 0.04])
+def test_seeds_loss_of_a_bank_that_replicas_share(reading, temperature):
+    student, teacher, bank = embeddings(400)
+
+    def loss(student, bank, teacher, shared):
+        each = soft_cross_entropy(
+            student, teacher, bank, student_temperature=0.2, teacher_temperature=temperature,
+            reading=reading, shared=shared,
+        )  # fmt: skip
+        return jnp.sum(each), each
+
+    whole = jax.grad(functools.partial(loss, shared=False), has_aux=True)
+    parts = jax.grad(functools.partial(loss, shared=True), has_aux=True)
+    found = shared_by(4, parts, student, bank, teacher)
+    for ours, theirs in zip(found, whole(student, bank, teacher), strict=True):
+        assert helpers.relative_error(ours, theirs) < EXACT
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_closest_row_is_the_largest_product_and_the_first_of_several(shared):
+    query, _, bank = embeddings(40)
+    bank = jnp.concatenate([bank[:20], bank])  # each twice, from row 20 and from row 0 on
+    expected = np.argmax(np.asarray(query) @ np.asarray(bank).T, axis=1)
+    assert np.min(expected) < 20 and len(set(expected.tolist())) > 2
+    read = functools.partial(closest, shared=shared)
+    found = shared_by(4, read, query, bank) if shared else read(query, bank)
+    np.testing.assert_array_equal(found, expected)

@@ -11,8 +11,11 @@ from disco_jax.ops.collectives import (
     AXIS,
     EXCHANGES,
     gather,
+    highest,
+    lowest,
     positions,
     replicas,
+    scatter,
     shuffle,
     unshuffle,
 )
@@ -32,6 +35,21 @@ def test_gather_and_positions_follow_the_order_of_the_replicas():
     places = on_all(lambda rows: positions(rows.shape[0]))
     np.testing.assert_array_equal(places.ravel(), np.arange(REPLICAS * BATCH))
     assert set(on_all(lambda rows: jnp.int32(replicas())).tolist()) == {REPLICAS}
+
+
+def test_each_replica_gets_its_part_of_a_sum():
+    """Of what all have for all: replica i adds i to its 12 rows."""
+    me = jnp.arange(REPLICAS * 1.0)
+    everyones = ROWS.reshape(1, -1, 2) + me[:, None, None]
+    parts = jax.vmap(scatter, axis_name=AXIS)(everyones)
+    np.testing.assert_array_equal(parts, REPLICAS * ROWS + me.sum())
+
+
+def test_the_highest_and_the_lowest_are_of_all_replicas_element_by_element():
+    rows = ROWS * jnp.array([[[1.0, -1.0]]])
+    for function, expected in ((highest, rows.max(0)), (lowest, rows.min(0))):
+        for found in jax.vmap(function, axis_name=AXIS)(rows):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_shuffle_is_a_permutation_that_mixes_replicas_and_unshuffle_undoes_it():

@@ -1,10 +1,13 @@
-"""The queue: order, wrap-around, and what it refuses."""
+"""The queue: order, wrap-around, and what it refuses; the queue that replicas share."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
 import helpers
+from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import unit
 from disco_jax.ops.memory import Queue
 
@@ -35,3 +38,56 @@ def test_create_gives_unit_rows_that_follow_the_key():
 def test_push_refuses_rows_that_do_not_fit(rows):
     with pytest.raises(AssertionError):
         Queue.create(jax.random.key(0), 12, 8).push(np.ones(rows, np.float32))
+
+
+def test_a_rewound_queue_has_its_oldest_row_first_and_takes_pushes_of_any_size():
+    rows = [unit(np.random.default_rng(i).normal(size=(4, 8)).astype(np.float32)) for i in range(4)]
+    queue = Queue.create(jax.random.key(0), 12, 8)
+    for batch in rows:
+        queue = queue.push(batch)
+    oldest_first = queue.rewound()
+    np.testing.assert_array_equal(oldest_first.vectors, np.concatenate(rows[1:]))
+    assert queue.pointer == 4 and oldest_first.pointer == 0
+    after = oldest_first.push(np.concatenate([rows[0], rows[0][:2]]))
+    np.testing.assert_array_equal(after.vectors[6:], np.concatenate(rows[1:])[6:])
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_queue_that_replicas_share_holds_what_each_of_them_would(replicas, half):
+    """Through a wrap; a row that was pushed stays with the replica that pushed it."""
+    size, batch, dim = 24, 8, 4
+    whole = Queue.create(jax.random.key(0), size, dim).stored(half)
+    shared = whole.stored(half, shared=batch).dealt(replicas)
+    assert shared.vectors.shape == (replicas, size // replicas, dim)
+    axes = dataclasses.replace(shared, vectors=0, pointer=None)
+    push = jax.jit(
+        jax.vmap(
+            lambda queue, rows: (queue.push_all(rows), queue.size),
+            in_axes=(axes, 0), out_axes=(axes, None), axis_name=AXIS,
+        )
+    )  # fmt: skip
+    for i in range(5):
+        rows = Queue.create(jax.random.key(1 + i), batch, dim).vectors
+        whole = whole.push(rows)
+        shared, count = push(shared, rows.reshape(replicas, batch // replicas, dim))
+        collected = shared.collected()
+        np.testing.assert_array_equal(collected.vectors, whole.vectors)
+        assert collected.vectors.dtype == whole.vectors.dtype
+        assert collected.pointer == whole.pointer and count == size
+    if replicas > 1:  # or its order would be any
+        assert not np.array_equal(shared.vectors.reshape(size, dim), whole.vectors)
+
+
+def test_a_push_of_all_into_a_whole_queue_is_of_their_rows_in_order():
+    queue = Queue.create(jax.random.key(0), 12, 8)
+    rows = Queue.create(jax.random.key(1), 6, 8).vectors
+    pushed = jax.vmap(lambda mine: queue.push_all(mine), axis_name=AXIS)(rows.reshape(3, 2, 8))
+    for vectors in pushed.vectors:
+        np.testing.assert_array_equal(vectors, queue.push(rows).vectors)
+
+
+def test_a_shared_queue_refuses_a_push_of_another_size_than_it_is_dealt_by():
+    queue = Queue.create(jax.random.key(0), 12, 8).stored(False, shared=6)
+    with pytest.raises(AssertionError):
+        jax.vmap(lambda mine: queue.push_all(mine), axis_name=AXIS)(np.ones((2, 2, 8), np.float32))

@@ -52,6 +52,16 @@ def test_traded_rows_travel_to_their_own_chip():
     assert took == pytest.approx(1.75 * 10e6 * 7 / 8 / 100e9 + 3e-6)
 
 
+def test_what_is_summed_and_scattered_goes_around_as_what_is_gathered_does():
+    """A chip's part of it is as large on any slice, and so many parts go around."""
+    part = {"reduce-scatter": hlo.Collective(1, 1_000_000)}
+    assert estimate.scaled(part, 8, 64) == part
+    for sides in ((2, 4), (16, 16)):
+        gathered = {"all-gather": hlo.Collective(1, 1_000_000 * sides[0] * sides[1])}
+        took = estimate.collective_s(part, V5E, sides)
+        assert took == pytest.approx(estimate.collective_s(gathered, V5E, sides))
+
+
 def test_gathered_rows_grow_with_the_chips_and_gradients_do_not():
     moved = {**GRADIENTS, "all-gather": hlo.Collective(2, 1000)}
     assert estimate.scaled(moved, 8, 64) == {

@@ -105,7 +105,10 @@ def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
 
     ready = pretrain.prepare(config, source)
     create = lambda: state.create(ready.method, ready.built.learner.tx, 0, 16, found)  # noqa: E731
-    np.testing.assert_array_equal(create().memory["contrast"]["view_1"].vectors, found.vectors)
+    begin = create().memory["contrast"]["view_1"]
+    # From the oldest key on: the student's batches may be of another size than the teacher's.
+    np.testing.assert_array_equal(begin.vectors, np.roll(found.vectors, -32, axis=0))
+    assert begin.pointer == 0
     config.objectives.contrast.queue_init = "random"
     ready = pretrain.prepare(config, source)
     assert not np.allclose(create().memory["contrast"]["view_1"].vectors, found.vectors)

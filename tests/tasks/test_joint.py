@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
+from disco_jax import methods, models
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError, UserError
 from disco_jax.tasks import joint, pretrain
@@ -80,6 +80,25 @@ def test_each_student_learns_what_it_would_alone(cell, alone, all_three):
     ):
         where = jax.tree_util.keystr(path)
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6, err_msg=where)
+
+
+def test_queues_that_devices_share_are_saved_whole_for_each(tmp_path, source, monkeypatch):
+    """Together on devices that share queues, against alone on devices that have all of them."""
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    changes = {
+        "student.backbone": "tiny",
+        "teacher.backbone": "tiny",
+        "momentum.norm": "sync",
+        "teacher.norm": "sync",
+    }
+    names = "narrow", "more"
+    shared = together(tmp_path, source, names, **changes, **{"fast.shard_queue": True})
+    config = config_of("more", **changes)
+    pretrain.run(config, str(tmp_path / "alone"), source)
+    found, expected = shared["more"].memory, state_of(tmp_path / "alone", config).memory
+    assert found["contrast"]["view_1"].shared and found["similarity"]["view_0"].shared
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_each_run_keeps_its_own_numbers(alone, all_three):

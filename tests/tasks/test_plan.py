@@ -65,6 +65,15 @@ def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
     assert "largest config.batch_size that fits: 0" in captured.out  # the queue alone is too much
 
 
+def test_a_queue_that_chips_share_is_divided_by_them():
+    config = helpers.smoke_config("moco_v2", batch_size=32, **{"fast.shard_queue": True})
+    config.fast.half_queue = True
+    report = plan.run(config, "v5e:2x4", images=1437)
+    assert report["fits"] and report["memory"]["queues"] == 64 // 8 * 16 * 2 + 4
+    # The queries of all chips, which travel in place of their keys, in bfloat16 or float32.
+    assert report["collectives"]["all-gather"]["bytes"] >= 32 * 16 * 2
+
+
 @pytest.mark.slow
 def test_the_largest_batch_is_found(monkeypatch):
     monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))

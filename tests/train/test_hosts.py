@@ -140,6 +140,21 @@ def test_two_processes_lose_what_one_does(runs, recipe):
     np.testing.assert_allclose(two, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_two_processes_that_share_a_queue_lose_and_save_what_one_with_a_whole_one_does(
+    runs, tmp_path
+):
+    """Each has the rows of its devices alone; replicas are compared on the way, but for these."""
+    finish(launch("pretrain", tmp_path, 2, changes={"fast.shard_queue": True}))
+    np.testing.assert_allclose(losses(tmp_path), losses(runs("disco", 1)), rtol=1e-5, atol=1e-5)
+    like = helpers.smoke(helpers.smoke_config("disco", **CONFIG), 1)[1]
+    ours, theirs = (
+        helpers.restore(folder, like)[0].memory["contrast"]["view_1"]
+        for folder in (tmp_path, runs("disco", 1))
+    )
+    assert ours.pointer == theirs.pointer == 0 and ours.vectors.shape == (64, 16)
+    np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_four_processes_lose_what_one_does(runs):
     np.testing.assert_allclose(

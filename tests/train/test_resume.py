@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import helpers
+from disco_jax import models
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import Preempted, UserError
@@ -272,6 +273,59 @@ def test_memories_resume_bit_for_bit(recipe, tmp_path, one_compilation):
     if recipe in ("swav", "dino"):
         moved = jax.tree.map(lambda a, b: np.any(a != b), whole.student, like.student)
         assert moved["params"]["prototypes"]["kernel0"]
+
+
+SHARED = {"fast.shard_queue": True}
+
+
+@pytest.fixture(scope="module")
+def shared_queue(tmp_path_factory):
+    """A function that starts a run, (step, devices, setting, ...) -> its state at the end.
+
+    It goes on from the checkpoint of step 3 of a run on four devices that share their queues, and
+    from its beginning where `step` is 0.
+    """
+    folder, source = tmp_path_factory.mktemp("shared"), ArraySource(helpers.digits_splits())
+    sync = {f"{network}.norm": "sync" for network in ("student", "momentum", "teacher")}
+    tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+    given = {"batch_size": 16, "total_steps": 6, "objectives.similarity.weight": 1.0}
+
+    def run(name, start, devices, changes):
+        config = helpers.smoke_config("disco", **sync, **tiny, **given, **changes)
+        config.checkpoint.every_steps = 3
+        if start:
+            shutil.copytree(folder / "first", folder / name)
+            shutil.rmtree(folder / name / "checkpoints" / "6")
+        with helpers.devices(devices):
+            pretrain.run(config, str(folder / name), source, allow_change="fast.")
+        return helpers.restore(folder / name, helpers.smoke(config, 1)[1])[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+        yield run, run("first", 0, 4, SHARED)
+
+
+def test_a_shared_queue_resumes_bit_for_bit(shared_queue):
+    run, first = shared_queue
+    chex.assert_trees_all_equal(run("again", 3, 4, SHARED), first)
+
+
+@pytest.mark.parametrize(
+    "start, devices, changes",
+    [(3, 1, SHARED), (3, 2, {}), (0, 1, {})],
+    ids=["one device", "fewer and whole from then on", "one device and always whole"],
+)
+def test_runs_end_alike_however_their_devices_share_a_queue(
+    shared_queue, start, devices, changes, request
+):
+    """What is saved tells nothing of it, so that a run can go on in another way."""
+    run, first = shared_queue
+    found = run(request.node.callspec.id, start, devices, changes)
+    expected, found = (jax.tree_util.tree_leaves_with_path(s) for s in (first, found))
+    names = [jax.tree_util.keystr(path) for path, _ in expected]
+    assert names == [jax.tree_util.keystr(path) for path, _ in found]
+    for name, (_, a), (_, b) in zip(names, expected, found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import helpers
 from disco_jax import methods, models
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
+from disco_jax.ops.memory import Queue
 from disco_jax.train import learner
-from disco_jax.train.state import apart, everywhere
+from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, whole
 from disco_jax.train.step import parallel
 
 FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
@@ -56,6 +57,18 @@ def test_next_state_is_equal_on_every_replica(recipe):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, jax.eval_shape(lambda: state))
 
 
+@pytest.mark.parametrize("recipe", ["disco_seed:rkd=true", "bingo"])
+def test_of_what_devices_share_the_queues_alone_differ_by_replica(recipe):
+    config = helpers.smoke_config(recipe, **{"fast.shard_queue": True})
+    step, state, frozen, batch = helpers.smoke(config, replicas=4)
+    state = dealt_shapes(jax.eval_shape(lambda: state), 4)
+    where = axes(state)
+    assert set(jax.tree.leaves(where)) == {0}
+    step = jax.vmap(step, in_axes=(where, None, 0), out_axes=(where, None), axis_name=AXIS)
+    new_state, _ = jax.eval_shape(step, state, frozen, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
 @pytest.mark.parametrize("recipe", helpers.RECIPES)
 def test_forward_passes_are_those_that_objectives_read(recipe):
     config = helpers.smoke_config(recipe)
@@ -65,14 +78,14 @@ def test_forward_passes_are_those_that_objectives_read(recipe):
 
 
 def two_steps(config, replicas):
-    """The state and metrics after two pmapped steps on `replicas` of the devices."""
+    """The state, as it is stored, and metrics after two steps on `replicas` of the devices."""
     step, state, frozen, batch = helpers.smoke(config, replicas)
     devices = jax.devices()[:replicas]
-    step = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+    step = parallel(step, devices)
     state, frozen = everywhere(state, devices), everywhere(frozen, devices)
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
-    return jax.device_get((state, metrics))
+    return jax.device_get((whole(state), metrics))
 
 
 def test_dropout_acts_in_the_student_alone(monkeypatch):
@@ -156,14 +169,19 @@ def test_objectives_do_not_depend_on_the_number_of_devices(recipe, monkeypatch):
 def assert_device_free(config):
     """Two steps end alike on one device and on four: state, losses and what is logged."""
     one, four = (two_steps(config, replicas) for replicas in (1, 4))
-    leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(four), strict=True)
+    assert_alike(config, one, four)
+    return one, four
+
+
+def assert_alike(config, one, other):
+    """States and metrics are equal up to rounding."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
     for (path, a), b in leaves:
         # The gradient of a bias before BatchNorm is 0 but for rounding, and these scale every
         # gradient to a size of their own: there they scale nothing but the rounding.
         if config.optimizer.name in ("larc", "lars", "adamw") and is_idle_bias(path):
             continue
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
-    return one, four
 
 
 def is_idle_bias(path):
@@ -187,10 +205,17 @@ def test_a_step_is_repeated_bit_for_bit_and_follows_the_seed():
     assert two_steps(config, 4)[1]["loss"] != first[1]["loss"]
 
 
-def test_donation_takes_the_whole_state():
+@pytest.mark.parametrize("shared", [False, True])
+def test_donation_takes_the_whole_state(shared, monkeypatch):
     """Every buffer of the old state is given up: nothing is held twice in the device's memory."""
-    step, state, frozen, batch = helpers.smoke(helpers.smoke_config("disco"), replicas=4)
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+    config = helpers.smoke_config("disco", **tiny, **{"fast.shard_queue": shared})
+    step, state, frozen, batch = helpers.smoke(config, replicas=4)
     state = everywhere(state)
+    queue = state.memory["contrast"]["view_1"].vectors
+    held = [shard.data.size for shard in queue.addressable_shards]
+    assert held == [64 * 16 // (4 if shared else 1)] * 4
     parallel(step)(state, everywhere(frozen), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
@@ -223,6 +248,44 @@ def test_quick_losses_are_those_of_the_formulas_and_can_be_switched_off(monkeypa
     assert [queue.dtype.name for queue in queues] == ["float32", "bfloat16"]
     np.testing.assert_allclose(queues[1].astype(np.float32), queues[0], atol=2e-3)
     assert half.memory["similarity"]["view_0"].vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize("recipe", ["retro", "bingo"])
+def test_queues_that_devices_share_change_nothing_but_where_they_are(recipe, monkeypatch):
+    """Two contrasts and SEED's term, and bags: the state as it is stored, and what is logged."""
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    changes = {
+        "student.backbone": "tiny",
+        "teacher.backbone": "tiny",
+        "batch_size": 16,
+        "objectives.similarity.weight": float(recipe == "retro"),
+        **SYNC,
+    }
+    plain = helpers.smoke_config(recipe, **changes)
+    config = helpers.smoke_config(recipe, **changes, **{"fast.shard_queue": True})
+    expected, found = two_steps(plain, 4), two_steps(config, 4)
+    assert_alike(config, expected, found)
+    queues = [q for q in jax.tree.leaves(found[0].memory, is_leaf=is_queue) if is_queue(q)]
+    assert len(queues) == (3 if recipe == "retro" else 1)
+    assert all(q.shared == 16 and q.vectors.shape == (64, 16) for q in queues)
+    assert {q.pointer.item() for q in queues} == {32}
+
+
+def is_queue(tree):
+    return isinstance(tree, Queue)
+
+
+def test_a_queue_filled_by_another_batch_is_dealt_from_its_oldest_row_on():
+    rows = np.arange(24.0, dtype=np.float32)[:, None]
+    kept = everywhere(Queue(rows, np.int32(6), shared=8))
+    found = jax.device_get(whole(kept))
+    np.testing.assert_array_equal(found.vectors, np.roll(rows, -6, axis=0))
+    assert found.pointer == 0
+    kept = everywhere(Queue(rows, np.int32(16), shared=8))  # nothing to do
+    np.testing.assert_array_equal(kept.vectors[1].ravel(), [2, 3, 10, 11, 18, 19])
+    found = jax.device_get(whole(kept))
+    np.testing.assert_array_equal(found.vectors, rows)
+    assert found.pointer == 16
 
 
 def test_what_is_logged():
