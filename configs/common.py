@@ -236,8 +236,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # first layers with columns side by side in the channels, which fills a TPU's lanes: four
         # in EfficientNets, two in ResNets: on | off | auto (on TPUs)
         columns="auto",
-        # BatchNorm behind a 1x1 convolution to more channels takes its statistics from what that
-        # read: on | off | auto (on TPUs)
+        # BatchNorm of the teacher and the momentum network behind a 1x1 convolution to more
+        # channels takes its statistics from what that read: on | off | auto (on TPUs)
         statistics="auto",
         # the teacher's kernels in the computation's dtype, and on stored statistics ("running")
         # its BatchNorm inside the layers before

@@ -135,7 +135,8 @@ def _network(name: str, config: Any) -> models.Network:
         encoder = models.plain_stem(encoder)
     if models.on_tpus(_fast(config, "columns", "auto"), "config.fast.columns"):
         encoder = models.packed_columns(encoder)
-    if models.on_tpus(_fast(config, "statistics", "auto"), "config.fast.statistics"):
+    by_product = models.on_tpus(_fast(config, "statistics", "auto"), "config.fast.statistics")
+    if by_product and name != "student":  # with a gradient it saves nothing
         encoder = models.by_product(encoder)
     network = dataclasses.replace(network, encoder=encoder)
     exchange = models.exchange(_fast(config, "exchange", "auto"))
