@@ -28,6 +28,7 @@ from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import learner, step
 
 EPOCHS = {
+    "attention:disco=true": 20,
     "simreg": 40,
     "ressl": 40,
     "compress:queues=1": 40,
