@@ -244,9 +244,11 @@ def conv(
     )
 
 
-def batch_norm(style: Style, group: int, dtype: jnp.dtype, *, name: str, **fields) -> BatchNorm:
-    """The code base's BatchNorm; `group` and `fields` as in `BatchNorm`."""
-    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, name=name, **fields)
+def batch_norm(
+    style: Style, group: int, dtype: jnp.dtype, *, name: str, columns: int = 1
+) -> BatchNorm:
+    """The code base's BatchNorm; `group` and `columns` as in `BatchNorm`."""
+    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, columns=columns, name=name)
 
 
 def divisible(channels: float, by: int = 8) -> int:

@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module, rows: Array) -> "Product":
-        """Of a layer that has been called, and what it was given at the strides that it takes."""
+        """Of a convolution of stride 1 that has been called, and the rows it was called with."""
         return cls(rows, layer.variables["params"]["kernel"])
 
     def pays(self, groups: int) -> bool:

@@ -138,6 +138,27 @@ def test_a_max_pool_before_the_normalisation_is_one_after_it(norm, group):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_max_pool_before_the_normalisation_knows_the_global_batch():
+    """Two replicas of two images: as one replica of four, statistics and gradients too."""
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3)) * 3 + 1
+
+    def of_replicas(count):
+        def run(params, x):
+            def one(x):
+                variables = {**SIGNED, "params": params}
+                return BatchNorm().apply(
+                    variables, x, norm="sync", mutable=["batch_stats"], pool=POOLS
+                )
+
+            out, new = jax.vmap(one, axis_name=AXIS)(x.reshape(count, -1, *x.shape[1:]))
+            return out.reshape(4, *out.shape[2:]), jax.tree.map(lambda each: each[0], new)
+
+        return with_gradients(run, SIGNED["params"], x)
+
+    for whole, parts in zip(of_replicas(1), of_replicas(2), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+
+
 def of_product(rows, kernel, params, columns, group, dtype, by_product):
     """BatchNorm of rows @ kernel, all of it in `dtype`."""
     module = BatchNorm(group=group, columns=columns, dtype=dtype, by_product=by_product)
@@ -180,6 +201,27 @@ def test_statistics_of_a_product_from_its_factors_are_its_own(columns, group):
     for theirs, ours in zip(*found, strict=True):
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_statistics_of_the_global_batch_are_the_products_own():
+    """`by_product` is for one replica's: between replicas there would be more to exchange."""
+    rows, kernel, params = factors()
+    stats = {"mean": jnp.zeros(12), "var": jnp.ones(12)}
+
+    def run(by_product):
+        def one(rows):
+            return BatchNorm(by_product=by_product).apply(
+                {"params": params, "batch_stats": stats},
+                rows @ kernel,
+                norm="sync",
+                product=Product(rows, kernel[None, None]),
+                mutable=["batch_stats"],
+            )
+
+        return jax.vmap(one, axis_name=AXIS)(rows.reshape(2, 2, *rows.shape[1:]))
+
+    for theirs, ours in zip(*(jax.tree.leaves(run(way)) for way in (False, True)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_statistics_of_a_product_in_half_are_exact():
