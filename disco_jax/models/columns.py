@@ -72,8 +72,9 @@ class ColumnConv(nn.Module):
         where, across = _places(self.side, self.stride, low, self.columns)
         kernel, where = kernel.astype(self.dtype), jnp.asarray(where, self.dtype)
         if self.depthwise:
-            own = jnp.eye(self.features, dtype=self.dtype)
-            dense = jnp.einsum("htc,tpio,cd->hpicod", kernel[:, :, 0], where, own)
+            taps = jnp.einsum("htd,tpio->hpiod", kernel[:, :, 0], where)
+            own = tiled(jnp.eye(self.features, dtype=self.dtype), self.columns)
+            dense = jnp.einsum("hpid,cd->hpicd", taps.reshape(*taps.shape[:3], -1), own)
         else:
             dense = jnp.einsum("htcd,tpio->hpicod", kernel, where)
         return jax.lax.conv_general_dilated(
