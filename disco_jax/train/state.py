@@ -99,7 +99,7 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
         # From host memory, so that no two leaves share a device buffer; a device at a time, as one
         # call for all hosts would first compare every leaf between them.
         leaf = np.array(leaf)
-        copies = [jax.device_put(leaf, device, may_alias=False) for device in here]
+        copies = [jax.device_put(leaf, device) for device in here]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
     return jax.tree.map(put, tree, is_leaf=_is_shared)
@@ -176,7 +176,7 @@ def _dealt(queue: Queue, devices: Sequence[jax.Device] | None) -> Queue:
     vectors = queue.dealt(len(local) * jax.process_count()).vectors
     first = here * len(local)  # replicas go by process
     mine = vectors[first : first + len(local)]
-    return dataclasses.replace(queue, vectors=_apart(mine, local, may_alias=False))
+    return dataclasses.replace(queue, vectors=_apart(mine, local))
 
 
 def apart(tree: Tree) -> Tree:
@@ -190,10 +190,10 @@ def apart(tree: Tree) -> Tree:
     return _apart(tree, jax.local_devices())
 
 
-def _apart(tree: Tree, devices: Sequence[jax.Device], may_alias: bool | None = None) -> Tree:
+def _apart(tree: Tree, devices: Sequence[jax.Device]) -> Tree:
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-    return jax.device_put(tree, sharding, may_alias=may_alias)
+    return jax.device_put(tree, sharding)
 
 
 def shapes(method: Method, sizes: Sequence[int]) -> Record:
