@@ -234,7 +234,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # normalised, not what it reads; weights are stored as ever
         stem=True,
         # first layers with columns side by side in the channels, which fills a TPU's lanes: four
-        # in EfficientNets, two in ResNets: on | off | auto (on TPUs)
+        # in EfficientNets and MobileNets, two in ResNets: on | off | auto (on TPUs)
         columns="auto",
         # BatchNorm of the teacher and the momentum network behind a 1x1 convolution to more
         # channels takes its statistics from what that read: on | off | auto (on TPUs)

@@ -11,23 +11,14 @@ from jax import Array
 
 from disco_jax.models.drop import dropout
 from disco_jax.models.init import he_fan_out, narrower, zeros
-from disco_jax.models.inverted import (
-    ACTIVATIONS,
-    Block,
-    InvertedResidual,
-    Style,
-    batch_norm,
-    conv,
-    divisible,
-)
-from disco_jax.models.maps import keep as keep_map
-from disco_jax.models.stem import by_pairs
+from disco_jax.models.inverted import ACTIVATIONS, Block, Style, batch_norm, conv, divisible
+from disco_jax.models.inverted_stages import InvertedStages
 
 FEATURES = 1280
 
 
-class MobileNet(nn.Module):
-    """Inverted residuals up to the features that a classifier reads.
+class MobileNet(InvertedStages, kw_only=True):
+    """Inverted residuals up to the features that a classifier reads; see `InvertedStages`.
 
     Attributes:
       stages: blocks by stage: (kernel, stride, expansion, channels, has squeeze, activation).
@@ -35,13 +26,6 @@ class MobileNet(nn.Module):
       tail_width: channels of the last one (1x1).
       tail_linear: V3: a linear layer to 1280 and a hard swish after the pool, not a convolution.
       activation: of the stem and the tail.
-      style: of the code base.
-      dropout: of the features.
-      stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
-        strided stage, a quarter of the reduction, as the small ResNets have it.
-      norm_group: see `BatchNorm.group`.
-      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
-      dtype: of the computation; parameters stay float32.
     """
 
     stages: tuple[tuple[tuple, ...], ...]
@@ -49,12 +33,6 @@ class MobileNet(nn.Module):
     tail_width: int
     tail_linear: bool
     activation: str
-    style: Style = Style()
-    dropout: float = 0.0
-    stem: str = "imagenet"
-    norm_group: int = 0
-    pairs: bool = True
-    dtype: jnp.dtype = jnp.float32
 
     def blocks(self) -> list[list[Block]]:
         """The table of stages with every width worked out."""
@@ -80,30 +58,7 @@ class MobileNet(nn.Module):
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, 1280]."""
         style, act = self.style, ACTIVATIONS[self.activation]
-        stride = 1 if self.stem == "small" else 2
-        first = by_pairs if self.pairs else None
-        x = conv(
-            style,
-            self.stem_width,
-            3,
-            stride,
-            0,
-            False,
-            self.dtype,
-            name="stem_conv",
-            convolve=first,
-        )(images.astype(self.dtype))
-        x = act(batch_norm(style, self.norm_group, self.dtype, name="stem_bn")(x, norm=norm))
-        for s, blocks in enumerate(self.blocks()):
-            for i, block in enumerate(blocks):
-                x = InvertedResidual(
-                    block,
-                    style,
-                    norm_group=self.norm_group,
-                    dtype=self.dtype,
-                    name=f"block{s}_{i}",
-                )(x, norm=norm)
-            keep_map(self, s, x)
+        x = self._staged(images, norm, self.stem_width, self.activation, self.blocks())
         x = conv(style, self.tail_width, 1, 1, 0, False, self.dtype, name="tail_conv")(x)
         x = act(batch_norm(style, self.norm_group, self.dtype, name="tail_bn")(x, norm=norm))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))

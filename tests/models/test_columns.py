@@ -55,7 +55,10 @@ def network(columns, norm="local", backbone="efficientnet_b0", group=0):
     return Network(models.packed_columns(encoder) if columns > 1 else encoder, norm)
 
 
-@pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18", "resnet50", "resnet8"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["efficientnet_b0", "mobilenetv2", "mobilenetv3_large", "resnet18", "resnet50", "resnet8"],
+)
 def test_a_network_that_packs_columns_has_the_same_gradients(backbone):
     """On stored statistics: a batch's own, of maps of one pixel, turn rounding into signs."""
     plain, ours = (network(columns, "running", backbone) for columns in (1, 4))
