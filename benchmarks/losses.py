@@ -3,7 +3,8 @@
     python benchmarks/losses.py [--rounds 7]
 
 Time of the formula over ours, the median of the ratios of rounds that alternate, and the memory
-that each needs beside its arguments.
+that each needs beside its arguments. Each is timed right after an untimed run of its own: what
+comes after the formula else pays for the pages and the cache that its logits took.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def with_gradient(function):
 
 
 def once(function, arguments) -> float:
+    jax.block_until_ready(function(*arguments))
     begin = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begin
