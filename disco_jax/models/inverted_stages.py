@@ -25,7 +25,7 @@ _LAST_PACKED = 2, 0
 
 
 class InvertedStages(nn.Module):
-    """Base of the networks.
+    """What comes before a network's last convolutions; subclasses have the table of blocks.
 
     Attributes:
       style: of the code base.

@@ -122,7 +122,7 @@ def test_a_teacher_on_batch_statistics_costs_less_than_they_do_by_themselves():
 
 
 def test_columns_side_by_side_fill_the_lanes_of_a_small_students_first_layers():
-    """Three stages of a MobileNetV3, which are most of its cost."""
+    """The first three stages of a MobileNetV3, of which two and a block are packed."""
     encoder = models.build_encoder(helpers.encoder_spec("mobilenetv3_large"), "bfloat16")
     backbone = encoder.backbone
     early = encoder.clone(backbone=backbone.clone(stages=backbone.stages[:3]))
