@@ -49,19 +49,28 @@ def test_a_convolution_of_packed_maps_is_the_plain_one(columns, side, stride, pa
     assert helpers.relative_error(*gradients) < 1e-5
 
 
-def network(columns, norm="local", backbone="efficientnet_b0", group=0):
-    spec = helpers.encoder_spec(backbone, hidden=8, dim=8, norm_group=group)
+def network(columns, norm="local", backbone="efficientnet_b0", group=0, stem=""):
+    spec = helpers.encoder_spec(backbone, hidden=8, dim=8, norm_group=group, stem=stem)
     encoder = models.build_encoder(spec)
     return Network(models.packed_columns(encoder) if columns > 1 else encoder, norm)
 
 
 @pytest.mark.parametrize(
-    "backbone",
-    ["efficientnet_b0", "mobilenetv2", "mobilenetv3_large", "resnet18", "resnet50", "resnet8"],
+    "backbone, stem",
+    [
+        ("efficientnet_b0", ""),
+        ("efficientnet_b0", "small"),
+        ("mobilenetv2", ""),
+        ("mobilenetv3_large", ""),
+        ("mobilenetv3_large", "small"),
+        ("resnet18", ""),
+        ("resnet50", ""),
+        ("resnet8", ""),
+    ],
 )
-def test_a_network_that_packs_columns_has_the_same_gradients(backbone):
+def test_a_network_that_packs_columns_has_the_same_gradients(backbone, stem):
     """On stored statistics: a batch's own, of maps of one pixel, turn rounding into signs."""
-    plain, ours = (network(columns, "running", backbone) for columns in (1, 4))
+    plain, ours = (network(columns, "running", backbone, stem=stem) for columns in (1, 4))
     variables = plain.encoder.create(0, 32)
     same = jax.tree.map(np.array_equal, variables, ours.encoder.create(0, 32))
     assert all(jax.tree.leaves(same))
