@@ -23,6 +23,10 @@ from disco_jax.ops.collectives import gather, highest, lowest, positions, scatte
 COLDEST = 1 / 40
 # Rows of the bank that a CPU reads at once; they and their products stay in its cache.
 BLOCK = 4096
+# Up to so many rows a CPU is faster with the bank's rows first in the products (`_lines`).
+FEW = 32
+# Rows of the bank whose products with such few rows make one line.
+_LINE = 64
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -198,30 +202,65 @@ def _read(rows: Array, bank: Array, shift: Array, dtype, mixing, shared: bool) -
 def _read_here(rows: Array, bank: Array, shift: Array, dtype, mixing) -> _Sums:
     """See `_read`, over this replica's part of a bank that is shared."""
     one = functools.partial(_block, rows, shift=shift, dtype=dtype, mixing=mixing)
-    return jax.lax.platform_dependent(bank, cpu=functools.partial(_by_blocks, one), default=one)
+
+    def by_blocks(bank: Array) -> _Sums:
+        if len(rows) > FEW:
+            return _by_blocks(one, one, bank)
+        line = jax.lax.optimization_barrier(jnp.tile(shift, _LINE))
+        few = functools.partial(_lines, rows, shift=line, dtype=dtype, mixing=mixing)
+        return _by_blocks(one, few, bank)
+
+    return jax.lax.platform_dependent(bank, cpu=by_blocks, default=one)
 
 
 def _block(rows: Array, bank: Array, *, shift, dtype, mixing) -> _Sums:
     """See `_read`, all of `bank` at once."""
     products = _products(rows, bank, dtype)
     weights = jnp.exp(products - shift[:, None])
-    mixed = jnp.matmul(
-        weights.astype(dtype), bank.astype(dtype), precision=mixing,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    mixed = _mixed(weights, bank, dtype, mixing)
     return _Sums(jnp.sum(weights, axis=-1), mixed, jnp.max(products, axis=-1))
 
 
-def _by_blocks(one: Callable[[Array], _Sums], bank: Array) -> _Sums:
-    """`one` of blocks of the bank, summed; the first takes what the others leave over."""
-    first = len(bank) % BLOCK or BLOCK
+def _lines(rows: Array, bank: Array, *, shift: Array, dtype, mixing) -> _Sums:
+    """`_block` of few rows and a multiple of `_LINE` rows of the bank, the bank's rows first.
+
+    Exponentials and sums then run over lines of `_LINE` x B numbers instead of ends of B, across
+    which a CPU's compiler adds one by one. The barriers keep it from fusing them with the products
+    and from taking each exponential twice.
+
+    Args:
+      shift: f32[_LINE * B], the shift of each row again and again.
+    """
+    products = _products(bank, rows, dtype)
+    lines = jax.lax.optimization_barrier(products).reshape(-1, len(shift))
+    weights = jax.lax.optimization_barrier(jnp.exp(lines - shift[None]))
+    mixed = _mixed(weights.reshape(products.shape).T, bank, dtype, mixing)
+
+    def by_row(over: Callable[..., Array], lines: Array) -> Array:
+        return over(over(lines, axis=0).reshape(_LINE, -1), axis=0)
+
+    return _Sums(by_row(jnp.sum, weights), mixed, by_row(jnp.max, lines))
+
+
+def _mixed(weights: Array, bank: Array, dtype, precision) -> Array:
+    """f32[B, D], sums of the bank's rows by f32[B, K]."""
+    return jnp.matmul(
+        weights.astype(dtype), bank.astype(dtype), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _by_blocks(one: Callable[[Array], _Sums], full: Callable[[Array], _Sums], bank: Array) -> _Sums:
+    """`full` of each full block of the bank and `one` of what they leave over, summed."""
+    rest = len(bank) % BLOCK
+    first = rest or BLOCK
 
     def further(sums: _Sums, start: Array) -> tuple[_Sums, None]:
-        block = one(jax.lax.dynamic_slice_in_dim(bank, start, BLOCK))
+        block = full(jax.lax.dynamic_slice_in_dim(bank, start, BLOCK))
         highest = jnp.maximum(sums.highest, block.highest)
         return _Sums(sums.weight + block.weight, sums.rows + block.rows, highest), None
 
-    begin = one(bank[:first])
+    begin = (one if rest else full)(bank[:first])
     if first == len(bank):
         return begin
     return jax.lax.scan(further, begin, jnp.arange(first, len(bank), BLOCK))[0]

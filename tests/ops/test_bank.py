@@ -11,6 +11,7 @@ import helpers
 from disco_jax.ops.bank import (
     BLOCK,
     COLDEST,
+    FEW,
     Reading,
     attended,
     closest,
@@ -23,15 +24,17 @@ from disco_jax.ops.losses import info_nce, soft_cross_entropy, unit
 B, D = 8, 32
 EXACT, HALF = 1e-5, 1e-3  # relative, of float32 and of bfloat16 factors
 FORMULA = Reading(one_pass=False)
+# Some that a CPU multiplies from the right of the bank, one more than the most of these.
+ROWS = (B, FEW + 1)
 SIZES = (5, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 700)
 
 
-def embeddings(size, seed=0):
+def embeddings(size, seed=0, rows=B):
     """Queries, keys close to them, and a bank of which some rows are as close."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(16, D))
-    of = rng.integers(0, 16, (B,))
-    query, key = (centres[of] + 0.5 * rng.normal(size=(B, D)) for _ in range(2))
+    of = rng.integers(0, 16, (rows,))
+    query, key = (centres[of] + 0.5 * rng.normal(size=(rows, D)) for _ in range(2))
     bank = centres[rng.integers(0, 16, size)] + rng.normal(size=(size, D))
     return [unit(x.astype(np.float32)) for x in (query, key, bank)]
 
@@ -67,16 +70,18 @@ def in_float64(query, key, bank, temperature):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("temperature", [0.2, COLDEST, 0.01])
-def test_info_nce_is_the_formula_whatever_the_size_of_the_bank(size, temperature):
-    arguments = embeddings(size)
+@pytest.mark.parametrize("rows", ROWS)
+def test_info_nce_is_the_formula_whatever_the_size_of_the_bank(size, temperature, rows):
+    arguments = embeddings(size, rows=rows)
     expected = in_float64(*arguments, temperature)
     for ours, theirs in zip(nce(Reading(), temperature)(*arguments), expected, strict=True):
         assert helpers.relative_error(ours, theirs) < EXACT
 
 
 @pytest.mark.parametrize("temperature", [0.04, 0.01, 1e-3])
-def test_seeds_loss_is_the_formula(temperature):
-    arguments = embeddings(2 * BLOCK + 9)
+@pytest.mark.parametrize("rows", ROWS)
+def test_seeds_loss_is_the_formula(temperature, rows):
+    arguments = embeddings(2 * BLOCK + 9, rows=rows)
     expected = seed(FORMULA, temperature)(*arguments)
     for ours, theirs in zip(seed(Reading(), temperature)(*arguments), expected, strict=True):
         assert helpers.relative_error(ours, theirs) < EXACT
@@ -130,9 +135,10 @@ def test_attention_at_low_temperatures_reads_the_row_itself_and_at_high_ones_the
     np.testing.assert_allclose(attended(query, bank, temperature=1e6), mean, atol=1e-5)
 
 
-def test_no_memory_of_a_queues_size_is_taken_on_a_cpu():
+@pytest.mark.parametrize("count", [FEW, FEW + 1])
+def test_no_memory_of_a_queues_size_is_taken_on_a_cpu(count):
     def needed(function, size):
-        rows = jax.ShapeDtypeStruct((32, 128), jnp.float32)
+        rows = jax.ShapeDtypeStruct((count, 128), jnp.float32)
         bank = jax.ShapeDtypeStruct((size, 128), jnp.float32)
         return function.lower(rows, rows, bank).compile().memory_analysis().temp_size_in_bytes
 
