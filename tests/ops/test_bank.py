@@ -135,6 +135,17 @@ def test_attention_at_low_temperatures_reads_the_row_itself_and_at_high_ones_the
     np.testing.assert_allclose(attended(query, bank, temperature=1e6), mean, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", ROWS)
+def test_each_row_that_attends_has_its_own_shift(count):
+    """Seen by rows of different lengths only: those of unit rows differ by rounding."""
+    query, _, bank = embeddings(2 * BLOCK, rows=count)
+    query = query * jnp.linspace(0.5, 1, count)[:, None]
+    every = jnp.concatenate([jnp.sum(query**2, 1, keepdims=True), query @ bank.T], axis=1)
+    shares = jax.nn.softmax(every / 0.05)
+    expected = shares[:, :1] * query + shares[:, 1:] @ bank
+    assert helpers.relative_error(attended(query, bank, temperature=0.05), expected) < EXACT
+
+
 @pytest.mark.parametrize("count", [FEW, FEW + 1])
 def test_no_memory_of_a_queues_size_is_taken_on_a_cpu(count):
     def needed(function, size):
