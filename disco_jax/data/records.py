@@ -19,8 +19,9 @@ _BLOCK = 16  # records of one file before the next has its turn
 
 
 def tensorflow():
-    """(tensorflow, tensorflow_datasets), kept off the accelerators."""
+    """(tensorflow, tensorflow_datasets), kept off the accelerators and silent."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it says on standard error that it is on
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
