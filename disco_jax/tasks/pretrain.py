@@ -62,6 +62,7 @@ def run(
         ) as checkpoints,
     ):
         begin, position = resume(checkpoints, fresh(ready))
+        begin = state.refilled_by(begin, config.batch_size)  # it may have been another
         describe(ready, begin)
         if int(begin.step) < ready.total:
             _train(config, ready, path, checkpoints, begin, position, goodput, traced)

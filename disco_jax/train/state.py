@@ -77,6 +77,25 @@ def create(
     )
 
 
+def refilled_by(tree: Tree, batch: int) -> Tree:
+    """The tree, its queues such that pushes of `batch` rows replace the oldest of them.
+
+    Those that batches of another size filled are rewound. All others stay as they are, and those
+    whose length is no multiple of the batch, into which it goes from any row on.
+
+    Args:
+      tree: arrays on the host.
+      batch: rows of a push.
+    """
+
+    def put(leaf: Any) -> Any:
+        if isinstance(leaf, Queue) and not len(leaf.vectors) % batch and leaf.pointer % batch:
+            return leaf.rewound()
+        return leaf
+
+    return jax.tree.map(put, tree, is_leaf=lambda leaf: isinstance(leaf, Queue))
+
+
 def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """A copy of every leaf on each device of the pod, as the step takes it.
 
@@ -168,8 +187,7 @@ def _is_shared(leaf: Any) -> bool:
 
 def _dealt(queue: Queue, devices: Sequence[jax.Device] | None) -> Queue:
     """A whole queue on the host as `everywhere` makes it, but for the pointer."""
-    if queue.pointer % queue.shared:
-        queue = queue.rewound()  # it was filled by batches of another size
+    queue = refilled_by(queue, queue.shared)
     queue = dataclasses.replace(queue, vectors=np.asarray(queue.vectors))
     here = jax.process_index()
     local = [d for d in devices or jax.local_devices() if d.process_index == here]

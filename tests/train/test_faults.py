@@ -84,6 +84,23 @@ def test_an_allowed_change_of_shapes_is_no_damage(run):
     assert saved(run) == [2, 4] and not (run / "checkpoints_damaged").exists()
 
 
+def test_another_batch_size_still_replaces_the_oldest_keys(tmp_path):
+    """Three batches of 16 end where no batch of 32 begins; four of these fill the queue."""
+
+    def queue_after(steps, batch_size):
+        small = {"objectives.contrast.queue_size": 128, "student.width": 4}
+        settings = config(steps, batch_size=batch_size, **small)
+        pretrain.run(settings, str(tmp_path), source(), allow_change="batch_size,total_steps")
+        kept = helpers.restore(tmp_path, helpers.smoke(settings, 1)[1])[0]
+        return kept.memory["contrast"]["view_1"]
+
+    first = queue_after(3, 16)
+    assert first.pointer == 48
+    other = queue_after(7, 32)
+    both = {row.tobytes() for row in first.vectors} & {row.tobytes() for row in other.vectors}
+    assert other.pointer == 0 and not both
+
+
 def test_a_directory_that_cannot_be_written_is_told():
     with pytest.raises(UserError, match=r"--workdir=/proc/disco_jax/run cannot be written"):
         pretrain.run(config(), "/proc/disco_jax/run", source())

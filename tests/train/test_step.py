@@ -11,7 +11,7 @@ from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import learner
-from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, whole
+from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, refilled_by, whole
 from disco_jax.train.step import parallel
 
 FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
@@ -286,6 +286,17 @@ def test_a_queue_filled_by_another_batch_is_dealt_from_its_oldest_row_on():
     found = jax.device_get(whole(kept))
     np.testing.assert_array_equal(found.vectors, rows)
     assert found.pointer == 16
+
+
+def test_only_queues_that_a_batch_would_miss_are_refilled():
+    """Of what resumes with its own batch size no bit may change."""
+    rows = np.arange(12.0, dtype=np.float32)[:, None]
+    filled = {at: Queue(rows, np.int32(at)) for at in (3, 8)}
+    ours = refilled_by({"step": np.int32(3), "memory": filled}, 4)["memory"]
+    np.testing.assert_array_equal(ours[3].vectors, np.roll(rows, -3, axis=0))
+    assert ours[3].pointer == 0
+    chex.assert_trees_all_equal(ours[8], filled[8])
+    chex.assert_trees_all_equal(refilled_by(filled, 5), filled)  # it goes on from any row
 
 
 def test_what_is_logged():
