@@ -31,7 +31,7 @@ from disco_jax.methods.base import Record
 from disco_jax.models import fold
 from disco_jax.models.encoder import encode
 from disco_jax.ops.collectives import AXIS, shuffle
-from disco_jax.plan import hlo, topology
+from disco_jax.plan import hlo, program, topology
 from disco_jax.train.state import axes
 
 
@@ -93,9 +93,8 @@ def main() -> None:
 
 
 def changed(config: Any, changes: list[str]) -> Any:
-    """A recipe's config with bfloat16 as on TPUs, a teacher's head, and what was asked for."""
-    config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
-    config.fast.columns = config.fast.statistics = "on"
+    """A recipe's config as TPUs take it, with a teacher's head and what was asked for."""
+    program.as_on_tpus(config)
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     for change in changes:

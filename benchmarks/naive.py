@@ -21,7 +21,7 @@ TAPS = 11  # on each side of a blurred pixel
 def turn_off(config: Any) -> None:
     """Nothing of `config.fast`."""
     config.fast.update(losses=False, half_queue=False, exchange="gather")
-    config.fast.update(stem=False, columns="off", statistics="off", teacher=False)
+    config.fast.update(stem=False, columns="off", statistics="off", shifts="off", teacher=False)
 
 
 def replace(parts: dict[str, Any], config: Any) -> None:

@@ -133,8 +133,8 @@ def load(recipe, given, changes):
         {"augment.size": given.size, "batch_size": given.batch, "dtype": "float32", **changes}
     )
     if given.tpu:
-        config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
-        config.fast.columns = config.fast.statistics = "on"
+        config.dtype = "auto"
+        program.as_on_tpus(config)
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     return config

@@ -239,6 +239,9 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         # BatchNorm of the teacher and the momentum network behind a 1x1 convolution to more
         # channels takes its statistics from what that read: on | off | auto (on TPUs)
         statistics="auto",
+        # depthwise, 1x1 and late convolutions and the gradient of a ResNet's max-pool as sums and
+        # products of shifted maps, in probes and `embed` too: on | off | auto (on CPUs)
+        shifts="auto",
         # the teacher's kernels in the computation's dtype, and on stored statistics ("running")
         # its BatchNorm inside the layers before
         teacher=True,

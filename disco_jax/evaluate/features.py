@@ -68,7 +68,7 @@ def load(run: str, network: str = "student") -> Trained:
     if network not in NETWORKS:
         raise errors.unknown("config.network", network, NETWORKS)
     config = workdir.read_config(run)
-    encoder = models.build_encoder(config.student, config.dtype)
+    encoder = _encoder(config)
     like = jax.eval_shape(lambda: encoder.create(0, config.augment.size))
     if not checkpoint.has(run, network):
         raise errors.UserError(
@@ -81,8 +81,12 @@ def load(run: str, network: str = "student") -> Trained:
 
 def untrained(config: ConfigDict) -> Trained:
     """The student of a config with its initial weights: what a probe finds without training."""
-    encoder = models.build_encoder(config.student, config.dtype)
+    encoder = _encoder(config)
     return Trained(encoder, encoder.create(config.seed, config.augment.size), config, 0)
+
+
+def _encoder(config: ConfigDict) -> Encoder:
+    return models.by_shifts(models.build_encoder(config.student, config.dtype), config)
 
 
 def extract(

@@ -133,12 +133,13 @@ def _network(name: str, config: Any) -> models.Network:
     encoder = network.encoder
     if not _fast(config, "stem", True):
         encoder = models.plain_stem(encoder)
-    if models.on_tpus(_fast(config, "columns", "auto"), "config.fast.columns"):
+    if models.taken(_fast(config, "columns", "auto"), "config.fast.columns", "tpu"):
         encoder = models.packed_columns(encoder)
-    by_product = models.on_tpus(_fast(config, "statistics", "auto"), "config.fast.statistics")
+    statistics = _fast(config, "statistics", "auto")
+    by_product = models.taken(statistics, "config.fast.statistics", "tpu")
     if by_product and name != "student":  # with a gradient it saves nothing
         encoder = models.by_product(encoder)
-    network = dataclasses.replace(network, encoder=encoder)
+    network = dataclasses.replace(network, encoder=models.by_shifts(encoder, config))
     exchange = models.exchange(_fast(config, "exchange", "auto"))
     carried = network.encoder.backbone.dtype
     network = dataclasses.replace(

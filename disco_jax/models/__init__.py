@@ -87,16 +87,17 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     )
 
 
-def on_tpus(name: str, setting: str) -> bool:
-    """Whether a choice that pays on TPUs is taken: "on", "off" or "auto", which asks where we are.
+def taken(name: str, setting: str, backend: str) -> bool:
+    """Whether a choice that pays on one kind of device is taken: "on", "off" or "auto".
 
     Args:
-      name: the choice.
+      name: the choice; "auto" asks where we are.
       setting: where it stands in the config, for messages.
+      backend: where it pays, "tpu" or "cpu".
     """
     if name not in ("auto", "on", "off"):
         raise errors.unknown(setting, name, ["auto", "on", "off"])
-    return name == "on" or (name == "auto" and jax.default_backend() == "tpu")
+    return name == "on" or (name == "auto" and jax.default_backend() == backend)
 
 
 def packed_columns(encoder: Encoder) -> Encoder:
@@ -109,9 +110,25 @@ def by_product(encoder: Encoder) -> Encoder:
     return _with(encoder, by_product=True)
 
 
+def by_shifts(encoder: Encoder, config: Any) -> Encoder:
+    """`encoder` with `shifts.by_shifts`, where its family has that and `config.fast` takes it.
+
+    Args:
+      encoder: of any family.
+      config: of a pretraining; those of earlier versions have no such field.
+    """
+    choice = config.get("fast", {}).get("shifts", "auto")
+    return _with(encoder, shifts=taken(choice, "config.fast.shifts", "cpu"))
+
+
 def plain_stem(encoder: Encoder) -> Encoder:
     """`encoder` without `stem.by_pairs`, where its family has that."""
     return _with(encoder, pairs=False)
+
+
+def plain(encoder: Encoder) -> Encoder:
+    """`encoder` whose layers are XLA's own, one by one."""
+    return _with(encoder, pairs=False, columns=1, by_product=False, shifts=False)
 
 
 def _with(encoder: Encoder, **fields: Any) -> Encoder:

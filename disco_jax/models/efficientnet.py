@@ -71,8 +71,11 @@ class EfficientNet(InvertedStages, kw_only=True):
     def __call__(self, images: Array, *, norm: str) -> Array:
         """float[B, H, W, 3] -> features f32[B, 1280] after the global average pool."""
         x = self._staged(images, norm, STEM, "swish", self.blocks(), self.nominal, self.drop_path)
-        x = conv(self.style, FEATURES, 1, 1, 0, False, self.dtype, name="head_conv")(x)
-        x = batch_norm(self.style, self.norm_group, self.dtype, name="head_bn")(x, norm=norm)
+        head = conv(
+            self.style, FEATURES, 1, 1, 0, False, self.dtype, name="head_conv",
+            convolve=self._convolve,
+        )  # fmt: skip
+        x = batch_norm(self.style, self.norm_group, self.dtype, name="head_bn")(head(x), norm=norm)
         x = jnp.mean(nn.swish(x).astype(jnp.float32), axis=(1, 2))
         return dropout(self, x, self.dropout)
 

@@ -97,6 +97,7 @@ class InvertedResidual(nn.Module):
       dtype: of the computation.
       columns: that come in side by side in the channels, see `columns.packed`; 1 / stride of them
         leave.
+      convolve: computes convolutions in place of XLA's own.
     """
 
     block: Block
@@ -106,6 +107,7 @@ class InvertedResidual(nn.Module):
     drop: float = 0.0
     dtype: jnp.dtype = jnp.float32
     columns: int = 1
+    convolve: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
@@ -147,7 +149,7 @@ class InvertedResidual(nn.Module):
     def _conv(self, features, kernel, stride, name, columns, depthwise=False) -> nn.Module:
         return conv(
             self.style, features, kernel, stride, self.nominal, depthwise, self.dtype, name=name,
-            columns=columns,
+            convolve=self.convolve, columns=columns,
         )  # fmt: skip
 
     def _batch_norm(self, name: str, columns: int) -> BatchNorm:

@@ -1,6 +1,6 @@
 """A first convolution and stages of inverted residuals: what EfficientNets and MobileNets share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from disco_jax.models.inverted import (
     shrink,
 )
 from disco_jax.models.maps import keep as keep_map
+from disco_jax.models.shifts import by_shifts
 from disco_jax.models.stem import by_pairs
 
 # Stage and block that take columns side by side, the last ones: further on depthwise convolutions
@@ -36,6 +37,8 @@ class InvertedStages(nn.Module):
       pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
       columns: that lie side by side in the channels of the first layers, which fill a part of a
         TPU's lanes at the start; see `columns.packed`. 1, or images have another width: none do.
+      shifts: convolutions behind the first are made as CPUs are quick at them, see
+        `shifts.by_shifts`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -45,6 +48,7 @@ class InvertedStages(nn.Module):
     norm_group: int = 0
     pairs: bool = True
     columns: int = 1
+    shifts: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def _staged(
@@ -80,6 +84,7 @@ class InvertedStages(nn.Module):
                     drop_path * done / total,
                     self.dtype,
                     columns,
+                    self._convolve,
                     name=f"block{s}_{i}",
                 )(x, norm=norm)
                 columns = max(columns // block.stride, 1)
@@ -93,6 +98,11 @@ class InvertedStages(nn.Module):
     def packing(self) -> int:
         """The `columns` that fill a TPU's lanes."""
         return 4
+
+    @property
+    def _convolve(self) -> Callable[..., Array] | None:
+        """Computes convolutions in place of XLA's own."""
+        return by_shifts if self.shifts else None
 
     @property
     def _stride(self) -> int:

@@ -59,8 +59,11 @@ class MobileNet(InvertedStages, kw_only=True):
         """float[B, H, W, 3] -> features f32[B, 1280]."""
         style, act = self.style, ACTIVATIONS[self.activation]
         x = self._staged(images, norm, self.stem_width, self.activation, self.blocks())
-        x = conv(style, self.tail_width, 1, 1, 0, False, self.dtype, name="tail_conv")(x)
-        x = act(batch_norm(style, self.norm_group, self.dtype, name="tail_bn")(x, norm=norm))
+        tail = conv(
+            style, self.tail_width, 1, 1, 0, False, self.dtype, name="tail_conv",
+            convolve=self._convolve,
+        )  # fmt: skip
+        x = act(batch_norm(style, self.norm_group, self.dtype, name="tail_bn")(tail(x), norm=norm))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         if self.tail_linear:
             draw = narrower if style.start in ("seed", "torchvision") else he_fan_out

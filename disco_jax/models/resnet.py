@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,6 +17,7 @@ from disco_jax.models.columns import ColumnConv, packed, unpacked
 from disco_jax.models.init import he_fan_out
 from disco_jax.models.maps import keep as keep_map
 from disco_jax.models.norm import BatchNorm, Product
+from disco_jax.models.shifts import by_shifts, max_pool
 from disco_jax.models.stem import by_pairs
 
 STEMS = ("imagenet", "small")
@@ -38,6 +40,8 @@ class ResNet(nn.Module):
       columns: that lie side by side in the channels of the first stage, whose 64 fill half of a
         TPU's lanes; see `columns.packed`. 1, or maps have another width: none do.
       by_product: see `BatchNorm.by_product`.
+      shifts: convolutions behind the first and the max-pool are made as CPUs are quick at them,
+        see `shifts.by_shifts`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -51,6 +55,7 @@ class ResNet(nn.Module):
     pairs: bool = True
     columns: int = 1
     by_product: bool = False
+    shifts: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -71,7 +76,12 @@ class ResNet(nn.Module):
         )
         block = functools.partial(
             _BLOCKS[self.block],
-            conv=functools.partial(_conv, padding=self.padding, dtype=self.dtype),
+            conv=functools.partial(
+                _conv,
+                padding=self.padding,
+                dtype=self.dtype,
+                convolve=by_shifts if self.shifts else None,
+            ),
             batch_norm=batch_norm,
             last_scale=0.0 if self.zero_init_residual else 1.0,
         )
@@ -99,9 +109,13 @@ class ResNet(nn.Module):
             return packed(x, columns), columns
         x = conv(self.width, 7, 2, convolve=by_pairs if self.pairs else None)(x)
         columns = self._fitting(-(-x.shape[2] // 2))
-        padding = "SAME" if self.padding == "same" else ((1, 1), (1, 1))
+        padding = ((1, 1), (1, 1))
+        if self.padding == "same":
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), "SAME")
 
         def pool(x: Array) -> Array:
+            if self.shifts:
+                return packed(max_pool(x, padding), columns)
             return packed(nn.max_pool(x, (3, 3), (2, 2), padding), columns)
 
         if self.pairs:

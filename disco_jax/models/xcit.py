@@ -9,6 +9,7 @@ from disco_jax.models.attention import Mlp, gelu, layer_norm, linear, split_head
 from disco_jax.models.drop import drop_path
 from disco_jax.models.init import constant, narrow, ones, torch_bias, torch_kernel
 from disco_jax.models.norm import BatchNorm
+from disco_jax.models.shifts import by_shifts
 
 # Of the Fourier code: frequencies an axis and its longest wavelength.
 _FREQUENCIES, _TEMPERATURE = 32, 10_000.0
@@ -27,6 +28,7 @@ class XCiT(nn.Module):
       class_blocks: blocks of class attention.
       drop_path: stochastic depth, the same in every block of channel attention.
       norm_group: see `BatchNorm.group`.
+      shifts: depthwise convolutions are made as CPUs are quick at them, see `shifts.by_shifts`.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -39,6 +41,7 @@ class XCiT(nn.Module):
     class_blocks: int = 2
     drop_path: float = 0.0
     norm_group: int = 0
+    shifts: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -74,6 +77,7 @@ class XCiT(nn.Module):
                 self.drop_path,
                 self.norm_group,
                 self.dtype,
+                self.shifts,
                 name=f"block{i}",
             )(x, rows, norm=norm)
         first = self.param("cls_token", narrow, (1, 1, self.width), jnp.float32)
@@ -95,6 +99,7 @@ class ChannelBlock(nn.Module):
       drop: probability that a branch of an image is left out while training.
       norm_group: see `BatchNorm.group`.
       dtype: of the computation.
+      shifts: see `XCiT.shifts`.
     """
 
     heads: int
@@ -102,6 +107,7 @@ class ChannelBlock(nn.Module):
     drop: float
     norm_group: int
     dtype: jnp.dtype
+    shifts: bool = False
 
     @nn.compact
     def __call__(self, x: Array, rows: int, *, norm: str) -> Array:
@@ -143,6 +149,7 @@ class ChannelBlock(nn.Module):
             kernel_init=torch_kernel,
             bias_init=torch_bias(9),
             dtype=self.dtype,
+            conv_general_dilated=by_shifts if self.shifts else None,
             name=name,
         )
 

@@ -26,6 +26,16 @@ _TEMPORARY = re.compile(rf"temporaries \({_AMOUNT}\) exceeds available HBM \({_A
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+def as_on_tpus(config: Any) -> None:
+    """Gives those choices of a config that ask where they are the values that TPUs take."""
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"
+    taken = {"exchange": "all_to_all", "columns": "on", "statistics": "on", "shifts": "off"}
+    for choice, value in taken.items():
+        if config.fast.get(choice, "auto") == "auto":
+            config.fast[choice] = value
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One step on one chip, as the compiler sees it.

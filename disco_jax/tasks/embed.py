@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import errors, flags
+from disco_jax import errors, flags, models
 from disco_jax.data import decode, folders, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
@@ -76,7 +76,7 @@ def run(
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     found = features.extract(
-        opened.encoder,
+        models.by_shifts(opened.encoder, opened.config),
         opened.variables,
         crops,
         views.build(opened.config.augment, opened.config.views),

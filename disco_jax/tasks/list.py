@@ -75,7 +75,7 @@ def _needs(recipe: str) -> str:
     config.bags.file = config.bags.file or "bags.npz"  # made before a run that needs it
     # "auto" would look for accelerators.
     config.dtype, config.fast.exchange = "float32", "gather"
-    config.fast.columns = config.fast.statistics = "off"
+    config.fast.update(columns="off", statistics="off", shifts="off")
     config = teacher.resolve(config)
     method = methods.build(config, config.views, config.local.count)
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")

@@ -65,13 +65,7 @@ def run(
     if output and not output.endswith(".json"):
         raise errors.UserError(f"--output={output} should end in .json.")
     config = teacher.resolve(config)
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
-    if config.fast.exchange == "auto":
-        config.fast.exchange = "all_to_all"
-    for choice in ("columns", "statistics"):
-        if config.fast.get(choice, "auto") == "auto":
-            config.fast[choice] = "on"
+    program.as_on_tpus(config)
     where = topology.open_slice(name)
     prepare.check_devices(config, len(where.devices))
     data = config.data

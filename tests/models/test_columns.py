@@ -132,7 +132,7 @@ def test_statistics_come_from_factors_where_the_config_asks():
     assert found == {"on": True, "off": False, "auto": False}
 
 
-@pytest.mark.parametrize("setting", ["columns", "statistics"])
+@pytest.mark.parametrize("setting", ["columns", "statistics", "shifts"])
 def test_a_choice_that_is_none_is_named(setting):
     config = helpers.smoke_config("moco_v2", **{f"fast.{setting}": "yes"})
     with pytest.raises(UserError, match=rf"config\.fast\.{setting}='yes'"):
