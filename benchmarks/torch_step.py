@@ -1,14 +1,16 @@
 """A step of DisCo or SEED, ours and the same in PyTorch, in turns on one machine.
 
-    python benchmarks/torch_step.py [--method disco] [--size 96] [--batch 8] [--rounds 7]
+    python benchmarks/torch_step.py [--method disco] [--student resnet18] [--size 96] [--batch 8]
+        [--rounds 7] [--plain]
     python benchmarks/torch_step.py --device gpu --half --size 224 --batch 256 --peak 989
 
-ResNet-50 teaches ResNet-18 as in the official code. DisCo: two views through student and teacher
-(on batch statistics), one through the momentum network, InfoNCE against 65,536 keys and the squared
-distance to the teacher. SEED: one view through student and teacher (on stored statistics), the
-cross-entropy of their similarities to 65,536 embeddings. SGD. Ours augments the images in the step
-as well; PyTorch's gets them made. With `--half` ours computes in bfloat16, PyTorch under its
-autocast to bfloat16 with channels last and each network compiled.
+ResNet-50 teaches ResNet-18, or what --student says, as in the official code. DisCo: two views
+through student and teacher (on batch statistics), one through the momentum network, InfoNCE
+against 65,536 keys and the squared distance to the teacher. SEED: one view through student and
+teacher (on stored statistics), the cross-entropy of their similarities to 65,536 embeddings. SGD.
+Ours augments the images in the step as well; PyTorch's gets them made. With `--half` ours computes
+in bfloat16, PyTorch under its autocast to bfloat16 with channels last and each network compiled;
+with `--plain` ours keeps XLA's own convolutions and max-pool (fast.shifts=off).
 
 PyTorch runs in a process of its own, on the same device: of several GPUs, set one by
 CUDA_VISIBLE_DEVICES. Printed: seconds of a step, the medians of the rounds, images a second, the
@@ -25,17 +27,25 @@ import sys
 import time
 
 QUEUE, DIM, HIDDEN, EMA_RATE, WEIGHT = 65_536, 128, 2048, 0.999, 32.0
+STUDENTS = {  # -> torchvision's name
+    "resnet18": "resnet18",
+    "efficientnet_b0": "efficientnet_b0",
+    "mobilenetv2": "mobilenet_v2",
+    "mobilenetv3_large": "mobilenet_v3_large",
+}
 WARM, COLD = 0.2, 0.01  # temperatures; the second is of SEED's teacher
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=("disco", "seed"), default="disco")
+    parser.add_argument("--student", choices=STUDENTS, default="resnet18")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--plain", action="store_true", help="ours with fast.shifts=off")
     parser.add_argument("--peak", type=float, default=0, help="TFLOP/s of the device")
     parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -77,10 +87,12 @@ def disco_jax_step(given):
 
     if jax.default_backend() != given.device:
         sys.exit(f"--device={given.device}, but JAX computes on {jax.default_backend()}.")
-    config = flags.load(f"{given.method}:student=resnet18,teacher=resnet50")
+    config = flags.load(f"{given.method}:student={given.student},teacher=resnet50")
     config.dtype = "bfloat16" if given.half else "float32"
     config.batch_size, config.augment.size = given.batch, given.size
     config.student.hidden = HIDDEN
+    if given.plain:
+        config.fast.shifts = "off"
     norm = "local" if given.method == "disco" else "running"
     config.teacher.update(head="mlp", hidden=HIDDEN, norm=norm)
     built, shapes = program.abstract(config, 1, 100)
@@ -141,19 +153,29 @@ def torch_step(given, device):
     import torch
     import torchvision
 
-    def network(make, width):
-        made = make(num_classes=DIM)
-        made.fc = torch.nn.Sequential(
-            torch.nn.Linear(width, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, DIM)
+    def network(name):
+        made = torchvision.models.get_model(name, num_classes=DIM)
+        for module in made.modules():  # as ours, which leaves out what these networks drop
+            if isinstance(module, torch.nn.Dropout | torchvision.ops.StochasticDepth):
+                module.p = 0.0
+        last = made.fc if hasattr(made, "fc") else made.classifier[-1]
+        head = torch.nn.Sequential(
+            torch.nn.Linear(last.in_features, HIDDEN),
+            torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, DIM),
         )
+        if hasattr(made, "fc"):
+            made.fc = head
+        else:
+            made.classifier[-1] = head
         layout = torch.channels_last if given.half else torch.contiguous_format
         return made.train().to(device, memory_format=layout)
 
-    student = network(torchvision.models.resnet18, 512)
+    student = network(STUDENTS[given.student])
     networks = {
         "student": student,
         "momentum": copy.deepcopy(student).requires_grad_(False),
-        "teacher": network(torchvision.models.resnet50, 2048).requires_grad_(False),
+        "teacher": network("resnet50").requires_grad_(False),
     }
     if given.method == "seed":
         networks["teacher"].eval()

@@ -7,6 +7,7 @@ sums in another order, and of a max-pool the same numbers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -43,23 +44,85 @@ def by_shifts(
     Returns:
       float[B, H', W', F] of the images' dtype.
     """
-    channels, features = images.shape[-1], kernel.shape[-1]
-    sides = kernel.shape[:2]
+    channels, sides = images.shape[-1], kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:3], sides, strides, padding)
-    shape = (images.shape[0], *_sizes(images, sides, strides, padding))
-    few = sides == (1, 1) or shape[0] * shape[1] * shape[2] <= channels
-    if feature_group_count == channels == features:
-        maps = _shifted(images, sides, strides, padding)
-        taps = kernel.astype(jnp.float32).reshape(-1, 1, 1, 1, channels)
-        return sum(x * tap for x, tap in zip(maps, taps, strict=True)).astype(images.dtype)
-    if feature_group_count == 1 and few:
-        maps = _shifted(images, sides, strides, padding)
-        wide = jnp.concatenate(maps, axis=-1).reshape(-1, kernel.size // features)
-        return _product(wide, kernel.reshape(-1, features)).reshape(*shape, features)
+    where = tuple(strides), tuple(map(tuple, padding))
+    if feature_group_count == channels == kernel.shape[-1]:
+        return _depthwise(images, kernel, *where)
+    places = images.shape[0] * math.prod(_sizes(images, sides, *where))
+    if feature_group_count == 1 and (sides == (1, 1) or places <= channels):
+        return _product(images, kernel, *where)
     return jax.lax.conv_general_dilated(
-        images, kernel, strides, padding, feature_group_count=feature_group_count, **rest
+        images, kernel, *where, feature_group_count=feature_group_count, **rest
     )
+
+
+def _product(images: Array, kernel: Array, strides: tuple[int, int], padding: Pads) -> Array:
+    """A convolution as one matrix product of shifted maps side by side."""
+    *sides, _, features = kernel.shape
+    # The gradient is a sum over shifted maps: of more than one, float32.
+    wide = images if sides == [1, 1] else images.astype(jnp.float32)
+    wide = jnp.concatenate(_shifted(wide, sides, strides, padding), axis=-1)
+    rows = kernel.astype(wide.dtype).reshape(-1, features)
+    made = jnp.matmul(wide.reshape(-1, len(rows)), rows, preferred_element_type=jnp.float32)
+    return made.reshape(*wide.shape[:-1], features).astype(images.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(images: Array, kernel: Array, strides: tuple[int, int], padding: Pads) -> Array:
+    """float[B, H, W, C] by float[h, w, 1, C] -> float[B, H', W', C]; pads are below the sides."""
+    return _summed(images, kernel, strides, padding)
+
+
+def _kept(images: Array, kernel: Array, strides: tuple[int, int], padding: Pads):
+    return _summed(images, kernel, strides, padding), (images, kernel)
+
+
+def _gradients(
+    strides: tuple[int, int], padding: Pads, given: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    images, kernel = given
+    if strides == (1, 1):
+        around = tuple(
+            (side - 1 - low, side - 1 - high)
+            for side, (low, high) in zip(kernel.shape, padding, strict=False)
+        )
+        of_images = _summed(gradient, kernel[::-1, ::-1], strides, around)
+    else:
+        spread = jax.vjp(lambda images: _summed(images, kernel, strides, padding), images)[1]
+        (of_images,) = spread(gradient)
+    return of_images, _of_kernel(images, kernel, strides, padding, gradient)
+
+
+_depthwise.defvjp(_kept, _gradients)
+
+
+def _summed(images: Array, kernel: Array, strides: tuple[int, int], padding: Pads) -> Array:
+    """See `_depthwise`."""
+    maps = _shifted(images, kernel.shape[:2], strides, padding)
+    taps = kernel.astype(jnp.float32).reshape(-1, 1, 1, 1, images.shape[-1])
+    return sum(x * tap for x, tap in zip(maps, taps, strict=True)).astype(images.dtype)
+
+
+def _of_kernel(
+    images: Array, kernel: Array, strides: tuple[int, int], padding: Pads, gradient: Array
+) -> Array:
+    """The gradient of `_depthwise`'s kernel.
+
+    Tap by tap in a loop: as quick as all taps written out, and compiled in half the time.
+    """
+    (down, across), (batch, rows, columns, channels) = strides, gradient.shape
+    span = batch, down * (rows - 1) + 1, across * (columns - 1) + 1, channels
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    gradient = gradient.astype(jnp.float32)
+
+    def of_tap(place: Array) -> Array:
+        read = jax.lax.dynamic_slice(images, (0, place[0], place[1], 0), span)
+        return jnp.sum(read[:, ::down, ::across] * gradient, axis=(0, 1, 2))
+
+    places = jnp.indices(kernel.shape[:2]).reshape(2, -1).T
+    return jax.lax.map(of_tap, places).reshape(kernel.shape).astype(kernel.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -84,12 +147,12 @@ def _max_pool(images: Array, padding: Pads) -> tuple[Array, tuple[Array, Array]]
 
 def _max_pool_gradient(padding: Pads, given: tuple[Array, Array], gradient: Array):
     images, most = given
-    maps, spread = jax.vjp(lambda images: _pooled(images, padding), images)
+    maps, spread = jax.vjp(lambda x: _pooled(x.astype(jnp.float32), padding), images)
     taken, shares = jnp.zeros(most.shape, bool), []
     for x in maps:
         here = (x == most) & ~taken
         taken = taken | here
-        shares.append(jnp.where(here, gradient, 0))
+        shares.append(jnp.where(here, gradient.astype(jnp.float32), 0))
     return spread(shares)
 
 
@@ -123,8 +186,3 @@ def _sizes(
         for size, side, stride, pads in zip(images.shape[1:3], sides, strides, padding, strict=True)
     )
     return rows, columns
-
-
-def _product(rows: Array, kernel: Array) -> Array:
-    """float[N, C] x float[C, F], summed in float32, in the dtype of the rows."""
-    return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32).astype(rows.dtype)
