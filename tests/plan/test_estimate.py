@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from disco_jax import flags
 from disco_jax.errors import UserError
 from disco_jax.plan import estimate, hlo, program, topology
 
@@ -25,6 +26,21 @@ GRADIENTS = {"all-reduce": hlo.Collective(1, 40_000_000)}
 def test_wrong_topologies_are_told_apart(name, says):
     with pytest.raises(UserError, match=says):
         topology.parse(name)
+
+
+def test_choices_that_ask_where_they_are_are_those_of_tpus():
+    """Though a plan is made on a CPU; what was chosen stays."""
+    config = flags.load("moco_v2")
+    program.as_on_tpus(config)
+    assert config.dtype == "bfloat16"
+    found = {name: config.fast[name] for name in ("exchange", "columns", "statistics", "shifts")}
+    assert found == {
+        "exchange": "all_to_all", "columns": "on", "statistics": "on", "shifts": "off",
+    }  # fmt: skip
+    config.update(dtype="float32")
+    config.fast.update(columns="off", shifts="on")
+    program.as_on_tpus(config)
+    assert (config.dtype, config.fast.columns, config.fast.shifts) == ("float32", "off", "on")
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):

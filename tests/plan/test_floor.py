@@ -136,7 +136,8 @@ def compiled():
         patch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
         tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
         config = helpers.smoke_config("disco", batch_size=32, **tiny)
-        config.dtype, config.fast.exchange = "bfloat16", "all_to_all"
+        config.dtype = "auto"
+        program.as_on_tpus(config)
         where = topology.open_slice(SLICE)
         built, arguments = program.abstract(config, len(where.devices), 10)
         lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
