@@ -81,7 +81,14 @@ def small(block, quick, dtype):
     """Two stages, with or without the quicker ways of computing them."""
     columns = 2 if quick else 1
     return ResNet(
-        (2, 1), block, width=8, pairs=quick, columns=columns, by_product=quick, dtype=dtype
+        (2, 1),
+        block,
+        width=8,
+        pairs=quick,
+        columns=columns,
+        by_product=quick,
+        shifts=quick,
+        dtype=dtype,
     )
 
 

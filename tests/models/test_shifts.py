@@ -14,7 +14,7 @@ from disco_jax.evaluate import cost, features
 from disco_jax.models.shifts import by_shifts, max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-SHAPES = {  # images, kernel; the last one has more places than channels
+SHAPES = {  # images, kernel
     "depthwise": ((2, 9, 8, 6), (3, 3, 1, 6)),
     "wide depthwise": ((2, 9, 8, 6), (5, 5, 1, 6)),
     "1x1": ((2, 9, 8, 6), (1, 1, 6, 4)),
@@ -108,10 +108,15 @@ def test_a_max_pool_and_its_gradient_are_the_same_to_the_bit(size, padding, dtyp
 
 
 @pytest.mark.parametrize(
-    "backbone", ["resnet18", "resnet50", "efficientnet_b0", "mobilenetv2", "xcit_tiny_12_p16"]
-)
+    "backbone",
+    [
+        "resnet18", "resnet50", "resnet50_same", "efficientnet_b0", "mobilenetv2",
+        "xcit_tiny_12_p16",
+    ],
+)  # fmt: skip
 def test_networks_compute_the_same(backbone):
     encoder = models.backbone(backbone)
+    assert not encoder.backbone.shifts  # what is exported has the layers as they are
     images = draw(2, 64, 64, 3)
     variables = encoder.create(0, 64)
     found = {}
