@@ -3,10 +3,9 @@
 import os
 import pathlib
 
-# Tests compile much and compute little: without LLVM's optimisations they take a third less.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-)
+import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags.quick(os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs of child processes are kept between runs of the suite.
 os.environ.setdefault(
