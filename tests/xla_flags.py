@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-LEVEL = "--xla_backend_optimization_level=0"
+BASE = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 # An older code generator: slower where LLVM optimises, a third quicker where it does not.
 OLDER = "--xla_cpu_use_fusion_emitters=false"
 
@@ -15,10 +15,9 @@ def quick(given):
     Args:
       given: XLA_FLAGS; workers have them from the process that started them.
     """
-    if LEVEL in given:
+    if BASE in given:
         return given
-    flags = [given, "--xla_force_host_platform_device_count=4", LEVEL]
-    return " ".join(flags + [OLDER] * known(OLDER))
+    return " ".join([given, BASE] + [OLDER] * known(OLDER))
 
 
 def known(flag):
