@@ -1,37 +1,61 @@
-"""Four virtual devices for every test, strict ranks, and a compilation cache between runs."""
+"""Compiles as users do, on four virtual devices; tests of wiring may compile quickly.
+
+A user sets no compiler flags, so neither do tests, except for the number of virtual devices.
+`--quick-compiler` switches LLVM's optimisations off, which compiles a step three times as fast,
+and accepts only tests marked `wiring`: those compare no number with an independent one, so a
+program that rounds or fuses differently proves the same.
+"""
 
 import os
 import pathlib
 
-import xla_flags
-
-os.environ["XLA_FLAGS"] = xla_flags.quick(os.environ.get("XLA_FLAGS", ""))
+# Tests need neither a GPU nor TensorFlow's log.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs of child processes are kept between runs of the suite.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/disco_jax/xla_tests")
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import jax
 import pytest
 
-# Child processes keep and find programs; a worker, which compiles hundreds, once crashed while it
-# wrote one.
-jax.config.update("jax_enable_compilation_cache", False)
+DEVICES = "--xla_force_host_platform_device_count=4"
+# The older code generator is the faster of the two where nothing is optimised.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+# Rank promotion hides mistakes; no user's number depends on this setting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_threefry_partitionable", True)
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 MOST_BYTES = 3 * 2**30  # that a worker may hold after a module's tests
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick-compiler",
+        action="store_true",
+        help="compile without optimisation; only for tests marked `wiring`",
+    )
+
+
+def pytest_configure(config):
+    """Sets the flags before any test creates a device."""
+    quick = config.getoption("--quick-compiler")
+    os.environ["XLA_FLAGS"] = f"{DEVICES} {QUICK}" if quick else DEVICES
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Refuses to compare numbers of programs that no user runs."""
+    if config.getoption("--quick-compiler"):
+        wrong = [item.nodeid for item in items if not item.get_closest_marker("wiring")]
+        if wrong:
+            raise pytest.UsageError(
+                f"--quick-compiler takes only tests marked `wiring` (add -m wiring): {wrong[0]}"
+            )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """Of hundreds of compiled programs a worker would hold many gigabytes at the end."""
+    """Frees compiled programs, of which hundreds would hold many gigabytes in the end."""
     yield
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     if pages * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:

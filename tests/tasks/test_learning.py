@@ -48,7 +48,7 @@ SHUFFLED = (
     "sslight_moco", "sslight_swav", "sslight_dino",
 )  # fmt: skip
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.learning, pytest.mark.slow]
 
 
 def score(*words):
