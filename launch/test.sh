@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra into a virtual environment, checks the style and runs the whole suite.
+# Installs the test extra into a virtual environment, checks style and types and runs all tests.
 # Further words go to pytest, e.g. -k resume or -m "not slow".
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,4 +11,5 @@ use_venv test
 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax2onnx>=0.17,<0.18"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"
