@@ -67,6 +67,7 @@ setup(
             *DEMO,
             "hypothesis>=6.100",
             "jax[tpu]>=0.10; platform_machine=='x86_64' and sys_platform=='linux'",
+            "mypy>=1.18",
             "onnx-ir>=0.2.1",
             "onnxruntime>=1.24",
             "pyarrow>=17",

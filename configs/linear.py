@@ -9,11 +9,13 @@ The others are the papers' protocols, with random crops and flips; their rates a
 `grid_crops` with random crops and flips.
 """
 
+from typing import Any
+
 from disco_jax.configs import common
 from disco_jax.errors import unknown
 
 # What each protocol changes of `moco`.
-PROTOCOLS = {
+PROTOCOLS: dict[str, dict[str, Any]] = {
     # Without augmentation; the rest as MoCo, whose command has the rate 30, trains.
     "cached": dict(augment="none"),
     "moco": {},

@@ -4,9 +4,13 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, BinaryIO
 
 from etils import epath
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What a system answers where there is no room, or no right, to write.
 _REFUSALS = (
@@ -39,6 +43,22 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_arrays(
+    file: BinaryIO, arrays: "Mapping[str, np.ndarray]", compress: bool = False
+) -> None:
+    """Writes an .npz, compressed or not.
+
+    Args:
+      file: open to write bytes.
+      arrays: by name; none is called "file" or "allow_pickle".
+      compress: with zlib.
+    """
+    import numpy as np
+
+    save = np.savez_compressed if compress else np.savez
+    save(file, **arrays)  # type: ignore[arg-type]  # which might name `allow_pickle`, says NumPy
 
 
 def refusal(error: BaseException) -> str:

@@ -92,7 +92,9 @@ def recipes(folder: str = "") -> dict[str, pathlib.Path]:
     Args:
       folder: of `FOLDERS`.
     """
-    place = pathlib.Path(importlib.util.find_spec(CONFIGS).origin).parent / folder
+    found = importlib.util.find_spec(CONFIGS)
+    assert found is not None and found.origin is not None  # a package of this one
+    place = pathlib.Path(found.origin).parent / folder
     return {
         str(pathlib.PurePosixPath(folder, path.stem)): path
         for path in sorted(place.glob("*.py"))
@@ -130,7 +132,9 @@ def define_further(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
 
 def meeting(values: absl_flags.FlagValues) -> dict[str, Any] | None:
     """How to meet other processes, as `hosts.meet` takes it; None: there are none."""
-    given = {name: values[name].value for name in ("coordinator", "processes", "process")}
+    given: dict[str, Any] = {
+        name: values[name].value for name in ("coordinator", "processes", "process")
+    }
     environment = os.environ.get("DISCO_JAX_COORDINATOR")
     if not (values.distributed or given["coordinator"] or environment):
         if given["processes"] or given["process"] >= 0:
@@ -240,6 +244,10 @@ def _locate(name: str) -> pathlib.Path:
 
 def _module(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise errors.UserError(
+            f"--config={path}: a recipe is a Python file, whose name ends in .py."
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

@@ -6,7 +6,7 @@ from typing import Any
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; for dicts and ConfigDicts."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         nested = isinstance(value, Mapping) or hasattr(value, "items")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra into a virtual environment, checks the style and runs the tests.
+# Installs the test extra into a virtual environment, checks style and types and runs the tests.
 # Usage: launch/test.sh [--learning] [words for pytest, e.g. -k resume]
 #   --learning  only the tests that train networks to a score
 set -euo pipefail
@@ -25,5 +25,6 @@ if [ "${1:-}" = --learning ]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 tests -m "not wiring and not learning" "$@"
 tests -m "wiring and not learning" --quick-compiler "$@"

@@ -51,7 +51,7 @@ class StorageId(NamedTuple):
 
     dtype: str
     key: str
-    count: int
+    length: int
     view: tuple[int, int] | None = None  # the part that is meant: its start and length
 
 
@@ -169,9 +169,9 @@ class Archive:
         same = name[:3]
         if same not in self._storages:
             content = self.member(f"data/{name.key}")
-            if name.count * DTYPES[name.dtype].itemsize != len(content):
+            if name.length * DTYPES[name.dtype].itemsize != len(content):
                 raise Refused(f"is damaged: storage {name.key!a} has another size.")
-            self._storages[same] = take(content, 0, name.count, name.dtype)
+            self._storages[same] = take(content, 0, name.length, name.dtype)
         return self._storages[same]
 
 

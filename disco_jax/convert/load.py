@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -144,14 +145,14 @@ def read(path: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
     Raises:
       UserError: no such file, a file that is damaged, holds no weights, or asks to run code.
     """
-    path = epath.Path(path)
-    if not path.exists():
+    file = epath.Path(path)
+    if not file.exists():
         raise UserError(f"{path} does not exist.")
-    if not path.is_file():
+    if not file.is_file():
         raise UserError(f"{path} is a directory, not a checkpoint file of PyTorch.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path), ""
-    content, container = read_pickle(path), []
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file), ""
+    content, container = read_pickle(file), []
     for name in entry.split(".") if entry else ():
         if not isinstance(content, dict) or name not in content:
             held = content if isinstance(content, dict) else ()
@@ -259,7 +260,8 @@ def _queue(state: State, dim: int) -> Queue | None:
         vectors = state.get(name)
         if vectors is not None and vectors.ndim == 2 and len(vectors) == dim:
             pointer = int(np.ravel(state.get(f"{name}_ptr", 0))[0])
-            return Queue(np.ascontiguousarray(vectors.T, np.float32), np.int32(pointer))
+            rows = np.ascontiguousarray(vectors.T, np.float32)
+            return Queue(jnp.asarray(rows), jnp.int32(pointer))
     return None
 
 

@@ -27,7 +27,9 @@ class Machine:
     def __init__(self, storage: Callable[[StorageId], Any], size: int):
         self.storage = storage
         self._left = 4 * size + 2**20
-        self._stack, self._marks, self._memo = [], [], {}
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[Any, Any] = {}
         self.unfilled: dict[int, np.ndarray] = {}  # arrays of which only the class is known yet
 
     def spend(self, size: int) -> None:
@@ -53,7 +55,8 @@ class Machine:
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 self._stack.append(self._memo[argument])
             elif name == "GLOBAL":
-                self._stack.append(find(*argument.split(" ", 1)))
+                module, called = str(argument).split(" ", 1)
+                self._stack.append(find(module, called))
             elif name not in ("PROTO", "FRAME"):
                 raise Refused(f"has the pickle opcode {name}, which no checkpoint has a use for.")
         if self.unfilled:
@@ -141,7 +144,7 @@ _ARGUMENTS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
     *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -150,7 +153,7 @@ _CONSTANTS = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
-_STEPS = {
+_STEPS: dict[str, Callable[[Machine], Any]] = {
     "MARK": Machine.mark,
     "POP": lambda machine: machine.pop(1),
     "POP_MARK": Machine.pop,

@@ -285,7 +285,8 @@ def xcit(net: Any) -> Iterator[Name]:
 def timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A state dict in timm's XCiT names in the original ones: class attention's parts joined."""
     parts = re.compile(r"(.*cls_attn_blocks\.\d+\.attn)\.([qkv])\.(weight|bias)")
-    renamed, split = {}, {}
+    renamed: dict[str, np.ndarray] = {}
+    split: dict[str, dict[str, np.ndarray]] = {}
     for key, value in state.items():
         if match := parts.fullmatch(key):
             split.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = value

@@ -54,11 +54,11 @@ def read(path: str | os.PathLike) -> Any:
     Raises:
       UserError: no such file; one that is damaged, of another format or wants to run something.
     """
-    path = epath.Path(path)
-    if not path.is_file():
+    file = epath.Path(path)
+    if not file.is_file():
         raise UserError(f"{path} is not a file.")
     try:
-        return _flat(_parse(_open(path)))
+        return _flat(_parse(_open(file)))
     except Refused as error:
         raise UserError(f"{path} {error}") from error
     except OSError as error:
@@ -110,7 +110,8 @@ def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
         raise Refused("is damaged, or a stream that PyTorch has never written.")
     if system.get("little_endian") is not True:
         raise Refused("was written on a big-endian machine, which is not supported.")
-    start, named = file.tell(), {}
+    named: dict[str, StorageId] = {}
+    start = file.tell()
 
     def note(name: StorageId) -> Any:
         if named.setdefault(name.key, name)[:3] != name[:3]:
@@ -119,7 +120,7 @@ def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
 
     def view(name: StorageId) -> np.ndarray:
         storage = storages[name.key]
-        if len(storage) != name.count:
+        if len(storage) != name.length:
             raise Refused(f"is damaged: storage {name.key!a} has another size.")
         if name.view is None:
             return storage

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -193,10 +193,13 @@ def _raw(machine: Any, shape: Any, dtype: np.dtype, raw: Any) -> bytes:
 def fill(machine: Any, array: np.ndarray, shape: Any, dtype: Any, fortran: Any, raw: Any):
     """Gives an array that `_unfilled` made its shape, type and content."""
     raw = _raw(machine, shape, dtype, raw)
-    array.__setstate__((1, shape, dtype, bool(fortran), bytes(raw)))
+    # NumPy's stubs ask for its own bool here; what pickles hold, and it takes, is Python's.
+    array.__setstate__((1, shape, dtype, bool(fortran), bytes(raw)))  # type: ignore[arg-type]
 
 
-def _from_buffer(machine: Any, raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _from_buffer(
+    machine: Any, raw: Any, dtype: Any, shape: Any, order: Literal["C", "F"]
+) -> np.ndarray:
     raw = _raw(machine, shape, dtype, raw)
     return np.frombuffer(raw, dtype).reshape(shape, order=order)
 
@@ -206,7 +209,7 @@ def _scalar(machine: Any, dtype: Any, raw: Any) -> np.generic:
 
 
 # Our functions for the names that files have reason to call.
-_CALLS = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _bytes,
     "builtins.bool": _number(bool),
     "builtins.bytes": lambda machine: b"",

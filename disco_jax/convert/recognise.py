@@ -234,17 +234,17 @@ def _layout(state: State, prefix: str) -> Layout | None:
 
 
 def _place(state: State, source: str, prefix: str | None) -> tuple[Place, Layout]:
-    places = PLACES
-    if prefix is not None:
-        places = [Place(prefix, inner) for inner in ("backbone.", "net.", "")]
-    for place in places:
+    inside = ("backbone.", "net.", "")
+    for place in PLACES if prefix is None else [Place(prefix, inner) for inner in inside]:
         layout = _layout(state, place.prefix + place.backbone)
         if layout:
             return place, layout
     found = networks(state)
     if prefix is None and len(found) == 1:
         (only,) = found
-        return Place(only), _layout(state, only)
+        layout = _layout(state, only)
+        assert layout is not None  # it was found there
+        return Place(only), layout
     if found:
         raise errors.UserError(
             f"{source} holds networks under {', '.join(map(repr, sorted(found)))}; say which one "
@@ -345,9 +345,8 @@ def _head_spec(state: State, place: Place, head: Head, family: str) -> dict[str,
     """head, hidden, dim and prototypes of a head."""
     network = under(state, place.head or place.prefix)
     tail = under(state, place.prefix)
-    counts = tuple(
-        len(tail.get(f"{name}.weight_v", tail.get(f"{name}.weight"))) for name in head.prototypes
-    )
+    keys = ((f"{name}.weight_v", f"{name}.weight") for name in head.prototypes)
+    counts = tuple(len(tail[normed] if normed in tail else tail[plain]) for normed, plain in keys)
     if not head.linear:
         return {"head": "none", "hidden": 0, "dim": 128, "prototypes": counts, "adapter": 0}
     first, last = (network[f"{head.root}{head.linear[i]}.weight"] for i in (0, -1))

@@ -175,7 +175,8 @@ def _head(encoder: Encoder, backbone: str, naming: str) -> Head:
     if not linear:
         return Head(prototypes=_prototypes(encoder))
     if len(linear) == 4:  # SimReg's
-        places, norms = (0, 3, 4, 7), (1, 5)
+        places: tuple[int, ...] = (0, 3, 4, 7)
+        norms: tuple[int, ...] = (1, 5)
     else:
         step = 3 if norm else 2
         places = tuple(step * i for i in range(len(linear)))

@@ -102,7 +102,7 @@ def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
             tuple(models.BACKBONES[n][1]["repeats"]): n
             for n in ("efficientnet_b0", "efficientnet_b1")
         }.get(counts)
-    return name and {"backbone": name}
+    return {"backbone": name} if name else None
 
 
 def _vit(state: State) -> dict[str, Any] | None:

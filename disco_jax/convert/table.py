@@ -40,7 +40,8 @@ def entries(encoder: Encoder, layout: Layout, place: Place, head: Head) -> Itera
     for name in _head_names(encoder, head):
         yield from _module(place.head or place.prefix, name, "head")
     for i, theirs in enumerate(head.prototypes):
-        kinds = ("weight_v", "weight_g") if encoder.prototypes.weight_norm else ("weight",)
+        normed = getattr(encoder.prototypes, "weight_norm", False)
+        kinds = ("weight_v", "weight_g") if normed else ("weight",)
         for kind in kinds:
             leaf = _PROTOTYPES[kind]
             ours = ("params", "prototypes", f"{leaf.ours[1]}{i}")

@@ -110,7 +110,7 @@ class ArraySource:
         seed: int,
         start: base.Position,
         max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    ) -> base.Batches:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
         check_crops(views)
         base.report_unreadable(self.name, self.unreadable, [], max_unreadable)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Bags:
         np.savez_compressed(file, **{k: v for k, v in fields.items() if v is not None})
 
     def __len__(self) -> int:
-        return len(self.clusters if self.neighbours is None else self.neighbours)
+        return len(self._labels if self.neighbours is None else self.neighbours)
 
     def members(self, records: np.ndarray, chance: np.ndarray) -> np.ndarray:
         """Another record of the bag of each, drawn evenly.
@@ -75,7 +75,7 @@ class Bags:
             columns = (chance * self.neighbours.shape[1]).astype(np.int64)
             return self.neighbours[records, columns].astype(np.int64)
         order, first, sizes = self._by_cluster()
-        own = self.clusters[records]
+        own = self._labels[records]
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         others = np.maximum(sizes[own] - 1, 1)
@@ -91,8 +91,14 @@ class Bags:
 
     def _by_cluster(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Records sorted by cluster; where each cluster starts there; its size."""
-        sizes = np.bincount(self.clusters)
-        return np.argsort(self.clusters, kind="stable"), np.cumsum(sizes) - sizes, sizes
+        sizes = np.bincount(self._labels)
+        return np.argsort(self._labels, kind="stable"), np.cumsum(sizes) - sizes, sizes
+
+    @property
+    def _labels(self) -> np.ndarray:
+        """`clusters`, where bags are clusters."""
+        assert self.clusters is not None
+        return self.clusters
 
 
 class _Row(NamedTuple):
@@ -169,7 +175,7 @@ class BagSource:
         seed: int,
         start: base.Position,
         max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    ) -> base.Batches:
         """Random resized crops; see `base.Source`. `aux` has "cluster", i32[b], if there are any.
 
         Raises:

@@ -8,7 +8,7 @@ a run has to save in order to read on as if it had never stopped.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -42,17 +42,21 @@ class HostBatch(NamedTuple):
 
     Attributes:
       views: view -> u8[b, S, S, 3], its crop of each image.
-      aux: name -> array[b, ...], what else a method reads; {} where nothing is.
+      aux: name -> array[b, ...] or a tree of them, what else a method reads; {} where nothing is.
       position: where the next batch starts.
       labels: i32[b], -1 where there is none; for probes alone, no method reads them.
       rows: i64[b], the place of each image in the stored order of its split, of all hosts.
     """
 
     views: dict[int, np.ndarray]
-    aux: dict[str, np.ndarray]
+    aux: dict[str, Any]
     position: Position
     labels: np.ndarray
     rows: np.ndarray
+
+
+# Without end; whoever reads no further closes them.
+Batches = Generator[HostBatch, None, None]
 
 
 class Source(Protocol):
@@ -102,7 +106,7 @@ class Source(Protocol):
         seed: int,
         start: Position,
         max_unreadable: int,
-    ) -> Iterator[HostBatch]:
+    ) -> Batches:
         """Random resized crops of shuffled images, epoch after epoch, without end.
 
         Args:

@@ -22,7 +22,7 @@ class ChosenSource:
         self,
         source: base.Source,
         split: str,
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
         *,
         process_index: int = 0,
         process_count: int = 1,
@@ -68,7 +68,7 @@ class ChosenSource:
         seed: int,
         start: base.Position,
         max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    ) -> base.Batches:
         """Random resized crops of shuffled images, without end; see `base.Source`."""
         return self._of(split).train(split, views, batch_size, seed, start, max_unreadable)
 

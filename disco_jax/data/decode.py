@@ -75,7 +75,7 @@ def _header(encoded: bytes) -> Header:
 def crops_of(
     files: Sequence[File],
     views: Mapping[int, Any],
-    where: Sequence[int],
+    where: tuple[int, int, int],
     first: int,
 ) -> list[list[np.ndarray] | Unreadable]:
     """Random resized crops of pictures that follow one another in an epoch.
@@ -96,8 +96,10 @@ def crops_of(
     encoded = [_attempt(_read, file) for file in files]
     headers = [_attempt(_header, picture) for picture in encoded]
     sides = np.array([(1, 1) if isinstance(h, Unreadable) else h[:2] for h in headers])
+    heights, widths = sides.T
+    draws = {view: uniforms(*where, view, first, len(files)) for view in views}
     places = [
-        boxes(uniforms(*where, view, first, len(files)), *sides.T, crop.scale, crop.ratio).tolist()
+        boxes(draws[view], heights, widths, crop.scale, crop.ratio).tolist()
         for view, crop in views.items()
     ]
     return [
@@ -119,9 +121,9 @@ def evaluated(image: np.ndarray, size: int, height: int, interpolation: str) -> 
     """
     if not height:
         return resize(image, size, size, interpolation)
-    shape = resized(*image.shape[:2], height)
-    top, left = centre(*shape, size)
-    return resize(image, *shape, interpolation)[top : top + size, left : left + size]
+    rows, columns = resized(image.shape[0], image.shape[1], height)
+    top, left = centre(rows, columns, size)
+    return resize(image, rows, columns, interpolation)[top : top + size, left : left + size]
 
 
 def resize(

@@ -101,7 +101,7 @@ class EncodedSource(abc.ABC):
         seed: int,
         start: base.Position,
         max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    ) -> base.Batches:
         """Random resized crops of shuffled pictures, without end; see `base.Source`."""
         check_crops(views)
         share = self.count(split) // self._hosts

@@ -72,7 +72,7 @@ class FolderSource(EncodedSource):
         self._splits = {}
         for split in dict.fromkeys(split for split, _, _ in listed):
             mine = [(label, file) for s, label, file in listed if s == split]
-            if split in (subset or {}):
+            if subset and split in subset:
                 mine = _only(mine, subset[split], f"the split {split!r} of {self.name}")
             labels = np.array([numbers.get(label, -1) for label, _ in mine], np.int32)
             self._splits[split] = _Split([file for _, file in mine], labels)

@@ -60,7 +60,7 @@ class Rows:
         self.runs = np.stack([ends - takes, ends], axis=1)
         self.count = int(ends[-1]) if len(parts) else 0
         self.at_will = builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
-        self._source = None
+        self._source: Any = None
 
     def name(self, row: int) -> str:
         """What TFDS calls a record: its file and the number in it."""
@@ -76,7 +76,7 @@ class Rows:
         """(its text, record) of the whole split, in the stored order."""
         return ((text, record) for record, text in self._any(0, self.count))
 
-    def chosen(self, rows: Sequence[int]) -> Iterator[Record]:
+    def chosen(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
         """The records of any rows in any order; where `at_will`."""
         return (record for record, _ in self._at_will(rows))
 
@@ -91,7 +91,7 @@ class Rows:
     def _any(self, first: int, last: int) -> Iterator[tuple[Record, str]]:
         return self._at_will(range(first, last)) if self.at_will else self._in_runs([(first, last)])
 
-    def _at_will(self, rows: Sequence[int]) -> Iterator[tuple[Record, str]]:
+    def _at_will(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Record, str]]:
         decoders, features = self._decoding()
         for begin in range(0, len(rows), _READ_AT_ONCE):
             part = [int(row) for row in rows[begin : begin + _READ_AT_ONCE]]

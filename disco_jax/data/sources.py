@@ -254,6 +254,7 @@ class TfdsSource(EncodedSource):
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(rows.mixed, groups[first]) if first < len(groups) else None
             for number in range(first, len(groups)):
+                assert ahead is not None  # a group is left
                 records = ahead.result()
                 if number + 1 < len(groups):
                     ahead = reader.submit(rows.mixed, groups[number + 1])

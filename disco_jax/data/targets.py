@@ -9,7 +9,7 @@ host_00000_of_00001/000000.npz     some batches: their positions, bfloat16 outpu
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +19,7 @@ from etils import epath
 from disco_jax.data import base
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
-from disco_jax.files import whole
+from disco_jax.files import whole, write_arrays
 
 FILE = "targets.json"
 KEY = "teacher"  # in `HostBatch.aux`
@@ -88,7 +88,8 @@ class Writer:
         arrays = {name: np.stack([one[name] for one in rows]).view(np.uint16) for name in rows[0]}
         first = self.steps - len(self._pending)
         with whole(self._folder / f"{first:08d}.npz") as path, path.open("wb") as file:
-            np.savez(file, **{_POSITIONS: [(p.epoch, p.offset) for p in positions]}, **arrays)
+            after = np.array([(p.epoch, p.offset) for p in positions])
+            write_arrays(file, {_POSITIONS: after, **arrays})
         self._pending = []
 
 
@@ -185,7 +186,7 @@ class ReplayedSource:
         seed: int,
         start: Position,
         max_unreadable: int,
-    ) -> Iterator[base.HostBatch]:
+    ) -> base.Batches:
         """Random resized crops; see `base.Source`."""
         kept, epochs = self._targets, self._targets.epochs
         round_, epoch = divmod(start.epoch, epochs)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import chex
@@ -18,7 +18,7 @@ from disco_jax.ops import augment as ops
 
 # What `order` may name. The place in this table is also the column of the draw that decides
 # whether the operation acts, so a recipe that leaves one out draws the same for the others.
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Array]] = {
     "flip": ops.flip,
     "jitter": ops.jitter,
     "grey": ops.grayscale,
@@ -139,15 +139,16 @@ class Photometric:
         order_key, image_key = jax.random.split(key)
         chance, amount = _uniforms(image_key, positions)
         columns = {name: i for i, name in enumerate(OPERATIONS)}
-        draws = {n: (chance[:, columns[n]] < self.probability(n),) for n in self.active}
-        if "blur" in draws:
-            draws["blur"] = (self._sigma(*draws["blur"], amount[:, 4]),)
-        if "jitter" in draws:
+        masks = {n: chance[:, columns[n]] < self.probability(n) for n in self.active}
+        draws: dict[str, tuple[Array, ...]] = {n: (mask,) for n, mask in masks.items()}
+        if "blur" in masks:
+            draws["blur"] = (self._sigma(masks["blur"], amount[:, 4]),)
+        if "jitter" in masks:
             # torchvision draws an order for every image. Here the batch shares one, from the key
             # alone: with an order an image, each of the four positions would compute all four
             # operations for everyone and keep one. Replicas agree on it because their keys do.
             order = jax.random.permutation(order_key, jnp.arange(4, dtype=jnp.int32))
-            draws["jitter"] = (self._factors(*draws["jitter"], amount[:, :4]), order)
+            draws["jitter"] = (self._factors(masks["jitter"], amount[:, :4]), order)
         return draws
 
     def _sigma(self, mask: Array, amount: Array) -> Array:
@@ -282,9 +283,9 @@ def build(
     _check_fields(settings)
     views = [_of_view(settings, view, count) for view in range(count)]
     further = 0 if local is None else local["count"]
-    if not (isinstance(further, numbers.Integral) and further >= 0):
+    if not isinstance(further, numbers.Integral) or int(further) < 0:
         raise UserError(f"config.local.count={further!r} will not do; use 0 or more views.")
-    if further:
+    if local is not None and further:
         changes = {name: local[name] for name in local if name != "count"}
         views += [_Given({**settings, **changes}, changes.keys())] * further
     for view in views:

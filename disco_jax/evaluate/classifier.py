@@ -174,7 +174,7 @@ def _losses(
     scores: Array, labels: Array, target: Array | None, distill: ConfigDict | None
 ) -> Array:
     """f32[B]."""
-    if target is None:
+    if target is None or distill is None:
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     return softened_cross_entropy(
         scores,

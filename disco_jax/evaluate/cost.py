@@ -68,7 +68,9 @@ def of(encoder: Encoder, size: int, repeats: int) -> dict[str, Any]:
 
 
 def _features(encoder: Encoder, variables: Any, images: Any) -> jax.Array:
-    made = encoder.apply(variables, images, norm="running", outputs=("features",), method="read")
+    made: Any = encoder.apply(
+        variables, images, norm="running", outputs=("features",), method="read"
+    )
     return made["features"]
 
 

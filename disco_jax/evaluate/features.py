@@ -38,8 +38,12 @@ class Features:
 
     def rows(self, chosen: np.ndarray) -> "Features":
         """Some of the images: whole numbers or bool[N]."""
-        fields = (self.features, self.embedding, self.labels, self.hidden)
-        return Features(*(None if field is None else field[chosen] for field in fields))
+        return Features(
+            self.features[chosen],
+            self.embedding[chosen],
+            self.labels[chosen],
+            None if self.hidden is None else self.hidden[chosen],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +147,7 @@ def _compiled(
 
     def encode(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
         images = images[:, :, ::-1] if mirrored else images
-        return encoder.apply(
+        made: Any = encoder.apply(
             variables,
             recipe.plain(images),
             norm="running",
@@ -151,6 +155,7 @@ def _compiled(
             blocks=blocks,
             method="read",
         )
+        return made
 
     return jax.pmap(encode, AXIS, in_axes=(None, 0), devices=devices)
 
@@ -206,6 +211,17 @@ def of_split(
     if (found.labels < 0).any():
         raise unlabelled(source, split)
     return found
+
+
+def classes(source: Source, split: str) -> int:
+    """How many labels there are.
+
+    Raises:
+      UserError: nothing is labelled.
+    """
+    if source.num_classes is None:
+        raise unlabelled(source, split)
+    return source.num_classes
 
 
 def unlabelled(source: Source, split: str) -> errors.UserError:

@@ -1,7 +1,7 @@
 """Many linear probes at once: a grid of learning rates and weight decays in one pass."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ def train_streamed(
         unit,
         streamed.plan(unit, trained, source),
         pairs,
-        (streamed.width(config, trained), source.num_classes),
+        (streamed.width(config, trained), features.classes(source, split)),
         streamed.rows_of(config, trained),
     )
     state = streamed.fit(
@@ -125,7 +125,7 @@ class Marked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(self, split: str, *args: Any) -> Iterator[base.HostBatch]:
+    def train(self, split: str, *args: Any) -> base.Batches:
         """See `base.Source`; `aux` has "learned", f32[b]."""
         assert split == self._split
         for batch in self._source.train(split, *args):
@@ -235,7 +235,9 @@ def _many(
         metrics = {"loss": jnp.min(finite) / count}
         return ProbeState(state.step + 1, {"classifier": params}, {}, opt_state), metrics
 
-    start = ProbeState(np.int32(0), {"classifier": many}, {}, jax.device_get(tx.init(many)))
+    start = ProbeState(
+        jnp.zeros((), jnp.int32), {"classifier": many}, {}, jax.device_get(tx.init(many))
+    )
     return step, start
 
 

@@ -150,13 +150,13 @@ def _candidates(
     return rows
 
 
-def _on_devices(part: np.ndarray, per_device: int, devices: int) -> tuple[Array, Array]:
+def _on_devices(part: np.ndarray, per_device: int, devices: int) -> tuple[Array, np.ndarray]:
     """f32[devices, per_device, F] rows of length 1, and i32[devices] how many are real."""
     bank = np.zeros((devices * per_device, part.shape[1]), np.float32)
     bank[: len(part)] = part
     counts = np.clip(len(part) - per_device * np.arange(devices), 0, per_device)
-    bank = bank.reshape(devices, per_device, -1)
-    return jax.pmap(unit)(bank), counts.astype(np.int32)
+    by_device = bank.reshape(devices, per_device, -1)
+    return jax.pmap(unit)(by_device), counts.astype(np.int32)
 
 
 def _merged(one, two, keep: int):
@@ -167,7 +167,7 @@ def _merged(one, two, keep: int):
 
 
 def _nearest(
-    bank: Array, counts: Array, test: np.ndarray, own: np.ndarray, keep: int, bank_block: int
+    bank: Array, counts: np.ndarray, test: np.ndarray, own: np.ndarray, keep: int, bank_block: int
 ) -> tuple[Array, Array]:
     """f32[devices, m, keep] similarities and their i32 rows, counted from the bank's first."""
     per_device = bank.shape[1]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -90,7 +91,7 @@ def train(
     standard = classifier.standard(variants[0]) if config.normalise else {}
     head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
     params = {"classifier": head}
-    start = ProbeState(np.int32(0), params, {}, tx.init(params))
+    start = ProbeState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     best = Best(how.steps_per_epoch)
 
     def look(step, state):

@@ -12,7 +12,7 @@ from disco_jax import errors
 from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.streamed import Teacher
-from disco_jax.files import whole
+from disco_jax.files import whole, write_arrays
 from disco_jax.train import checkpoint
 from disco_jax.train.metrics import FILE
 
@@ -29,7 +29,7 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
         file.write_text(json.dumps(result, indent=2) + "\n")
     if arrays:
         with whole(path / f"{name}.npz") as place, place.open("wb") as file:
-            np.savez(file, **arrays)
+            write_arrays(file, arrays)
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def train(
         distill=config.distill,
         teach=_teach(config, teacher, recipe),
     )
-    frozen = {"standard": standard, "teacher": _frozen(teacher)}
+    frozen: dict[str, Any] = {"standard": standard, "teacher": _frozen(teacher)}
     if config.layers == "classifier":
         frozen["network"] = trained.variables
 
@@ -136,7 +136,7 @@ def train(
         source,
         folder,
         step,
-        _start(config, trained, source.num_classes, tx),
+        _start(config, trained, features.classes(source, trained.config.data.train_split), tx),
         frozen,
         evaluate=evaluate if look else None,
         evaluate_steps=look_steps,
@@ -230,7 +230,7 @@ def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> Probe
     if config.layers == "all":
         params["network"] = trained.variables["params"]
         stats = trained.variables["batch_stats"]
-    return ProbeState(np.int32(0), params, stats, jax.device_get(tx.init(params)))
+    return ProbeState(jnp.zeros((), jnp.int32), params, stats, jax.device_get(tx.init(params)))
 
 
 def width(config: ConfigDict, trained: Trained) -> int:

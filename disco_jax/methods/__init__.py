@@ -181,6 +181,10 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
     return tuple(config.student.reuse)
 
 
+def _row(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, size), jnp.float32)
+
+
 def memory_bytes(method: Method, config: Any) -> int:
     """Bytes that the objectives remember from step to step, on every device.
 
@@ -194,7 +198,6 @@ def memory_bytes(method: Method, config: Any) -> int:
     for name, views in method.plan.items():
         spec = config.teacher if name == "teacher" else config.student
         sizes = dim(spec, "features"), dim(spec), sum(spec.prototypes)
-        out = Encoded(*(jax.ShapeDtypeStruct((1, size), jnp.float32) for size in sizes))
-        encoded[name] = dict.fromkeys(views, out)
+        encoded[name] = dict.fromkeys(views, jax.eval_shape(Encoded, *map(_row, sizes)))
     memory = jax.eval_shape(lambda: method.memory(jax.random.key(0), Record(encoded, {})))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))

@@ -1,7 +1,7 @@
 """Attention transfer: the student's feature maps are active where the teacher's are."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +12,8 @@ from disco_jax.ops.relations import attention_distance
 
 LAYERS = ("all", "last")
 RESIZES = ("none", "linear")
+
+Layers = TypeVar("Layers", tuple[Array, ...], list[tuple[int, int]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Attention(Objective):
             raise errors.unknown(f"{setting}.layers", self.layers, LAYERS)
         if self.resize not in RESIZES:
             raise errors.unknown(f"{setting}.resize", self.resize, RESIZES)
-        sizes = {}
+        sizes: dict[str, list[tuple[int, int]]] = {}
         for name in ("student", "teacher"):
-            sizes[name] = [x.shape[1:3] for x in record.encoded[name][self.view].maps]
+            sizes[name] = [(x.shape[1], x.shape[2]) for x in record.maps(name, self.view)]
             if not sizes[name]:
                 raise errors.UserError(
                     f"{setting}: config.{name}.backbone has no feature maps to compare; take a "
@@ -62,14 +64,16 @@ class Attention(Objective):
             )
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
-        student, teacher = (record.encoded[n][self.view].maps for n in ("student", "teacher"))
+        student, teacher = (record.maps(name, self.view) for name in ("student", "teacher"))
         pairs = self._pairs(student, teacher)
         losses = [jnp.mean(attention_distance(ours, theirs)) for ours, theirs in pairs]
         sizes = [f"size_{ours.shape[1]}" for ours, _ in pairs]
         metrics = dict(zip(sizes, losses, strict=True))
         return Term(jnp.sum(jnp.stack(losses)), memory, metrics)
 
-    def _pairs(self, student: tuple, teacher: tuple) -> list[tuple[Array, Array]]:
+    def _pairs(
+        self, student: tuple[Array, ...], teacher: tuple[Array, ...]
+    ) -> list[tuple[Array, Array]]:
         """(student's map, teacher's map) of each layer."""
         teacher = self._wanted(teacher)
         if self.resize == "none":
@@ -78,5 +82,5 @@ class Attention(Objective):
         count = min(len(student), len(teacher))
         return list(zip(student[-count:], teacher[-count:], strict=True))
 
-    def _wanted(self, layers: tuple) -> tuple:
+    def _wanted(self, layers: Layers) -> Layers:
         return layers if self.layers == "all" else layers[-1:]

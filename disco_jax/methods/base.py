@@ -45,15 +45,25 @@ class Record(NamedTuple):
 
     def embedding(self, network: str, view: int) -> Array:
         """f32[B, D], not normalised."""
-        return self.encoded[network][view].embedding
+        return self.output(network, view, "embedding")
 
     def output(self, network: str, view: int, name: str) -> Array:
         """f32[B, D], not normalised: "embedding" or "features", see `OUTPUTS`."""
-        return getattr(self.encoded[network][view], name)
+        found = getattr(self.encoded[network][view], name)
+        assert found is not None, f"the {name} of the {network} was not kept"
+        return found
 
     def scores(self, network: str, view: int) -> Array:
-        """f32[B, K], of the embedding on the network's prototypes."""
-        return self.encoded[network][view].scores
+        """f32[B, K], of the embedding on the network's prototypes, which there must be."""
+        scores = self.encoded[network][view].scores
+        assert scores is not None, f"the {network} has no prototypes"
+        return scores
+
+    def maps(self, network: str, view: int) -> tuple[Array, ...]:
+        """Feature maps of the network's backbone, which its objective must read (`reads_maps`)."""
+        maps = self.encoded[network][view].maps
+        assert maps is not None, f"nobody reads the maps of the {network}"
+        return maps
 
 
 class Term(NamedTuple):
@@ -78,16 +88,22 @@ class Objective(Protocol):
     Attributes:
       weight: of the term in the method's loss.
       reads_maps: whether it reads the backbones' feature maps.
-      makes: views that `mix` adds to the recipe's.
       members: views that must show another image of the bag, see `data/bags.py`.
       aux: names of what it reads of `Record.aux`.
     """
 
+    # Objectives are dataclasses: fields are filled in by `dataclasses.replace`.
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     weight: float
     reads_maps: ClassVar[bool] = False
-    makes: ClassVar[tuple[int, ...]] = ()
     members: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """Views that `mix` adds to the recipe's."""
+        return ()
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
         """Network -> views that the objective reads."""
@@ -124,6 +140,7 @@ class Objective(Protocol):
         Raises:
           UserError: with the shapes and what would do.
         """
+        return None  # without a body type checkers take a protocol's method for an abstract one
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array

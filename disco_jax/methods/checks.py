@@ -47,9 +47,10 @@ def _check_numbers(name: str, objective: Objective, batch_size: int) -> None:
     for field in POSITIVE:
         if getattr(objective, field, 1.0) <= 0 and (setting, field) != ONE_HOT:
             raise errors.UserError(f"{setting}.{field} must be above 0.")
-    if getattr(objective, "global_share", 0.0) > 1:
+    share = getattr(objective, "global_share", 0.0)
+    if share > 1:
         raise errors.UserError(
-            f"{setting}.global_share={objective.global_share} must be a share in 0..1, or -1 to "
+            f"{setting}.global_share={share} must be a share in 0..1, or -1 to "
             "count every pair of views the same."
         )
     init = getattr(objective, "queue_init", "random")
@@ -59,8 +60,10 @@ def _check_numbers(name: str, objective: Objective, batch_size: int) -> None:
         raise errors.unknown(f"{setting}.reduction", objective.reduction, REDUCTIONS)
     size = getattr(objective, "queue_size", None)
     if isinstance(objective, Compress):  # its anchors may wrap inside a batch
-        if size < batch_size:
-            raise errors.UserError(f"{setting}.queue_size={size} is below config.batch_size.")
+        if objective.queue_size < batch_size:
+            raise errors.UserError(
+                f"{setting}.queue_size={objective.queue_size} is below config.batch_size."
+            )
     elif isinstance(objective, Swapped) and size == 0:
         return  # it works without
     elif size is not None and (size < 1 or size % batch_size):

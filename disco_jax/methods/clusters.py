@@ -43,12 +43,11 @@ class PseudoLabels(Objective):
             )
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
-        encoded, labels = record.encoded["student"][self.view], record.aux["cluster"]
-        scores = encoded.scores
+        scores, labels = record.scores("student", self.view), record.aux["cluster"]
         right = jnp.argmax(scores, axis=-1) == labels
         metrics = {
             "accuracy": jnp.mean(right.astype(jnp.float32)),
-            "student_std": spread(unit(encoded.embedding)),
+            "student_std": spread(unit(record.embedding("student", self.view))),
         }
         return Term(jnp.mean(class_cross_entropy(scores, labels)), memory, metrics)
 

@@ -1,7 +1,7 @@
 """InfoNCE against a queue of past keys: MoCo-v2, and the contrastive part of DisCo."""
 
 import dataclasses
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,6 @@ def _bank(key_view: int) -> str:
     return f"view_{key_view}"
 
 
-def inherits(inherited: Any, size: int, dim: int) -> bool:
+def inherits(inherited: Queue | None, size: int, dim: int) -> TypeGuard[Queue]:
     """Whether a teacher's queue is there and has the shape that is asked for."""
     return inherited is not None and inherited.vectors.shape == (size, dim)

@@ -23,7 +23,8 @@ def pair_loss(
       temperature: tau > 0 of the student.
       global_share: alpha of the pairs of two global views; below 0: every pair counts the same.
     """
-    between, local = [], []
+    between: list[Array] = []
+    local: list[Array] = []
     for view in (*record.views.globals, *record.views.locals):
         scores = record.scores("student", view)
         for source, target in targets.items():

@@ -62,9 +62,10 @@ class Similarity(Objective):
         for group in self.groups:
             view = group[0][1]
             dim = record.embedding("teacher", view).shape[-1]
-            fresh = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
-            takes = self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim)
-            begin = inherited.rewound() if takes else fresh
+            if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
+                begin = inherited.rewound()
+            else:
+                begin = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
             banks[_bank(group)] = begin.stored(False, self.shared)
         return banks
 

@@ -14,7 +14,7 @@ from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.norm import MODES
 from disco_jax.ops.collectives import EXCHANGES
 
-FAMILIES = {
+FAMILIES: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
     resnet.ResNet: resnet.VARIANTS,
     efficientnet.EfficientNet: efficientnet.VARIANTS,
     mobilenet.MobileNet: mobilenet.VARIANTS,

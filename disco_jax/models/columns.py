@@ -70,13 +70,13 @@ class ColumnConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         rows, (low, _) = self._pads((x.shape[1], x.shape[2] * incoming))
         where, across = _places(self.side, self.stride, low, self.columns)
-        kernel, where = kernel.astype(self.dtype), jnp.asarray(where, self.dtype)
+        kernel, reads = kernel.astype(self.dtype), jnp.asarray(where, self.dtype)
         if self.depthwise:
-            taps = jnp.einsum("htd,tpio->hpiod", kernel[:, :, 0], where)
+            taps = jnp.einsum("htd,tpio->hpiod", kernel[:, :, 0], reads)
             own = tiled(jnp.eye(self.features, dtype=self.dtype), self.columns)
             dense = jnp.einsum("hpid,cd->hpicd", taps.reshape(*taps.shape[:3], -1), own)
         else:
-            dense = jnp.einsum("htcd,tpio->hpicod", kernel, where)
+            dense = jnp.einsum("htcd,tpio->hpicod", kernel, reads)
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             dense.reshape(self.side, -1, x.shape[-1], self.columns * self.features),

@@ -6,6 +6,8 @@ dropout and stochastic depth while training. And timm's `tf_` form of the same w
 padding follows the input.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -42,7 +44,8 @@ class EfficientNet(InvertedStages, kw_only=True):
 
     def blocks(self) -> list[list[Block]]:
         """The table of stages, written out block by block."""
-        width, stages = STEM, []
+        stages: list[list[Block]] = []
+        width = STEM
         spared = 1 if self.stem == "small" else 0
         for (kernel, stride, expansion, channels), count in zip(_STAGES, self.repeats, strict=True):
             if stride == 2 and spared:
@@ -82,14 +85,14 @@ class EfficientNet(InvertedStages, kw_only=True):
 
 _B0 = (1, 2, 2, 3, 3, 4, 1)
 _B1 = (2, 3, 3, 4, 4, 5, 2)  # ceil(1.1 n)
-_PORT = dict(
+_PORT: dict[str, Any] = dict(
     style=Style(padding="static", epsilon=1e-3, momentum=0.99, start="torch"),
     drop_path=0.2,
     dropout=0.2,
 )
-_TF = dict(style=Style(padding="same", epsilon=1e-3, momentum=0.99))
+_TF: dict[str, Any] = dict(style=Style(padding="same", epsilon=1e-3, momentum=0.99))
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "efficientnet_b0": dict(repeats=_B0),
     "efficientnet_b1": dict(repeats=_B1),
     "efficientnet_b0_seed": dict(repeats=_B0, nominal=224, **_PORT),

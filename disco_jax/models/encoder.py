@@ -27,7 +27,8 @@ class Encoded(NamedTuple):
     """What a network says of a batch of images.
 
     Attributes:
-      features: f32[B, F], after pooling; what linear probes and kNN read.
+      features: f32[B, F], after pooling; what linear probes and kNN read. None, as the embedding
+        may be too, only of a teacher's outputs that were kept, where no objective reads it.
       embedding: f32[B, D], after the head; of length 1 only where the head itself ends so
         (SwAV, SimCLR, DINO).
       scores: f32[B, K], of the embedding on the prototypes; None without them.
@@ -35,8 +36,8 @@ class Encoded(NamedTuple):
         finest first; None unless an objective reads them, () of networks without.
     """
 
-    features: Array
-    embedding: Array
+    features: Array | None
+    embedding: Array | None
     scores: Array | None = None
     maps: tuple[Array, ...] | None = None
 
@@ -83,6 +84,7 @@ class Encoder(nn.Module):
 
     def score(self, embedding: Array) -> Array:
         """f32[N, D] -> f32[N, K]: embeddings on the prototypes, which there must be."""
+        assert self.prototypes is not None
         return self.prototypes(embedding)
 
     def read(self, images: Array, *, norm: str, outputs: Iterable[str], blocks: int = 1):
@@ -126,7 +128,7 @@ class Network:
     """An encoder and the statistics that its BatchNorm layers use while training.
 
     Attributes:
-      encoder: any module with `Encoder`'s call.
+      encoder: what encodes; tests put other modules with its call in its place.
       norm: "local", "sync", "shuffle" or "running"; see `BatchNorm` and `collectives.shuffle`.
       rescale: a factor and an offset for each channel, which turn images with the recipe's
         normalisation into images with the one this network was trained with; None: the same.
@@ -136,7 +138,7 @@ class Network:
       carried: dtype in which it does: that of the computation.
     """
 
-    encoder: nn.Module
+    encoder: Encoder
     norm: str = "local"
     rescale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     grouped: bool = False
@@ -220,7 +222,7 @@ def _apply(
     network: Network,
     variables: Variables,
     images: Mapping[int, Array],
-    rngs: Mapping[str, Array],
+    rngs: dict[str, Array],
     maps: bool,
 ) -> tuple[dict[int, Encoded], Any]:
     """The views of `images` in one application: one call of the backbone a size.

@@ -1,5 +1,7 @@
 """Heads on top of the pooled features; thrown away when the backbone is deployed."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -171,7 +173,7 @@ def _linear(
 
 
 # Fields of `ProjectionHead` by the name that a config gives.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "mlp_bn": dict(batch_norm=True),
     "mlp_unit": dict(unit=True),

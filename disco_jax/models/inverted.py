@@ -26,14 +26,14 @@ from disco_jax.models.norm import BatchNorm
 
 PADDINGS = ("symmetric", "same", "static")
 Activation = Callable[[Array], Array]
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "swish": nn.swish,
     "hard_swish": nn.hard_swish,
     "gelu": functools.partial(nn.gelu, approximate=False),
 }
-GATES = {"sigmoid": nn.sigmoid, "hard_sigmoid": nn.hard_sigmoid}
+GATES: dict[str, Activation] = {"sigmoid": nn.sigmoid, "hard_sigmoid": nn.hard_sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ class InvertedResidual(nn.Module):
         x = self._batch_norm("depthwise_bn", left)(x, norm=norm)
         squeeze = functools.partial(self._squeeze, columns=left)
         squeeze_first = style.squeeze_first and block.expanded != channels
-        for step in [squeeze, act] if squeeze_first else [act, squeeze]:
+        steps: tuple[Activation, ...] = (squeeze, act) if squeeze_first else (act, squeeze)
+        for step in steps:
             x = step(x)
         x = self._conv(block.channels, 1, 1, "project_conv", left)(x)
         x = self._batch_norm("project_bn", left)(x, norm=norm)

@@ -5,6 +5,9 @@ the activation, epsilon 1e-5); SEED's own port (before the activation where a bl
 dropout); torchvision's (epsilon 1e-3).
 """
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -36,7 +39,8 @@ class MobileNet(InvertedStages, kw_only=True):
 
     def blocks(self) -> list[list[Block]]:
         """The table of stages with every width worked out."""
-        width, stages = self.stem_width, []
+        stages: list[list[Block]] = []
+        width = self.stem_width
         spared = 1 if self.stem == "small" else 0
         for rows in self.stages:
             stages.append([])
@@ -109,29 +113,29 @@ _V3_STAGES = (
         (5, 1, 6, 160, True, "hard_swish"),
     ),
 )
-_V2 = dict(
+_V2: dict[str, Any] = dict(
     stages=_v2_stages(),
     stem_width=32,
     tail_width=1280,
     tail_linear=False,
     activation="relu6",
 )
-_V3 = dict(
+_V3: dict[str, Any] = dict(
     stages=_V3_STAGES,
     stem_width=16,
     tail_width=960,
     tail_linear=True,
     activation="hard_swish",
 )
-_V3_GATE = dict(gate="hard_sigmoid", squeeze_activation="relu")
+_v3_style = functools.partial(Style, gate="hard_sigmoid", squeeze_activation="relu")
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "mobilenetv2": dict(**_V2, style=Style(start="torchvision")),
-    "mobilenetv3_large": dict(**_V3, style=Style(**_V3_GATE)),
+    "mobilenetv3_large": dict(**_V3, style=_v3_style()),
     "mobilenetv3_large_seed": dict(
-        **_V3, style=Style(squeeze_first=True, start="seed", **_V3_GATE), dropout=0.2
+        **_V3, style=_v3_style(squeeze_first=True, start="seed"), dropout=0.2
     ),
     "mobilenetv3_large_tv": dict(
-        **_V3, style=Style(epsilon=1e-3, momentum=0.99, start="torchvision", **_V3_GATE)
+        **_V3, style=_v3_style(epsilon=1e-3, momentum=0.99, start="torchvision")
     ),
 }

@@ -109,10 +109,10 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", zeros, (features,), jnp.float32)
         mean = self.variable("batch_stats", "mean", zeros, None, (features,))
         var = self.variable("batch_stats", "var", ones, None, (features,))
-        sign = 1.0
+        sign: float | Array = 1.0
         if pool is not _unchanged:
-            sign = jax.lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0))
-            x, scale = x * _tiled(sign, x).astype(x.dtype), scale * sign
+            sign = turned = jax.lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0))
+            x, scale = x * _tiled(turned, x).astype(x.dtype), scale * sign
         stored = mean.value * sign
         if norm == "running":
             return self._applied(pool(x), stored, var.value, scale, bias)

@@ -6,7 +6,7 @@ about 224 px. With the small stem: a 3x3 convolution of stride 1 and no pool, fo
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from disco_jax.models.columns import ColumnConv, packed, unpacked
 from disco_jax.models.init import he_fan_out
 from disco_jax.models.maps import keep as keep_map
 from disco_jax.models.norm import BatchNorm, Product
-from disco_jax.models.shifts import by_shifts, max_pool
+from disco_jax.models.shifts import Pads, by_shifts, max_pool
 from disco_jax.models.stem import by_pairs
 
 STEMS = ("imagenet", "small")
@@ -99,17 +99,17 @@ class ResNet(nn.Module):
             keep_map(self, stage, unpacked(x, columns))
         return jnp.mean(unpacked(x, columns).astype(jnp.float32), axis=(1, 2))
 
-    def _stem(self, x: Array, batch_norm: Callable[..., nn.Module], norm: str):
+    def _stem(self, x: Array, batch_norm: Callable[..., BatchNorm], norm: str):
         """What the first stage reads, and how many of its columns lie side by side."""
         conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype, name="conv1")
-        batch_norm = batch_norm(name="bn1")
+        first = batch_norm(name="bn1")
         if self.stem == "small":
-            x = nn.relu(batch_norm(conv(self.width, 3)(x), norm=norm))
+            x = nn.relu(first(conv(self.width, 3)(x), norm=norm))
             columns = self._fitting(x.shape[2])
             return packed(x, columns), columns
         x = conv(self.width, 7, 2, convolve=by_pairs if self.pairs else None)(x)
         columns = self._fitting(-(-x.shape[2] // 2))
-        padding = ((1, 1), (1, 1))
+        padding: Pads = ((1, 1), (1, 1))
         if self.padding == "same":
             padding = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), "SAME")
 
@@ -119,8 +119,8 @@ class ResNet(nn.Module):
             return packed(nn.max_pool(x, (3, 3), (2, 2), padding), columns)
 
         if self.pairs:
-            return nn.relu(batch_norm(x, norm=norm, pool=pool)), columns
-        return pool(nn.relu(batch_norm(x, norm=norm))), columns
+            return nn.relu(first(x, norm=norm, pool=pool)), columns
+        return pool(nn.relu(first(x, norm=norm))), columns
 
     def _fitting(self, width: int) -> int:
         """`columns`, if maps of this width can be packed so, and halved."""
@@ -143,7 +143,7 @@ class Block(nn.Module):
     channels: int
     stride: int
     conv: Callable[..., nn.Module]
-    batch_norm: Callable[..., nn.Module]
+    batch_norm: Callable[..., BatchNorm]
     last_scale: float
     columns: int = 1
 
@@ -211,17 +211,17 @@ def _conv(
 
     Where columns come in side by side, 1 / stride of them leave.
     """
-    padding = "SAME" if padding == "same" else (kernel - 1) // 2
+    around = "SAME" if padding == "same" else (kernel - 1) // 2
     if columns > 1:
         left = columns // stride
         return ColumnConv(
-            features, kernel, stride, left, padding, False, he_fan_out, dtype, name=name
+            features, kernel, stride, left, around, False, he_fan_out, dtype, name=name
         )
     return nn.Conv(
         features,
         (kernel, kernel),
         (stride, stride),
-        padding=padding,
+        padding=around,
         use_bias=False,
         kernel_init=he_fan_out,
         dtype=dtype,
@@ -235,7 +235,7 @@ _CIFAR = dict(block="basic", width=16, stem="small")  # the paper's section 4.2:
 
 _50 = dict(stage_sizes=(3, 4, 6, 3), block="bottleneck", stem="imagenet")
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "resnet18": dict(stage_sizes=(2, 2, 2, 2), block="basic", **_IMAGENET),
     "resnet34": dict(stage_sizes=(3, 4, 6, 3), block="basic", **_IMAGENET),
     "resnet50": dict(width=64, **_50),

@@ -47,7 +47,8 @@ def by_shifts(
     channels, sides = images.shape[-1], kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:3], sides, strides, padding)
-    where = tuple(strides), tuple(map(tuple, padding))
+    down, across = strides
+    where = (down, across), tuple((low, high) for low, high in padding)
     if feature_group_count == channels == kernel.shape[-1]:
         return _depthwise(images, kernel, *where)
     places = images.shape[0] * math.prod(_sizes(images, sides, *where))

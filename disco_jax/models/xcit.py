@@ -1,5 +1,7 @@
 """XCiT (arXiv:2106.09681): attention between channels instead of tokens, as its code runs it."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -235,7 +237,7 @@ def _fourier(rows: int, columns: int) -> np.ndarray:
     return np.concatenate([down, across], axis=-1).astype(np.float32)
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "xcit_tiny_12_p16": dict(width=192, heads=4),
     "xcit_small_12_p16": dict(width=384, heads=8),
     "xcit_small_12_p8": dict(width=384, heads=8, patch=8),

@@ -221,8 +221,8 @@ def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
     """
     chex.assert_type(images, jnp.float32)
     chex.assert_shape(images, (None, None, None, 3))
-    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (mean, std))
-    return (images - mean) / std
+    means, deviations = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (mean, std))
+    return (images - means) / deviations
 
 
 def _check(images: Array, factors: Array, dtype: type = jnp.float32) -> None:

@@ -144,7 +144,7 @@ def attention_distance(student: Array, teacher: Array) -> Array:
     Returns:
       f32[B], one value an example; the objective takes the mean.
     """
-    size = student.shape[1:3]
+    size = student.shape[1], student.shape[2]
     return jnp.mean(jnp.square(attention(student, size) - attention(teacher, size)), axis=-1)
 
 

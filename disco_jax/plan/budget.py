@@ -70,4 +70,6 @@ def costs(configs: Mapping[str, Any]) -> tuple[float, float]:
 def flops(train_step: Callable[..., Any], arguments: tuple) -> float:
     """Operations of a step of one replica, as it is written: no compiler has touched it."""
     one = jax.vmap(train_step, in_axes=(None, None, 0), axis_name=AXIS)
-    return jax.jit(one).lower(*arguments).cost_analysis()["flops"]
+    costs = jax.jit(one).lower(*arguments).cost_analysis()
+    assert costs is not None, "CPUs, GPUs and TPUs count operations"
+    return costs["flops"]

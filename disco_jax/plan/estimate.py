@@ -82,7 +82,7 @@ def scaled(
 ) -> dict[str, hlo.Collective]:
     """The collectives on another number of chips with as many images each."""
     return {
-        kind: c._replace(bytes=c.bytes * after // before) if kind in _GROWING else c
+        kind: dataclasses.replace(c, bytes=c.bytes * after // before) if kind in _GROWING else c
         for kind, c in collectives.items()
     }
 

@@ -1,10 +1,10 @@
 """What the text of a program that was compiled for TPUs tells: its cycles and its collectives."""
 
 import collections
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 # The collectives of XLA; of those that run beside others, the one that starts them counts.
 COLLECTIVES = (
@@ -23,7 +23,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OPCODE = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """The collectives of one kind in one execution of a program.
 
     Attributes:
@@ -87,14 +88,16 @@ def collective_bytes(text: str) -> dict[str, Collective]:
     inside = ((line, 1.0) for lines in computations.values() for line in lines)
     for line, weight in itertools.chain(_walk(computations, entry, 1.0), inside):
         match = _OPCODE.match(line.strip())
-        kind = match and match.group(2).removesuffix("-start")
+        if match is None:
+            continue
+        shape, opcode = match.groups()
+        kind = opcode.removesuffix("-start")
         chain = _CHAIN.search(line)
         place = (kind, chain.group(1)) if chain else line
         if kind not in COLLECTIVES or place in seen:
             continue
         seen.add(place)
-        shape = match.group(1)
-        if match.group(2).endswith("-start") and kind != "all-reduce":
+        if opcode.endswith("-start") and kind != "all-reduce":
             shape = _second(shape)  # (what goes in, what comes out, ...)
         found[kind][0] += weight
         found[kind][1] += weight * _bytes(shape)
@@ -145,7 +148,8 @@ def _names(line: str, attribute: str) -> list[str]:
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Name -> lines, and the name of the one that runs first."""
     computations: dict[str, list[str]] = {}
-    entry, lines = "", None
+    entry = ""
+    lines: list[str] | None = None
     for line in text.splitlines():
         if line.startswith("}"):
             lines = None

@@ -100,6 +100,7 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
         return too_large(str(error), held)
     seconds = time.monotonic() - begin
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert memory is not None and costs is not None and text is not None, "libtpu tells all three"
     crossing = memory.argument_size_in_bytes + memory.output_size_in_bytes
     # Arguments lie in tiles, with some padding; it counts as what lives for a step.
     held["activations"] = max(
@@ -142,7 +143,7 @@ def too_large(message: str, held: dict[str, int]) -> Program:
 def _uncached() -> Iterator[None]:
     """Without the cache of compiled programs, which cannot be read without their devices."""
     name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
     try:
         yield

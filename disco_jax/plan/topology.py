@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -123,7 +124,7 @@ def open_slice(name: str) -> Slice:
         )
     from jax.experimental import topologies
 
-    options = {"chip_config_name": chip.config} if chip.config else {}
+    options: dict[str, Any] = {"chip_config_name": chip.config} if chip.config else {}
     bounds = (*sides, 1, 1)[:3]
     small = math.prod(sides) <= 8 and chip.axes == 2
     if small or any(side % part for side, part in zip(bounds, chip.host_bounds, strict=True)):

@@ -133,18 +133,18 @@ def environment(run: Run) -> str:
         return ""
     last = run.starts[-1]
     devices = last.get("devices", [])
-    lines = [
-        ["starts", len(run.starts)],
-        ["newest start", last.get("time")],
-        ["command", " ".join(last.get("command", []))],
-        ["git revision", last.get("git") or "not in a checkout"],
-        ["devices", f"{len(devices)}: {', '.join(devices[:8])}" + (", ..." * (len(devices) > 8))],
-        ["processes", last.get("processes")],
-        ["seed", last.get("seed")],
-        ["Python", last.get("python")],
-        ["platform", last.get("platform")],
-        ["disco_jax", last.get("disco_jax")],
-        *([name, version] for name, version in last.get("packages", {}).items()),
+    lines: list[tuple[str, Any]] = [
+        ("starts", len(run.starts)),
+        ("newest start", last.get("time")),
+        ("command", " ".join(last.get("command", []))),
+        ("git revision", last.get("git") or "not in a checkout"),
+        ("devices", f"{len(devices)}: {', '.join(devices[:8])}" + (", ..." * (len(devices) > 8))),
+        ("processes", last.get("processes")),
+        ("seed", last.get("seed")),
+        ("Python", last.get("python")),
+        ("platform", last.get("platform")),
+        ("disco_jax", last.get("disco_jax")),
+        *((name, version) for name, version in last.get("packages", {}).items()),
     ]
     return table(("", "of the newest start"), [[key, text(value)] for key, value in lines])
 

@@ -116,7 +116,7 @@ class Row:
 def rows(run: Run) -> list[Row]:
     """Every accuracy of a run, the papers' beside; last those that only a paper has."""
     printed = paper.values(run.config)
-    found = []
+    found: list[Row] = []
     for name, result in run.results.items():
         found += _of_result(name, result, printed)
     seen = {paper.kind(row.name) for row in found if row.printed}

@@ -75,6 +75,7 @@ def run(
     if dry_run:
         return {"steps": steps, "bytes": size}
     path = epath.Path(folder)
+    assert ready.teacher is not None  # `wanted` refuses a method without one
     told = cached.made_of(ready.config, ready.method, ready.record, ready.source, ready.teacher)
     meta = {"steps": steps, "epochs": epochs, "made_of": told}
     _claim(path, meta)
@@ -106,7 +107,7 @@ def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
 def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     """Encodes and keeps the batches that are missing."""
     writer = targets.Writer(path, jax.process_index(), jax.process_count())
-    names = next(iter(ready.method.teacher_outputs(ready.record).values()))
+    names = tuple(next(iter(ready.method.teacher_outputs(ready.record).values())))
     encode = step.parallel_targets(
         step.make_targets(ready.method, ready.recipe, ready.config.seed, names)
     )

@@ -17,7 +17,7 @@ from disco_jax import errors
 from disco_jax.configs import common
 from disco_jax.data import decode, pipeline, views
 from disco_jax.data.base import Position, Source
-from disco_jax.files import whole
+from disco_jax.files import whole, write_arrays
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.distill import data_fields
 
@@ -123,7 +123,7 @@ def _copy(source: Source, npz: str, limit: int) -> None:
         if min(labels) >= 0:
             arrays[f"{split}_labels"] = np.array(labels, np.int32)
     with whole(npz) as path, open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        write_arrays(file, arrays, compress=True)
     print(f"Copied to {npz}: --config.data.source=npz --config.data.dir={npz}")
 
 
@@ -141,7 +141,8 @@ def _open(data: str, data_dir: str) -> Source:
 
 def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
     """What one split holds."""
-    sides, labels = collections.Counter(), collections.Counter()
+    sides: collections.Counter[int] = collections.Counter()
+    labels: collections.Counter[int] = collections.Counter()
     unreadable, read, told = [], 0, time.monotonic()
     records = source.pictures(split)
     for name, label, shape in _decoded(itertools.islice(records, limit or None)):

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     """`disco-jax distill --data D --teacher T --student S --workdir W [--config.x=y]`."""
     from disco_jax import main as entry
 
-    given = {name: _value(argv, name) for name in ("data", "teacher", "student")}
+    given = {name: _value(argv, name) or "" for name in ("data", "teacher", "student")}
     wants_help = {"-h", "--help"} & set(argv)
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing and not wants_help:
@@ -116,11 +116,11 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
         )
     config.teacher.weights = str(path)
     if path.is_file():
-        imported = convert.read_network(path)
+        imported = convert.read_network(str(path))
         config.teacher.update(teachers.shape(imported.spec))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
-        run = read_config(path)
+        run = read_config(str(path))
         config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
             value = run.augment[field]

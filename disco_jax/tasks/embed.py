@@ -14,7 +14,7 @@ from disco_jax import errors, flags, models
 from disco_jax.data import decode, folders, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
-from disco_jax.files import whole
+from disco_jax.files import whole, write_arrays
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.opening import Opened, open_network
 
@@ -147,7 +147,7 @@ def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
     """Writes all or nothing."""
     with whole(target) as path, path.open("wb") as file:
         if target.suffix == ".npz":
-            np.savez(file, **columns)
+            write_arrays(file, columns)
             return
         arrow, parquet = _pyarrow()
         table = {

@@ -191,7 +191,7 @@ def _program(
     """Writes a program; runs it in its own runtime for one image and for three."""
     output = "embedding" if with_head else "features"
 
-    def function(images: jax.Array) -> jax.Array:
+    def function(images: np.ndarray | jax.Array) -> jax.Array:
         return opened(images, output)
 
     write, read = _runtime(format)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -129,7 +129,7 @@ def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
 def _state(imported: convert.Imported) -> TrainState:
     queue = imported.queue
     return TrainState(
-        step=np.int32(0),
+        step=jnp.zeros((), jnp.int32),
         student=imported.variables,
         momentum={},
         memory={} if queue is None else {"contrast": {teacher.KEYS: queue}},

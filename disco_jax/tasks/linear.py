@@ -175,7 +175,8 @@ def _streamed(
         return best(step, *tested(network, layer))
 
     looks = dict(look=look, look_steps=config.evaluate_every_epochs * how.steps_per_epoch)
-    network, search = trained, {}
+    network = trained
+    search: dict[str, Any] = {}
     if config.grid.rates:
         layer, search = grid.train_streamed(config, trained, source, str(folder), **looks)
     else:

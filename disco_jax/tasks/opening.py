@@ -34,7 +34,7 @@ class Opened:
     config: ConfigDict
     provenance: dict[str, Any]
 
-    def __call__(self, images: np.ndarray, output: str = "features") -> jax.Array:
+    def __call__(self, images: np.ndarray | jax.Array, output: str = "features") -> jax.Array:
         """f32[B, H, W, 3] normalised images -> f32[B, D], at full precision."""
         with jax.default_matmul_precision("highest"):
             return getattr(self.encoder.apply(self.variables, images, norm="running"), output)

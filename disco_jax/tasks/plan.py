@@ -1,5 +1,6 @@
 """Compile a config's step for a TPU slice that is not there: memory, speed, hours."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,7 @@ def _report(
         "images_per_s_per_host": rate / where.hosts,
         "epochs_per_hour": 3600 * rate / images,
         "hours": steps * took.step / 3600,
-        "collectives": {kind: c._asdict() for kind, c in made.collectives.items()},
+        "collectives": {kind: dataclasses.asdict(c) for kind, c in made.collectives.items()},
         "scaling": scaling,
         "compile_s": made.compile_s,
     }

@@ -115,8 +115,8 @@ def fresh(ready: Prepared) -> state.TrainState:
         ready.built.learner.tx,
         config.seed,
         config.augment.size,
-        inherited=ready.teacher and ready.teacher.queue,
-        reused=ready.teacher and ready.teacher.variables,
+        inherited=ready.teacher.queue if ready.teacher else None,
+        reused=ready.teacher.variables if ready.teacher else None,
         record=ready.record,
     )
 

@@ -63,16 +63,16 @@ def _of_classes() -> dict[str, str]:
 
     out = {}
     for name, cls in methods.OBJECTIVES.items():
-        out[f"objectives.{name}"] = cls.__doc__.splitlines()[0]
+        out[f"objectives.{name}"] = (cls.__doc__ or "").partition("\n")[0]
         out |= _attributes(f"objectives.{name}", cls)
-    for cls in (views.Crop, views.Photometric):
-        out |= _attributes("augment", cls)
+    for part in (views.Crop, views.Photometric):
+        out |= _attributes("augment", part)
     return out
 
 
 def _attributes(prefix: str, cls: type) -> dict[str, str]:
     """The part "Attributes" of a docstring."""
-    lines = inspect.cleandoc(cls.__doc__).partition("Attributes:\n")[2].splitlines()
+    lines = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines()
     out, key = {}, ""
     for line in lines:
         if match := re.match(r"  (\w+): (.*)", line):
@@ -115,7 +115,9 @@ class _Comments:
     """Walks the assignments `config.FIELD = ...` of a function, dicts in them too."""
 
     def __init__(self, lines: list[str]):
-        self._lines, self.found, self._locals = lines, {}, {}
+        self._lines = lines
+        self.found: dict[str, str] = {}
+        self._locals: dict[str, ast.expr] = {}
 
     def of(self, function: ast.FunctionDef) -> dict[str, str]:
         for node in ast.walk(function):
@@ -131,8 +133,9 @@ class _Comments:
     def fields(self, name: str, call: ast.Call) -> None:
         """Of the keywords of a `dict(...)`, and of the dicts that it starts from."""
         for given in call.args:
-            if isinstance(given, ast.Name) and given.id in self._locals:
-                self.fields(name, self._locals[given.id])
+            known = self._locals.get(given.id) if isinstance(given, ast.Name) else None
+            if isinstance(known, ast.Call):
+                self.fields(name, known)
         for keyword in call.keywords:
             # A comment is of the first field of its line.
             before = self._lines[keyword.lineno - 1][: keyword.col_offset]
@@ -140,11 +143,14 @@ class _Comments:
                 self._note(f"{name}.{keyword.arg}", keyword, keyword.value)
 
     def _note(self, name: str, node: Any, value: ast.AST) -> None:
-        above, text = node.lineno - 2, []
+        above = node.lineno - 2
+        text: list[str] = []
         while above >= 0 and (one := self._lines[above].strip()).startswith("#"):
             text.insert(0, one)
             above -= 1
-        nested = isinstance(value, ast.Call) and ast.unparse(value.func) == "dict"
+        nested = None
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "dict":
+            nested = value
         ends = self._lines[(node.lineno if nested else node.end_lineno) - 1]
         if match := re.search(r"  # (.*)$", ends):
             text.append(match[1])
@@ -152,7 +158,7 @@ class _Comments:
             joined = " ".join(line.lstrip("# ") for line in text)
             self.found[name] = _plain(joined)
         if nested:
-            self.fields(name, value)
+            self.fields(name, nested)
 
 
 def _table(title: str, fields: dict[str, Any], notes: dict[str, str]) -> str:

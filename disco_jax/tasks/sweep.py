@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
         return
     flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
     names = ("dry_run", "topology", "worker", "workers", "teachers_only")
-    run(values.config, values.workdir, **{name: values[name].value for name in names})
+    given: dict[str, Any] = {name: values[name].value for name in names}
+    run(values.config, values.workdir, **given)
 
 
 def _define(values: absl_flags.FlagValues) -> None:

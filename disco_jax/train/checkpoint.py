@@ -11,21 +11,33 @@ import logging
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from disco_jax.errors import UserError
-from disco_jax.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 _META = "meta"
+
+
+class Stepped(Protocol):
+    """A dataclass of trees of arrays and a step: `state.TrainState`, or that of a classifier."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def step(self) -> jax.Array: ...
+
+
+State = TypeVar("State", bound=Stepped)
 
 
 class Checkpoints:
@@ -59,7 +71,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Stepped,
         position: Sequence[Sequence[int]],
         metrics: Mapping[str, float],
     ) -> None:
@@ -95,8 +107,8 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def restore(
-        self, like: TrainState, newest: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+        self, like: State, newest: int | None = None
+    ) -> tuple[State, dict[str, Any]] | None:
         """The newest good checkpoint, or None if there is none.
 
         A checkpoint that cannot be read, or whose checksum does not match, is moved to
@@ -131,7 +143,7 @@ class Checkpoints:
                     aside,
                 )
                 continue
-            return dataclasses.replace(like, **restored, step=np.int32(step)), meta
+            return dataclasses.replace(like, **restored, step=jnp.int32(step)), meta
         if damaged:
             raise UserError(
                 f"No checkpoint in {self._workdir / FOLDER} can be read; all were moved to "
@@ -205,7 +217,7 @@ def _absolute(workdir: str) -> epath.Path:
     return path if "://" in str(workdir) else epath.Path(os.path.abspath(path))
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def _parts(state: Stepped) -> dict[str, Any]:
     """The fields of a state that hold arrays, but for the step, which the metadata keeps."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: tree for name, tree in fields.items() if name != "step" and jax.tree.leaves(tree)}

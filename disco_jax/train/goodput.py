@@ -107,6 +107,6 @@ class Goodput:
         self._seconds[part] += max(spent - self._compiled - waited_s, 0.0)
         self._compiled = 0.0
 
-    def _listen(self, event: str, seconds: float, **_) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILATION:
-            self._compiled += seconds
+            self._compiled += duration_secs

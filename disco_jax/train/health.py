@@ -69,9 +69,10 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
       there is what it needs. And "health/rank", f32[N, N]: a Gram matrix of the features, which
       `effective_rank` reads.
     """
-    view, first = next(iter(record.encoded["student"].items()))
-    embedding = unit(first.embedding)
-    found = {"std": spread(embedding), "rank": _gram(first.features)}
+    view = next(iter(record.encoded["student"]))
+    embedding = unit(record.embedding("student", view))
+    features = record.output("student", view, "features")
+    found = {"std": spread(embedding), "rank": _gram(features)}
     if len(embedding) * replicas() > 1:
         found["uniformity"] = _uniformity(_some(embedding))
     other = _other(record, view, embedding.shape[-1])
@@ -166,8 +167,11 @@ def _other(record: Record, view: int, dim: int) -> Array | None:
     """f32[B, dim], unit rows: another encoding of the same images."""
     for network in ("student", "momentum", "teacher"):
         for number, encoded in record.encoded.get(network, {}).items():
-            if (network, number) != ("student", view) and encoded.embedding.shape[-1] == dim:
-                return unit(encoded.embedding)
+            other = encoded.embedding
+            if other is None or (network, number) == ("student", view):
+                continue
+            if other.shape[-1] == dim:
+                return unit(other)
     return None
 
 
@@ -178,9 +182,9 @@ def _agreement(record: Record, queues: list[Queue]) -> Array | None:
         return None
     students = record.encoded["student"]
     view = next((v for v in teachers if v in students), None)
-    if view is None:
+    if view is None or teachers[view].embedding is None:
         return None
-    teacher, student = unit(teachers[view].embedding), unit(students[view].embedding)
+    teacher, student = (unit(record.embedding(name, view)) for name in ("teacher", "student"))
     if teacher.shape != student.shape:
         return None
     queue = next((q for q in queues if q.vectors.shape[1] == teacher.shape[1]), None)

@@ -79,20 +79,16 @@ def _place(coordinator: str, processes: int, process: int) -> dict[str, Any]:
             f"{', '.join(_ONE_OF_MANY)}); missing: {', '.join(missing)}."
         )
     try:
-        known = dict(
-            coordinator_address=given[0],
-            num_processes=int(given[1]),
-            process_id=int(given[2]),
-        )
+        count, mine = int(given[1]), int(given[2])
     except ValueError:
         raise UserError(
             f"--processes={given[1]!r} and --process={given[2]!r} must be whole numbers."
         ) from None
-    if not 0 <= known["process_id"] < known["num_processes"]:
-        raise UserError(f"--process={given[2]} is not one of 0..{int(given[1]) - 1}.")
+    if not 0 <= mine < count:
+        raise UserError(f"--process={given[2]} is not one of 0..{count - 1}.")
     if ":" not in given[0]:
         raise UserError(f"--coordinator={given[0]} needs a port: {given[0]}:8476.")
-    return known
+    return {"coordinator_address": given[0], "num_processes": count, "process_id": mine}
 
 
 def first(action: Callable[[], Result]) -> Result | None:
@@ -144,6 +140,7 @@ def leave(code: int) -> None:
         from jax._src import distributed  # JAX has no public way to it
 
         client = distributed.global_state.client
+        assert client is not None, "`meet` has made one"
         client.key_value_set(f"{_LEFT}{jax.process_index()}", str(code))
         end = time.monotonic() + _PATIENCE_S
         while time.monotonic() < end:

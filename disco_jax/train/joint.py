@@ -30,7 +30,9 @@ class Diverged(NumericError):
         self.names = tuple(problems)
 
 
-def summarise(window: Sequence[Mapping[str, Mapping[str, jax.Array]]], step: int) -> dict:
+def summarise(
+    window: Sequence[Mapping[str, Mapping[str, jax.Array]]], step: int
+) -> dict[str, float]:
     """`metrics.summarise` of each run.
 
     Args:
@@ -43,7 +45,8 @@ def summarise(window: Sequence[Mapping[str, Mapping[str, jax.Array]]], step: int
     Raises:
       Diverged: a value of some run is not finite.
     """
-    found, problems = {}, {}
+    found: dict[str, float] = {}
+    problems: dict[str, str] = {}
     for name in window[-1]:
         try:
             own = metrics.summarise([one[name] for one in window], step)

@@ -168,7 +168,12 @@ def _loss(
 def _scorer(network: Network, variables: Variables) -> Callable[[Array], Array]:
     """Embeddings f32[N, D] -> scores f32[N, K] on the prototypes as they are, without gradient."""
     still = jax.lax.stop_gradient(variables)
-    return lambda rows: network.encoder.apply(still, rows, method="score")
+
+    def score(rows: Array) -> Array:
+        scores: Any = network.encoder.apply(still, rows, method="score")  # a pair if mutable only
+        return scores
+
+    return score
 
 
 def _report(loss: Array, terms: Mapping[str, Term]) -> Metrics:

@@ -3,15 +3,14 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from disco_jax.errors import Preempted
 from disco_jax.train import hosts, replicas
-from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger, Progress, summarise
+from disco_jax.train.metrics import Progress, summarise
 from disco_jax.train.state import whole
 
 # Steps that may be under way on the device before the host waits: enough to hide the host's work,
@@ -57,14 +56,38 @@ class Schedule:
         return Progress(self.start, self.total, self.steps_per_epoch, self.batch_size)
 
 
+class Log(Protocol):
+    """Takes metrics: a `Logger`, or a `JointLogger` of several runs."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """See `Logger.write`."""
+
+
+class Store(Protocol):
+    """Takes states: `Checkpoints`, or the `JointCheckpoints` of several runs."""
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: Sequence[Sequence[int]],
+        metrics: Mapping[str, float],
+        /,
+    ) -> None:
+        """See `Checkpoints.save`."""
+
+    def wait(self) -> None:
+        """See `Checkpoints.wait`."""
+
+
 def run(
     step_fn: Callable[[Any, Any, Any], tuple[Any, Any]],
     state: Any,
     frozen: Any,
     batches: Any,
     schedule: Schedule,
-    logger: Logger,
-    checkpoints: Checkpoints | None = None,
+    logger: Log,
+    checkpoints: Store | None = None,
     watch: Callable[[int, Mapping[str, float]], None] = lambda step, summary: None,
     goodput: Goodput | None = None,
     evaluate: Callable[[int, Any], Mapping[str, float]] | None = None,
@@ -124,6 +147,7 @@ def run(
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
             if _due(step, last, schedule.evaluate_steps):
+                assert evaluate is not None, "a schedule with evaluations needs one"
                 with progress.aside(), saver.aside():
                     logger.write(step, evaluate(step, state))
             if save:
@@ -139,7 +163,7 @@ def run(
 class _Window:
     """The metrics of the steps since the last log line, left on the device until then."""
 
-    def __init__(self, summary_of: Callable, logger: Logger, progress: Progress | None):
+    def __init__(self, summary_of: Callable, logger: Log, progress: Progress | None):
         """Empty.
 
         Args:
@@ -169,7 +193,7 @@ class _Window:
 class _Saver:
     """Checkpoints, and where the time of the loop is booked."""
 
-    def __init__(self, checkpoints: Checkpoints | None, goodput: Goodput | None, batches: Any):
+    def __init__(self, checkpoints: Store | None, goodput: Goodput | None, batches: Any):
         self._checkpoints, self._goodput, self._batches = checkpoints, goodput, batches
 
     def begin(self) -> None:
@@ -194,6 +218,7 @@ class _Saver:
             self._goodput.write()
 
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
+        assert self._checkpoints is not None
         self.measure()
         self._checkpoints.save(step, whole(state), hosts.everyone(position), summary)
         self._book()

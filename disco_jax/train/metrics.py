@@ -34,18 +34,18 @@ class Logger:
           tensorboard: whether to write for it too.
           step: the run goes on from here; later lines, of work that was lost, are dropped.
         """
-        writes = workdir is not None and jax.process_index() == 0
-        self._file = epath.Path(workdir) / FILE if writes else None
-        self._lines = []
+        self._file: epath.Path | None = None
+        self._lines: list[str] = []
         self._events: events.Events | None = None
         self._clu = None
-        if writes:
-            if self._file.exists():
-                self._lines = _until(self._file.read_text(), step)
-            with whole(self._file) as file:
+        if workdir is not None and jax.process_index() == 0:
+            self._file = path = epath.Path(workdir) / FILE
+            if path.exists():
+                self._lines = _until(path.read_text(), step)
+            with whole(path) as file:
                 file.write_text("".join(self._lines))
             if tensorboard and "://" not in str(workdir):
-                self._events = events.Events(self._file.with_name(_events_name()))
+                self._events = events.Events(path.with_name(_events_name()))
             elif tensorboard:
                 from clu import metric_writers
 
@@ -149,20 +149,20 @@ class Progress:
         self._total, self._steps_per_epoch = total, steps_per_epoch
         self._batch_size = batch_size
         self._last_step, self._last_time, self._last_waited = start, time.monotonic(), 0.0
-        self._rate = None
+        self._rate: float | None = None
 
     def measure(self, step: int, waited_s: float) -> dict[str, float]:
         """Figures since the last call: steps and images a second, share of time without data."""
         now = time.monotonic()
         elapsed = max(now - self._last_time, 1e-9)
-        self._rate = (step - self._last_step) / elapsed
+        self._rate = rate = (step - self._last_step) / elapsed
         share = (waited_s - self._last_waited) / elapsed
         self._last_step, self._last_time, self._last_waited = step, now, waited_s
         return {
             "epoch": step / self._steps_per_epoch,
-            "steps_per_s": self._rate,
-            "images_per_s": self._rate * self._batch_size,
-            "images_per_s_per_device": self._rate * self._batch_size / jax.device_count(),
+            "steps_per_s": rate,
+            "images_per_s": rate * self._batch_size,
+            "images_per_s_per_device": rate * self._batch_size / jax.device_count(),
             "data_wait_share": min(max(share, 0.0), 1.0),
         }
 

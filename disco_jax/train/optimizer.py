@@ -160,6 +160,7 @@ def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.Gradient
         scaled = optax.masked(_trust(spec.trust), functools.partial(_without, spec.no_trust))
         steps += [decayed, scaled, optax.trace(spec.momentum)]
     else:
+        assert not callable(decay), "`_check` refuses a schedule"
         steps += [_larc(spec.trust, decay), optax.trace(spec.momentum)]
     return optax.chain(*steps, optax.scale_by_learning_rate(rate))
 

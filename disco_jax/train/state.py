@@ -6,6 +6,7 @@ has its own rows: `everywhere` makes that form, `whole` undoes it, and nobody el
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -109,7 +110,7 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """
     mesh = jax.sharding.Mesh(np.array(devices or jax.devices()), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    here = sorted(sharding.addressable_devices, key=lambda device: device.id)
+    here = sorted(sharding.addressable_devices, key=operator.attrgetter("id"))
 
     def put(leaf: Array | Queue) -> Any:
         if isinstance(leaf, Queue):
@@ -117,9 +118,9 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
             return dataclasses.replace(queue, pointer=put(queue.pointer))
         # From host memory, so that no two leaves share a device buffer; a device at a time, as one
         # call for all hosts would first compare every leaf between them.
-        leaf = np.array(leaf)
-        copies = [jax.device_put(leaf, device) for device in here]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+        own = np.array(leaf)
+        copies = [jax.device_put(own, device) for device in here]
+        return jax.make_array_from_single_device_arrays(own.shape, sharding, copies)
 
     return jax.tree.map(put, tree, is_leaf=_is_shared)
 
@@ -187,8 +188,7 @@ def _is_shared(leaf: Any) -> bool:
 
 def _dealt(queue: Queue, devices: Sequence[jax.Device] | None) -> Queue:
     """A whole queue on the host as `everywhere` makes it, but for the pointer."""
-    queue = refilled_by(queue, queue.shared)
-    queue = dataclasses.replace(queue, vectors=np.asarray(queue.vectors))
+    queue = jax.tree.map(np.asarray, refilled_by(queue, queue.shared))
     here = jax.process_index()
     local = [d for d in devices or jax.local_devices() if d.process_index == here]
     vectors = queue.dealt(len(local) * jax.process_count()).vectors

@@ -1,6 +1,5 @@
 """The train step, written for one replica, and its `pmap`."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +18,8 @@ from disco_jax.train.state import TrainState, axes
 # Keys of views below this are augmentation's.
 _MIXING = 1 << 16
 Step = Callable[[TrainState, Mapping[str, Variables], Any], tuple[TrainState, Metrics]]
+# Of one student, of several, or of a classifier.
+AnyStep = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Photometric(Protocol):
@@ -124,7 +125,9 @@ def make_joint_step(
         seen = {n: one.method.mix(views, aux, mixing) for n, one in learners.items()}
         if kept is None:
             methods = [one.method for one in learners.values()]
-            everything = functools.reduce(lambda a, b: {**a, **b[0]}, seen.values(), {})
+            everything: dict[int, Array] = {}
+            for mixed, _ in seen.values():
+                everything |= mixed
             teacher = _teacher(methods, frozen, everything, rng)
         else:
             teacher = {"teacher": {view: _encoded(outputs) for view, outputs in kept.items()}}
@@ -198,7 +201,7 @@ def parallel_targets(targets: Callable) -> Callable:
     return jax.pmap(targets, AXIS, in_axes=(None, None, 0))
 
 
-def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
+def parallel(train_step: AnyStep, devices: Sequence[jax.Device] | None = None) -> "Parallel":
     """`train_step` on every device: the batch is split, all else is equal on all of them.
 
     But for queues that the devices share, see `state.everywhere`: which these are, the state tells
@@ -208,15 +211,16 @@ def parallel(train_step: Step, devices: Sequence[jax.Device] | None = None) -> S
       train_step: of one replica.
       devices: which; None: all of all hosts.
     """
-    return _Parallel(train_step, devices)
+    return Parallel(train_step, devices)
 
 
-class _Parallel:
+class Parallel:
     """See `parallel`."""
 
-    def __init__(self, train_step: Step, devices: Sequence[jax.Device] | None):
+    def __init__(self, train_step: AnyStep, devices: Sequence[jax.Device] | None):
         self._train_step, self._devices = train_step, devices
-        self._mapped, self._structure = None, None
+        self._mapped: jax.stages.Wrapped | None = None
+        self._structure: Any = None  # JAX's own types do not say what a PyTreeDef can do
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         leaves, metrics = self._of(state)(state, frozen, batch)
@@ -226,7 +230,7 @@ class _Parallel:
         """The step for the compiler, of arrays or shapes; it returns the leaves of the state."""
         return self._of(state).lower(state, frozen, batch)
 
-    def _of(self, state: Any) -> Callable[..., tuple[tuple[Array, ...], Any]]:
+    def _of(self, state: Any) -> jax.stages.Wrapped:
         if self._mapped is None:
             self._structure, differing = jax.tree.structure(state), axes(state)
             # Of several processes, pmap wants axes that can be hashed: a tuple, not a tree.

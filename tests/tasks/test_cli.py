@@ -103,6 +103,12 @@ def test_a_mistake_gets_one_clear_message(fails, digits_file, words, says):
         assert part in message
 
 
+def test_a_recipe_is_a_python_file(fails, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    assert f"--config={file}: a recipe is a Python file" in fails("pretrain", f"--config={file}")
+
+
 def test_workdir_must_be_given(capsys):
     assert main.main(list(SMOKE)) == 2
     assert "--workdir is missing" in capsys.readouterr().err

@@ -76,6 +76,23 @@ def test_networks_of_other_widths_are_not_compared():
     assert "agreement" not in found and "alignment" not in found
 
 
+def test_a_teacher_of_whom_features_alone_were_kept_is_not_compared():
+    """As SimReg reads its cache."""
+    student, teacher = jnp.asarray(rows(0)), jnp.asarray(rows(1))
+    bank = Queue.create(jax.random.key(0), 64, 16)
+
+    def one(student, teacher):
+        networks = {
+            "student": {0: Encoded(student, student)},
+            "teacher": {0: Encoded(teacher, None)},
+        }
+        return health.signals(Record(networks, {}), {"x": bank}, jnp.int32(0))
+
+    found = jax.vmap(one, axis_name=AXIS)(student[None], teacher[None])
+    assert "health/std" in found
+    assert "health/alignment" not in found and "health/agreement" not in found
+
+
 def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
     watch = health.Watch(min_std=0.1, patience=3, stop=False)
     low, fine = {"health/std": 0.01, "health/rank": 1.0}, {"health/std": 0.5, "health/rank": 9.0}
