@@ -6,6 +6,7 @@ a directory is checked: programs go there once it is known to be the run's, unti
 user's cache. So a start that is refused leaves nothing in a directory that is not its own.
 """
 
+import contextlib
 import os
 
 from etils import epath
@@ -26,10 +27,14 @@ def begin(workdir: str = "") -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    _keep(os.path.join(cache, "disco_jax", "xla"))
+    folder = os.path.join(cache, "disco_jax", "xla")
+    with contextlib.suppress(OSError):  # of a user without a home: compiled anew at every start
+        os.makedirs(folder, exist_ok=True)
+        _keep(folder)
     _awaited = workdir.rstrip("/")
-    if workdir and (epath.Path(workdir) / PROGRAMS).exists():
-        settle(workdir)
+    with contextlib.suppress(OSError):  # which the task tells in its own words
+        if workdir and (epath.Path(workdir) / PROGRAMS).exists():
+            settle(workdir)
 
 
 def settle(workdir: epath.PathLike) -> None:
