@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is said when the storage takes none."""
+"""Files that are whole or not there, what a refused or killed start may leave, full storage."""
 
 import contextlib
 import errno
@@ -12,6 +12,8 @@ from etils import epath
 if TYPE_CHECKING:
     import numpy as np
 
+LOCK = "lock"  # held while a run writes to its directory
+PROGRAMS = "xla_cache"  # compiled programs, for the next start
 # What a system answers where there is no room, or no right, to write.
 _REFUSALS = (
     errno.ENOSPC,
@@ -24,6 +26,7 @@ _REFUSALS = (
 )
 # TensorStore, which writes checkpoints, has the number in its words alone.
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
+_UNFINISHED = re.compile(r"\..+\.\d+")  # names that `whole` writes to
 
 
 @contextlib.contextmanager
@@ -59,6 +62,22 @@ def write_arrays(
 
     save = np.savez_compressed if compress else np.savez
     save(file, **arrays)  # type: ignore[arg-type]  # which might name `allow_pickle`, says NumPy
+
+
+def is_free(folder: epath.PathLike) -> bool:
+    """Whether a directory can be taken: it is not there yet, or holds nothing of anybody else.
+
+    What a start of this package leaves in a directory before it is the run's does not count: the
+    lock, compiled programs, and files that a killed process did not finish.
+    """
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(_is_remnant(entry.name) for entry in folder.iterdir())
+
+
+def _is_remnant(name: str) -> bool:
+    return name in (LOCK, PROGRAMS) or _UNFINISHED.fullmatch(name) is not None
 
 
 def refusal(error: BaseException) -> str:

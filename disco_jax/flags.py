@@ -159,24 +159,20 @@ def prepare_jax(others: Mapping[str, Any] | None = None, workdir: str = "") -> N
 
     Args:
       others: see `meeting`.
-      workdir: programs are kept there, so that a machine that takes over has them too; "": in
-        the user's cache. $JAX_COMPILATION_CACHE_DIR comes first.
+      workdir: where programs are kept, see `programs`; "": in the user's cache.
 
     Raises:
       UserError: the others are not found.
     """
-    import jax
+    from disco_jax import programs
+    from disco_jax.plan import topology
 
     if others is not None:
         from disco_jax.train import hosts
 
         hosts.meet(**others)
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        kept = os.path.join(cache, "disco_jax", "xla")
-        if workdir:
-            kept = workdir.rstrip("/") + "/xla_cache"
-        jax.config.update("jax_compilation_cache_dir", kept)
+    topology.quiet()
+    programs.begin(workdir)
 
 
 def _define_meeting(values: absl_flags.FlagValues) -> None:

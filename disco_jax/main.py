@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from absl import logging as absl_logging
 
-from disco_jax import errors
+from disco_jax import errors, streams
 from disco_jax.version import __version__
 
 
@@ -79,14 +79,23 @@ Flags of most tasks:
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
 Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved,
-134 another process of the run was lost.
+134 another process of the run was lost. A reader of the output that ends first (`| head`, a closed
+terminal's pipe) changes none of them: the command goes on to its end, and what it says is dropped.
 """
 
 
 def console() -> None:
     """The console script."""
+    streams.protect()
     _set_up_logging(debug="--debug" in sys.argv)
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, which Python would tell with a traceback
+        print(f"disco-jax: standard output: {error.strerror}", file=sys.stderr)
+        code = code or 1
+        sys.stdout = sys.__stdout__
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:

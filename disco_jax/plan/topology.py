@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import glob
 import importlib.util
 import math
 import os
@@ -107,6 +108,21 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, sides
 
 
+def quiet() -> None:
+    """Lets libtpu find no TPU without a word, where it is installed for its compiler alone.
+
+    JAX looks for a TPU whenever libtpu is there. Call it before the first look at the devices.
+    """
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    if not chips and importlib.util.find_spec("libtpu"):
+        _describe_machine()
+
+
+def _describe_machine() -> None:
+    for setting, value in _QUIET.items():
+        os.environ.setdefault(setting, value)
+
+
 @functools.cache
 def open_slice(name: str) -> Slice:
     """A slice by name.
@@ -129,8 +145,7 @@ def open_slice(name: str) -> Slice:
     small = math.prod(sides) <= 8 and chip.axes == 2
     if small or any(side % part for side, part in zip(bounds, chip.host_bounds, strict=True)):
         options["chips_per_host_bounds"] = bounds  # all on one host
-    for setting, value in _QUIET.items():
-        os.environ.setdefault(setting, value)  # the compiler asks again while it compiles
+    _describe_machine()  # the compiler asks again while it compiles
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:

@@ -10,12 +10,12 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags
+from disco_jax import errors, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
 from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import hosts, state, step
+from disco_jax.train import hosts, state, step, workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,12 +96,12 @@ def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
                     f"--epochs={before['epochs']}, or another folder."
                 )
             return
-        if path.exists() and any(path.iterdir()):
-            raise errors.UserError(f"--workdir={path} is not empty. Give another folder.")
+        workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
         path.mkdir(parents=True, exist_ok=True)
         targets.write_meta(path, meta)
 
     hosts.first(take)
+    programs.settle(path)
 
 
 def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from disco_jax import programs
 from disco_jax.data import digits, pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features
@@ -41,6 +42,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     path = epath.Path(workdir)
     data_dir = path / "data"
     digits.write(str(data_dir))
+    programs.settle(path)
     by_seed = {seed: _one_seed(config, seed, path, data_dir) for seed in config.seeds}
     results: dict[str, Any] = {name: _summary(by_seed, name) for name in TITLES}
     results["seeds"] = list(config.seeds)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import convert, errors, flags, models
+from disco_jax import convert, flags, models
 from disco_jax.configs import common
 from disco_jax.convert.load import digest
 from disco_jax.convert.recognise import FAMILIES
 from disco_jax.tasks.arguments import Parser
 from disco_jax.train import checkpoint, teacher
+from disco_jax.train import workdir as directory
 from disco_jax.train.state import TrainState
 from disco_jax.train.workdir import claim
 from disco_jax.version import __version__
@@ -140,17 +141,17 @@ def _state(imported: convert.Imported) -> TrainState:
 @contextlib.contextmanager
 def _cleared(path: epath.Path) -> Iterator[None]:
     """Refuses a directory that holds anything; removes what was written when the import fails."""
-    existed = path.exists()
-    if existed and (not path.is_dir() or any(path.iterdir())):
-        raise errors.UserError(f"--workdir={path} is not empty; give a new directory.")
+    directory.check_free(path)
+    before = {entry.name for entry in path.iterdir()} if path.exists() else None
     try:
         yield
     except BaseException:
-        if not existed and path.exists():
+        if before is None and path.exists():
             path.rmtree()
         elif path.exists():
             for entry in path.iterdir():
-                entry.rmtree() if entry.is_dir() else entry.unlink()
+                if entry.name not in before:
+                    entry.rmtree() if entry.is_dir() else entry.unlink()
         raise
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors
+from disco_jax import errors, flags
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.report import build, runs, sheet
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="the run's directory")
     values = parser.read(argv)
     if values is not None:
+        flags.prepare_jax(workdir=values.workdir)
         print(f"Report: {run(values.workdir)}")
 
 

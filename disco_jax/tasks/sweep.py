@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, methods, models
+from disco_jax import errors, flags, methods, models, programs
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.files import whole
@@ -96,6 +96,7 @@ def run(
     if dry_run:
         return _show(by_name, own, groups, topology)
     path.mkdir(parents=True, exist_ok=True)
+    programs.settle(path)
     _note(path / "sweep.json", json.loads(config.to_json_best_effort()))
     _make_teachers(own, path, evaluations, source, worker)
     if not teachers_only:

@@ -181,7 +181,8 @@ def asked_to_stop() -> Iterator[Callable[[int], bool]]:
     """A function of the step: whether to stop after it, since SIGTERM came to any process.
 
     All processes get the same answer at the same step; each must ask after every step. (In one
-    process only the main thread hears signals.)
+    process only the main thread hears signals. There SIGHUP, which comes when a terminal is
+    closed, counts as well, unless it is ignored, as under `nohup`.)
     """
     if jax.process_count() > 1:  # the processes' own service hears the signal and agrees on a step
         yield multihost_utils.reached_preemption_sync_point
@@ -190,11 +191,16 @@ def asked_to_stop() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, lambda *_: event.set())
     try:
         yield lambda step: event.is_set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Watchdog:

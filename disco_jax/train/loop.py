@@ -116,7 +116,8 @@ def run(
 
     Raises:
       NumericError: a loss or gradient is not finite, or replicas differ; nothing of it was saved.
-      Preempted: SIGTERM came, to any process; the state was saved first.
+      Preempted: SIGTERM came, to any process, or the terminal was closed; the state was saved
+        first.
     """
     progress = schedule.progress()
     watchdog = hosts.Watchdog(schedule.hang_s)

@@ -27,15 +27,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from disco_jax import programs
 from disco_jax.errors import UserError, did_you_mean
-from disco_jax.files import whole
+from disco_jax.files import LOCK, is_free, whole
 from disco_jax.nested import flatten
 from disco_jax.train import hosts
 from disco_jax.version import __version__
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
-CACHE = "xla_cache"  # compiled programs, for the next start
 # Settings that may change between two starts of a run: they do not change what is learned.
 FREE = (
     "log.",
@@ -82,6 +82,7 @@ def claim(
     path = epath.Path(workdir)
     with contextlib.ExitStack() as held:
         hosts.first(lambda: _take(path, config, allow_change, held))
+        programs.settle(path)
         yield path
 
 
@@ -107,6 +108,22 @@ def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -
     ]
 
 
+def check_free(path: epath.Path, missing: str = "") -> None:
+    """Refuses a directory that holds what this package did not put there.
+
+    Args:
+      path: the directory, which need not exist.
+      missing: for the message: what else it would have to hold.
+
+    Raises:
+      UserError: it is not free, or a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={path} is a file; give a directory.")
+    if not is_free(path):
+        raise UserError(f"--workdir={path} is not empty{missing}. Give another directory.")
+
+
 def _take(
     path: epath.Path, config: ConfigDict, allow_change: Sequence[str], held: contextlib.ExitStack
 ) -> None:
@@ -128,16 +145,8 @@ def _take(
 
 
 def _check_owner(path: epath.Path, config: ConfigDict, allow_change: Sequence[str]) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"--workdir={path} is a file; give a directory.")
     if not (path / CONFIG).exists():
-        if any(entry.name not in ("lock", CACHE) for entry in path.iterdir()):
-            raise UserError(
-                f"--workdir={path} is not empty and holds no run ({CONFIG} is missing). "
-                "Give another directory."
-            )
+        check_free(path, f" and holds no run ({CONFIG} is missing)")
         return
     changed = differences(read_config(path), config, allow_change)
     if changed:
@@ -155,7 +164,7 @@ def _lock(path: epath.Path) -> Iterator[None]:
     if "://" in str(path):
         yield
         return
-    with open(path / "lock", "w") as file:
+    with open(path / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,7 @@
 """Objectives of the distillation family: the official losses and memories, on any device count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,33 +33,39 @@ def terms(objective, encoded, memory, step=0, aux=None, replicas=1):
 
     `encoded` maps (network, view) to f32[B, D]; vmap refuses a memory that differs by replica.
     """
-    aux = aux or {}
+    split = {k: jnp.asarray(x).reshape(replicas, -1, x.shape[-1]) for k, x in encoded.items()}
+    run = compiled(objective, replicas)
+    loss, memory, grads = run(split, memory, jnp.int32(step), aux or {})
+    # A replica's loss is the mean over its own rows, and gradients are averaged over replicas.
+    grads = {k: x.reshape(-1, x.shape[-1]) / replicas for k, x in grads.items()}
+    return loss, memory, grads
 
-    def one(rows):
+
+@functools.cache
+def compiled(objective, replicas):
+    """What `terms` runs, compiled once for all steps of an objective."""
+
+    def one(rows, memory, step, aux):
         def loss(students):
             networks = {}
             for (network, view), x in {**rows, **students}.items():
                 networks.setdefault(network, {})[view] = Encoded(x, x)
-            term = objective(Record(networks, aux), memory, jnp.int32(step))
+            term = objective(Record(networks, aux), memory, step)
             return jax.lax.pmean(term.loss, AXIS), term
 
         students = {key: x for key, x in rows.items() if key[0] == "student"}
         grads, term = jax.grad(loss, has_aux=True)(students)
         return jax.lax.pmean(term.loss, AXIS), term.memory, grads
 
-    split = {k: jnp.asarray(x).reshape(replicas, -1, x.shape[-1]) for k, x in encoded.items()}
-    names = sorted({k for k in split if k[0] == "student"})
-    loss, memory, grads = jax.jit(jax.vmap(one, out_axes=(None, None, 0), axis_name=AXIS))(split)
-    # A replica's loss is the mean over its own rows, and gradients are averaged over replicas.
-    grads = {k: grads[k].reshape(-1, grads[k].shape[-1]) / replicas for k in names}
-    return loss, memory, grads
+    over = dict(in_axes=(0, None, None, None), out_axes=(None, None, 0))
+    return jax.jit(jax.vmap(one, axis_name=AXIS, axis_size=replicas, **over))
 
 
 def queue(columns):
     return Queue(jnp.asarray(columns.T), jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("replicas", [4])
 def test_small_patches_of_seed(replicas):
     meta, ref = helpers.fixture("losses/seed_small_patch_a")
     settings = meta["params"]
@@ -124,9 +132,9 @@ def test_cutmix_of_bingo(name):
 
 def test_mixed_queries_are_made_of_both_and_say_how_much():
     images, others = jnp.zeros((2, 32, 32, 3)), jnp.ones((2, 32, 32, 3))
-    ratios = []
+    ratios, mix = [], jax.jit(lambda key: Bags().mix({0: images, 2: others}, {}, key))
     for seed in range(20):
-        views, aux = Bags().mix({0: images, 2: others}, {}, jax.random.key(seed))
+        views, aux = mix(jax.random.key(seed))
         assert float(views[4].mean()) == pytest.approx(1 - float(aux["mix_ratio"]), abs=1e-6)
         ratios.append(float(aux["mix_ratio"]))
     assert 0.4 < np.mean(ratios) < 0.8 and np.std(ratios) > 0.1
