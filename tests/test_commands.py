@@ -9,8 +9,10 @@ block's but for names of directories, of which the result is copied.
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from test_docs import PAGES, commands
 
@@ -78,6 +80,17 @@ LESS = {
     "bags": (*OF_DATA, "--config.neighbours=3", "--config.clusters=3"),
     "export": ("--format=safetensors",),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(tmp_path_factory):
+    """Commands keep compiled programs: here for one another, not for other tests and the user."""
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
