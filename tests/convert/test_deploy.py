@@ -125,7 +125,8 @@ def test_every_family_computes_the_same(name, backbone, tmp_path):
 
 
 def test_stablehlo_runs_on_three_platforms_at_the_precision_of_the_function(tmp_path):
-    stablehlo.write(resnet(), 16, tmp_path / "network")
+    with jax.default_matmul_precision("highest"):
+        stablehlo.write(resnet(), 16, tmp_path / "network")
     exported = jax.export.deserialize(bytearray((tmp_path / "network").read_bytes()))
     assert exported.platforms == stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
     convolutions = [line for line in exported.mlir_module().splitlines() if "convolution(" in line]

@@ -62,11 +62,12 @@ def seed(student, teacher, bank):
 
 
 def test_a_contrast_costs_one_pass_over_its_queue():
-    """Of 65,536 keys, and of 262,144 in half; all products kept take more than twice as long."""
-    assert thousand_cycles(nce(HALF), IMAGES, 65_536) <= 3.4
+    """Of 65,536 keys, and of 262,144 in half; all products kept take half as long again."""
+    one_pass = thousand_cycles(nce(HALF), IMAGES, 65_536)
+    assert one_pass <= 3.4
     assert thousand_cycles(nce(HALF), IMAGES, 262_144, jnp.bfloat16) <= 10.5
     kept = Reading(one_pass=False, dtype=jnp.bfloat16)
-    assert thousand_cycles(nce(kept), IMAGES, 65_536) > 2 * 3.4
+    assert thousand_cycles(nce(kept), IMAGES, 65_536) > 1.4 * one_pass
 
 
 def test_a_contrast_whose_queue_the_chips_share():
