@@ -2,21 +2,26 @@
 
 A command keeps its words; where they mean hours, or a network or data set that is not here, others
 are put in their place (`small`). What is not run: `plan`, which has tests of its own with the TPU's
-compiler, and commands that are no `disco-jax`.
+compiler, commands that are no `disco-jax`, and a pretraining whose words then are those of another
+block's but for names of directories, of which the result is copied.
 """
 
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from test_docs import PAGES, commands
 
 import helpers
 from disco_jax import flags, main, models
-from disco_jax.convert import save
+from disco_jax.convert import save, shapes
+from disco_jax.plan import budget
 from disco_jax.tasks import importing, linear
+from disco_jax.tasks import list as listing
 
 BLOCKS = [
     (path, number, block)
@@ -26,37 +31,80 @@ BLOCKS = [
     )
     if any(words[0] != "plan" for words in commands(block))
 ]
+# Whether commands are understood and end with 0; no number is compared.
+pytestmark = pytest.mark.wiring
 CHECKPOINT = "moco_v2_800ep_pretrain.pth.tar"
 RUNS = (
     "runs/disco", "runs/moco_v2", "runs/student", "RUN", "OTHER", "TEACHER", "BASELINE", "STUDENT",
 )  # fmt: skip
 IMPORTS = "runs/my_teacher", "runs/teacher", "gs/teacher", "gs/moco_v2"
+# The same network, where a pretraining has it as its teacher; `runs/teacher` may be a run there.
+TAUGHT_BY = "runs/my_teacher", "runs/moco_r50", "gs/teacher", "gs/moco_v2"
 NETWORKS = "resnet18", "resnet50", "mobilenetv3_large"
 # Further words by task: less of everything.
 OF_DATA = ("--config.data.source=npz", "--config.data.dir=few.npz")
 TRAIN = (
     *OF_DATA, "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
     "--config.total_steps=2", "--config.batch_size=32", "--config.student.hidden=16",
-    "--config.objectives.contrast.queue_size=64",
+    "--config.objectives.contrast.queue_size=64", "--config.log.report=false",
 )  # fmt: skip
-PROBE = "--config.total_epochs=1", "--config.batch_size=32", "--config.extract_batch_size=32"
+PROBE = (
+    "--config.total_epochs=1", "--config.batch_size=32", "--config.extract_batch_size=32",
+    "--config.report=false",
+)  # fmt: skip
+ONE_CELL = (
+    "--config.axes=(('student', ('resnet8',)), ('config.student.hidden', (8,)))",
+    "--config.evaluate=(('linear', (('total_epochs', 1), ('report', False))),)",
+)
 LESS = {
     "pretrain": TRAIN,
-    "distill": ("--config.total_steps=2", "--config.student.width=4"),
+    "distill": (
+        "--config.total_steps=2",
+        "--config.student.width=4",
+        "--config.augment.size=16",
+    ),
+    "knn": ("--config.report=false",),
     "linear": PROBE,
     "semi": PROBE,
     "finetune": PROBE,
-    "transfer": (*PROBE, "--config.data.name=", "--config.data.dir=few.npz"),
+    "transfer": (
+        *PROBE,
+        "--config.data.name=",
+        "--config.data.dir=few.npz",
+        "--config.data.size=16",
+        "--config.data.eval_resize=16",
+    ),
     "tsne": ("--config.images_per_class=6", "--config.perplexity=4"),
     "cost": ("--config.repeats=1",),
     "cache": (*TRAIN, "--epochs=1"),
     "sweep": (
-        "--config.changes=(('data.source', 'npz'), ('data.dir', 'few.npz'), ('augment.size', 16), "
-        "('student.width', 4), ('teacher.width', 4))",
+        "--config.changes=(('log.report', False), ('data.source', 'npz'), ('data.dir', 'few.npz'), "
+        "('augment.size', 16), ('student.width', 4), ('teacher.width', 4))",
     ),
     "bags": (*OF_DATA, "--config.neighbours=3", "--config.clusters=3"),
     "export": ("--format=safetensors",),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(tmp_path_factory):
+    """Commands keep compiled programs: here for one another, not for other tests and the user."""
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_block():
+    """A `resnet8` has one block of its three here, so that its programs compile quickly."""
+    cls, fields = models.BACKBONES["resnet8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "resnet8", (cls, {**fields, "stage_sizes": (1,)}))
+        patch.setitem(shapes._RESNETS, ((1,), False), "resnet8")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +132,19 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pretrained():
+    """`but_for_names` of a pretraining -> the directory in which a test has left its run."""
+    return {}
+
+
 def small(words):
     """The same command on what is here."""
     task, *rest = words
     made = []
     for word in rest:
+        if word.startswith("--config.data.dir=gs:"):
+            continue  # few.npz comes in its place
         word = word.replace("gs://BUCKET/", "gs/")
         for name in NETWORKS:
             word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)
@@ -105,6 +161,8 @@ def small(words):
             word = "resnet8"
         word = word.replace("imagenet2012", "few.npz" if task == "data" else "digits")
         made.append(word)
+    if "sweeps/hidden_width:smoke=true" in made:
+        made += ONE_CELL
     if any(word.startswith("miniature") for word in made):  # many runs: only told
         made += ["--dry-run", "--config.seeds=(0,)"]
     if task == "export":  # of resnet8 the other formats know no layout; test_export.py has them
@@ -114,11 +172,19 @@ def small(words):
     return [task, *made, *LESS.get(task, ())]
 
 
+def but_for_names(words):
+    """The words of a pretraining without its directory, and one name for all of `TAUGHT_BY`."""
+    kept = re.sub(r"--workdir[ =]\S+", "", " ".join(words))
+    return frozenset(re.sub("|".join(TAUGHT_BY), "IMPORT", kept).split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path, number, block", BLOCKS, ids=[f"{path.name}-{number}" for path, number, _ in BLOCKS]
 )
-def test_a_block_of_commands_runs(path, number, block, place, tmp_path, monkeypatch, capsys):
+def test_a_block_of_commands_runs(
+    path, number, block, place, pretrained, tmp_path, monkeypatch, capsys
+):
     here = tmp_path / "here"
     shutil.copytree(place, here)
     monkeypatch.chdir(here)
@@ -127,10 +193,21 @@ def test_a_block_of_commands_runs(path, number, block, place, tmp_path, monkeypa
             continue
         words = small(words)
         if words[0] in ("pretrain", "distill", "import"):  # begins a run
-            shutil.rmtree(re.search(r"--workdir[ =](\S+)", " ".join(words))[1], ignore_errors=True)
+            run = re.search(r"--workdir[ =](\S+)", " ".join(words))[1]
+            shutil.rmtree(run, ignore_errors=True)
+        if words[0] == "list":  # would count the parameters of every network: 20 seconds
+            one = listing._millions("resnet8")
+            monkeypatch.setattr(listing, "_millions", lambda _, one=one: one)
+        if words[0] == "sweep" and words[2].startswith("miniature"):  # would trace 29 steps
+            monkeypatch.setattr(budget, "flops", lambda *_: 1e9)
+        if words[0] == "pretrain" and but_for_names(words) in pretrained:
+            shutil.copytree(pretrained[but_for_names(words)], run)
+            continue
         code = main.main(words)
         said = capsys.readouterr()
         assert code == 0, f"{words}\n{said.out[-2000:]}\n{said.err}"
+        if words[0] == "pretrain":
+            pretrained[but_for_names(words)] = here / run
 
 
 def test_most_blocks_are_run():

@@ -160,14 +160,16 @@ def drawn():
     return set(re.findall(r"^  (\S+)", tree, re.M))
 
 
-def test_a_run_directory_is_as_it_is_drawn(tmp_path):
+@pytest.mark.wiring  # names of files alone are compared
+def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
     """What a run and its evaluations leave is in the tree, and nothing else."""
     from disco_jax.tasks import knn, linear, pretrain
 
     made = helpers.digits()
     few = {key: value[: 128 if key.startswith("train") else 40] for key, value in made.items()}
     np.savez(tmp_path / "few.npz", **few)
-    config = helpers.smoke_config("moco_v2")
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    config = helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"})
     config.data.update(source="npz", dir=str(tmp_path / "few.npz"))
     config.log.report = True
     run = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Networks in other runtimes: the same features, however many images, and whole files or none."""
 
+import functools
 import sys
 
 import jax
@@ -48,17 +49,30 @@ def resnet(**fields):
     return network(models.build_encoder(spec), 16)
 
 
+# Stages of one block each that have among them every kind of layer of the family.
+STAGES = {"mobilenetv2": (0, 1, 2), "mobilenetv3_large": (0, 2, 3)}
+
+
+@functools.cache
 def shallow(backbone):
-    """A network for images of 64 px with one block where the backbone has several."""
+    """(network for images of 64 px with few of the backbone's blocks, images, its result)."""
     cls, fields = models.BACKBONES[backbone]
     fields = dict(fields)
     if "stages" in fields:
-        fields["stages"] = tuple(blocks[:1] for blocks in fields["stages"])
-    elif "repeats" in fields:
-        fields["repeats"] = (1,) * len(fields["repeats"])
+        fields["stages"] = tuple(fields["stages"][stage][:1] for stage in STAGES[backbone])
+    elif "repeats" in fields:  # 3x3, and with a stride 3x3 and 5x5
+        fields["repeats"] = (1, 1, 1, 0, 0, 0, 0)
     else:
         fields["depth"] = 1
-    return network(Encoder(cls(**fields), heads.Identity()), 64)
+    function = network(Encoder(cls(**fields), heads.Identity()), 64)
+    x = images(3, 64)
+    return function, x, jax.jit(function)(x)
+
+
+@functools.cache
+def swav():
+    """A narrow ResNet with everything that one can have, compiled."""
+    return jax.jit(resnet(stem="imagenet", head="swav"))
 
 
 def images(count, size):
@@ -84,14 +98,12 @@ def assert_same(found, expected, tolerance=1e-4):
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_file_computes_the_same_for_one_image_and_for_three(name, tmp_path):
     deploy = runtime(name)
-    function = jax.jit(resnet(stem="imagenet", head="swav"))
-    path = tmp_path / "network"
+    function, path = swav(), tmp_path / "network"
     write(deploy, function, 16, path)
     assert [file.name for file in tmp_path.iterdir()] == ["network"]
-    for count in (1, 3):
-        x = images(count, 16)
-        assert_same(deploy.run(path, x), function(x))
-        assert_same(deploy.run(str(path), x.astype(np.float64)), function(x))
+    one, three = images(1, 16), images(3, 16)
+    assert_same(deploy.run(path, one), function(one))
+    assert_same(deploy.run(str(path), three.astype(np.float64)), function(three))
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -107,13 +119,14 @@ def test_a_file_computes_the_same_for_one_image_and_for_three(name, tmp_path):
 )
 def test_every_family_computes_the_same(name, backbone, tmp_path):
     deploy = runtime(name)
-    function, x = shallow(backbone), images(3, 64)
+    function, x, expected = shallow(backbone)
     write(deploy, function, 64, tmp_path / "network")
-    assert_same(deploy.run(tmp_path / "network", x), jax.jit(function)(x))
+    assert_same(deploy.run(tmp_path / "network", x), expected)
 
 
 def test_stablehlo_runs_on_three_platforms_at_the_precision_of_the_function(tmp_path):
-    stablehlo.write(resnet(), 16, tmp_path / "network")
+    with jax.default_matmul_precision("highest"):
+        stablehlo.write(resnet(), 16, tmp_path / "network")
     exported = jax.export.deserialize(bytearray((tmp_path / "network").read_bytes()))
     assert exported.platforms == stablehlo.PLATFORMS == ("cpu", "cuda", "tpu")
     convolutions = [line for line in exported.mlir_module().splitlines() if "convolution(" in line]
@@ -168,7 +181,7 @@ def test_onnx_refuses_what_one_file_cannot_hold(monkeypatch, tmp_path):
 
 def test_int8_weights_are_a_quarter_of_the_size_and_close(tmp_path):
     runtime("tflite")
-    function, x = resnet(width=32), images(3, 16)
+    function, x = jax.jit(resnet(width=32)), images(3, 16)
     tflite.write(function, 16, tmp_path / "full")
     tflite.write(function, 16, tmp_path / "int8", int8=True)
     full, small = ((tmp_path / name).stat().st_size for name in ("full", "int8"))

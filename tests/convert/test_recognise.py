@@ -253,7 +253,7 @@ def test_simclrs_flat_names_put_the_shortcut_first():
 
 def test_byol_cannot_be_told_from_its_keys_and_pads_as_tensorflow_does():
     state = arrays("resnet50", names.torchvision_resnet)
-    assert convert.from_mapping(state).spec["backbone"] == "resnet50"
+    assert recognise.recognise(state, "it").spec["backbone"] == "resnet50"
     found = convert.from_mapping(state, family="byol")
     assert found.spec["backbone"] == "resnet50_same"
     assert found.encoder.backbone.padding == "same"
@@ -277,10 +277,12 @@ def test_an_architecture_that_is_not_ours_is_refused():
 def test_usual_names_of_architectures_are_understood():
     state = arrays("mobilenetv2", names.torchvision_mobilenetv2)
     for arch in ("mobilenet_v2", "MobileNetV2_100", "mobilenetv2"):
-        assert convert.from_mapping(state, arch=arch).spec["backbone"] == "mobilenetv2"
+        assert recognise.recognise(state, "it", arch=arch).spec["backbone"] == "mobilenetv2"
     state = arrays("efficientnet_b0", names.timm_inverted)
     for arch in ("tf_efficientnet_b0", "efficientnet_b0"):
-        assert convert.from_mapping(state, arch=arch).spec["backbone"] == arch
+        assert recognise.recognise(state, "it", arch=arch).spec["backbone"] == arch
+    found = convert.from_mapping(state, arch="tf_efficientnet_b0")
+    assert found.encoder.backbone == models.backbone("tf_efficientnet_b0").backbone
 
 
 def test_usual_names_of_families_are_understood():

@@ -62,11 +62,12 @@ def seed(student, teacher, bank):
 
 
 def test_a_contrast_costs_one_pass_over_its_queue():
-    """Of 65,536 keys, and of 262,144 in half; all products kept take more than twice as long."""
-    assert thousand_cycles(nce(HALF), IMAGES, 65_536) <= 3.4
+    """Of 65,536 keys, and of 262,144 in half; all products kept take half as long again."""
+    one_pass = thousand_cycles(nce(HALF), IMAGES, 65_536)
+    assert one_pass <= 3.4
     assert thousand_cycles(nce(HALF), IMAGES, 262_144, jnp.bfloat16) <= 10.5
     kept = Reading(one_pass=False, dtype=jnp.bfloat16)
-    assert thousand_cycles(nce(kept), IMAGES, 65_536) > 2 * 3.4
+    assert thousand_cycles(nce(kept), IMAGES, 65_536) > 1.4 * one_pass
 
 
 def test_a_contrast_whose_queue_the_chips_share():
@@ -100,33 +101,39 @@ def test_seeds_loss_on_two_views_costs_two_passes():
     assert thousand_cycles(seed, 2 * IMAGES, 65_536) <= 8
 
 
-def forward(encoder):
+def forward(encoder, images=IMAGES):
     """Thousand cycles of a view that a network encodes with the batch's own statistics."""
     sharding = jax.sharding.SingleDeviceSharding(topology.open_slice(SLICE).devices[0])
-    shapes = jax.eval_shape(lambda: (encoder.create(0, 224), jnp.zeros((IMAGES, 224, 224, 3))))
+    shapes = jax.eval_shape(lambda: (encoder.create(0, 224), jnp.zeros((images, 224, 224, 3))))
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
 
-    def encode(variables, images):
-        return encoder.apply(variables, images, norm="local", mutable=["batch_stats"])
+    def encode(variables, x):
+        return encoder.apply(variables, x, norm="local", mutable=["batch_stats"])
 
     compiled = jax.jit(encode).lower(*arguments).compile()
-    return hlo.cycles(compiled.as_text()) / IMAGES / 1e3
+    return hlo.cycles(compiled.as_text()) / images / 1e3
 
 
 def test_a_teacher_on_batch_statistics_costs_less_than_they_do_by_themselves():
-    teacher = models.build_encoder(helpers.encoder_spec("resnet50"), "bfloat16")
-    quick = forward(models.by_product(models.packed_columns(teacher)))
-    assert quick <= 260 < forward(models.plain_stem(teacher))
+    """The first layers of a ResNet-50, up to a block of its first stage.
+
+    As they are for a teacher: 78 thousand cycles. Without `by_product` 87, without `by_pairs` 94.
+    """
+    teacher = models.build_encoder(helpers.encoder_spec("resnet50", head="none"), "bfloat16")
+    early = teacher.clone(backbone=teacher.backbone.clone(stage_sizes=(1,)))
+    quick = forward(models.by_product(models.packed_columns(early)))
+    assert quick <= 80 < forward(models.plain_stem(early))
 
 
 def test_columns_side_by_side_fill_the_lanes_of_a_small_students_first_layers():
-    """The first three stages of a MobileNetV3, of which two and a block are packed."""
-    encoder = models.build_encoder(helpers.encoder_spec("mobilenetv3_large"), "bfloat16")
+    """The first two stages of a MobileNetV3, which are packed; of few images, to compile sooner."""
+    spec = helpers.encoder_spec("mobilenetv3_large", head="none")
+    encoder = models.build_encoder(spec, "bfloat16")
     backbone = encoder.backbone
-    early = encoder.clone(backbone=backbone.clone(stages=backbone.stages[:3]))
-    assert forward(models.packed_columns(early)) < 0.75 * forward(early)
+    early = encoder.clone(backbone=backbone.clone(stages=backbone.stages[:2]))
+    assert forward(models.packed_columns(early), 8) < 0.65 * forward(early, 8)
 
 
 @pytest.fixture(scope="module")
