@@ -88,9 +88,9 @@ def test_shards_blocks_and_passes_equal_brute_force(rows):
 def test_equal_rows_stand_in_their_order_whatever_they_are_computed_with():
     """More of them than candidates: sums in another order would give them other similarities.
 
-    Over blocks of the bank, shards and passes, and at widths that do not fill a register.
+    Over blocks of the bank, shards and passes; of rows that fill registers and that do not.
     """
-    for width in (6, 17, 64, 192):
+    for width in (17, 64):
         rng = np.random.default_rng(width)
         one, others = rng.normal(size=(1, width)), rng.normal(size=(5, width))
         train = np.concatenate([np.repeat(one, 40, axis=0), others]).astype("f")

@@ -11,9 +11,9 @@ import helpers
 import reference_weights
 from disco_jax import convert
 
-# Recorded network -> eval cases, each a program to compile. Those of 96 px in train mode are below,
-# the ViT of 192 px is at the class tokens. Sizes with maps of one pixel (32), and the nominal one
-# (224), are each looked at in every way of padding: ResNet-18 and MobileNets pad alike.
+# Recorded network -> eval cases, each a program to compile. What is computed in train mode (96 px)
+# is not repeated here, nor the ViT of 192 px, which the class tokens have. Every way of padding has
+# 224 px and a smaller size: symmetric, down to maps of one pixel (32), fixed for 224 px, patches.
 EVAL = {
     "moco_resnet18": ("eval_224", "eval_32"),
     "moco_resnet34": ("eval_96",),
