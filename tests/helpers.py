@@ -117,6 +117,34 @@ class TinyBackbone(nn.Module):
         return jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
 
 
+@contextlib.contextmanager
+def tiny_backbone():
+    """Lets configs name a `TinyBackbone` "tiny"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
+        yield
+
+
+# Of every building block of a network one or two, as narrow as may be.
+_CUT = {
+    "resnet": dict(stage_sizes=(1, 1), width=8),
+    "efficientnet": dict(repeats=(1, 2, 1, 0, 0, 0, 0)),
+    "vit": dict(width=24, heads=3, patch=4, depth=2, grid=4),
+    "xcit": dict(width=32, heads=2, patch=8, depth=1, class_blocks=1),
+}
+
+
+def cut_backbone(name, **fields):
+    """A network of `models.BACKBONES` without the repetitions: all that depth does not change."""
+    made, variant = models.BACKBONES[name]
+    if "stages" in variant:  # MobileNets; the first block of the sixth stage has all there is
+        stages = variant["stages"]
+        cut = dict(stages=(stages[0], stages[1][:2], stages[5][:1]))
+    else:
+        cut = next(cut for family, cut in _CUT.items() if family in name)
+    return made(**{**variant, **cut, **fields})
+
+
 def tiny_variables(arrays, prefix):
     """The variables of a `TinyEncoder` from a recorded PyTorch state."""
     params, stats = {}, {}

@@ -207,7 +207,9 @@ def _ranked(train: np.ndarray, test: np.ndarray, candidates: np.ndarray, k: int)
     for i in range(0, len(test), _RANKED_AT_ONCE):
         some = slice(i, i + _RANKED_AT_ONCE)
         bank, rows = _unit64(train[candidates[some]]), _unit64(test[some])
-        similarities[some] = (bank @ rows[..., None])[..., 0]
+        # Not a matrix product, which sums the last rows of a block in another order: equal rows
+        # would have similarities that differ in the last bit.
+        similarities[some] = np.sum(bank * rows[:, None], axis=-1)
     best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(similarities, best, 1), np.take_along_axis(candidates, best, 1)
 

@@ -13,7 +13,8 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Percent of rows whose label is among the k highest scores.
 
     A label tied with others counts as ranked after those of lower index, so that equal scores do
-    not all count as right.
+    not all count as right. A score that is no number ranks before all that are, and a label whose
+    own score is none after all others, so that a layer that diverged is right about nothing.
 
     Args:
       scores: f32[N, C].
@@ -22,7 +23,7 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """
     own = scores[np.arange(len(labels)), labels][:, None]
     lower_index = np.arange(scores.shape[1])[None, :] < labels[:, None]
-    rank = (scores > own).sum(axis=1) + ((scores == own) & lower_index).sum(axis=1)
+    rank = (~(scores <= own)).sum(axis=1) + ((scores == own) & lower_index).sum(axis=1)
     return 100.0 * float((rank < k).mean())
 
 

@@ -10,7 +10,6 @@ from disco_jax.evaluate import cost
     "name, millions",
     [
         # torchvision publishes them with the last layer of D x 1000, which is not counted here.
-        ("resnet18", 1814.1 - 0.5),
         ("resnet50", 4089.2 - 2.0),
         ("mobilenetv2", 300.8 - 1.3),
         ("efficientnet_b0", 385.8 - 1.3),

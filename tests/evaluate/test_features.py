@@ -1,19 +1,24 @@
 """Features of a split: every image once, whatever the batch, and clear words when there is none."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
 import helpers
-from disco_jax import models
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.stacks import STACKS
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
+from disco_jax.models.encoder import Encoder
+from disco_jax.models.heads import ProjectionHead
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return features.untrained(helpers.smoke_config("moco_v2"))
+    with helpers.tiny_backbone():
+        return features.untrained(helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"}))
 
 
 def test_padding_and_batches_change_nothing(trained):
@@ -37,30 +42,35 @@ def test_a_split_without_labels_or_images_is_refused(trained, monkeypatch):
 
 def test_settings_for_each_view_do_not_stand_in_the_way():
     """An evaluation makes no views, but reads the normalisation of a recipe that has them."""
-    config = helpers.smoke_config("moco_v2", views=3)
+    config = helpers.smoke_config("moco_v2", views=3, **{"student.backbone": "tiny"})
     per_view = {"blur_prob": (1.0, 0.1, 0.5), "solarize_prob": 0.0}
     config.augment = helpers.ConfigDict({**STACKS["dino"], **per_view, "size": 16})
     source = ArraySource(helpers.digits_splits())
-    found = features.of_split(features.untrained(config), source, "test", 64)
+    with helpers.tiny_backbone():
+        found = features.of_split(features.untrained(config), source, "test", 64)
     assert found.features.shape[0] == 360
 
 
 def test_several_blocks_of_a_vit_end_with_the_last_and_leave_the_head_alone():
-    encoder = models.build_encoder(helpers.encoder_spec("vit_tiny_p16", hidden=24, dim=8))
-    variables = encoder.create(0, 32)
-    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    backbone = helpers.cut_backbone("vit_tiny_p16", depth=3)
+    encoder = Encoder(backbone, ProjectionHead(24, 8))
+    variables = encoder.create(0, 16)
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     outputs = ("features", "embedding", "hidden")
-    one, four = (
-        encoder.apply(
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def read(variables, images, blocks):
+        return encoder.apply(
             variables, images, norm="running", outputs=outputs, blocks=blocks, method="read"
         )
-        for blocks in (1, 4)
-    )
-    assert four["features"].shape == (2, 4 * 192) and one["hidden"].shape == (2, 24)
-    np.testing.assert_allclose(four["features"][:, -192:], one["features"], rtol=1e-5, atol=1e-6)
+
+    one, two = (read(variables, images, blocks) for blocks in (1, 2))
+    width = backbone.width
+    assert two["features"].shape == (2, 2 * width) and one["hidden"].shape == (2, 24)
+    np.testing.assert_allclose(two["features"][:, -width:], one["features"], rtol=1e-5, atol=1e-6)
     for name in ("embedding", "hidden"):
-        np.testing.assert_allclose(four[name], one[name], rtol=1e-5, atol=1e-6)
-    whole = encoder.apply(variables, images, norm="running")
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-6)
+    whole = jax.jit(lambda v, x: encoder.apply(v, x, norm="running"))(variables, images)
     np.testing.assert_allclose(one["embedding"], whole.embedding, rtol=1e-5, atol=1e-6)
     last = variables["params"]["head"]["out"]
     by_hand = one["hidden"] @ last["kernel"] + last["bias"][None]

@@ -42,7 +42,7 @@ def test_a_vote_outweighs_any_similarity():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**31))
+@given(st.sampled_from((1, 17, 40)), st.sampled_from((1, 3)), st.integers(0, 2**31))
 def test_blocks_do_not_change_the_neighbours(tests, block, seed):
     rng = np.random.default_rng(seed)
     train, test = rng.normal(size=(30, 5)).astype("f"), rng.normal(size=(tests, 5)).astype("f")
@@ -83,6 +83,23 @@ def test_shards_blocks_and_passes_equal_brute_force(rows):
     train[5] = train[-1]  # equal similarities: the lower row comes first
     found = knn.neighbours(train, test, 7, 10, bank_block=8, resident=16)[1]
     np.testing.assert_array_equal(found, brute_force(train, test, 7))
+
+
+def test_equal_rows_stand_in_their_order_whatever_they_are_computed_with():
+    """More of them than candidates: sums in another order would give them other similarities.
+
+    Over blocks of the bank, shards and passes; of rows that fill registers and that do not.
+    """
+    for width in (17, 64):
+        rng = np.random.default_rng(width)
+        one, others = rng.normal(size=(1, width)), rng.normal(size=(5, width))
+        train = np.concatenate([np.repeat(one, 40, axis=0), others]).astype("f")
+        test = np.concatenate([one, 3 * one, 7e-3 * one]).astype("f")
+        similarities, rows = knn.neighbours(train, test, 5, 4, bank_block=8, resident=16)
+        np.testing.assert_array_equal(rows, np.tile(np.arange(5), (3, 1)))
+        np.testing.assert_array_equal(similarities, similarities[:, :1].repeat(5, 1))
+        rows = knn.neighbours(train, train, 5, 16, bank_block=8, resident=16, leave_out=True)[1]
+        np.testing.assert_array_equal(rows[2], [0, 1, 3, 4, 5])
 
 
 def test_leaving_out_passes_over_the_row_itself():

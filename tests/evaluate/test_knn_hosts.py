@@ -11,17 +11,22 @@ import numpy as np
 import pytest
 
 import helpers
+from disco_jax import models
 
 KNN = "knn", "two_knn"
+FOLDERS = [str(pathlib.Path(helpers.__file__).parent), str(helpers.PARITY)]
 CHILD = """
 import sys
+sys.path[:0] = sys.argv[5:]
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 jax.config.update("jax_default_matmul_precision", "highest")
-from disco_jax import flags
+import helpers
+from disco_jax import flags, models
 from disco_jax.evaluate import features, knn, target
 from disco_jax.tasks import knn as knn_task, linear
 import numpy as np
+models.BACKBONES["tiny"] = helpers.TinyBackbone, {}
 found = []
 for recipe in ("linear", "linear:protocol=moco"):
     config = flags.load(recipe)
@@ -42,18 +47,20 @@ if jax.process_index() == 0:
 
 
 @pytest.mark.slow
-def test_two_hosts_find_what_one_finds(tmp_path):
+def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
     made = helpers.digits()
     few = {k: v[: 96 if k.startswith("train") else 61] for k, v in made.items()}
     np.savez(tmp_path / "few.npz", **few)
-    run = helpers.network_run(tmp_path / "run", tmp_path / "few.npz")
+    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
+    tiny = {"student.backbone": "tiny"}
+    run = helpers.network_run(tmp_path / "run", tmp_path / "few.npz", **tiny)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, address, str(i), run, tmp_path / "out.npz"],
+            [sys.executable, "-c", CHILD, address, str(i), run, tmp_path / "out.npz", *FOLDERS],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in (0, 1)

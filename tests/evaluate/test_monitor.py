@@ -14,9 +14,16 @@ from disco_jax.tasks import pretrain
 
 
 def config(**changes):
-    made = helpers.smoke_config("moco_v2", **{"total_steps": 4, **changes})
+    tiny = {"student.backbone": "tiny", "total_steps": 4}
+    made = helpers.smoke_config("moco_v2", **{**tiny, **changes})
     made.monitor.update(images=70, k=5)
     return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with helpers.tiny_backbone():
+        yield
 
 
 def few():

@@ -22,6 +22,13 @@ def test_a_summary_says_what_it_does_not_know():
     assert "of 3 images" in scores.line(result)
 
 
+def test_scores_that_are_no_numbers_are_never_right():
+    """A layer that diverged must not be the best of a grid."""
+    found = np.array([[np.nan, np.nan, np.nan], [0.0, np.nan, 1.0], [0.0, np.nan, 1.0]])
+    assert scores.top_k(found, np.array([0, 1, 2]), 1) == 0
+    assert scores.top_k(found, np.array([0, 1, 2]), 2) == pytest.approx(100 / 3)
+
+
 def test_wilsons_interval_is_the_published_one():
     """Newcombe (Statistics in Medicine 17, 1998), table I, method 3."""
     assert scores.wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)

@@ -13,7 +13,8 @@ from disco_jax.evaluate import features, target
 
 @pytest.fixture(scope="module")
 def trained():
-    return features.untrained(helpers.smoke_config("moco_v2"))
+    with helpers.tiny_backbone():
+        return features.untrained(helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"}))
 
 
 def data(**changes):

@@ -13,18 +13,22 @@ from disco_jax.models.encoder import Network, encode
 from disco_jax.models.fold import still
 
 SIZE = 32
+# Networks without repetitions, and their heads.
 NETWORKS = {
-    "resnet50": dict(width=4, stem="imagenet", head="swav"),  # a linear layer with a bias too
-    "efficientnet_b0": dict(stem="small", head="mlp"),
-    "mobilenetv3_large": dict(stem="small", head="mlp"),
-    "xcit_tiny_12_p16": dict(head="dino_bn"),
+    "resnet50": ("swav", {"stage_sizes": (2, 1, 1)}),  # a linear layer with a bias too
+    "efficientnet_b0": ("mlp", {"stem": "small"}),
+    "mobilenetv3_large": ("mlp", {"stem": "small"}),
+    "xcit_tiny_12_p16": ("dino_bn", {}),
 }
 
 
 def network(backbone, norm, dtype="float32"):
-    fields = {"hidden": 32, "dim": 16, "stem": "", "width": 0, "patch": 0, **NETWORKS[backbone]}
-    spec = helpers.encoder_spec(backbone, **fields)
-    return Network(models.build_encoder(spec, dtype), norm)
+    head, fields = NETWORKS[backbone]
+    encoder = models.build_encoder(
+        helpers.encoder_spec(backbone, head=head, hidden=32, dim=16), dtype
+    )
+    cut = helpers.cut_backbone(backbone, dtype=encoder.backbone.dtype, **fields)
+    return Network(encoder.clone(backbone=cut), norm)
 
 
 def trained(encoder):

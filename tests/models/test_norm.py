@@ -39,7 +39,7 @@ def apply(norm, group=0):
         out, new = module.apply(VARIABLES, x, norm=norm, mutable=["batch_stats"])
         return out, new["batch_stats"]
 
-    return jax.vmap(one, axis_name=AXIS)(jnp.asarray(X))
+    return jax.jit(jax.vmap(one, axis_name=AXIS))(X)
 
 
 def stored(old, new):
@@ -89,13 +89,53 @@ def test_shuffled_keys_are_normalised_among_strangers_and_come_home():
         encoded, _ = encode(network, VARIABLES, {1: x}, (1,), jax.random.key(0))
         return encoded[1].features
 
-    out = jax.vmap(one, axis_name=AXIS)(jnp.asarray(X))
+    out = jax.jit(jax.vmap(one, axis_name=AXIS))(X)
     own = np.stack([normalised(x, 1)[0] for x in X])
     assert not np.allclose(out, own, atol=1e-2)
     # Each is still its own image: an affine function of it, one of the four replicas' statistics.
     for mine, image in zip(out.reshape(-1, 5, 2), X.reshape(-1, 5, 2), strict=True):
         for channel in range(2):
             assert np.corrcoef(mine[:, channel], image[:, channel])[0, 1] > 0.9999
+
+
+def far_channels():
+    """f32[8, 4, 4, 5]: constant channels, and means up to 100 deviations away."""
+    rng = np.random.default_rng(1)
+    means, deviations = [100.0, 0.0, -7.3, 100.0, 3.0], [0.0, 0.0, 0.0, 1.0, 1.0]
+    return (means + deviations * rng.normal(size=(8, 4, 4, 5))).astype(np.float32)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_channels_far_from_0_and_constant_ones_are_normalised(compiled):
+    """About a stored mean exactly; about the first one, 0, as well as float32 squares allow."""
+    x = far_channels()
+    exact, weights = x.astype(np.float64), np.random.default_rng(2).normal(size=x.shape)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    expected = (exact - mean) / np.sqrt(var + 1e-5)
+
+    def of_inputs(x, near):
+        def loss(x):
+            stats = {"mean": near, "var": jnp.ones(5)}
+            params = {"scale": jnp.ones(5), "bias": jnp.zeros(5)}
+            out, new = BatchNorm().apply(
+                {"params": params, "batch_stats": stats}, x, norm="local", mutable=["batch_stats"]
+            )
+            return jnp.sum(out * weights.astype(np.float32)), (out, new["batch_stats"])
+
+        gradient, (out, new) = jax.grad(loss, has_aux=True)(x)
+        return out, (new["var"] - 0.9) / 0.1, gradient
+
+    run = jax.jit(of_inputs) if compiled else of_inputs
+    out, found, gradient = run(x, mean.astype(np.float32))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(found, exact.var((0, 1, 2), ddof=1), atol=2e-6)
+    centred = weights - weights.mean((0, 1, 2))
+    straight = centred - expected * (centred * expected).mean((0, 1, 2))
+    theirs = straight / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    out, found, _ = run(x, np.zeros(5, np.float32))
+    np.testing.assert_allclose(out, expected, atol=5e-3)
+    np.testing.assert_allclose(found, exact.var((0, 1, 2), ddof=1), atol=2e-3)
 
 
 POOLS = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1),) * 2)
@@ -113,7 +153,8 @@ def with_gradients(function, *arguments):
         weights = jax.random.normal(jax.random.key(7), out.shape)
         return jnp.sum(weights * out.astype(jnp.float32)), (out, new)
 
-    gradients, (out, new) = jax.grad(loss, tuple(range(len(arguments))), has_aux=True)(*arguments)
+    both = jax.grad(loss, tuple(range(len(arguments))), has_aux=True)
+    gradients, (out, new) = jax.jit(both)(*arguments)
     return jax.tree.leaves((out, new, gradients))
 
 
@@ -218,7 +259,7 @@ def test_statistics_of_the_global_batch_are_the_products_own():
                 mutable=["batch_stats"],
             )
 
-        return jax.vmap(one, axis_name=AXIS)(rows.reshape(2, 2, *rows.shape[1:]))
+        return jax.jit(jax.vmap(one, axis_name=AXIS))(rows.reshape(2, 2, *rows.shape[1:]))
 
     for theirs, ours in zip(*(jax.tree.leaves(run(way)) for way in (False, True)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -227,7 +268,8 @@ def test_statistics_of_the_global_batch_are_the_products_own():
 def test_statistics_of_a_product_in_half_are_exact():
     """Of the rounded factors; what is counted on the rounded product misses by its rounding."""
     rows, kernel, params = factors()
-    new = of_product(rows, kernel, params, 1, 0, jnp.bfloat16, True)[1]["batch_stats"]
+    made = functools.partial(of_product, columns=1, group=0, dtype=jnp.bfloat16, by_product=True)
+    new = jax.jit(made)(rows, kernel, params)[1]["batch_stats"]
     rows, kernel = (np.asarray(x.astype(jnp.bfloat16), np.float64) for x in (rows, kernel))
     made = (rows @ kernel).reshape(-1, kernel.shape[-1])
     np.testing.assert_allclose(new["mean"], 0.1 * made.mean(0), rtol=1e-5, atol=1e-6)

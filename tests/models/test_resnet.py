@@ -16,35 +16,13 @@ def build(backbone, **fields):
     return models.build_encoder(helpers.encoder_spec(backbone, **fields))
 
 
-@pytest.mark.parametrize(
-    "hidden, millions", [(0, 10.72), (512, 10.97), (1024, 11.28), (1280, 11.44), (2048, 11.91)]
-)
-def test_head_widths_give_the_parameters_of_the_width_sweep(hidden, millions):
-    params = jax.eval_shape(lambda: build("resnet18", hidden=hidden).create(0, 224))["params"]
-    assert sum(x.size for x in jax.tree.leaves(params)) / 2**20 == pytest.approx(millions, abs=6e-3)
-
-
 def test_small_stem_keeps_the_resolution_and_width_is_free():
     encoder = build("resnet8", width=4, hidden=32, dim=16)
-    variables = encoder.create(0, 16)
+    variables = jax.eval_shape(lambda: encoder.create(0, 16))
     assert variables["params"]["backbone"]["conv1"]["kernel"].shape == (3, 3, 3, 4)
-    out = encoder.apply(variables, jnp.ones((2, 16, 16, 3)), norm="running")
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    out = jax.eval_shape(lambda v, x: encoder.apply(v, x, norm="running"), variables, images)
     assert out.features.shape == (2, 16) and out.embedding.shape == (2, 16)
-
-
-def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
-    spec = helpers.encoder_spec("resnet8", hidden=32, dim=16)
-    full = models.build_encoder(spec)
-    half = models.build_encoder(spec, "bfloat16")
-    variables = half.create(0, 16)
-    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    x = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
-    expected = full.apply(variables, x, norm="local", mutable=["batch_stats"])
-    out = half.apply(variables, x, norm="local", mutable=["batch_stats"])
-    assert out[0].embedding.dtype == jnp.float32
-    assert 0 < helpers.relative_error(out[0].embedding, expected[0].embedding) < 0.05
-    stats = jax.tree.leaves(out[1])
-    assert {x.dtype for x in stats} == {jnp.dtype("float32")}
 
 
 def test_initial_values_are_those_of_torchvision_and_follow_the_seed():
