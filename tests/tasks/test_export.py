@@ -18,17 +18,18 @@ from disco_jax.tasks.opening import open_network
 
 
 def scrambled(backbone, seed=0, size=32, **fields):
-    """(encoder, variables) with BatchNorm statistics that are not 0 and 1."""
+    """(encoder, variables) of which nothing is 0 or 1; drawn by NumPy, which compiles nothing."""
     encoder = models.build_encoder(helpers.encoder_spec(backbone, **fields))
-    variables = encoder.create(seed, size)
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
-        low, high = (0.5, 1.5) if path[-1].key == "var" else (-0.1, 0.1)
+        if path[-1].key in ("kernel", "embedding"):
+            return rng.normal(0, np.prod(x.shape[:-1]) ** -0.5, x.shape).astype(np.float32)
+        low, high = (0.5, 1.5) if path[-1].key in ("var", "scale") else (-0.1, 0.1)
         return rng.uniform(low, high, x.shape).astype(np.float32)
 
-    stats = jax.tree_util.tree_map_with_path(draw, variables["batch_stats"])
-    return encoder, {**variables, "batch_stats": stats}
+    shapes = jax.eval_shape(lambda: encoder.create(seed, size))
+    return encoder, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods, models
+from disco_jax import methods
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError, UserError
 from disco_jax.tasks import joint, pretrain
 from disco_jax.train import joint as shared
 
 STEPS = 6
+# The backbone is nobody's point here.
+TINY = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
 # Other heads, another optimizer, another objective, another momentum.
 CELLS = {
     "narrow": {"student.hidden": 8},
@@ -29,8 +31,16 @@ def source():
     return ArraySource(helpers.digits_splits())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """A run that starts again has its programs, as on the command line."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
+
 def config_of(cell, recipe="disco", **changes):
     given = {
+        **TINY,
         "total_steps": STEPS,
         "checkpoint.every_steps": 2,
         "log.every_steps": 2,
@@ -82,15 +92,9 @@ def test_each_student_learns_what_it_would_alone(cell, alone, all_three):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6, err_msg=where)
 
 
-def test_queues_that_devices_share_are_saved_whole_for_each(tmp_path, source, monkeypatch):
+def test_queues_that_devices_share_are_saved_whole_for_each(tmp_path, source):
     """Together on devices that share queues, against alone on devices that have all of them."""
-    monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
-    changes = {
-        "student.backbone": "tiny",
-        "teacher.backbone": "tiny",
-        "momentum.norm": "sync",
-        "teacher.norm": "sync",
-    }
+    changes = {"momentum.norm": "sync", "teacher.norm": "sync"}
     names = "narrow", "more"
     shared = together(tmp_path, source, names, **changes, **{"fast.shard_queue": True})
     config = config_of("more", **changes)
@@ -157,7 +161,8 @@ def convolutions(names):
 
     learners, states = {}, {}
     for name in names:
-        config = config_of(name)
+        real = {field: "resnet8" for field in TINY}
+        config = config_of(name, **real, **{"fast.shifts": "off"})
         method = methods.build(config)
         learners[name] = step.learner_of(config, method, 10)
         _, states[name], frozen, batch = helpers.smoke(config, 1)
@@ -174,7 +179,8 @@ def convolutions(names):
     return {"all": str(text).count("conv_general"), "teacher": str(alone).count("conv_general")}
 
 
-def test_students_that_diverge_are_named(tmp_path, source, all_three):
+@pytest.mark.wiring  # who is named, whatever the numbers were
+def test_students_that_diverge_are_named(tmp_path, source):
     changes = {"narrow": {}, "wide": {"learning_rate.per_256": 1e30, "optimizer.name": "sgd"}}
     configs = {name: config_of(name, **changes[name]) for name in changes}
     folders = {name: str(tmp_path / name) for name in changes}

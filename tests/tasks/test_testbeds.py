@@ -12,6 +12,16 @@ from disco_jax.tasks import pretrain
 from disco_jax.train import step
 
 
+# Which network of a run teaches, with what; the two paths compared are both our own.
+pytestmark = pytest.mark.wiring
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with helpers.tiny_networks():
+        yield
+
+
 @pytest.fixture(scope="module")
 def source():
     return ArraySource(helpers.digits_splits())
@@ -131,7 +141,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
         ("swav", {"objectives.swapped.global_share": 1.2}, "must be a share in 0..1"),
         ("swav", {"objectives.swapped.assign": (0, 9)}, "reads view 9 of the student"),
         ("sslight_moco", {"objectives.contrast.local_queries": False}, "makes view 2, which no"),
-        ("dino", {"student.drop_path": 0.1}, r"drop_path=0\.1: resnet8 has no such option"),
+        ("dino", {"student.drop_path": 0.1}, r"drop_path=0\.1: tiny has no such option"),
     ],
 )
 def test_mistakes(recipe, changes, message, source):
