@@ -143,13 +143,11 @@ def test_a_kill_between_two_saves_changes_no_bit(tmp_path, source, all_three, mo
     assert [line["step"] for line in lines(tmp_path / "narrow")] == [2, 4, 6]
 
 
-def test_the_teacher_sees_the_images_once(all_three):
-    """Three students cost three students and one teacher."""
-    counts = {}
-    for names in (("narrow",), ("narrow", "wide", "more")):
-        counts[len(names)] = convolutions(names)
-    assert counts[1]["teacher"] == counts[3]["teacher"] > 0
-    assert counts[3]["all"] - counts[1]["all"] == 2 * (counts[1]["all"] - counts[1]["teacher"])
+def test_the_teacher_sees_the_images_once():
+    """Two students cost two students and one teacher."""
+    one, two = convolutions(("narrow",)), convolutions(("narrow", "wide"))
+    assert one["teacher"] == two["teacher"] > 0
+    assert two["all"] - one["all"] == one["all"] - one["teacher"] > 0
 
 
 def convolutions(names):
