@@ -7,7 +7,6 @@ import pytest
 from disco_jax import flags
 from disco_jax.tasks import demo
 
-
 # Files, a table and a picture, of whatever scores; what its networks reach is `test_learning`'s.
 pytestmark = pytest.mark.wiring
 

@@ -14,7 +14,6 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.tasks import distill, pretrain
 
-
 # What is chosen, refused, carried over and printed; no number is compared with one from elsewhere.
 pytestmark = pytest.mark.wiring
 

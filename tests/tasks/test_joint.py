@@ -159,7 +159,7 @@ def convolutions(names):
 
     learners, states = {}, {}
     for name in names:
-        real = {field: "resnet8" for field in TINY}
+        real = dict.fromkeys(TINY, "resnet8")
         config = config_of(name, **real, **{"fast.shifts": "off"})
         method = methods.build(config)
         learners[name] = step.learner_of(config, method, 10)

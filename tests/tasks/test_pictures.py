@@ -13,7 +13,6 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features, ridge, scores, subsets, target
 from disco_jax.tasks import cost, fewshot, plane, tsne
 
-
 # Files and figures are there and hold together; scores are whatever they are.
 pytestmark = pytest.mark.wiring
 

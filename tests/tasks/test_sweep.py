@@ -14,7 +14,6 @@ from disco_jax.plan import budget
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
 
-
 # Which cells are trained, scored, left out and tabulated; the scores are whatever they are.
 pytestmark = pytest.mark.wiring
 

@@ -11,7 +11,6 @@ from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
 from disco_jax.train import step
 
-
 # Which network of a run teaches, with what; the two paths compared are both our own.
 pytestmark = pytest.mark.wiring
 
