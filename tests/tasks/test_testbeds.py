@@ -69,7 +69,7 @@ def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsy
     assert "mean pixel scale of a global view over that of a local one: 3." in out
 
 
-def test_of_a_dino_run_the_ema_copy_teaches(runs, source, tmp_path):
+def test_of_a_dino_run_the_ema_copy_teaches(runs, source):
     config = student_of(runs / "dino", "dino_disco")
     ready = pretrain.prepare(config, source)
     momentum = features.load(str(runs / "dino"), "momentum").variables
@@ -81,7 +81,6 @@ def test_of_a_dino_run_the_ema_copy_teaches(runs, source, tmp_path):
         np.any(a != b)
         for a, b in zip(jax.tree.leaves(momentum), jax.tree.leaves(student), strict=True)
     )
-    assert pretrain.run(config, str(tmp_path / "run"), source)["step"] == 2
     config.teacher.network = "momentun"
     with pytest.raises(UserError, match="Did you mean 'momentum'"):
         pretrain.prepare(config, source)
