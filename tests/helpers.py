@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 import reference_weights
@@ -214,6 +215,34 @@ def has_teacher(recipe):
 
 
 QUIET = {}  # changes that a test makes to every smoke config
+
+
+@contextlib.contextmanager
+def tiny_networks():
+    """Inside, "tiny" names a `TinyBackbone`, and smoke configs have no other network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
+        for network in ("student", "teacher"):
+            patch.setitem(QUIET, f"{network}.backbone", "tiny")
+        yield
+
+
+@contextlib.contextmanager
+def programs_kept(folder):
+    """Inside, equal programs compile once: as the command line keeps them for the next start."""
+
+    def keep(**fields):
+        for name, value in fields.items():
+            jax.config.update(f"jax_{name}", value)
+        compilation_cache.reset_cache()  # it may have opened another folder before
+
+    names = "compilation_cache_dir", "persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, f"jax_{name}") for name in names}
+    keep(**dict(zip(names, (str(folder), 0.2), strict=True)))
+    try:
+        yield
+    finally:
+        keep(**before)
 
 
 def smoke_config(recipe, **changes):

@@ -1,15 +1,16 @@
-"""Trains one network on the digits and prints its kNN score: what `test_learning` runs.
+"""Trains networks on the digits and prints their kNN scores: what `test_learning` runs.
 
-A process of its own, because tests have four virtual devices and unoptimised programs; both cost
-more time here than they save.
+A process of its own, because tests have four virtual devices, which cost more time here than they
+save; one for the runs of a recipe, because a process takes as long to start as some of them train.
 
     python tests/learning.py FOLDER teacher
-    python tests/learning.py FOLDER seed [shuffled | weightless | untrained]
+    python tests/learning.py FOLDER seed [seed/shuffled | seed/weightless | seed/untrained]
 
-It prints two scores: that on the held-out digits, which a test looks at, and that of the training
-digits among one another, each left out in turn, from which the floors were chosen.
+It prints two scores a run: that on the held-out digits, which a test looks at, and that of the
+training digits among one another, each left out in turn, from which the floors were chosen.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -128,8 +129,9 @@ def train(config, run, source):
     return scores_of(features.load(run), source)
 
 
-def shuffle_targets():
-    """From now on, a student learns of an image what is so of another one of the batch.
+@contextlib.contextmanager
+def shuffled_targets():
+    """Inside, a student learns of an image what is so of another one of the batch.
 
     What teachers and momentum networks say moves on by one image, and so do SwAV's assignments.
     """
@@ -142,6 +144,9 @@ def shuffle_targets():
 
     learner.targets_of = step.targets_of = shuffled
     swapped.sinkhorn = lambda *args, **options: roll(assign(*args, **options))
+    yield
+    learner.targets_of = step.targets_of = real
+    swapped.sinkhorn = assign
 
 
 def take_weights(config):
@@ -160,21 +165,22 @@ def scores_of(found, source):
     return knn.accuracy(flags.load("knn"), *splits)["top1"], among
 
 
-def main(folder, name, variant=""):
-    source = ArraySource(helpers.digits_splits())
+def main(folder, name, variant, source):
     if name == "teacher":
         return make_teacher(folder, source)
     config = recipe(name, folder)
     if variant == "untrained":
         return scores_of(features.untrained(config), source)
-    if variant == "shuffled":
-        shuffle_targets()
     if variant == "weightless":
         take_weights(config)
     run = f"{folder}/{name.replace(':', '_')}{variant}"
-    return train(config, os.path.abspath(run), source)
+    with shuffled_targets() if variant == "shuffled" else contextlib.nullcontext():
+        return train(config, os.path.abspath(run), source)
 
 
 if __name__ == "__main__":
-    held_out, among = main(*sys.argv[1:])
-    print(f"score {held_out:.2f} choice {among:.2f}")
+    folder, *runs = sys.argv[1:]
+    source = ArraySource(helpers.digits_splits())
+    for word in runs:
+        held_out, among = main(folder, *word.partition("/")[::2], source)
+        print(f"score {word} {held_out:.2f} choice {among:.2f}", flush=True)

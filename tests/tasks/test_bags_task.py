@@ -14,6 +14,13 @@ from disco_jax.ops.losses import unit
 from disco_jax.tasks import bags, pretrain
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """Runs that differ in their files alone are one program."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
+
 @pytest.fixture(scope="module")
 def source():
     made = helpers.digits()
@@ -21,10 +28,11 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, source):
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    pretrain.run(helpers.smoke_config("moco_v2", batch_size=8, total_steps=1), str(run), source)
-    return str(run)
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    np.savez(folder / "digits.npz", **helpers.digits())
+    queueless = {"objectives.contrast.weight": 0.0}  # else the run's queue is looked for
+    return helpers.network_run(folder / "run", folder / "digits.npz", **queueless)
 
 
 def settings(teacher, **changes):
@@ -53,6 +61,7 @@ def test_neighbours_are_the_nearest_but_oneself(made, teacher, source):
     np.testing.assert_allclose(chosen, best, atol=1e-5)
 
 
+@pytest.mark.wiring  # bags of both kinds reach the step, which has tests of its own
 def test_bingo_learns_from_neighbours_and_from_clusters(made, teacher, source, tmp_path):
     for kind, folder in made.items():
         config = helpers.smoke_config("bingo")
@@ -62,6 +71,7 @@ def test_bingo_learns_from_neighbours_and_from_clusters(made, teacher, source, t
         assert result["step"] == 2
 
 
+@pytest.mark.wiring  # likewise
 def test_pseudo_labels_need_as_many_prototypes_as_clusters(made, source, tmp_path):
     config = helpers.smoke_config("pseudo_labels:clusters=16")
     config.bags.file = f"{made['kmeans']}/bags.npz"

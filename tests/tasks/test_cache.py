@@ -22,6 +22,13 @@ from disco_jax.train.state import everywhere
 STEPS = 5  # of an epoch: 1437 images, 256 at a time
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """A run that starts again has its programs, as on the command line."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
+
 @pytest.fixture(scope="module")
 def source():
     return ArraySource(helpers.digits_splits())
@@ -270,6 +277,7 @@ def test_the_size_is_told_ahead(source, tmp_path, capsys):
 def test_it_costs_what_moco_costs(kept):
     """Operations of DisCo on the view that MoCo-v2 encodes, as it is written."""
     wide = {"student.width": 16, "teacher.width": 64, "batch_size": 8}
+    wide |= {"student.backbone": "resnet8", "teacher.backbone": "resnet8", "fast.shifts": "off"}
     one_view = {**wide, "objectives.distill.views": (0,)}
     costs = {}
     for name, recipe, changes in (

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -114,8 +115,14 @@ def get_config(arg=None):
     config.arguments = (("data", "digits"), ("smoke", "true"), ("student", "resnet8"))
     config.axes = (("recipe", ("moco_v2",)), ("config.student.width", (4, 8)))
     config.seeds = (0, 1)
-    config.changes = (("data.source", "npz"), ("data.dir", "few.npz"), ("augment.size", 16))
-    config.evaluate = ("knn",)
+    config.changes = (
+        ("data.source", "npz"),
+        ("data.dir", "few.npz"),
+        ("augment.size", 16),
+        ("student.backbone", "tiny"),
+        ("log.report", False),
+    )
+    config.evaluate = (("knn", (("report", False),)),)
     config.figure.score = "knn"
     config.claims.wide = common.claim(
         "Wide is better", (("config.student.width", 8),), (("config.student.width", 4),)
@@ -124,19 +131,27 @@ def get_config(arg=None):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.wiring  # a sweep's files; what they hold is whatever the networks score
 def test_a_sweep_with_a_claim_runs_without_tensorflow(tmp_path):
     few = {key: x[:128] for key, x in helpers.digits().items()}
     np.savez(tmp_path / "few.npz", **few)
     (tmp_path / "ours.py").write_text(RECIPE_OF_OURS)
-    code = """
+    code = f"""
 import sys
+sys.path[:0] = {[str(helpers.PARITY.parent), str(helpers.PARITY)]}
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
+import helpers
 from disco_jax import main
-sys.exit(main.main(["sweep", "--config=ours.py", "--workdir=runs"]))
+with helpers.tiny_networks():
+    sys.exit(main.main(["sweep", "--config=ours.py", "--workdir=runs"]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XLA_FLAGS": helpers.one_device_flags()},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 of 4 cells are done" in done.stdout

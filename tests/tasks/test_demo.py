@@ -7,10 +7,13 @@ import pytest
 from disco_jax import flags
 from disco_jax.tasks import demo
 
+# Files, a table and a picture, of whatever scores; what its networks reach is `test_learning`'s.
+pytestmark = pytest.mark.wiring
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(folder, results, config) of a demo of 3 epochs."""
+    """(folder, results, config) of a demo of 3 epochs, its students as shallow as the teacher."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("demo")
     config = flags.load("configs/demo.py")
@@ -18,10 +21,10 @@ def finished(tmp_path_factory):
     config.linear.learning_rate.milestones = (3, 5)
     for name in demo.RUNS:
         config[name].total_epochs = 3
+        config[name].student.backbone = "resnet8"
     return folder, demo.run(config, str(folder)), config
 
 
-@pytest.mark.slow
 def test_results_are_complete_and_in_percent(finished):
     folder, results, _ = finished
     assert json.loads((folder / "results.json").read_text()) == results
@@ -33,7 +36,6 @@ def test_results_are_complete_and_in_percent(finished):
         assert list((folder / "seed_0" / name).glob("events.out.tfevents.*"))
 
 
-@pytest.mark.slow
 def test_three_epochs_already_teach_something(finished):
     _, results, _ = finished
     assert results["teacher"]["knn_top1"] > results["untrained"]["knn_top1"] + 5
@@ -51,7 +53,6 @@ def test_several_seeds_are_summed_up_by_mean_and_standard_deviation():
     }
 
 
-@pytest.mark.slow
 def test_the_picture_is_a_picture(finished):
     from PIL import Image
 
@@ -60,7 +61,6 @@ def test_the_picture_is_a_picture(finished):
     assert picture.size[0] > 800 and len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-@pytest.mark.slow
 def test_started_again_it_trains_nothing_anew(finished, capsys):
     folder, results, config = finished
     again = demo.run(config, str(folder))

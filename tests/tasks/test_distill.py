@@ -14,6 +14,15 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.tasks import distill, pretrain
 
+# What is chosen, refused, carried over and printed; no number is compared with one from elsewhere.
+pytestmark = pytest.mark.wiring
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with helpers.tiny_networks():
+        yield
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -60,9 +69,10 @@ def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path
     result = disco_jax.distill(
         data=str(folder),
         teacher=str(teacher),
-        student="resnet8",
+        student="tiny",
         workdir=str(tmp_path / "run"),
         total_steps=2,
+        log__report=False,
         student__width=4,
         student__hidden=16,
     )
@@ -117,14 +127,18 @@ def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
 def test_training_and_evaluation_from_memory_never_import_tensorflow(folder, teacher, tmp_path):
     code = f"""
 import sys
+sys.path[:0] = {[str(helpers.PARITY.parent), str(helpers.PARITY)]}
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # importing would raise
+import helpers
 from disco_jax import main
 run = ["--workdir={tmp_path / "run"}"]
-words = ["distill", "--data={folder}", "--teacher={teacher}", "--student=resnet8"]
+words = ["distill", "--data={folder}", "--teacher={teacher}", "--student=tiny"]
 small = ["--config.total_steps=2", "--config.student.width=4", "--config.student.hidden=16"]
-assert main.main([*words, *small, *run]) == 0
-assert main.main(["knn", "--config.k=5", *run]) == 0
-assert main.main(["linear", "--config.total_epochs=2", *run]) == 0
+small.append("--config.log.report=false")  # the probe makes one
+with helpers.tiny_networks():
+    assert main.main([*words, *small, *run]) == 0
+    assert main.main(["knn", "--config.k=5", "--config.report=false", *run]) == 0
+    assert main.main(["linear", "--config.total_epochs=2", *run]) == 0
 assert sys.modules["tensorflow"] is None
 """
     environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}

@@ -1,5 +1,7 @@
 """`disco-jax import`: a PyTorch file becomes a directory like any run's."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -29,10 +31,17 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(file, tmp_path_factory):
+def imported(file, tmp_path_factory):
+    """(the directory, what was printed)."""
     workdir = tmp_path_factory.mktemp("runs") / "moco"
-    assert main.main(["import", str(file), "--workdir", str(workdir)]) == 0
-    return workdir
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main.main(["import", str(file), "--workdir", str(workdir)]) == 0
+    return workdir, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(imported):
+    return imported[0]
 
 
 def test_the_manifest_says_what_came_from_where(run, file):
@@ -85,9 +94,8 @@ def test_swavs_normalisation_goes_into_the_config(tmp_path):
     assert teacher.normalisation(str(path)) == (tuple(spec.mean), tuple(spec.std))
 
 
-def test_counts_are_printed_as_the_papers_count(file, tmp_path, capsys):
-    importing.run(str(file), str(tmp_path / "run"))
-    out = capsys.readouterr().out
+def test_counts_are_printed_as_the_papers_count(imported):
+    _, out = imported
     assert "10.66 M parameters without the head" in out and "queue of 256 keys" in out
 
 

@@ -13,6 +13,16 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features, ridge, scores, subsets, target
 from disco_jax.tasks import cost, fewshot, plane, tsne
 
+# Files and figures are there and hold together; scores are whatever they are.
+pytestmark = pytest.mark.wiring
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """Two runs that differ in their weights alone are one program."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

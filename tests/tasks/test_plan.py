@@ -15,6 +15,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def tiny():
+    """A network that this compiler, too, has done in a moment."""
+    with helpers.tiny_networks():
+        yield
+
+
 def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     config = helpers.smoke_config("moco_v2", batch_size=32)
     file = tmp_path / "plan.json"
@@ -39,11 +46,10 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     assert "16 chips on 4 hosts" in printed and "each host must read" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, chips, hosts", [("v4:2x2x4", 16, 4), ("v5p:2x2x2", 8, 2), ("v6e:2x4", 8, 1)]
 )
-def test_every_kind_of_chip_has_its_compiler(name, chips, hosts):
+def test_every_kind_of_chip_has_its_compiler(tiny, name, chips, hosts):
     report = plan.run(helpers.smoke_config("moco_v2", batch_size=32), name, images=1437)
     assert (report["chips"], report["hosts"], report["fits"]) == (chips, hosts, True)
     assert report["memory"]["limit"] == plan.topology.parse(name)[0].hbm_bytes
@@ -51,11 +57,12 @@ def test_every_kind_of_chip_has_its_compiler(name, chips, hosts):
     assert report["collectives"]["all-reduce"]["bytes"] >= report["memory"]["optimizer"]
 
 
-def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
+def test_a_step_that_does_not_fit_names_its_largest_parts(tiny, capsys):
     code = main.main(
         [
             "plan", "--config=moco_v2:student=resnet8,data=digits,smoke=true", "--images=1437",
             "--topology=v5e:2x2", "--config.student.dim=128", "--fit",
+            "--config.student.backbone=tiny",
             f"--config.objectives.contrast.queue_size={2**26}",
         ]
     )  # fmt: skip
@@ -65,7 +72,7 @@ def test_a_step_that_does_not_fit_names_its_largest_parts(capsys):
     assert "largest config.batch_size that fits: 0" in captured.out  # the queue alone is too much
 
 
-def test_a_queue_that_chips_share_is_divided_by_them():
+def test_a_queue_that_chips_share_is_divided_by_them(tiny):
     config = helpers.smoke_config("moco_v2", batch_size=32, **{"fast.shard_queue": True})
     config.fast.half_queue = True
     report = plan.run(config, "v5e:2x4", images=1437)
@@ -74,8 +81,7 @@ def test_a_queue_that_chips_share_is_divided_by_them():
     assert report["collectives"]["all-gather"]["bytes"] >= 32 * 16 * 2
 
 
-@pytest.mark.slow
-def test_the_largest_batch_is_found(monkeypatch):
+def test_the_largest_batch_is_found(tiny, monkeypatch):
     monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))
     config = helpers.smoke_config("moco_v2", batch_size=8)
     report = plan.run(config, "v5e:2x2", images=1437, fit=True)

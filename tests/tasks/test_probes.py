@@ -17,6 +17,13 @@ from disco_jax.evaluate import features, saved, streamed, target
 from disco_jax.tasks import importing, knn, linear
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """A training that starts again has its programs, as on the command line."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
+
 def few(count=96):
     """The first digits: enough for every class, few enough to be quick."""
     return {
@@ -148,7 +155,7 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     found = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
     again = fine.classifier.scores(found.hidden).argmax(1) == found.labels
     assert 100 * again.mean() == pytest.approx(result["top1"])
-    assert trained.config.student.backbone == "resnet8"
+    assert trained.config.student.backbone == "tiny"
 
     other = helpers.network_run(tmp_path / "student", data_file, seed=5)
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})
@@ -200,7 +207,7 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
     "recipe, changes, says",
     [
         ("linear", {"output": "hiden"}, "Did you mean 'hidden'"),
-        ("linear", {"blocks": 4}, "resnet8 has 1 to read"),
+        ("linear", {"blocks": 4}, "tiny has 1 to read"),
         ("linear", {"augment": "crops"}, "config.augment='crops'"),
         ("linear", {"network": "momentum"}, "--config.network=student"),
         ("linear", {"init": "zeros"}, "config.init='zeros'"),
@@ -208,7 +215,7 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
         ("linear", {"data.dir": "/no/such.npz"}, "no file /no/such.npz"),
         ("linear", {"labelled.per_class": 50}, "fewer than the 50"),
         ("linear", {"labelled.per_class": 5, "labelled.percent": 5.0}, "set one of them to 0"),
-        ("linear:protocol=disco,student=resnet18", {}, "student=resnet8"),
+        ("linear:protocol=disco,student=resnet18", {}, "student=tiny"),
         ("linear:protocol=moco", {"norm": "sync"}, "the network is frozen"),
         ("linear:protocol=grid", {"augment": "flip"}, "set augment to none or linear"),
         ("linear:protocol=grid_crops", {"layers": "all"}, "layers to classifier"),

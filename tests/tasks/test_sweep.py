@@ -14,6 +14,16 @@ from disco_jax.plan import budget
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
 
+# Which cells are trained, scored, left out and tabulated; the scores are whatever they are.
+pytestmark = pytest.mark.wiring
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """A sweep that starts again has its programs, as on the command line."""
+    with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
+        yield
+
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory):
@@ -32,6 +42,7 @@ def small(digits_file, **changes):
     config.teacher = "small"
     config.changes = (
         *config.changes,
+        ("student.backbone", "tiny"),
         ("data.source", "npz"),
         ("data.dir", str(digits_file)),
         ("log.report", False),
