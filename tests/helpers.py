@@ -19,7 +19,6 @@ from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
-from disco_jax.tasks import pretrain
 from disco_jax.train import state, teacher
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import from_config
@@ -232,6 +231,8 @@ def only_cropped(config):
 
 def compile_once(monkeypatch):
     """From now on runs share what the first of them prepared, and so the compiled step."""
+    from disco_jax.tasks import pretrain
+
     made, real = [], pretrain.prepare
     monkeypatch.setattr(
         pretrain, "prepare", lambda *args: made[0] if made else made.append(real(*args)) or made[0]

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 
+import host
 import jax
 import numpy as np
 import pytest
 
 import helpers
-import host
 from disco_jax.data.arrays import ArraySource
 from disco_jax.tasks import prepare, pretrain
 from disco_jax.train import hosts
