@@ -275,7 +275,7 @@ def _hue(planes: Planes, shifts: Array) -> Planes:
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    turn = _sixths(planes, value, chroma) + 6.0 * _column(shifts)
+    turn = _sixths(planes, chroma) + 6.0 * _column(shifts)
     channels = (_hue_channel(value, chroma, n + turn) for n in (5, 3, 1))
     return tuple(jnp.maximum(channel, 0.0) for channel in channels)  # none is above 1
 
@@ -293,14 +293,17 @@ def _blend(planes: Planes, other: Array, factors: Array) -> Planes:
     return tuple(_clip(factors * plane + other) for plane in planes)
 
 
-def _sixths(planes: Planes, value: Array, chroma: Array) -> Array:
+def _sixths(planes: Planes, chroma: Array) -> Array:
     """f32[B, H, W] in [-1, 5]: hue in sixths of a turn, 0 for grey pixels."""
     red, green, blue = planes
     scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
+    # Not `value == red`: a compiler that computes a channel twice may round it in two ways.
+    most_red = (red >= green) & (red >= blue)
+    most_green = green >= blue  # if it is not red
     # The difference of the two channels that are not the largest, and where its sixth begins.
-    others = jnp.where(value == green, blue - red, red - green)
-    difference = jnp.where(value == red, green - blue, others)
-    begin = jnp.where(value == red, 0.0, jnp.where(value == green, 2.0, 4.0))
+    others = jnp.where(most_green, blue - red, red - green)
+    difference = jnp.where(most_red, green - blue, others)
+    begin = jnp.where(most_red, 0.0, jnp.where(most_green, 2.0, 4.0))
     return begin + difference * scale
 
 

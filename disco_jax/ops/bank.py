@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.collectives import gather, highest, lowest, positions, scatter, share
+from disco_jax.ops.collectives import gather, highest, positions, scatter, share
 
 # e^(-2 / tau), of two opposite rows, must be a normal float32.
 COLDEST = 1 / 40
@@ -155,9 +155,12 @@ def closest(rows: Array, bank: Array, *, shared: bool = False) -> Array:
     best = jnp.argmax(products, axis=-1)
     if not shared:
         return best
-    most = jnp.max(products, axis=-1)
-    numbers = jnp.where(most == highest(most), positions(len(bank))[best], jnp.iinfo(jnp.int32).max)
-    return share(lowest(numbers))
+    most = jnp.take_along_axis(products, best[:, None], axis=-1)[:, 0]
+    # Compared once, where all are: a maximum that is compared with its own copies asks for equality
+    # of numbers that each replica may have computed twice.
+    each, numbers = gather(most[None]), gather(positions(len(bank))[best][None])
+    winner = jnp.argmax(each, axis=0)[None]
+    return share(jnp.take_along_axis(numbers, winner, axis=0)[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

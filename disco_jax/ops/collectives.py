@@ -31,11 +31,6 @@ def highest(tree: Tree) -> Tree:
     return jax.lax.pmax(jax.lax.stop_gradient(tree), AXIS)
 
 
-def lowest(tree: Tree) -> Tree:
-    """The elementwise minimum of every leaf over the replicas; no gradient passes."""
-    return jax.lax.pmin(jax.lax.stop_gradient(tree), AXIS)
-
-
 def gather(rows: Array) -> Array:
     """[B, ...] of this replica -> [replicas * B, ...] of all, in the order of the replicas."""
     return jax.lax.all_gather(rows, AXIS, tiled=True)

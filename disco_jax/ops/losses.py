@@ -9,6 +9,9 @@ from jax import Array
 
 from disco_jax.ops.bank import USUAL, Reading, attended, compared
 
+# Products of unit rows that differ by no more are equal but for rounding.
+_TIE = 1e-6
+
 
 def info_nce(
     query: Array,
@@ -59,7 +62,10 @@ def info_nce_beside(query: Array, key: Array, others: Array, *, temperature: flo
 
 
 def contrast_accuracy(query: Array, key: Array, nearest: Array) -> Array:
-    """Whether each query is closer to its own key than to every negative.
+    """Whether each query is closer to its own key than to every negative, by more than rounding.
+
+    The two products are summed in different orders: of a collapsed network, whose embeddings are
+    all equal, either may come out as the larger one.
 
     Args:
       query: f32[B, D], unit rows.
@@ -69,7 +75,7 @@ def contrast_accuracy(query: Array, key: Array, nearest: Array) -> Array:
     Returns:
       f32[B], 1 or 0.
     """
-    return (_own(query, key) > nearest).astype(jnp.float32)
+    return (_own(query, key) > nearest + _TIE).astype(jnp.float32)
 
 
 def soft_cross_entropy(

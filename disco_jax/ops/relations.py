@@ -8,14 +8,20 @@ from jax import Array
 from disco_jax.ops.losses import unit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Rows are equal if the squared length of their difference is below this share of their own: ten
+# times the rounding of float32 a row, squared.
+_ROUNDING = 1e-12
+# Of equal rows, as in RKD's code, whose distances are the root of at least 1e-12.
+_MIN_DISTANCE = 1e-6
+_TINY = 1e-30  # keeps the distance of a single row, which has no others, at 0
 
 
 def rkd_distance(student: Array, teacher: Array) -> Array:
     """How far the student's pairwise distances are from the teacher's.
 
     RKD (arXiv:1904.05068) eq. 4-6: both matrices of Euclidean distances are divided by the mean of
-    their positive entries (the gradient passes through the student's mean) and compared by the
-    Huber loss with delta 1, averaged over the B x B entries, the diagonal included.
+    their entries off the diagonal (the gradient passes through the student's mean) and compared by
+    the Huber loss with delta 1, averaged over the B x B entries, the diagonal included.
 
     Args:
       student: f32[B, D]; the only input that needs a gradient.
@@ -150,20 +156,46 @@ def _log_shares(rows: Array, bank: Array, temperature: float) -> Array:
 
 
 def _scaled_distances(rows: Array) -> Array:
-    """f32[B, B]: Euclidean distances over the mean of the positive ones; 0 on the diagonal."""
-    square = jnp.sum(jnp.square(rows), axis=-1)
-    products = jnp.matmul(rows, rows.T, precision=_HIGHEST)
-    squared = square[:, None] + square[None, :] - 2 * products
-    # Rounding may leave the squared distance of two equal rows below 0.
-    distances = jnp.sqrt(jnp.maximum(squared, 1e-12))
-    distances = jnp.where(jnp.eye(len(rows), dtype=bool), 0.0, distances)
-    return distances / (jnp.sum(distances) / jnp.maximum(jnp.sum(distances > 0), 1))
+    """f32[B, B]: Euclidean distances over the mean off the diagonal; 0 on the diagonal."""
+    _, squared, apart = _pairs(rows)
+    distances = jnp.where(apart, jnp.sqrt(squared), _MIN_DISTANCE)
+    distances = jnp.where(_diagonal(rows), 0.0, distances)
+    count = len(rows)
+    return distances / (jnp.sum(distances) / max(count * (count - 1), 1) + _TINY)
 
 
 def _cosines(rows: Array) -> Array:
     """f32[B, B, B]: at i, the cosine between the directions to j and to k."""
-    directions = unit(rows[None, :, :] - rows[:, None, :])
+    differences, squared, apart = _pairs(rows)
+    directions = jnp.where(apart[..., None], differences * jax.lax.rsqrt(squared)[..., None], 0.0)
     return jnp.einsum("ijd,ikd->ijk", directions, directions, precision=_HIGHEST)
+
+
+def _pairs(rows: Array) -> tuple[Array, Array, Array]:
+    """Differences between all pairs of rows, and which pairs have a direction.
+
+    Equal rows have none. Their difference is exactly 0 only as long as the compiler does not merge
+    it with the arithmetic that made the rows (a * b - c in one instruction leaves a residue of
+    rounding, which has a direction and a derivative of 1e7), so pairs are told apart by a margin
+    above rounding and the diagonal by its place.
+
+    Args:
+      rows: f32[B, D].
+
+    Returns:
+      f32[B, B, D], at (i, j) rows[j] - rows[i]; f32[B, B], their squared lengths, 1 where the rows
+      are equal; bool[B, B], false where they are.
+    """
+    differences = rows[None, :, :] - rows[:, None, :]
+    squared = jnp.sum(jnp.square(differences), axis=-1)
+    power = jnp.sum(jnp.square(rows), axis=-1)
+    apart = squared > _ROUNDING * (power[:, None] + power[None, :])
+    apart &= ~_diagonal(rows)
+    return differences, jnp.where(apart, squared, 1.0), apart
+
+
+def _diagonal(rows: Array) -> Array:
+    return jnp.eye(len(rows), dtype=bool)
 
 
 def _huber(difference: Array) -> Array:

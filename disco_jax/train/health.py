@@ -158,7 +158,7 @@ def _uniformity(rows: Array) -> Array:
     count = len(rows)
     products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
     potential = jnp.exp(-_SHARPNESS * (2 - 2 * products))
-    others = jnp.sum(potential) - jnp.trace(potential)
+    others = jnp.sum(jnp.where(jnp.eye(count, dtype=bool), 0.0, potential))
     return jnp.log(others / (count * (count - 1)))
 
 

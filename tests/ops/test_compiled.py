@@ -1,0 +1,269 @@
+"""Every loss is the same compiled as eagerly: alone, and with what normalises its inputs.
+
+A compiler merges operations, so a value that is exactly 0, 1 or equal to another when each
+operation rounds by itself may not be when it is compiled. Each case runs on raw rows, normalised
+inside the same program as a method does: rows at random, with an image twice in the batch, with
+all rows nearly equal (a collapsed network), and with a row of zeros.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax.methods import base
+from disco_jax.ops import augment, bank, losses, mixing, relations, schedules, sinkhorn
+from disco_jax.ops.collectives import AXIS
+from disco_jax.ops.losses import unit
+from disco_jax.train import health
+
+B, D, K = 8, 16, 40
+LOSS, GRADIENT = 1e-5, 1e-4  # relative to the largest value
+HALF = jnp.bfloat16
+
+
+def rows(seed, count=B, dim=D):
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+KEY, QUEUE, SCORES = rows(1), np.asarray(unit(rows(2, K))), rows(3, B, 10)
+LABELS = np.arange(B, dtype=np.int32) % 10
+CENTRE = rows(4, 1, D)[0]
+
+
+def maps(student):
+    return student.reshape(B, 4, 4, 1)
+
+
+def queue_pair(loss):
+    return lambda s: loss(
+        unit(s), unit(KEY), QUEUE, QUEUE, student_temperature=0.1, target_temperature=0.04
+    )
+
+
+def seed(temperature, reading=bank.USUAL):
+    return lambda s: losses.soft_cross_entropy(
+        unit(s), unit(KEY), QUEUE, student_temperature=0.2, teacher_temperature=temperature,
+        reading=reading,
+    )  # fmt: skip
+
+
+def nce(reading=bank.USUAL, temperature=0.2):
+    return lambda s: losses.info_nce(
+        unit(s), unit(KEY), QUEUE, temperature=temperature, reading=reading
+    )
+
+
+FORMULA = bank.Reading(one_pass=False)
+# name -> function of raw rows f32[B, D]; the part before ":" names the public function.
+LOSSES = {
+    "info_nce": nce(),
+    "info_nce:cold": nce(temperature=0.01),
+    "info_nce:formula": nce(FORMULA),
+    "info_nce_beside": lambda s: losses.info_nce_beside(
+        unit(s), unit(KEY), jnp.full(B, 3.0), temperature=0.2
+    ),
+    "soft_cross_entropy": seed(0.01),
+    "soft_cross_entropy:one-hot": seed(0.0),
+    "soft_cross_entropy:code": seed(1e-4),
+    "soft_cross_entropy:formula": seed(0.01, FORMULA),
+    "binary_contrast": lambda s: losses.binary_contrast(
+        unit(s),
+        unit(KEY),
+        QUEUE,
+        temperature=0.07,
+        potential=losses.mean_potential(unit(s), QUEUE, temperature=0.07),
+    ),
+    "mean_potential": lambda s: losses.mean_potential(unit(s), QUEUE, temperature=0.07),
+    "softened_cross_entropy": lambda s: losses.softened_cross_entropy(
+        s[:, :10], SCORES, LABELS, alpha=0.5, temperature=2.0
+    ),
+    "class_cross_entropy": lambda s: losses.class_cross_entropy(s[:, :10], LABELS),
+    "squared_distance": lambda s: losses.squared_distance(unit(s), unit(KEY)),
+    "squared_distance:itself": lambda s: losses.squared_distance(
+        unit(s), unit(jax.lax.stop_gradient(s))
+    ),
+    "target_cross_entropy": lambda s: losses.target_cross_entropy(
+        jax.nn.softmax(KEY), unit(s), temperature=0.1
+    ),
+    "sharpened": lambda s: losses.target_cross_entropy(
+        losses.sharpened(s, CENTRE, 0.04), unit(s), temperature=0.1
+    ),
+    "rebalanced": lambda s: losses.rebalanced(
+        [jnp.mean(losses.squared_distance(unit(s), unit(KEY)))], [jnp.mean(unit(s) ** 2)], 0.4
+    ),
+    "unit": lambda s: unit(s) @ CENTRE,
+    "rkd_distance": lambda s: relations.rkd_distance(unit(s), unit(KEY)),
+    "rkd_angle": lambda s: relations.rkd_angle(unit(s), unit(KEY)),
+    "bank_cross_entropy": queue_pair(relations.bank_cross_entropy),
+    "bank_divergence": queue_pair(relations.bank_divergence),
+    "attention": lambda s: jnp.square(relations.attention(maps(s), (2, 2))) @ CENTRE[:4],
+    "attention_distance": lambda s: relations.attention_distance(maps(s), maps(KEY)),
+    "compared": lambda s: bank.compared(unit(s), QUEUE, temperature=0.2).total,
+    "compared_together": lambda s: (
+        bank.compared_together({0: unit(s), 1: unit(KEY)}, QUEUE, temperature=0.2)[0].total
+    ),
+    "attended": lambda s: losses.squared_distance(
+        unit(s), bank.attended(unit(s), QUEUE, temperature=0.04)
+    ),
+    "sinkhorn": lambda s: losses.target_cross_entropy(
+        sinkhorn.sinkhorn(unit(s), epsilon=0.05, iterations=3), unit(s), temperature=0.1
+    ),
+}
+# Where all rows are nearly equal, what separates them is of the size of rounding: the gradient of
+# a relation between them has no digit.
+NO_DIGIT = {("rkd_distance", "collapsed"), ("rkd_angle", "collapsed")}
+MEASURES = {  # without a gradient
+    "contrast_accuracy": lambda s: losses.contrast_accuracy(
+        unit(s), unit(s), bank.compared(unit(s[::-1]), unit(s), temperature=0.2).nearest
+    ),
+    "closest": lambda s: bank.closest(unit(s), unit(s)),
+    "usage": lambda s: base.usage(unit(s), 0.1),
+    "spread": lambda s: base.spread(unit(s)),
+    "uniformity": lambda s: health._uniformity(unit(s)),
+}
+SETS = ("random", "twice", "collapsed", "zero")
+
+
+def inputs(kind):
+    student = rows(0)
+    if kind == "twice":
+        student[5] = student[2]
+    if kind == "collapsed":
+        student = student[:1] + 1e-4 * student
+    if kind == "zero":
+        student[3] = 0
+    return student
+
+
+def on_one_replica(function):
+    """Of what is averaged over replicas, there is one."""
+    return lambda s: jax.vmap(function, axis_name=AXIS)(s[None])[0]
+
+
+def compare(name, kind):
+    """(eager loss, compiled loss, their relative difference, that of the gradients)."""
+    loss = on_one_replica(LOSSES[name])
+    both = jax.value_and_grad(lambda s: jnp.mean(loss(s)))
+    student = inputs(kind)
+    (eager, to_eager), (compiled, to_compiled) = both(student), jax.jit(both)(student)
+    away = abs(float(eager) - float(compiled)) / max(abs(float(eager)), 1e-3)
+    scale = max(np.abs(to_eager).max(), 1e-3)
+    return eager, compiled, away, np.abs(to_eager - to_compiled).max() / scale
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_and_its_gradient_are_the_same_compiled_as_eagerly(name, kind):
+    eager, compiled, away, gradient = compare(name, kind)
+    print(f"{name:28} {kind:10} {eager:12.6f} {compiled:12.6f} {away:8.1e} {gradient:8.1e}")
+    assert away < LOSS
+    if (name, kind) not in NO_DIGIT:
+        assert gradient < GRADIENT
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_is_the_same_compiled_as_eagerly(name):
+    measure = on_one_replica(MEASURES[name])
+    compiled = jax.jit(measure)
+    for kind in ("random", "collapsed"):
+        student = inputs(kind)
+        np.testing.assert_allclose(compiled(student), measure(student), rtol=1e-5, atol=1e-3)
+
+
+def test_a_collapsed_network_finds_no_key_among_equals():
+    """Own and nearest product are both 1, summed in different orders."""
+    accuracy = jax.jit(MEASURES["contrast_accuracy"])
+    for width in (1e-9, 0.0):
+        student = np.ones((B, D), np.float32) + width * rows(0)
+        np.testing.assert_array_equal(accuracy(student), 0)
+
+
+def test_no_public_function_of_these_modules_is_missing_here():
+    covered = {name.partition(":")[0] for name in (*LOSSES, *MEASURES)}
+    for module in (losses, relations, bank, sinkhorn):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                assert name in covered, name
+
+
+IMAGES = {
+    "brightness": lambda x, f: augment.brightness(x, f),
+    "contrast": lambda x, f: augment.contrast(x, f),
+    "saturation": lambda x, f: augment.saturation(x, f),
+    "hue": lambda x, f: augment.hue(augment.saturation(x, f), f - 1),
+    "grayscale": lambda x, f: augment.hue(augment.grayscale(x, f > 0.9), f - 1),
+    "solarize": lambda x, f: augment.solarize(x, f > 0.9),
+    "flip": lambda x, f: augment.flip(x, f > 0.9),
+    "gaussian_blur": lambda x, f: augment.gaussian_blur(x, f),
+    "jitter": lambda x, f: augment.jitter(
+        x, jnp.stack([f, f, f, f - 1], 1), jnp.arange(4, dtype=jnp.int32)
+    ),
+    "normalize": lambda x, f: augment.normalize(x, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)),
+    "cutmix": lambda x, f: mixing.cutmix(
+        x, x[::-1], f[0] / 2, jnp.array([3, 4], jnp.int32)
+    )[0],
+    "draw_box": lambda x, f: mixing.draw_box(jax.random.key(0), 9, 9)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_operation_is_the_same_compiled_as_eagerly(name):
+    """On colours of which two or three channels are equal, too, where the hue has its corners."""
+    images = np.random.default_rng(0).integers(0, 3, (4, 9, 9, 3)).astype(np.float32) / 2
+    factors = np.asarray([0.5, 0.8, 1.0, 1.3], np.float32)
+    eager, compiled = (f(images, factors) for f in (IMAGES[name], jax.jit(IMAGES[name])))
+    np.testing.assert_allclose(compiled, eager, atol=2e-6)
+
+
+def test_no_image_operation_is_missing_here():
+    for module in (augment, mixing):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                assert name in IMAGES, name
+
+
+SCHEDULES = {
+    "constant": schedules.constant(0.3),
+    "per_epoch": schedules.per_epoch(schedules.cosine(0.3, 49), 7),
+    "cosine": schedules.cosine(0.3, 49),
+    "steps": schedules.steps(0.3, [14, 30], 0.1),
+    "warmup": schedules.warmup(schedules.cosine(0.3, 49), 0.01, 0.3, 7),
+    "cosine_after": schedules.cosine_after(0.01, 0.3, 1e-4, 7, 49),
+    "line": schedules.line(0.04, 0.07, 11),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_the_same_compiled_as_eagerly(name):
+    compiled = jax.jit(jax.vmap(SCHEDULES[name]))(jnp.arange(50))
+    eager = [SCHEDULES[name](jnp.int32(step)) for step in range(50)]
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-8)
+
+
+def test_no_schedule_is_missing_here():
+    for name, function in inspect.getmembers(schedules, inspect.isfunction):
+        if function.__module__ == schedules.__name__ and not name.startswith("_"):
+            assert name in SCHEDULES, name
+
+
+READ_IN_HALF = {  # what accelerators compute in bfloat16
+    "info_nce": nce(bank.Reading(dtype=HALF)),
+    "soft_cross_entropy": seed(0.01, bank.Reading(dtype=HALF)),
+    "attention_distance": lambda s: relations.attention_distance(
+        maps(s).astype(HALF), maps(KEY).astype(HALF)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_HALF)
+def test_a_loss_that_reads_bfloat16_is_close_to_that_in_float32_compiled(name):
+    half, full = (
+        jax.jit(jax.value_and_grad(lambda s, loss=loss: jnp.mean(loss(s))))(inputs("random"))
+        for loss in (READ_IN_HALF[name], LOSSES[name])
+    )
+    assert half[0] == pytest.approx(float(full[0]), rel=1e-2)
+    assert helpers.relative_error(half[1], full[1]) < 2e-2
