@@ -131,7 +131,7 @@ def test_the_students_of_the_papers_have_every_map_of_a_resnet_50(backbone, size
 
 def test_maps_of_other_sizes_need_a_resize_rule():
     """And with it, every size adds to the loss of a step."""
-    changes = {"student.stem": "imagenet", "augment.size": 32}
+    changes = {"student.stem": "imagenet", "augment.size": 32, "fast.shifts": "off"}
     config = helpers.smoke_config("attention", **changes)
     method = methods.build(config, config.views)
     with pytest.raises(
@@ -185,9 +185,10 @@ def test_a_network_sees_the_normalisation_that_it_was_trained_with():
 def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
     """From a run; a student of another normalisation shows it images as it knows them."""
     source = ArraySource(helpers.digits_splits())
-    changes = {"batch_size": 16, "augment.mean": MEAN, "augment.std": STD}
-    helpers.network_run(tmp_path / "teacher", "", **changes)
-    config = helpers.smoke_config("simreg", batch_size=16)
+    run = helpers.tiny_config("moco_v2", batch_size=16, total_steps=1)
+    run.augment.update(mean=MEAN, std=STD)
+    pretrain.run(run, str(tmp_path / "teacher"), source)
+    config = helpers.tiny_config("simreg", batch_size=16)
     config.teacher.update(head="auto", weights=str(tmp_path / "teacher"))
     ready = pretrain.prepare(config, source)
     assert (tuple(ready.config.teacher.mean), tuple(ready.config.teacher.std)) == (MEAN, STD)

@@ -101,11 +101,11 @@ SGD = {
     "learning_rate.warmup_epochs": 0,
     "learning_rate.warmup_from": 0.0,
 }
-# Statistics that do not depend on the number of devices. One real network with all augmentation;
+# Statistics that do not depend on the number of devices. A real network with all augmentation;
 # with a tiny one, in as few steps as there are ways to prepare views, every objective. What an
 # optimizer makes of gradients that are equal on all devices is in `test_optimizer.py`.
 CASES = {
-    "a real network": ("disco", SYNC),
+    "a real network": ("seed", SYNC),
     # Local views one after the other, two banks, and all that compares with what it remembers, or
     # images with one another. The head is the teacher's.
     "one view after the other": ("retro", {
@@ -251,9 +251,9 @@ def test_local_statistics_do_depend_on_the_devices():
 
 @pytest.mark.parametrize("case", SYNCED)
 def test_bfloat16_has_nearly_the_losses_and_gradients_of_float32(case):
-    """What runs on accelerators: all but one of the networks' layers, and reading of queues.
+    """A run on accelerators computes its networks in bfloat16, and reads its queues so.
 
-    A plain SGD's velocity after its first step is the gradient, but for the weight decay.
+    The velocity of plain SGD after its first step is the gradient, but for the weight decay.
     """
     full, half = two_steps(case, 1), two_steps(case, 1, dtype="bfloat16")
     assert case_of(case).optimizer.name == "sgd"
