@@ -62,6 +62,8 @@ def arguments(digits_file, workdir):
         "--config.monitor.knn_every_steps=4", "--config.monitor.images=64",
         f"--config.total_steps={STEPS}", "--config.batch_size=64", f"--workdir={workdir}",
         "--config.checkpoint.every_steps=3", "--config.log.every_steps=2",
+        "--config.log.report=false", "--config.log.tensorboard=false",
+        "--config.augment.jitter_prob=0", "--config.augment.blur_prob=0",
     ]  # fmt: skip
 
 
@@ -332,13 +334,16 @@ def test_a_shared_queue_resumes_bit_for_bit(shared_queue):
 
 @pytest.mark.parametrize(
     "start, devices, changes",
-    [(3, 1, SHARED), (3, 2, {}), (0, 1, {})],
-    ids=["one device", "fewer and whole from then on", "one device and always whole"],
+    [(3, 1, SHARED), (0, 1, {})],
+    ids=["one device", "one device and always whole"],
 )
 def test_runs_end_alike_however_their_devices_share_a_queue(
     shared_queue, start, devices, changes, request
 ):
-    """What is saved tells nothing of it, so that a run can go on in another way."""
+    """What is saved tells nothing of it, so that a run can go on in another way.
+
+    From shared to whole: `test_hosts.py`.
+    """
     run, first = shared_queue
     found = run(request.node.callspec.id, start, devices, changes)
     expected, found = (jax.tree_util.tree_leaves_with_path(s) for s in (first, found))
