@@ -114,8 +114,9 @@ class TinyBackbone(nn.Module):
     def __call__(self, images, *, norm):
         n, side = len(images), images.shape[1] // 2
         x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
-        x = nn.Dense(self.width, use_bias=False)(x)
-        return jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
+        x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)
+        x = jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
+        return x.astype(jnp.float32)
 
 
 @contextlib.contextmanager
@@ -259,6 +260,41 @@ def smoke_config(recipe, **changes):
     config.log.report = False  # which has tests of its own
     config.update_from_flattened_dict({**QUIET, **changes})
     return teacher.resolve(config)
+
+
+@contextlib.contextmanager
+def tiny_backbone():
+    """`TinyBackbone` as the backbone "tiny" of configs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
+        yield
+
+
+def tiny_config(recipe, **changes):
+    """`smoke_config` within `tiny_backbone`, of which a step compiles in a few seconds."""
+    changes = {"student.backbone": "tiny", **changes}
+    if has_teacher(recipe):
+        changes["teacher.backbone"] = "tiny"
+    return only_cropped(smoke_config(recipe, **changes))
+
+
+def only_cropped(config):
+    """A config without what acts on pixels, which is half of what a tiny step compiles."""
+    for part in (config.augment, config.local):
+        with part.ignore_type():  # some recipes have a number for each view
+            part.update({name: 0.0 for name in part if name.endswith("_prob")})
+    return config
+
+
+def compile_once(monkeypatch):
+    """From now on runs share what the first of them prepared, and so the compiled step."""
+    from disco_jax.tasks import pretrain
+
+    made, real = [], pretrain.prepare
+    monkeypatch.setattr(
+        pretrain, "prepare", lambda *args: made[0] if made else made.append(real(*args)) or made[0]
+    )
+    monkeypatch.setattr(pretrain.step, "parallel", functools.cache(pretrain.step.parallel))
 
 
 def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import sys
 import time
 
@@ -50,42 +49,6 @@ class Disturbed(Shared):
             yield batch
 
 
-def kill_amid(what, at):
-    """SIGKILL to this process halfway through its save or evaluation number `at`."""
-    from disco_jax.evaluate import knn
-
-    done = []
-
-    def count(*_):
-        done.append(what)
-        if len(done) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if what == "evaluation":
-        first(knn, "neighbours", count)
-        return
-
-    def moved(old, *_):
-        # A checkpoint is written under another name, its parts too. Each is then renamed, the
-        # whole last: where the metadata is renamed, the checkpoint is not there yet.
-        if "/meta." in str(old):
-            count()
-
-    first(os, "rename", moved)
-    first(os, "replace", moved)
-
-
-def first(module, name, call):
-    """Lets a function of a module call `call` with its arguments before it does its own work."""
-    own = getattr(module, name)
-
-    def both(*args, **kwargs):
-        call(*args)
-        return own(*args, **kwargs)
-
-    setattr(module, name, both)
-
-
 def differ(state):
     """A state of which the second device has another queue."""
     import jax
@@ -117,7 +80,7 @@ def work(task, workdir, settings):
     if task == "knn":
         mine = ArraySource(helpers.digits_splits(), process_index=here[0], process_count=here[1])
         return knn.run(flags.load("knn"), workdir, mine)
-    config = helpers.smoke_config(settings.pop("recipe"), **settings.pop("config"))
+    config = helpers.tiny_config(settings.pop("recipe"), **settings.pop("config"))
     if task == "replicas":
         _, begin, _, _ = helpers.smoke(config, 1)
         begin = state.everywhere(begin)
@@ -125,8 +88,6 @@ def work(task, workdir, settings):
         print("equal", flush=True)
         replicas.check(differ(begin), 1)
         return None
-    if amid := settings.pop("amid", None):
-        kill_amid(*amid)
     event = settings.pop("event", None)
     source = Disturbed(inner, *here, **event) if event else Shared(inner, *here)
     return pretrain.run(config, workdir, source, **settings)
@@ -135,6 +96,8 @@ def work(task, workdir, settings):
 def main():
     import jax
 
+    import helpers
+    from disco_jax import flags
     from disco_jax import main as command
     from disco_jax.train import hosts
 
@@ -147,10 +110,12 @@ def main():
     if "DISCO_JAX_COORDINATOR" in os.environ:
         hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]
+    flags.prepare_jax(workdir=workdir)  # a next start of the run takes over what this one compiled
     command._start = lambda *_: print(
         json.dumps(work(task, workdir, json.loads(settings))), flush=True
     )
-    sys.exit(command.main([task]))
+    with helpers.tiny_backbone():
+        sys.exit(command.main([task]))
 
 
 if __name__ == "__main__":

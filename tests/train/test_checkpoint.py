@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state():
     return jax.tree.map(np.asarray, helpers.smoke(helpers.smoke_config("disco"), 1)[1])
 

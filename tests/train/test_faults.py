@@ -27,13 +27,19 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with helpers.tiny_backbone():
+        yield
+
+
 def source():
     return ArraySource(helpers.digits_splits())
 
 
 def config(steps=4, **changes):
     # A queue that does not compress: 1 MiB a checkpoint.
-    return helpers.smoke_config(
+    return helpers.tiny_config(
         "moco_v2",
         **{
             "batch_size": 64,
@@ -118,8 +124,9 @@ def ends(monkeypatch, capsys):
     return end
 
 
-def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path, ends):
+def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(run, tmp_path, ends, monkeypatch):
     """A limit on the size of files fails as a full disk does: in the middle of a write."""
+    helpers.compile_once(monkeypatch)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
     try:

@@ -115,7 +115,8 @@ def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
 
 def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
     """40 steps with an alarm; a random teacher, where it is patched a constant one."""
-    config = helpers.smoke_config(recipe, batch_size=32, total_steps=40)
+    with helpers.tiny_backbone():
+        config = helpers.tiny_config(recipe, batch_size=32, total_steps=40)
     rate = 8.0 if recipe == "squared_distance" else 0.5
     config.learning_rate.update(per_256=rate, warmup_epochs=0, decay="constant")
     config.log.every_steps = 4
@@ -131,7 +132,8 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
             return loaded
 
         monkeypatch.setattr(teacher, "load", constant)
-    return pretrain.run(config, str(tmp_path / name), ArraySource(helpers.digits_splits()))
+    with helpers.tiny_backbone():
+        return pretrain.run(config, str(tmp_path / name), ArraySource(helpers.digits_splits()))
 
 
 def test_a_collapsing_run_is_stopped_or_warned_of(tmp_path, monkeypatch, caplog):

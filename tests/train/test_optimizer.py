@@ -48,9 +48,9 @@ def test_three_steps_follow_the_official_optimizer(name, spec):
     spec = {"weight_decay": settings["weight_decay"], **spec}
     tx = build(halved(settings["lr"]), **spec)
     params = recorded(ref, "init")
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for i in range(3):
-        updates, state = tx.update(recorded(ref, f"grad{i}"), state, params)
+        updates, state = update(recorded(ref, f"grad{i}"), state, params)
         params = optax.apply_updates(params, updates)
         for key, expected in recorded(ref, f"step{i}").items():
             np.testing.assert_allclose(params[key], expected, atol=STEP * np.abs(expected).max())
@@ -64,7 +64,8 @@ def test_kinds_of_parameters_are_left_out_of_decay_and_trust():
         "prototypes": {"scale0": jnp.ones(4)},
     }
     tx = build(weight_decay=0.1, no_decay=("vectors", "depthwise"), momentum=0.0)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(still, tx.init(params), params)
     moved = jax.tree.map(lambda x: bool(jnp.any(x != 0)), updates)
     assert moved == {
         "conv": {"kernel": True},
@@ -75,7 +76,7 @@ def test_kinds_of_parameters_are_left_out_of_decay_and_trust():
     sizes = {}
     for kinds in (("vectors",), ("vectors", "depthwise")):
         tx = build(name="lars", no_trust=kinds, momentum=0.0)
-        updates, _ = tx.update(gradients, tx.init(params), params)
+        updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
         sizes[kinds] = float(-updates["depthwise"]["kernel"].ravel()[0])
         assert updates["depthwise"]["bias"][0] == pytest.approx(-0.1)
     assert sizes["vectors",] == pytest.approx(1e-4)  # the rate times eta
@@ -86,16 +87,16 @@ def test_clipping_takes_every_parameter_on_its_own():
     meta, ref = helpers.fixture("dynamics/dino_clip_a")
     grads = {k.removeprefix("grad_"): v for k, v in ref.items() if k.startswith("grad_")}
     tx = build(schedules.constant(1.0), clip=meta["params"]["clip"], momentum=0.0)
-    updates, _ = tx.update(grads, tx.init(grads), grads)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
     for key, update in updates.items():
         assert helpers.relative_error(-update, ref[f"clipped_{key}"]) < STEP
 
 
 def run(tx, params, gradients):
     """Parameters after each step on the given gradients."""
-    state, seen = tx.init(params), []
+    state, seen, update = tx.init(params), [], jax.jit(tx.update)
     for gradient in gradients:
-        updates, state = jax.jit(tx.update)(gradient, state, params)
+        updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         seen.append(params)
     return seen
@@ -156,10 +157,10 @@ def test_weight_decay_follows_the_cosine_of_dino():
         weight_decay=0.04,
         weight_decay_end=0.4,
     )
-    state, found = tx.init(params), []
+    state, found, update = tx.init(params), [], jax.jit(tx.update)
     zero = {"kernel": np.zeros((1, 1), np.float32)}
     for _ in range(108):
-        updates, state = tx.update(zero, state, params)
+        updates, state = update(zero, state, params)
         found.append(-float(updates["kernel"][0, 0]))
     np.testing.assert_allclose(found, ref["wd"], atol=1e-6)
 

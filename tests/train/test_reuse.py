@@ -17,6 +17,12 @@ from disco_jax.train import state, teacher
 from disco_jax.train.state import everywhere
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with helpers.tiny_backbone():
+        yield
+
+
 def steps(config, count=2):
     """(first state, last state, frozen, metrics) of steps on one device."""
     step, first, frozen, batch = helpers.smoke(config, 1)
@@ -29,7 +35,7 @@ def steps(config, count=2):
 
 
 def test_retro_learns_backbone_and_adapter_and_leaves_the_teachers_head_alone():
-    first, last, frozen, _ = steps(helpers.smoke_config("retro"))
+    first, last, frozen, _ = steps(helpers.tiny_config("retro"))
     theirs = frozen["teacher"]["params"]["head"]
     for network in (first.student, last.student, last.momentum):
         jax.tree.map(np.testing.assert_array_equal, network["params"]["head"], theirs)
@@ -47,7 +53,7 @@ def test_retro_learns_backbone_and_adapter_and_leaves_the_teachers_head_alone():
 def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
     """Disagreement R2, with a head like SwAV's."""
     changes = {"teacher.head": "swav", "teacher.norm": "running"}
-    config = helpers.smoke_config("retro", **changes)
+    config = helpers.tiny_config("retro", **changes)
     method = methods.build(config, config.views)
     assert [method.networks[n].encoder.head_norm for n in ("student", "momentum")] == [
         "running"
@@ -56,8 +62,9 @@ def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
     first, last, _, _ = steps(config)
     before, after = (s.student["batch_stats"] for s in (first, last))
     jax.tree.map(np.testing.assert_array_equal, before["head"], after["head"])
-    assert not np.array_equal(before["backbone"]["bn1"]["mean"], after["backbone"]["bn1"]["mean"])
-    local = methods.build(helpers.smoke_config("retro", **{"teacher.head": "swav"}), 2)
+    before, after = (stats["backbone"]["BatchNorm_0"]["mean"] for stats in (before, after))
+    assert not np.array_equal(before, after)
+    local = methods.build(helpers.tiny_config("retro", **{"teacher.head": "swav"}), 2)
     assert local.networks["student"].encoder.head_norm == ""
 
 
@@ -79,19 +86,22 @@ def test_retros_student_is_described_whole_and_learns_what_table_5_counts():
 def convolutions(recipe):
     """How many convolutions there are in a recipe's step, as the compiler leaves it.
 
-    None of them is made of shifted maps, which aren't convolutions to the compiler.
+    None of them is made of shifted maps, which aren't convolutions to the compiler. Nor does LLVM
+    optimise what is only counted: XLA has dropped what nobody reads before.
     """
-    config = helpers.smoke_config(recipe, **{"fast.shifts": "off"})
+    config = helpers.only_cropped(helpers.smoke_config(recipe, **{"fast.shifts": "off"}))
     step, train_state, frozen, batch = helpers.smoke(config, 1)
     mapped = jax.vmap(step, in_axes=(None, None, 0), axis_name=AXIS)
-    compiled = jax.jit(mapped).lower(train_state, frozen, batch).compile()
+    compiled = (
+        jax.jit(mapped)
+        .lower(train_state, frozen, batch)
+        .compile(compiler_options={"xla_backend_optimization_level": 0})
+    )
     return compiled.as_text().count(" convolution(")
 
 
-def test_the_compiled_steps_hold_no_network_that_nobody_reads(monkeypatch):
+def test_the_compiled_steps_hold_no_network_that_nobody_reads():
     """ResNet-8 has 9 convolutions; a backward pass has twice as many, less the image's gradient."""
-    for operation in ("jitter_prob", "blur_prob"):
-        monkeypatch.setitem(helpers.QUIET, f"augment.{operation}", 0.0)
     forward, backward = 9, 17
     assert convolutions("seed") == 2 * forward + backward  # student, teacher
     assert convolutions("moco_v2") == 2 * forward + backward  # student, momentum
@@ -105,10 +115,6 @@ def test_maps_are_kept_only_where_they_are_read():
     record = state.shapes(method, (16, 16))
     sizes = [x.shape[1] for x in record.encoded["teacher"][0].maps]
     assert sizes == [16, 8, 4] and record.encoded["momentum"][1].maps is None
-    _, _, _, metrics = steps(config, 1)
-    assert metrics["attention/loss"] == pytest.approx(
-        sum(metrics[f"attention/size_{size}"] for size in sizes), rel=1e-5
-    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,8 @@ def test_the_students_of_the_papers_have_every_map_of_a_resnet_50(backbone, size
 
 
 def test_maps_of_other_sizes_need_a_resize_rule():
-    changes = {"student.stem": "imagenet", "augment.size": 32}
+    """And with it, every size adds to the loss of a step."""
+    changes = {"student.stem": "imagenet", "augment.size": 32, "fast.shifts": "off"}
     config = helpers.smoke_config("attention", **changes)
     method = methods.build(config, config.views)
     with pytest.raises(
@@ -132,7 +139,11 @@ def test_maps_of_other_sizes_need_a_resize_rule():
     ):
         method.check(state.shapes(method, (32, 32)))
     config.objectives.attention.resize = "linear"
-    assert np.isfinite(steps(config, 1)[3]["loss"])
+    _, _, _, metrics = steps(helpers.only_cropped(config), 1)
+    assert np.isfinite(metrics["loss"])
+    each = [value for name, value in metrics.items() if name.startswith("attention/size_")]
+    assert len(each) == 3
+    assert metrics["attention/loss"] == pytest.approx(sum(each), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +185,10 @@ def test_a_network_sees_the_normalisation_that_it_was_trained_with():
 def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
     """From a run; a student of another normalisation shows it images as it knows them."""
     source = ArraySource(helpers.digits_splits())
-    run = helpers.smoke_config("moco_v2", batch_size=16, total_steps=1)
+    run = helpers.tiny_config("moco_v2", batch_size=16, total_steps=1)
     run.augment.update(mean=MEAN, std=STD)
     pretrain.run(run, str(tmp_path / "teacher"), source)
-    config = helpers.smoke_config("simreg", batch_size=16)
+    config = helpers.tiny_config("simreg", batch_size=16)
     config.teacher.update(head="auto", weights=str(tmp_path / "teacher"))
     ready = pretrain.prepare(config, source)
     assert (tuple(ready.config.teacher.mean), tuple(ready.config.teacher.std)) == (MEAN, STD)
