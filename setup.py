@@ -27,19 +27,21 @@ setup(
         "disco_jax.configs.sweeps",
     ],
     package_dir={"disco_jax.configs": "configs"},
+    # Tested at exactly these lower bounds (launch/test.sh --lowest). Some are not ours: jax 0.10
+    # needs SciPy 1.14 and ml-dtypes 0.5, TensorFlow 2.18 an older ml-dtypes.
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
         "clu>=0.0.12",
         "etils[epath]>=1.9.1",
-        "flax>=0.12",
+        "flax>=0.12.7",  # older ones ask jax 0.10 for what it deprecates
         "importlib_resources>=6.4",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5.1",
         "numpy>=2.0",
-        "optax>=0.2.6",
+        "optax>=0.2.7",  # 0.2.6 keeps a scheduled weight decay at its first value
         "opencv-python-headless>=4.11.0.86",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
