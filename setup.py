@@ -41,7 +41,7 @@ setup(
         "ml-collections>=1.0",
         "ml-dtypes>=0.5.1",
         "numpy>=2.0",
-        "optax>=0.2.7",  # 0.2.6 keeps a scheduled weight decay at its first value
+        "optax>=0.2.8",  # 0.2.7 is not imported with jax 0.10; 0.2.6 never moves a scheduled decay
         "opencv-python-headless>=4.11.0.86",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
