@@ -27,7 +27,7 @@ setup(
         "disco_jax.configs.sweeps",
     ],
     package_dir={"disco_jax.configs": "configs"},
-    # Tested at exactly these lower bounds (launch/test.sh --lowest). Some are not ours: jax 0.10
+    # `launch/test.sh --lowest` runs tests at exactly these lower bounds. Some follow: jax 0.10
     # needs SciPy 1.14 and ml-dtypes 0.5, TensorFlow 2.18 an older ml-dtypes.
     install_requires=[
         "absl-py>=2.1",
