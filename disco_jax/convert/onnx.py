@@ -53,10 +53,12 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
                 input_names=["images"],
                 output_names=["features"],
             )
-        except AttributeError as error:  # it reaches into jax, where names move
+        # It reaches into jax, where names move, and knows the operations by name.
+        except (AttributeError, NotImplementedError) as error:
             raise UserError(
-                f"The installed jax2onnx does not know jax {jax.__version__} ({error}); an "
-                "environment with jax 0.10 can write this file."
+                f"The installed jax2onnx does not know jax {jax.__version__} ({error}): export in "
+                'an environment with jax 0.10 (pip install "jax<0.11" "disco-jax[onnx]"), or in '
+                "another format."
             ) from error
     if model.ByteSize() > _LARGEST:
         raise UserError("The weights take more than 2 GiB, the most that one ONNX file holds.")

@@ -1,8 +1,10 @@
 """TensorFlow Lite (LiteRT): a network as one file of builtin operators for phones and boards."""
 
+import contextlib
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -50,11 +52,13 @@ def write(
     if int8:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     try:
-        content = converter.convert()
+        with _silent():
+            content = converter.convert()
     except Exception as error:  # of a private module of TensorFlow
         raise UserError(
             f"TensorFlow {tf.__version__} cannot translate this network as jax {jax.__version__} "
-            "writes it; an environment with jax 0.10 can, and so can another format."
+            'writes it: export in an environment with jax 0.10 (pip install "jax<0.11" disco-jax), '
+            "or in another format."
         ) from error
     with files.whole(path) as unfinished:
         unfinished.write_bytes(content)
@@ -80,6 +84,23 @@ def _tensorflow() -> ModuleType:
     tf.get_logger().setLevel("ERROR")
     tf.config.set_visible_devices([], "GPU")
     return tf
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what is written to stderr: the converter prints what it cannot translate, which is
+    the whole network with its weights. It does so from C++, past Python's `sys.stderr`.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _interpreter(content: bytes) -> Any:

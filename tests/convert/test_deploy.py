@@ -1,6 +1,7 @@
 """Networks in other runtimes: the same features, however many images, and whole files or none."""
 
 import functools
+import os
 import sys
 
 import jax
@@ -224,7 +225,7 @@ def test_a_failure_leaves_what_was_there(name, when, monkeypatch, tmp_path):
     assert path.read_bytes() == b"before"
 
 
-def test_versions_that_do_not_go_together_are_told(monkeypatch, tmp_path):
+def test_versions_that_do_not_go_together_are_told(monkeypatch, tmp_path, capfd):
     pytest.importorskip("jax2onnx")
     import jax2onnx
 
@@ -234,15 +235,25 @@ def test_versions_that_do_not_go_together_are_told(monkeypatch, tmp_path):
     monkeypatch.setattr(jax2onnx, "to_onnx", behind)
     with pytest.raises(errors.UserError, match=f"does not know jax {jax.__version__} .*'Name'"):
         onnx.write(resnet(), 16, tmp_path / "network")
+
+    def unknown(*args, **kwargs):
+        raise NotImplementedError("No plugins registered for primitive 'new'")
+
+    monkeypatch.setattr(jax2onnx, "to_onnx", unknown)
+    with pytest.raises(errors.UserError, match=r"primitive 'new'.*pip install \"jax<0.11\""):
+        onnx.write(resnet(), 16, tmp_path / "network")
     tf = pytest.importorskip("tensorflow")
     monkeypatch.setattr(tf.lite.TFLiteConverter, "from_concrete_functions", lambda *_: Behind())
     with pytest.raises(errors.UserError, match=f"cannot translate .* jax {jax.__version__}"):
         tflite.write(resnet(), 16, tmp_path / "network")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "megabytes" not in capfd.readouterr().err
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
 
 
 class Behind:
     """A converter that meets something it does not know."""
 
     def convert(self):
+        os.write(2, b"megabytes of what it met")
         raise ValueError("neither a custom op nor a flex op")
