@@ -49,6 +49,6 @@ def _keep(folder: str) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    if jax.config.jax_compilation_cache_dir != folder:
+    if jax.config.values["jax_compilation_cache_dir"] != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # it may have opened the folder before

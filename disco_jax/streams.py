@@ -9,6 +9,10 @@ import errno
 import io
 import os
 import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # What a system answers where a pipe has no reader, or a terminal was closed.
 _NOBODY = errno.EPIPE, errno.EIO
@@ -45,9 +49,9 @@ class _Forgiving(io.FileIO):
         # Nothing is left to tell of an error of standard error.
         self._any_error = number == 2
 
-    def write(self, data) -> int | None:
+    def write(self, data: "Buffer", /) -> int:
         try:
-            return super().write(data)
+            return super().write(data) or 0
         except OSError as error:
             if error.errno not in _NOBODY and not self._any_error:
                 raise
@@ -55,13 +59,14 @@ class _Forgiving(io.FileIO):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
-        return len(data)
+        return memoryview(data).nbytes
 
 
-def _protected(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+def _protected(number: int, stream: TextIO) -> io.TextIOWrapper:
+    lines = stream.line_buffering if isinstance(stream, io.TextIOWrapper) else True
     return io.TextIOWrapper(
         io.BufferedWriter(_Forgiving(number)),
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,
+        line_buffering=lines,
     )

@@ -21,6 +21,9 @@ DEVICES = "--xla_force_host_platform_device_count=4"
 # The older code generator is the faster of the two where nothing is optimised.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
+# A worker compiles hundreds of programs and once crashed while it kept one. Processes of their own
+# keep theirs as users' do; tests/test_console.py and tests/train/test_resume.py look at them.
+jax.config.update("jax_enable_compilation_cache", False)
 # Rank promotion hides mistakes; no user's number depends on this setting.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -262,14 +262,6 @@ def smoke_config(recipe, **changes):
     return teacher.resolve(config)
 
 
-@contextlib.contextmanager
-def tiny_backbone():
-    """`TinyBackbone` as the backbone "tiny" of configs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
-        yield
-
-
 def tiny_config(recipe, **changes):
     """`smoke_config` within `tiny_backbone`, of which a step compiles in a few seconds."""
     changes = {"student.backbone": "tiny", **changes}

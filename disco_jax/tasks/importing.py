@@ -142,11 +142,12 @@ def _state(imported: convert.Imported) -> TrainState:
 def _cleared(path: epath.Path) -> Iterator[None]:
     """Refuses a directory that holds anything; removes what was written when the import fails."""
     directory.check_free(path)
-    before = {entry.name for entry in path.iterdir()} if path.exists() else None
+    existed = path.exists()
+    before = {entry.name for entry in path.iterdir()} if existed else set()
     try:
         yield
     except BaseException:
-        if before is None and path.exists():
+        if path.exists() and not existed:
             path.rmtree()
         elif path.exists():
             for entry in path.iterdir():
