@@ -51,7 +51,7 @@ class _Forgiving(io.FileIO):
 
     def write(self, data: "Buffer", /) -> int:
         try:
-            return super().write(data) or 0
+            return super().write(data)
         except OSError as error:
             if error.errno not in _NOBODY and not self._any_error:
                 raise
