@@ -237,9 +237,13 @@ def programs_kept(folder):
             jax.config.update(f"jax_{name}", value)
         compilation_cache.reset_cache()  # it may have opened another folder before
 
-    names = "compilation_cache_dir", "persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, f"jax_{name}") for name in names}
-    keep(**dict(zip(names, (str(folder), 0.2), strict=True)))
+    changes = {
+        "enable_compilation_cache": True,
+        "compilation_cache_dir": str(folder),
+        "persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, f"jax_{name}") for name in changes}
+    keep(**changes)
     try:
         yield
     finally:

@@ -173,19 +173,19 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
 
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does_unless_it_is_ignored():
-    default = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` may have started the tests
     with hosts.asked_to_stop() as asked:
         assert not asked(1)
         os.kill(os.getpid(), signal.SIGHUP)
         assert asked(2)
-    assert signal.getsignal(signal.SIGHUP) == default
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` starts it
         with hosts.asked_to_stop() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not asked(1)
     finally:
-        signal.signal(signal.SIGHUP, default)
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

@@ -52,7 +52,9 @@ def found(name, dtype, params, stats, images):
         features, new = network(name, dtype).apply(
             {"params": params, "batch_stats": stats}, images, norm="local", mutable=["batch_stats"]
         )
-        return jnp.sum(jnp.sin(features)), (features, new)
+        # Uneven, as BatchNorm takes all that is even over the batch out of a gradient.
+        weights = jnp.sin(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
+        return jnp.sum(weights * features), (features, new)
 
     grads, (features, new) = jax.grad(loss, has_aux=True)(params)
     return features, new, grads
@@ -84,9 +86,14 @@ def test_a_compiled_network_computes_what_its_operations_do_one_by_one(name):
     assert distance(grads, apart[2]) < 1e-4
 
 
+# Of gradients: rounding changes the sign of what a ReLU reads here and there, and so lets a whole
+# gradient pass or not; the other networks' activations are smooth.
+AWAY = {name: 0.2 if name == "resnet18" else 0.1 for name in NETWORKS}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_compiled_network_in_bfloat16_computes_about_the_same(name):
     full, half = (compiled(name, dtype) for dtype in (jnp.float32, jnp.bfloat16))
     assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
     assert 0 < helpers.relative_error(half[0], full[0]) < 0.05
-    assert 0 < distance(half[2], full[2]) < 0.1
+    assert 0 < distance(half[2], full[2]) < AWAY[name]

@@ -102,15 +102,9 @@ def test_networks_left_out_differ_in_numbers_alone():
     def kind(name):
         made, fields = models.BACKBONES[name]
         numbers = (
-            "stage_sizes",
-            "width",
-            "repeats",
-            "nominal",
-            "heads",
-            "depth",
-            "patch",
+            "stage_sizes", "width", "repeats", "nominal", "heads", "depth", "patch", "grid",
             "layer_scale",
-        )
+        )  # fmt: skip
         return made, str({field: x for field, x in fields.items() if field not in numbers})
 
     kinds = {kind(name) for name in KINDS}

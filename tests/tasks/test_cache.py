@@ -200,9 +200,10 @@ def test_fewer_views_may_be_read(source, kept):
     assert prepare(config, source).period == 2 * STEPS
 
 
+MAPS = {f"{network}.backbone": "resnet8" for network in ("student", "teacher")}
 BAD = {
     "no cache": ("disco", {"teacher.cache": "nowhere"}, "holds no targets.json"),
-    "maps": ("attention", {"teacher.cache": "nowhere"}, "not the feature maps"),
+    "maps": ("attention", {"teacher.cache": "nowhere", **MAPS}, "not the feature maps"),
     "no teacher": ("moco_v2", {"teacher.cache": "nowhere"}, "no objective reads a teacher"),
 }
 

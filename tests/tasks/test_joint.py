@@ -190,12 +190,13 @@ def test_students_that_diverge_are_named(tmp_path, source):
 
 
 def test_what_they_cannot_share_is_refused(tmp_path, source):
-    configs = {"a": config_of("narrow"), "b": config_of("more", **{"augment.blur_prob": 0.1})}
+    configs = {"a": config_of("narrow"), "b": config_of("more")}
+    configs["b"].augment.blur_prob = 0.1
     folders = {name: str(tmp_path / name) for name in configs}
     with pytest.raises(UserError, match=r"a and b cannot train together.*config.augment.blur_prob"):
         joint.run(configs, folders, source)
     assert not list(pathlib.Path(tmp_path).iterdir())
-    configs["b"] = config_of("more", recipe="moco_v2")
+    configs["b"] = config_of("narrow", recipe="moco_v2")
     configs["b"].teacher = configs["a"].teacher
     with pytest.raises(UserError, match="cannot train together"):
         joint.run(configs, folders, source)

@@ -88,10 +88,10 @@ def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(ru
 
 
 def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
-    config = quick("linear:protocol=grid_crops")
-    config.grid.update(rates=(1e-6, 0.5), weight_decays=(0.0,), held_out_percent=30.0)
+    config = quick("linear:protocol=grid_crops", **{"learning_rate.per_256": 50.0})
+    config.grid.update(rates=(1e-6, 50.0), weight_decays=(0.0,), held_out_percent=30.0)
     result = linear.run(config, run)
-    assert result["rate"] == 0.5 and len(result["grid"]) == 2
+    assert result["rate"] == 50.0 and len(result["grid"]) == 2
     assert result["held_out_top1"] > result["grid"][0]["held_out_top1"]
     for name in ("linear_grid_crops_search", "linear_grid_crops"):
         assert metrics(run, name)[-1]["step"] == 6  # two epochs of three batches

@@ -101,12 +101,7 @@ def main():
     from disco_jax import main as command
     from disco_jax.train import hosts
 
-    for name, value in (
-        ("jax_numpy_rank_promotion", "raise"),
-        ("jax_default_matmul_precision", "highest"),
-        ("jax_threefry_partitionable", True),
-    ):
-        jax.config.update(name, value)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     if "DISCO_JAX_COORDINATOR" in os.environ:
         hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]

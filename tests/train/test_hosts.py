@@ -138,13 +138,12 @@ def ended(workdir):
 @pytest.fixture(scope="module")
 def alone():
     """Runs a config in this process, which has all devices; steps of a recipe compile once."""
-    made, real = {}, prepare.prepare
+    made, real, parallel = {}, prepare.prepare, pretrain.step.parallel
 
     def prepared(config, source):
         if config.name not in made:
             ready = real(config, source)
-            step = pretrain.step.parallel(ready.built.train_step)
-            made[config.name] = ready, step
+            made[config.name] = ready, parallel(ready.built.train_step)
         return made[config.name][0]
 
     def run(recipe, workdir):

@@ -249,25 +249,29 @@ def test_local_statistics_do_depend_on_the_devices():
     assert abs(one - four) > 1e-4
 
 
+# Statistics of four values divide by a deviation that rounding may double; here, of the batch.
+WHOLE_BATCH = {f"{network}.norm_group": 0 for network in ("student", "teacher")}
+HALF = {case: WHOLE_BATCH if case == "bags" else {} for case in SYNCED}
+# Of gradients. bfloat16 rounds by 2**-9, which a softmax divides by its temperature: 0.2 to 0.07
+# in the others, 0.04 in DINO's targets.
+AWAY = {case: 0.1 if case == "a centre" else 0.05 for case in SYNCED}
+
+
 @pytest.mark.parametrize("case", SYNCED)
 def test_bfloat16_has_nearly_the_losses_and_gradients_of_float32(case):
     """A run on accelerators computes its networks in bfloat16, and reads its queues so.
 
     The velocity of plain SGD after its first step is the gradient, but for the weight decay.
     """
-    full, half = two_steps(case, 1), two_steps(case, 1, dtype="bfloat16")
+    full, half = (two_steps(case, 1, **HALF[case], **more) for more in ({}, {"dtype": "bfloat16"}))
     assert case_of(case).optimizer.name == "sgd"
     same, rough = (
-        [np.ravel(x) for x in jax.tree.leaves(taken.states[1].opt_state) if np.ndim(x)]
+        np.concatenate(
+            [np.ravel(x) for x in jax.tree.leaves(taken.states[1].opt_state) if np.ndim(x)]
+        )
         for taken in (full, half)
     )
-    same, rough = np.concatenate(same), np.concatenate(rough)
-    print(case, np.linalg.norm(rough - same) / np.linalg.norm(same))
-    for name, value in full.metrics.items():
-        if name.endswith("loss"):
-            print(name, value, half.metrics[name])
-    assert not np.array_equal(same, rough)
-    assert np.linalg.norm(rough - same) < 0.03 * np.linalg.norm(same)
+    assert 0 < np.linalg.norm(rough - same) < AWAY[case] * np.linalg.norm(same)
     for name, value in full.metrics.items():
         if name.endswith("loss"):
             assert half.metrics[name] == pytest.approx(value, rel=0.01), name
