@@ -14,11 +14,11 @@ TEACHERS = {"vit_tiny_p16": "vit_small_p16", "xcit_tiny_12_p16": "xcit_small_12_
 
 
 @pytest.fixture(autouse=True)
-def two_blocks(monkeypatch):
-    """The variants of the papers, but two blocks deep."""
+def one_block(monkeypatch):
+    """The variants of the papers, but one block deep."""
     for name in (*TEACHERS, *TEACHERS.values()):
         cls, fields = models.BACKBONES[name]
-        monkeypatch.setitem(models.BACKBONES, name, (cls, {**fields, "depth": 2}))
+        monkeypatch.setitem(models.BACKBONES, name, (cls, {**fields, "depth": 1}))
 
 
 def smoke(recipe, student, **changes):
