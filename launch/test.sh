@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Installs the test extra into a virtual environment, checks style and types and runs the tests,
-# then a part of them with the newest packages where the machine has a newer Python for them.
+# Installs the test extra into a virtual environment, checks style and types and runs the tests.
 # Usage: launch/test.sh [--learning | --newest | --lowest] [words for pytest, e.g. -k resume]
 #   --learning  only the tests that train networks to a score
-#   --newest    only the part with the newest packages
+#   --newest    a part of the tests with the newest packages, for which the machine needs a newer
+#               Python; exit code 3 and a loud line where it has none
 #   --lowest    the same part with every package at its lower bound in setup.py
-# Words for pytest leave the part with the newest packages out.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -44,5 +43,3 @@ install_jax2onnx
 "$PYTHON" -m mypy
 tests -m "not wiring and not learning" "$@"
 tests -m "wiring and not learning" --quick-compiler "$@"
-# shellcheck disable=SC2119  # of pytest's words there are none here
-[ $# -gt 0 ] || test_newest || [ $? -eq 3 ]
