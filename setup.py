@@ -37,7 +37,7 @@ setup(
         "flax>=0.12.7",  # older ones ask jax 0.10 for what it deprecates
         "importlib_resources>=6.4",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
-        "matplotlib>=3.9",
+        "matplotlib>=3.10",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5.1",
         "numpy>=2.0",
@@ -69,7 +69,7 @@ setup(
             *DEMO,
             "hypothesis>=6.100",
             "jax[tpu]>=0.10; platform_machine=='x86_64' and sys_platform=='linux'",
-            "mypy>=1.18",
+            "mypy>=1.18.1",
             "onnx-ir>=0.2.1",
             "onnxruntime>=1.24.1",
             "pyarrow>=17",
