@@ -48,7 +48,7 @@ test_part() {
   # shellcheck disable=SC2153  # launch/venv.sh sets it
   versions=$("$PYTHON" -m pip freeze | grep -E '^(jax|flax|optax|orbax-checkpoint|numpy)==' | tr '\n' ' ')
   echo "Testing with $("$PYTHON" --version): $versions..."
-  "$PYTHON" -m pytest -n 2 --dist worksteal "${tests[@]}" "$@"
+  "$PYTHON" -m pytest -n 3 --dist worksteal "${tests[@]}" "$@"
 }
 
 # Prints the path of a Python of a version, e.g. 3.13, with the modules that packages import; a

@@ -18,10 +18,12 @@ install_jax2onnx() {
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax2onnx>=0.17,<0.18"
 }
 
-# Runs pytest on two cores. A group in which the caller's words select no test is no failure.
+# Runs pytest, for two cores in three processes: on its own each waits a fifth of its time for other
+# processes, the compiler's last thread or the disk. A group in which the caller's words select no
+# test is no failure.
 tests() {
   local code=0
-  "$PYTHON" -m pytest -n 2 --dist worksteal "$@" || code=$?
+  "$PYTHON" -m pytest -n 3 --dist worksteal "$@" || code=$?
   [ "$code" -eq 5 ] || return "$code"
 }
 
