@@ -7,9 +7,6 @@ from jax import Array
 
 from disco_jax.ops.collectives import highest, total
 
-# Of a sum that may have underflowed to 0, so that nothing is divided by it.
-_TINY = 1e-30
-
 
 def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | None = None) -> Array:
     """Soft assignments that use every prototype equally: Sinkhorn-Knopp's algorithm.
@@ -42,10 +39,19 @@ def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | No
     scaled = jax.lax.stop_gradient(scores) / epsilon
     plan = jnp.exp(scaled - highest(jnp.max(scaled))) * mask[:, None]
     count = total(jnp.sum(mask))
-    plan = plan / jnp.maximum(total(jnp.sum(plan)), _TINY)
+    plan = plan * _inverse(total(jnp.sum(plan)))
     for _ in range(iterations):
         by_prototype = total(jnp.sum(plan, axis=0, keepdims=True))
-        plan = plan / (prototypes * jnp.maximum(by_prototype, _TINY))
+        plan = plan * _inverse(prototypes * by_prototype)
         by_row = jnp.sum(plan, axis=1, keepdims=True)
-        plan = plan / (count * jnp.maximum(by_row, _TINY))
+        plan = plan * _inverse(count * by_row)
     return plan * count
+
+
+def _inverse(sums: Array) -> Array:
+    """Returns 1 / sums, and 0 for a sum that is 0, as of a row that is not there.
+
+    A factor rather than a divisor: XLA makes one division of several, by the product of their
+    divisors, and that may underflow.
+    """
+    return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
