@@ -28,7 +28,8 @@ setup(
     ],
     package_dir={"disco_jax.configs": "configs"},
     # `launch/test.sh --lowest` runs tests at exactly these lower bounds. Some follow: jax 0.10
-    # needs SciPy 1.14 and ml-dtypes 0.5, TensorFlow 2.18 an older ml-dtypes.
+    # needs SciPy 1.14 and ml-dtypes 0.5; older TensorFlows a protobuf that tensorflow-metadata
+    # refuses; matplotlib before 3.10.8 asks pyparsing 3.3 for what it deprecates.
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
@@ -37,7 +38,7 @@ setup(
         "flax>=0.12.7",  # older ones ask jax 0.10 for what it deprecates
         "importlib_resources>=6.4",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",
-        "matplotlib>=3.10",
+        "matplotlib>=3.10.8",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5.1",
         "numpy>=2.0",
@@ -47,9 +48,9 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.4",
         "scipy>=1.14",
-        "tensorboard>=2.19",  # clu's summary writer imports it without asking for it
-        "tensorflow-cpu>=2.19; platform_machine=='x86_64' and sys_platform!='darwin'",
-        "tensorflow>=2.19; platform_machine!='x86_64' or sys_platform=='darwin'",
+        "tensorboard>=2.20",  # clu's summary writer imports it without asking for it
+        "tensorflow-cpu>=2.21; platform_machine=='x86_64' and sys_platform!='darwin'",
+        "tensorflow>=2.21; platform_machine!='x86_64' or sys_platform=='darwin'",
         "tensorflow-datasets>=4.9.7",
     ],
     extras_require={
