@@ -16,10 +16,29 @@ class NumericError(RuntimeError):
     exit_code = 3
 
 
+class StorageError(RuntimeError):
+    """The storage did not let something be read; starting again may help. Exit code 1."""
+
+    exit_code = 1
+
+
 class Preempted(RuntimeError):
     """The run was asked to stop and saved its state first. Exit code 75, "try again later"."""
 
     exit_code = 75
+
+
+class Interrupted(Preempted):
+    """The same after Ctrl-C. Exit code 130, as a shell gives it: 128 + SIGINT."""
+
+    exit_code = 130
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came where there is nothing to save. Exit code 75.
+
+    No `Exception`, so that what goes on after a failure does not go on after this.
+    """
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -5,10 +5,11 @@ A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 
 import importlib
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
 
@@ -78,7 +79,8 @@ Flags of most tasks:
   --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
-Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved,
+Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped by SIGTERM or SIGHUP,
+130 by Ctrl-C; a training saves its last step first (a second Ctrl-C ends it at once);
 134 another process of the run was lost. A reader of the output that ends first (`| head`, a closed
 terminal's pipe) changes none of them: the command goes on to its end, and what it says is dropped.
 """
@@ -86,6 +88,7 @@ terminal's pipe) changes none of them: the command goes on to its end, and what 
 
 def console() -> None:
     """The console script."""
+    _hear_signals()
     streams.protect()
     _set_up_logging(debug="--debug" in sys.argv)
     code = main(sys.argv[1:])
@@ -118,6 +121,8 @@ def main(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+    except (KeyboardInterrupt, errors.Terminated) as error:
+        return _ended(argv[0], error)
     except Exception as error:
         code, said = _told(error)
         if debug or not said:
@@ -128,6 +133,29 @@ def main(argv: Sequence[str]) -> int:
             hosts.leave(code)
         return code
     return 0
+
+
+def _hear_signals() -> None:
+    """Makes SIGTERM and SIGHUP end a command in order, as Ctrl-C does."""
+
+    def end(*_: Any) -> None:
+        raise errors.Terminated
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, end)
+
+
+def _ended(task: str, error: BaseException) -> int:
+    """Tells of a signal that came while there was nothing to save; returns the exit code."""
+    kind = errors.Interrupted if isinstance(error, KeyboardInterrupt) else errors.Preempted
+    print(
+        f"disco-jax {task}: Asked to stop. What was saved before is whole; start again to go on.",
+        file=sys.stderr,
+    )
+    if hosts := sys.modules.get("disco_jax.train.hosts"):
+        hosts.leave(kind.exit_code)
+    return kind.exit_code
 
 
 def _told(error: Exception) -> tuple[int, str]:

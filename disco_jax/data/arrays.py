@@ -93,6 +93,18 @@ class ArraySource:
         """The number of records of a split, all hosts together."""
         return len(self._split(split)[0])
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the number of images and a checksum of all values; see `base.Source`."""
+        images, labels = self._split(split)
+        blocks = [images] if isinstance(images, np.ndarray) else images
+        values = (np.ascontiguousarray(block).reshape(-1).data for block in (*blocks, labels))
+        return {
+            "images": len(images),
+            "pixels and labels (CRC-32)": base.checksum(
+                memoryview(value).cast("B") for value in values
+            ),
+        }
+
     def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
         """(place in the split, image, label or -1) of every record, in the stored order."""
         return self.chosen(split, range(self.count(split)))

@@ -52,6 +52,10 @@ class ChosenSource:
         """The number of records of a split, all hosts together."""
         return self._of(split).count(split)
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns what tells the images of a split from others; see `base.Source`."""
+        return self._of(split).fingerprint(split)
+
     def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
         """Every record of a split; see `base.Source`."""
         return self._of(split).pictures(split)
@@ -94,6 +98,13 @@ class _Records(EncodedSource):
 
     def count(self, split: str) -> int:
         return len(self._kept)
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        names = "\n".join(name for name, _, _ in self._kept)
+        return {
+            "records": len(self._kept),
+            "names (CRC-32)": base.checksum([names.encode(errors="surrogateescape")]),
+        }
 
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
         return self._chosen(split, range(first, last))

@@ -65,6 +65,10 @@ class EncodedSource(abc.ABC):
         """The number of records of a split, readable or not, all hosts together."""
 
     @abc.abstractmethod
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns what tells the images of a split from others; see `base.Source`."""
+
+    @abc.abstractmethod
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
         """The records from `first` to before `last`, in the stored order, whatever the host."""
 

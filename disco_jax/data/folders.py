@@ -8,7 +8,7 @@ import glob
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +86,19 @@ class FolderSource(EncodedSource):
         """The number of pictures of a split, readable or not, all hosts together."""
         return len(self._split(split).files)
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the number of pictures and a checksum of names and sizes; see `base.Source`."""
+        files, _ = self._split(split)
+        begin = len(str(self._root)) + 1 if self._root.is_dir() else 0
+        told = (
+            f"{file[begin:] if begin else os.path.basename(file)}\0{_size(file)}\n"
+            for file in files
+        )
+        return {
+            "pictures": len(files),
+            "names and sizes (CRC-32)": base.checksum(os.fsencode(text) for text in told),
+        }
+
     def _stored(self, split: str, first: int, last: int) -> Iterator[Record]:
         return self._chosen(split, range(first, last))
 
@@ -132,6 +145,14 @@ def _only(listed: list[tuple[str, str]], names: Collection[str], where: str):
             f"{missing[0]!r} for one."
         )
     return found
+
+
+def _size(file: str) -> int:
+    """Returns the bytes of a file; -1 where it cannot be asked."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
 
 
 def _basename(pair: tuple[str, str]) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -148,6 +149,19 @@ class TfdsSource(EncodedSource):
         if split in self._subset:
             return len(self._subset[split])
         return self._rows_of(split).count
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns version, number of records and lengths of shards; see `base.Source`."""
+        rows = self._rows_of(split)
+        told = {
+            "data set": str(self._builder.info.full_name),
+            "records": self.count(split),
+            "lengths of shards (CRC-32)": base.checksum([rows.runs.astype("<i8").tobytes()]),
+        }
+        if split in self._subset:
+            names = "\n".join(sorted(self._subset[split]))
+            told["names of the subset (CRC-32)"] = base.checksum([os.fsencode(names)])
+        return told
 
     def _rows_of(self, split: str) -> Rows:
         splits = self._builder.info.splits

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,7 +172,7 @@ def fit(
     """
     how = plan(config, trained, source)
     recipe = views_of(trained)
-    with _kept(folder, config, trained) as checkpoints:
+    with _kept(folder, config, trained, source) as checkpoints:
         state, position = _resumed(checkpoints, start)
         if int(state.step) >= config.total_epochs * how.steps_per_epoch:
             return state
@@ -360,16 +361,18 @@ def _reading(source, trained, recipe, how, seed, position):
 
 
 @contextlib.contextmanager
-def _kept(folder: str | None, config: ConfigDict, trained: Trained):
+def _kept(folder: str | None, config: ConfigDict, trained: Trained, source: Source):
     """The checkpoints in `folder`, which belongs to these settings of this network alone."""
     if folder is None:
         yield None
         return
     learned = ConfigDict({name: config[name] for name in config if name not in _FREE})
-    whole = ConfigDict({"evaluation": learned, "step": trained.step, "data": trained.config.data})
+    data = trained.config.data
+    whole = ConfigDict({"evaluation": learned, "step": trained.step, "data": data})
+    images = functools.partial(source.fingerprint, data.train_split)
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(workdir.claim(folder, whole))
+            path = stack.enter_context(workdir.claim(folder, whole, images=images))
         except errors.UserError as error:
             hint = "Another --config.name takes another directory."
             raise errors.UserError(f"{error} {hint}") from None
@@ -380,6 +383,8 @@ def _resumed(checkpoints: Checkpoints | None, start: ProbeState) -> tuple[ProbeS
     """The newest good checkpoint and this host's place in the data, or the start."""
     restored = checkpoints and checkpoints.restore(start)
     if not restored:
+        if checkpoints:
+            checkpoints.check_none_lost()
         return start, Position.start()
     state, meta = restored
     hosts = meta["position"]

@@ -1,6 +1,7 @@
 """Keep what a teacher says of the views of some epochs, for students that come later."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
 from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import hosts, state, step, workdir
+from disco_jax.train import hosts, lease, state, step, workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,15 +79,20 @@ def run(
     assert ready.teacher is not None  # `wanted` refuses a method without one
     told = cached.made_of(ready.config, ready.method, ready.record, ready.source, ready.teacher)
     meta = {"steps": steps, "epochs": epochs, "made_of": told}
-    _claim(path, meta)
-    _fill(ready, path, steps)
+    with _claimed(path, meta):
+        _fill(ready, path, steps)
     return {"steps": steps, "bytes": size}
 
 
-def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
-    """Makes the folder these outputs'."""
+@contextlib.contextmanager
+def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder these outputs', for as long as the context lasts."""
 
     def take() -> None:
+        if not (path / targets.FILE).exists():
+            workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lease.held(path))
         if (path / targets.FILE).exists():
             before = targets.read_meta(str(path))
             cached.compare(f"--workdir={path}", before, meta["made_of"])
@@ -96,12 +102,12 @@ def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
                     f"--epochs={before['epochs']}, or another folder."
                 )
             return
-        workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
-        path.mkdir(parents=True, exist_ok=True)
         targets.write_meta(path, meta)
 
-    hosts.first(take)
-    programs.settle(path)
+    with contextlib.ExitStack() as held:
+        hosts.first(take)
+        programs.settle(path)
+        yield
 
 
 def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:

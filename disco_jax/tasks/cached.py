@@ -22,6 +22,7 @@ _TOLD = (
     "seed", "batch_size", "dtype", "views", "augment.", "local.", "group_views", "data.", "bags.",
     "teacher.",
 )  # fmt: skip
+_IMAGES = "fingerprint of the images"
 _NOT_TOLD = (
     "data.dir", "data.cache", "data.max_unreadable", "data.eval_split", "data.eval_resize",
     "teacher.weights", "teacher.cache", "teacher.network",
@@ -68,6 +69,7 @@ def made_of(
     return told | {
         "hosts": jax.process_count(),
         "images": source.count(config.data.train_split),
+        _IMAGES: source.fingerprint(config.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
         "views mixed by": [repr(o) for o in method.objectives.values() if o.makes],
         "outputs": {str(v): named for v, named in wanted(method, record).items()},
@@ -104,7 +106,9 @@ def compare(what: str, meta: Mapping[str, Any], told: Mapping[str, Any]) -> None
       meta: of targets.json.
       told: see `made_of`.
     """
-    kept, told = dict(meta["made_of"]), json.loads(json.dumps(told))
+    kept, told = dict(meta["made_of"]), dict(json.loads(json.dumps(told)))
+    if _IMAGES not in kept:  # of an earlier version
+        told.pop(_IMAGES, None)
     if all(
         named.items() <= kept["outputs"].get(v, {}).items() for v, named in told["outputs"].items()
     ):

@@ -16,6 +16,7 @@ from disco_jax import convert, flags, models
 from disco_jax.configs import common
 from disco_jax.convert.load import digest
 from disco_jax.convert.recognise import FAMILIES
+from disco_jax.files import whole
 from disco_jax.tasks.arguments import Parser
 from disco_jax.train import checkpoint, teacher
 from disco_jax.train import workdir as directory
@@ -26,6 +27,7 @@ from disco_jax.version import __version__
 _LOG = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_UNFINISHED = "import_unfinished"  # there until an import is complete: what was there before it
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,7 +85,8 @@ def run(
         with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
             checkpoints.save(0, _state(imported), [[0, 0]], {})
             checkpoints.wait()
-        (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        with whole(path / MANIFEST) as place:
+            place.write_text(json.dumps(manifest, indent=2) + "\n")
     _print(imported, manifest, workdir)
     return manifest
 
@@ -140,20 +143,34 @@ def _state(imported: convert.Imported) -> TrainState:
 
 @contextlib.contextmanager
 def _cleared(path: epath.Path) -> Iterator[None]:
-    """Refuses a directory that holds anything; removes what was written when the import fails."""
+    """Refuses a directory that holds anything; removes what was written when the import fails.
+
+    What a killed import has left is known by its mark, and removed first.
+    """
+    mark = path / _UNFINISHED
+    if mark.exists():
+        _remove(path, before=json.loads(mark.read_text() or "[]"))
     directory.check_free(path)
     existed = path.exists()
-    before = {entry.name for entry in path.iterdir()} if existed else set()
+    before = [entry.name for entry in path.iterdir()] if existed else []
+    path.mkdir(parents=True, exist_ok=True)
+    with whole(mark) as file:
+        file.write_text(json.dumps(before))
     try:
         yield
+        mark.unlink()
     except BaseException:
-        if path.exists() and not existed:
-            path.rmtree()
-        elif path.exists():
-            for entry in path.iterdir():
-                if entry.name not in before:
-                    entry.rmtree() if entry.is_dir() else entry.unlink()
+        _remove(path, before)
+        if not existed:
+            path.rmdir()
         raise
+
+
+def _remove(path: epath.Path, before: Sequence[str]) -> None:
+    """Removes all that is in a directory but `before`; the mark last."""
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == _UNFINISHED):
+        if entry.name not in before:
+            entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -> None:

@@ -99,7 +99,7 @@ def run(
     first = next(iter(ready))
     with contextlib.ExitStack() as held:
         for name, one in ready.items():
-            held.enter_context(claim(str(paths[name]), one.config))
+            held.enter_context(claim(str(paths[name]), one.config, (), pretrain.images_of(one)))
         others = [str(path) for name, path in paths.items() if name != first]
         goodput = held.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from disco_jax.tasks.prepare import Prepared, prepare
 from disco_jax.train import checkpoint, health, loop, state, step
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import claim
+from disco_jax.train.workdir import ANEW, begin_anew, claim
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,13 +56,13 @@ def run(
     config = ready.config
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config, allowed) as path,
+        claim(workdir, config, allowed, images_of(ready)) as path,
         contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
-        begin, position = resume(checkpoints, fresh(ready))
+        begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
         begin = state.refilled_by(begin, config.batch_size)  # it may have been another
         describe(ready, begin)
         if int(begin.step) < ready.total:
@@ -187,14 +188,28 @@ def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
     return state.apart(tree), (batch.position.epoch, batch.position.offset)
 
 
-def resume(checkpoints: Any, fresh: Any) -> tuple[Any, Position]:
-    """The newest good checkpoint and this host's place in the data, or the fresh state.
+def images_of(ready: Prepared) -> Callable[[], Mapping[str, Any]]:
+    """Returns a function that tells what images a run trains on; see `Source.fingerprint`."""
+    split = ready.config.data.train_split
+    return lambda: ready.source.fingerprint(split)
+
+
+def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tuple[Any, Position]:
+    """Returns the newest good checkpoint and this host's place in the data, or the fresh state.
 
     Args:
       checkpoints: `Checkpoints`, or those of several runs.
       fresh: the state at step 0, or those of the runs.
+      anew: the directory, where the run may begin anew although its checkpoints are gone.
+
+    Raises:
+      UserError: see `Checkpoints.restore`; or there were checkpoints and all are gone.
     """
     restored = checkpoints.restore(fresh)
+    if restored is None and anew is not None:
+        begin_anew(anew)
+    elif restored is None:
+        checkpoints.check_none_lost()
     if restored is None:
         return fresh, Position.start()
     resumed, meta = restored

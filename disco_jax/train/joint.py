@@ -145,6 +145,11 @@ class JointCheckpoints:
                 return {name: state for name, (state, _) in found.items()}, meta
         return None
 
+    def check_none_lost(self) -> None:
+        """See `Checkpoints.check_none_lost`."""
+        for checkpoints in self._checkpoints.values():
+            checkpoints.check_none_lost()
+
     def wait(self) -> None:
         """Returns when everything asked for is on the disk."""
         for checkpoints in self._checkpoints.values():

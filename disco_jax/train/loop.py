@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
-from disco_jax.errors import Preempted
+from disco_jax.errors import Interrupted, Preempted
 from disco_jax.train import hosts, replicas
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Progress, summarise
@@ -117,7 +117,8 @@ def run(
     Raises:
       NumericError: a loss or gradient is not finite, or replicas differ; nothing of it was saved.
       Preempted: SIGTERM came, to any process, or the terminal was closed; the state was saved
-        first.
+        first, where there are checkpoints.
+      Interrupted: the same after Ctrl-C.
     """
     progress = schedule.progress()
     watchdog = hosts.Watchdog(schedule.hang_s)
@@ -139,7 +140,7 @@ def run(
             window.add(metrics)
             profiler.after(step, metrics)
             last = step == schedule.total
-            stopping = asked(step) and checkpoints is not None
+            stopping = asked(step)
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
                 rates = progress.measure(step, getattr(batches, "waited_s", 0.0))
@@ -156,9 +157,16 @@ def run(
             watchdog.alive(step)
             if stopping and not last:
                 saver.wait()
-                raise Preempted(f"Asked to stop; step {step} is saved. Start again to go on.")
+                raise _stopped(step, bool(checkpoints), asked.interrupted)
         saver.wait()
     return state
+
+
+def _stopped(step: int, saved: bool, interrupted: bool) -> Preempted:
+    told = f"step {step} is saved" if saved else f"nothing is kept of the {step} steps"
+    return (Interrupted if interrupted else Preempted)(
+        f"Asked to stop; {told}. Start again to go on."
+    )
 
 
 class _Window:
