@@ -20,6 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 LOCK = "lock"  # held while a run writes to its directory
 LEASE = "lease.json"  # the same, where the file system has no locks
+IMPORTING = "import_unfinished"  # there until an import is complete
 PROGRAMS = "xla_cache"  # compiled programs, for the next start
 # What a system answers where there is no room, or no right, to write.
 _REFUSALS = (
@@ -168,7 +169,9 @@ def is_free(folder: epath.PathLike) -> bool:
 
 
 def _is_remnant(name: str) -> bool:
-    return name == PROGRAMS or bool(_LOCKS.fullmatch(name) or _UNFINISHED.fullmatch(name))
+    return name in (IMPORTING, PROGRAMS) or bool(
+        _LOCKS.fullmatch(name) or _UNFINISHED.fullmatch(name)
+    )
 
 
 def refusal(error: BaseException) -> str:

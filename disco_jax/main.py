@@ -3,12 +3,14 @@
 A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 """
 
+import contextlib
 import importlib
 import logging
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
@@ -88,7 +90,6 @@ terminal's pipe) changes none of them: the command goes on to its end, and what 
 
 def console() -> None:
     """The console script."""
-    _hear_signals()
     streams.protect()
     _set_up_logging(debug="--debug" in sys.argv)
     code = main(sys.argv[1:])
@@ -120,7 +121,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     debug = "--debug" in argv
     try:
-        _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+        with _signals():
+            _start(argv[0], [word for word in argv[1:] if word != "--debug"])
     except (KeyboardInterrupt, errors.Terminated) as error:
         return _ended(argv[0], error)
     except Exception as error:
@@ -135,15 +137,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _hear_signals() -> None:
-    """Makes SIGTERM and SIGHUP end a command in order, as Ctrl-C does."""
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command in order, as Ctrl-C does.
+
+    Only the main thread hears signals. What is ignored, as SIGHUP under `nohup`, stays so.
+    """
 
     def end(*_: Any) -> None:
         raise errors.Terminated
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under `nohup`
-            signal.signal(number, end)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, old in heard.items():
+            signal.signal(number, old)
 
 
 def _ended(task: str, error: BaseException) -> int:

@@ -16,7 +16,7 @@ from disco_jax import convert, flags, models
 from disco_jax.configs import common
 from disco_jax.convert.load import digest
 from disco_jax.convert.recognise import FAMILIES
-from disco_jax.files import whole
+from disco_jax.files import IMPORTING, whole
 from disco_jax.tasks.arguments import Parser
 from disco_jax.train import checkpoint, teacher
 from disco_jax.train import workdir as directory
@@ -27,7 +27,6 @@ from disco_jax.version import __version__
 _LOG = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_UNFINISHED = "import_unfinished"  # there until an import is complete: what was there before it
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,7 +146,7 @@ def _cleared(path: epath.Path) -> Iterator[None]:
 
     What a killed import has left is known by its mark, and removed first.
     """
-    mark = path / _UNFINISHED
+    mark = path / IMPORTING
     if mark.exists():
         _remove(path, before=json.loads(mark.read_text() or "[]"))
     directory.check_free(path)
@@ -168,7 +167,7 @@ def _cleared(path: epath.Path) -> Iterator[None]:
 
 def _remove(path: epath.Path, before: Sequence[str]) -> None:
     """Removes all that is in a directory but `before`; the mark last."""
-    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == _UNFINISHED):
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == IMPORTING):
         if entry.name not in before:
             entry.rmtree() if entry.is_dir() else entry.unlink()
 

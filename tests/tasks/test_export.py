@@ -1,6 +1,7 @@
 """`disco-jax export` and `embed`: networks and features out, run again and compared."""
 
 import io
+import os
 import pickle
 
 import jax
@@ -212,6 +213,19 @@ def test_a_failed_export_leaves_the_one_before(run, tmp_path, monkeypatch):
         monkeypatch.undo()
         assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
         assert output.read_bytes() == b"before"
+
+
+def test_what_a_killed_export_left_is_removed(run, tmp_path):
+    here = export.socket.gethostname()
+    gone, running, other = (
+        tmp_path / f".unchecked.{host}.{process}"
+        for host, process in ((here, 2**22 + 1), (here, os.getpid()), ("elsewhere", 2**22 + 1))
+    )
+    for folder in (gone, running, other):
+        folder.mkdir()
+        (folder / "a.pth").write_bytes(b"half")
+    export._remove_killed(export.epath.Path(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted([running, other])
 
 
 def full(path, *_):
