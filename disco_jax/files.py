@@ -35,6 +35,11 @@ _REFUSALS = (
 # TensorStore, which writes checkpoints, has the number in its words alone.
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
 _UNFINISHED = re.compile(r"\..+\.\d+")  # names that `whole` writes to
+# Those of files that only the holder of a directory writes.
+_OF_HOLDER = re.compile(
+    r"\.(config|environment|data|saved|goodput|manifest|targets)\.json\.\d+"
+    rf"|\.(metrics\.jsonl|{IMPORTING})\.\d+"
+)
 _LOCKS = re.compile(rf"{LOCK}(_\w+)?(\.{LEASE})?|{LEASE}")
 
 
@@ -166,6 +171,13 @@ def is_free(folder: epath.PathLike) -> bool:
     if not folder.exists():
         return True
     return folder.is_dir() and all(_is_remnant(entry.name) for entry in folder.iterdir())
+
+
+def remove_unfinished(folder: epath.Path) -> None:
+    """Removes files that killed starts did not finish; for the holder of a directory alone."""
+    for entry in folder.iterdir():
+        if _OF_HOLDER.fullmatch(entry.name):
+            entry.unlink()
 
 
 def _is_remnant(name: str) -> bool:

@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, programs
+from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
@@ -93,6 +93,7 @@ def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
             workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(lease.held(path))
+        files.remove_unfinished(path)
         if (path / targets.FILE).exists():
             before = targets.read_meta(str(path))
             cached.compare(f"--workdir={path}", before, meta["made_of"])

@@ -178,6 +178,7 @@ def _take(
         _check_owner(path, config, allow_change)
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(lease.held(path))
+        files.remove_unfinished(path)
         _check_owner(path, config, allow_change)  # another start may have been before this one
         _check_images(path, images, allow_change)
         with whole(path / CONFIG) as file:

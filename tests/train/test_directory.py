@@ -200,6 +200,14 @@ def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch
     files.sync_tree(tmp_path)
 
 
+def test_what_killed_starts_did_not_finish_is_removed(run):
+    (run / ".config.json.4711").write_text("{")
+    (run / ".mine.12").write_text("kept")
+    with workdir.claim(str(run), config()):
+        pass
+    assert not (run / ".config.json.4711").exists() and (run / ".mine.12").exists()
+
+
 @pytest.fixture
 def no_locks(monkeypatch):
     def flock(*_):
