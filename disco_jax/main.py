@@ -8,7 +8,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
 
@@ -25,12 +25,14 @@ class Task(NamedTuple):
         its flags itself.
       module: in `tasks/`; "": of the task's name.
       flags: of `flags.FURTHER`, given to the task's `run` by name.
+      check: in `tasks/`: a module whose `check` notes what is wrong with the config.
     """
 
     help: str
     config: str | None
     module: str = ""
     flags: tuple[str, ...] = ()
+    check: str = ""
 
 
 # Told here so that the help and mistaken flags need no task's imports.
@@ -39,6 +41,7 @@ TASKS = {
         "pretrain or distil a student: any method, from one config",
         "",
         flags=("profile", "allow_change"),
+        check="prepare",
     ),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "sweep": Task("many runs from one config, and their table", None),
@@ -161,12 +164,16 @@ def _start(name: str, argv: Sequence[str]) -> None:
         return
     from disco_jax import flags
 
+    def check(config: Any, problems: errors.Problems) -> None:
+        importlib.import_module(f"disco_jax.tasks.{task.check}").check(config, problems)
+
     values = flags.parse(
         name,
         argv,
         default_config=task.config,
         help_line=task.help,
         extra=lambda values: flags.define_further(values, task.flags),
+        check=check if task.check else None,
     )
     if values is not None:
         flags.prepare_jax(flags.meeting(values), values.workdir)
