@@ -171,10 +171,11 @@ def load(reference: str) -> ConfigDict:
 def _mistake(path: pathlib.Path, error: Exception) -> str:
     """Where and what went wrong in a recipe."""
     if isinstance(error, SyntaxError):
-        place, what = f"{error.filename}:{error.lineno}", error.msg
+        place, what = f"{error.filename or path}:{error.lineno}", error.msg
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        here = path.absolute()
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == here]
         place = ":".join(map(str, (path, *lines[-1:])))
         what = (str(error).strip().splitlines() or [""])[0][: errors.NAMES_LENGTH]
     return (

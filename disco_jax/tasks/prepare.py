@@ -91,11 +91,11 @@ def prepare(
       UserError: settings, the data or the teacher will not do; names all that were found.
     """
     problems = errors.Problems()
-    opened, parts = _open(config, source, problems), _parts(config, loaded, problems)
+    found = _found(config, source, loaded, problems)
     problems.raise_any()
-    assert opened is not None and parts is not None  # or a problem was noted
+    assert found is not None  # or a problem was noted
+    source, parts = found
     config, method = parts.config, parts.method
-    source = _bagged(opened, config, method)
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.paced(steps_per_epoch)
     if "teacher" not in method.plan:
@@ -122,8 +122,21 @@ def check(config: ConfigDict, problems: errors.Problems) -> None:
 
     What reads a field that is wrong already is not looked at.
     """
-    _open(config, None, problems)
-    _parts(config, None, problems)
+    _found(config, None, None, problems)
+
+
+def _found(
+    config: ConfigDict,
+    source: Source | None,
+    loaded: teacher.Teacher | None,
+    problems: errors.Problems,
+) -> tuple[Source, _Parts] | None:
+    """What `prepare` puts together; None if something is wrong, which is noted."""
+    opened, parts = _open(config, source, problems), _parts(config, loaded, problems)
+    if opened is None or parts is None:
+        return None
+    bagged = problems.attempt(_bagged, opened, parts.config, parts.method, reads=("data", "bags"))
+    return None if bagged is None else (bagged, parts)
 
 
 def _open(config: ConfigDict, source: Source | None, problems: errors.Problems) -> Source | None:

@@ -107,6 +107,10 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
                 "config.monitor.k=400",
             ],
         ),
+        (
+            (*SMOKE, "--config.bags.file=no.npz", "--config.checkpoint.best_metric=los"),
+            ["config.bags.file='no.npz' does not exist", "Did you mean 'loss'"],
+        ),
         ((*SMOKE, "--config.student.backbone=resnet17"), ["resnet17", "Did you mean 'resnet1"]),
         ((*SMOKE, "--config.batch_size=6"), ["config.batch_size=6", "4 devices", "4, 8"]),
         (
@@ -182,6 +186,7 @@ def test_a_mistake_inside_a_recipe_is_told_with_its_line(fails, tmp_path, capsys
     file.write_text(text)
     message = fails("pretrain", f"--config={file}")
     assert f"{file}:{line}: {says}" in message and len(message.splitlines()) == 1
+    assert f"mine.py:{line}: {says}" in fails("pretrain", "--config=mine.py")
     assert main.main(["pretrain", f"--config={file}", "--workdir=run", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
