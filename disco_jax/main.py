@@ -28,12 +28,14 @@ class Task(NamedTuple):
         its flags itself.
       module: in `tasks/`; "": of the task's name.
       flags: of `flags.FURTHER`, given to the task's `run` by name.
+      check: in `tasks/`: a module whose `check` notes what is wrong with the config.
     """
 
     help: str
     config: str | None
     module: str = ""
     flags: tuple[str, ...] = ()
+    check: str = ""
 
 
 # Told here so that the help and mistaken flags need no task's imports.
@@ -42,6 +44,7 @@ TASKS = {
         "pretrain or distil a student: any method, from one config",
         "",
         flags=("profile", "allow_change"),
+        check="prepare",
     ),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "sweep": Task("many runs from one config, and their table", None),
@@ -203,12 +206,16 @@ def _start(name: str, argv: Sequence[str]) -> None:
         return
     from disco_jax import flags
 
+    def check(config: Any, problems: errors.Problems) -> None:
+        importlib.import_module(f"disco_jax.tasks.{task.check}").check(config, problems)
+
     values = flags.parse(
         name,
         argv,
         default_config=task.config,
         help_line=task.help,
         extra=lambda values: flags.define_further(values, task.flags),
+        check=check if task.check else None,
     )
     if values is not None:
         flags.prepare_jax(flags.meeting(values), values.workdir)

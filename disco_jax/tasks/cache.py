@@ -15,13 +15,13 @@ from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
-from disco_jax.tasks.prepare import Prepared, prepare
+from disco_jax.tasks.prepare import Prepared, check, prepare
 from disco_jax.train import hosts, lease, state, step, workdir
 
 
 def main(argv: Sequence[str]) -> None:
     """`disco-jax cache --config RECIPE --workdir DIR [--epochs E] [--dry-run]`."""
-    values = flags.parse("cache", argv, help_line=__doc__, extra=_define)
+    values = flags.parse("cache", argv, help_line=__doc__, extra=_define, check=check)
     if values is not None:
         flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
         run(values.config, values.workdir, epochs=values.epochs, dry_run=values.dry_run)

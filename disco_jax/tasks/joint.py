@@ -192,6 +192,7 @@ def _train(
             goodput,
             _evaluation(ready),
             joint.summarise,
+            joint.check_states,
         )
 
 

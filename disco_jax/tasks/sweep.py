@@ -31,7 +31,7 @@ CELLS, TEACHERS, STATUS = "cells", "teachers", "status"
 
 def main(argv: Sequence[str]) -> None:
     """`disco-jax sweep --config sweeps/NAME --workdir DIR [--dry-run] [--worker I --workers N]`."""
-    values = flags.parse("sweep", argv, help_line=__doc__, extra=_define)
+    values = flags.parse("sweep", argv, help_line=__doc__, extra=_define, like="sweeps/seed")
     if values is None:
         return
     flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)

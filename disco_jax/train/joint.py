@@ -59,6 +59,22 @@ def summarise(
     return found
 
 
+def check_states(step: int, states: Mapping[str, TrainState]) -> None:
+    """`metrics.check_state` of each run.
+
+    Raises:
+      Diverged: the state of some run is not finite.
+    """
+    problems: dict[str, str] = {}
+    for name, state in states.items():
+        try:
+            metrics.check_state(step, state)
+        except NumericError as error:
+            problems[name] = str(error)
+    if problems:
+        raise Diverged(problems)
+
+
 def named(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
     """Scalars of one run, as they stand in a summary of all."""
     return {name + _OF + key: value for key, value in scalars.items()}

@@ -7,8 +7,10 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -20,6 +22,7 @@ from disco_jax.train.health import PREFIX, STD, effective_rank
 _LOG = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+_REMEDY = "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
 
 
 class Logger:
@@ -146,10 +149,32 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
             first = step - len(fetched) + 1 + i
             raise NumericError(
                 f"Not finite at step {first}: {', '.join(bad)}. The last good checkpoint is kept. "
-                "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
+                + _REMEDY
             )
     means = {key: float(np.mean([metrics[key] for metrics in fetched])) for key in fetched[-1]}
     return means | _newest_health(window)
+
+
+def check_state(step: int, state: Any) -> None:
+    """Refuses to save a state that is not finite: the losses of its step were of the one before.
+
+    Args:
+      step: after which it is.
+      state: of arrays.
+
+    Raises:
+      NumericError: names the first arrays that are not finite.
+    """
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all()
+    ]
+    if bad:
+        raise NumericError(
+            f"Not finite after step {step}: {', '.join(bad[:3])} ({len(bad)} arrays). The last "
+            f"good checkpoint is kept. {_REMEDY}"
+        )
 
 
 def _without_health(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

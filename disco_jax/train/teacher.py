@@ -141,12 +141,7 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     Raises:
       UserError: no weights given, nothing there, or weights of another network.
     """
-    if not spec.weights:
-        raise errors.UserError(
-            "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
-            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
-            "to try things out."
-        )
+    check_weights(spec)
     if spec.weights == RANDOM:
         _LOG.warning("The teacher is random: this run tries things out, nothing more.")
         return Teacher(encoder.create(1, size))
@@ -156,6 +151,22 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     imported = convert.read_network(path)
     _check(imported.spec, spec, imported.encoder, encoder, path)
     return Teacher(imported.variables, imported.queue)
+
+
+def check_weights(spec: Any) -> None:
+    """Refuses a teacher without weights, or whose weights are not there.
+
+    Raises:
+      UserError: see `load`.
+    """
+    if not spec.weights:
+        raise errors.UserError(
+            "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
+            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
+            "to try things out."
+        )
+    if spec.weights != RANDOM:
+        _existing(spec.weights)
 
 
 def _existing(weights: str) -> epath.Path:
