@@ -106,10 +106,11 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         drop_path=0.0,  # stochastic depth of a ViT or XCiT while it learns
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         adapter=0,  # width of a linear layer before the head; 0: none
-        # mlp | mlp_bn | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn | regression
-        # | none
+        # mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn
+        # | regression | none
         head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
+        layers=0,  # linear layers of the head; 0: its own, two and of DINO's three
         dim=128,  # of the embedding
         prototypes=(),  # on top of the head: their number, for each set of them
     )

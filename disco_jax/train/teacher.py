@@ -27,9 +27,11 @@ SHAPE = (
     "adapter",
     "head",
     "hidden",
+    "layers",
     "dim",
     "prototypes",
 )
+_LATER = "patch", "layers"  # fields that not all versions had
 # Of a run: what may teach.
 NETWORKS = ("student", "momentum")
 # The bank of MoCo's keys, which the official file carries: view 1 is the key.
@@ -63,8 +65,8 @@ def describe(weights: str) -> dict[str, Any]:
 
 
 def shape(spec: Any) -> dict[str, Any]:
-    """The fields `SHAPE`; runs of earlier versions had no patch."""
-    return {field: spec.get(field, 0) if field == "patch" else spec[field] for field in SHAPE}
+    """The fields `SHAPE`; runs of earlier versions lack some, which are 0 then."""
+    return {field: spec.get(field, 0) if field in _LATER else spec[field] for field in SHAPE}
 
 
 def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -119,7 +121,7 @@ def _follow(config: Any) -> None:
     """Gives the student the head that it reuses, or the width of what it copies."""
     student, spec = config.student, config.teacher
     if "head" in student.reuse and spec.head != "none":
-        student.update({field: spec[field] for field in ("head", "hidden", "dim")})
+        student.update({field: spec[field] for field in ("head", "hidden", "layers", "dim")})
         student.adapter = models.width(spec)
     elif student.dim == 0:
         copies_features = any(
