@@ -116,7 +116,16 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     )
     # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
     # and kept still, behind a learned adapter (RETRO).
-    config.student = dict(encoder, norm="local", reuse=())
+    config.student = dict(
+        encoder,
+        norm="local",
+        reuse=(),
+        # what it starts from, and its EMA copy with it: the workdir of a run or of an import, or a
+        # PyTorch checkpoint; "": fresh weights. A run that goes on does not read them again.
+        weights="",
+        start="backbone",  # what is taken of them: backbone | all, with the head
+        network="student",  # of a run: student | momentum
+    )
     config.momentum = dict(
         ema_rate=0.999,  # the share of old weights that a step keeps
         ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
