@@ -72,7 +72,7 @@ def _entry(content: Any, source: str, entry: str) -> Any:
 
 def _holds_dict(content: Any, name: str) -> bool:
     """Whether there is a dict with anything in it under a name."""
-    return isinstance(content, dict) and bool(content.get(name)) and isinstance(content[name], dict)
+    return isinstance(content, dict) and isinstance(content.get(name), dict) and content[name] != {}
 
 
 def _candidates(content: Any, depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

@@ -83,8 +83,7 @@ def find(network: State, backbone: str = "", own: Sequence[str] = ()) -> Head:
 
 def sequence(network: State, root: str) -> Head:
     """The layers under `root`, in the order of their numbers; `order` is "" if there are none."""
-    start = f"{root}." if root else ""
-    if np.ndim(network.get(f"{start}weight", 0)) == 2:
+    if _kind_of_layer(network, root) == _LINEAR:
         return Head(root, ("",), order=_LINEAR)
     # OpenMMLab has fc0, bn0, fc1, ...; others 0, 1, 3, ...
     number = r"\d+" if root in ("", "head.linear") else r"\.(?:fc|bn)?\d+"
@@ -179,10 +178,11 @@ def _position(name: str) -> tuple[int, bool]:
 
 
 def _kind_of_layer(network: State, name: str) -> str:
-    weight = np.ndim(network.get(f"{name}.weight", np.zeros(1)))
-    if weight == 1 and np.ndim(network.get(f"{name}.running_mean", 0)) == 1:
-        return _NORM
-    return _LINEAR if weight == 2 else _OTHER
+    weight = network.get(f"{name}.weight" if name else "weight")
+    if weight is not None and weight.ndim == 2 and weight.size:
+        return _LINEAR
+    plain = weight is None or weight.ndim == 1
+    return _NORM if plain and np.ndim(network.get(f"{name}.running_mean", 0)) == 1 else _OTHER
 
 
 def _classifies(network: State, head: Head, backbone: str) -> bool:

@@ -14,6 +14,8 @@ from test_pickles import FLOATS, op, program, tensor, zipped
 from disco_jax import convert, main
 from disco_jax.convert import machine, pickles
 from disco_jax.errors import UserError
+from disco_jax.tasks import opening
+from disco_jax.train import teacher
 
 STATE = {
     key: np.random.default_rng(len(key)).uniform(0.5, 1.0, value.shape).astype(np.float32)
@@ -128,6 +130,15 @@ def test_weights_in_several_files_are_read_by_their_index(sharded, tmp_path, cap
     assert (
         manifest["bytes"] == sum(p.stat().st_size for p in sharded.glob("model*"))
         and len(manifest["sha256"]) == 64
+    )
+
+
+def test_a_folder_of_several_files_is_a_teacher_and_can_be_deployed(sharded):
+    """Its config.json is not a run's."""
+    assert teacher.describe(str(sharded))["hidden"] == 24
+    opened = opening.open_network(str(sharded))
+    np.testing.assert_array_equal(
+        opened.variables["params"]["head"]["out"]["bias"], STATE["fc.2.bias"]
     )
 
 

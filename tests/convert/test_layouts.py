@@ -166,6 +166,12 @@ def test_backbone_and_projector_are_read_and_nothing_else(name):
     assert len(found.keys) + len(found.left) == sum("num_batches" not in key for key in state)
 
 
+def test_arrays_beside_the_weights_may_have_any_name(tmp_path):
+    """Of what an entry is called nothing follows: a best score may be called model."""
+    path = written(tmp_path, {"model": np.ones(3), "teacher": 0.5, "state_dict": small()})
+    assert convert.read(path)[1] == "state_dict"
+
+
 @pytest.mark.parametrize("name", ["simsiam", "barlow twins", "five layers"])
 def test_a_head_of_any_depth_computes_what_it_says(name):
     """Against NumPy: linear layers, BatchNorm on stored statistics where there is one, ReLU."""
