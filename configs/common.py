@@ -106,16 +106,26 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         drop_path=0.0,  # stochastic depth of a ViT or XCiT while it learns
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         adapter=0,  # width of a linear layer before the head; 0: none
-        # mlp | mlp_bn | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn | regression
-        # | none
+        # mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn
+        # | regression | none
         head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
+        layers=0,  # linear layers of the head; 0: its own, two and of DINO's three
         dim=128,  # of the embedding
         prototypes=(),  # on top of the head: their number, for each set of them
     )
     # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
     # and kept still, behind a learned adapter (RETRO).
-    config.student = dict(encoder, norm="local", reuse=())
+    config.student = dict(
+        encoder,
+        norm="local",
+        reuse=(),
+        # what it starts from, and its EMA copy with it: the workdir of a run or of an import, or a
+        # PyTorch checkpoint; "": fresh weights. A run that goes on does not read them again.
+        weights="",
+        start="backbone",  # what is taken of them: backbone | all, with the head
+        network="student",  # of a run: student | momentum
+    )
     config.momentum = dict(
         ema_rate=0.999,  # the share of old weights that a step keeps
         ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant

@@ -197,12 +197,13 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
             "Take weights with their projection head, or leave reuse at ()."
         )
     ours, theirs = (
-        [spec[f] for f in ("head", "dim", "hidden")] for spec in (config.student, config.teacher)
+        [spec.get(f, 0) for f in ("head", "dim", "hidden", "layers")]
+        for spec in (config.student, config.teacher)
     )
     if ours != theirs or not config.student.adapter:
         raise errors.UserError(
             f"config.student.reuse=('head',) takes the teacher's head: set config.student.head="
-            f"{theirs[0]}, dim={theirs[1]}, hidden={theirs[2]} and adapter="
+            f"{theirs[0]}, dim={theirs[1]}, hidden={theirs[2]}, layers={theirs[3]} and adapter="
             f"{models.width(config.teacher)}, or call teacher.resolve, which does."
         )
     return tuple(config.student.reuse)

@@ -15,7 +15,6 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.tasks import pretrain
 from disco_jax.train import teacher as teachers
-from disco_jax.train.workdir import read_config
 
 # Images smaller than this go through the small stem.
 SMALL_PX = 64
@@ -115,12 +114,12 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
             "an import, or a checkpoint of PyTorch (.pth, .pth.tar, .safetensors)."
         )
     config.teacher.weights = str(path)
-    if path.is_file():
+    if teachers.place(str(path)).is_file():
         imported = convert.read_network(str(path))
         config.teacher.update(teachers.shape(imported.spec))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
-        run = read_config(str(path))
+        run = teachers.read_config(path)
         config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
             value = run.augment[field]

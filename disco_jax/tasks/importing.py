@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import convert, flags, models
 from disco_jax.configs import common
-from disco_jax.convert.load import digest
+from disco_jax.convert.load import size_and_digest
 from disco_jax.convert.recognise import FAMILIES
+from disco_jax.convert.text import listed
 from disco_jax.files import IMPORTING, whole
 from disco_jax.tasks.arguments import Parser
 from disco_jax.train import checkpoint, teacher
@@ -32,7 +33,7 @@ MANIFEST = "manifest.json"
 def main(argv: Sequence[str]) -> None:
     """`disco-jax import FILE --workdir W [--family F] [--arch A] [--prefix P] [--allow X ...]`."""
     parser = Parser("import", __doc__)
-    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors")
+    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors; an index")
     parser.add_argument("--workdir", required=True, help="where the imported network goes")
     parser.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--arch", default="", help="a network of disco-jax list")
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
         "--allow",
         action="append",
         default=[],
-        help="pattern of keys that may be left over or of weights that may be missing",
+        help="pattern of keys that may be left over (a head that is unlike any here is left out "
+        "whole) or of weights that may be missing",
     )
     values = parser.read(argv)
     if values is not None:
@@ -109,10 +111,11 @@ def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
     """What the manifest says of an imported network."""
     mean, std = imported.normalisation
     encoder = imported.encoder
+    size, digest = size_and_digest(file)
     return {
         "file": str(file),
-        "bytes": epath.Path(file).stat().length,
-        "sha256": digest(file),
+        "bytes": size,
+        "sha256": digest,
         "imported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "disco_jax": __version__,
         "container": imported.container,
@@ -187,6 +190,8 @@ def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -
         + ("" if imported.queue is None else f"; queue of {manifest['queue'][0]} keys")
         + "."
     )
+    if imported.classifiers:
+        print(f"Left out as a classifier: {listed(imported.classifiers)}.")
     print(
         f"{len(imported.keys)} arrays taken, {len(imported.left)} not ({workdir}/{MANIFEST} lists "
         f"them). Use it as a teacher with --config.teacher.weights={workdir}"

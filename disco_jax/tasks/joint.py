@@ -17,7 +17,7 @@ from disco_jax.methods.base import Method
 from disco_jax.nested import flatten
 from disco_jax.report import build
 from disco_jax.tasks import pretrain
-from disco_jax.tasks.prepare import Prepared, prepare
+from disco_jax.tasks.prepare import Prepared, prepare, starting
 from disco_jax.train import checkpoint, health, joint, loop, state, step
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
@@ -94,7 +94,8 @@ def run(
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
-    ready = _prepared(configs, source)
+    prepared = _prepared(configs, source)
+    ready = {name: starting(one, workdirs[name]) for name, one in prepared.items()}
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
     with contextlib.ExitStack() as held:

@@ -12,6 +12,7 @@ from disco_jax import convert, errors, files, models
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.tasks import importing
+from disco_jax.train import teacher
 from disco_jax.train.workdir import ENVIRONMENT
 
 
@@ -61,9 +62,9 @@ def open_network(path: str, network: str = "student") -> Opened:
     Raises:
       UserError: nothing there, or nothing that is understood.
     """
-    place = epath.Path(path)
-    if not place.exists():
+    if not epath.Path(path).exists():
         raise errors.UserError(f"{path} does not exist. Give a run's directory or a checkpoint.")
+    place = teacher.place(path)
     if not place.is_dir():
         imported = convert.read_network(path)
         config = importing.config_of(imported)
@@ -89,6 +90,8 @@ def _of_run(path: epath.Path, network: str, trained: features.Trained) -> dict[s
     found = {"run": str(path), "network": network, "step": trained.step, "recipe": config.name}
     if config.teacher.weights:
         found["teacher"] = config.teacher.weights
+    if started := config.student.get("weights", ""):
+        found["student started from"] = started
     environment = path / ENVIRONMENT
     if environment.exists():
         found["code"] = files.read_json(environment, list)[-1]["git"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, fields, methods
@@ -14,9 +15,10 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
 from disco_jax.models import fold
+from disco_jax.models.encoder import Variables
 from disco_jax.nested import flatten
 from disco_jax.tasks import cached
-from disco_jax.train import optimizer, state, step, teacher
+from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Prepared:
       built: the step.
       teacher: frozen weights; None if the method has no teacher.
       record: of shapes: what the networks make of an image.
+      started: what the student starts from instead of fresh weights; see `start.load`.
       period: steps after which the views come again, with the teacher's outputs beside them
         (`config.teacher.cache`); 0: the teacher is asked in every step.
     """
@@ -46,6 +49,7 @@ class Prepared:
     built: step.Built
     teacher: teacher.Teacher | None
     record: Record
+    started: Variables | None = None
     period: int = 0
 
     @property
@@ -159,6 +163,7 @@ def _parts(
     problems.attempt(check_devices, config, devices, reads=("batch_size", *grouped))
     rates = "learning_rate", "optimizer", "momentum", "batch_size", "total_epochs"
     problems.attempt(_check_rates, config, reads=rates)
+    problems.attempt(start.check, config.student, reads=("student",))
     recipe = problems.attempt(
         views.build, config.augment, config.views, config.local, reads=("augment", "views", "local")
     )
@@ -212,6 +217,26 @@ def _check_lengths(config: ConfigDict, source: Source) -> None:
             f"{', '.join(late)}: at {steps} steps an epoch at most {fields.MOST // steps} epochs "
             "can be counted."
         )
+
+
+def starting(ready: Prepared, workdir: str) -> Prepared:
+    """The run with the weights of `config.student.weights`, if it has not begun yet.
+
+    A run that goes on does not read them: all that it has learned is in its checkpoints.
+
+    Args:
+      ready: the run.
+      workdir: its directory, which need not exist.
+
+    Raises:
+      UserError: the weights cannot be read, or are of another network.
+    """
+    folder = epath.Path(workdir) / checkpoint.FOLDER
+    begun = folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
+    if begun or not ready.config.student.get("weights", ""):
+        return ready
+    started = start.load(ready.config, ready.method.networks["student"].encoder)
+    return dataclasses.replace(ready, started=started)
 
 
 def _cached(ready: Prepared) -> Prepared:

@@ -16,7 +16,7 @@ from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
 from disco_jax.tasks import report
-from disco_jax.tasks.prepare import Prepared, prepare
+from disco_jax.tasks.prepare import Prepared, prepare, starting
 from disco_jax.train import checkpoint, health, loop, state, step
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
@@ -52,7 +52,7 @@ def run(
     """
     started = time.monotonic()
     traced = _steps_to_trace(profile)
-    ready = prepare(config, source)
+    ready = starting(prepare(config, source), workdir)
     config = ready.config
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
@@ -118,6 +118,7 @@ def fresh(ready: Prepared) -> state.TrainState:
         config.augment.size,
         inherited=ready.teacher.queue if ready.teacher else None,
         reused=ready.teacher.variables if ready.teacher else None,
+        started=ready.started,
         record=ready.record,
     )
 
@@ -251,7 +252,8 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
         f"with head {everything:.2f} M (M = 2^20, as the papers count){frozen}; {count} forward "
         f"passes a step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
-        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else ""),
+        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else "")
+        + (f"; the student starts from {config.student.weights}" if ready.started else ""),
         flush=True,
     )
     if config.local.count:
