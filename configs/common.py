@@ -289,7 +289,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.monitor = dict(
         knn_every_steps=0,  # 0: never
         split="",  # "": data.eval_split
-        images=5000,  # no more than so many; 0: all
+        images=5000,  # drawn evenly over the classes; 0: all
         k=20,
     )
     config.checkpoint = dict(

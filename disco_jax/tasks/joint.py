@@ -1,6 +1,7 @@
 """Train several students side by side: one look at the images and one teacher for all of them."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -213,8 +214,10 @@ def _checkpoints(
 
 def _evaluation(ready: Mapping[str, Prepared]) -> Callable[[int, Any], dict[str, float]]:
     """What the loop calls now and then: kNN of every student."""
+    first = next(iter(ready.values()))
+    drawn = functools.cache(lambda: monitor.sample(first.config, first.source))
     looks = {
-        name: monitor.knn_of(one.config, one.method.networks["student"].encoder, one.source)
+        name: monitor.knn_of(one.config, one.method.networks["student"].encoder, one.source, drawn)
         for name, one in ready.items()
     }
 
