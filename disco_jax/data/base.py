@@ -5,18 +5,26 @@ host). Batches never span epochs and an epoch's remainder is dropped, so a `Posi
 a run has to save in order to read on as if it had never stopped.
 """
 
+import collections
+import contextlib
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 
 from disco_jax.errors import UserError
+from disco_jax.files import whole
 
 _LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 10  # of the unreadable records, in an error
+_NAMES_KEPT = 5  # of what is left out, for each reason
+_REASONS_SHOWN = 12
+MAX_CLASSES = 2**24  # labels from there on are taken for a mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +67,97 @@ class HostBatch(NamedTuple):
 Batches = Generator[HostBatch, None, None]
 
 
+class Skipped:
+    """What a place holds beside the records of a data set: how much, why, and the first names."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.names: dict[str, list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def add(self, reason: str, name: str) -> None:
+        """Counts a file or folder.
+
+        Args:
+          reason: why it is left out, as it reads after a number: "with suffix .txt".
+          name: of it; a folder's ends in "/".
+        """
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < _NAMES_KEPT:
+            names.append(printable(name))
+
+    def lines(self) -> list[str]:
+        """One line a reason, the most frequent first: "3 with suffix .txt: a.txt, b.txt, c.txt"."""
+        made = []
+        for reason, count in self.counts.most_common(_REASONS_SHOWN):
+            more = ", ..." if count > _NAMES_KEPT else ""
+            made.append(f"{count:,} {reason}: {', '.join(self.names[reason])}{more}")
+        if rest := self.counts.total() - sum(n for _, n in self.counts.most_common(len(made))):
+            made.append(f"{rest:,} for {len(self.counts) - len(made)} other reasons")
+        return made
+
+    def as_dict(self) -> dict[str, Any]:
+        """Reason -> {"count", "names"}, the names being the first few."""
+        return {
+            reason: {"count": count, "names": self.names[reason]}
+            for reason, count in self.counts.most_common()
+        }
+
+
+class UnreadableNames(list[str]):
+    """The names of the records that could not be decoded, kept in a file over restarts."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        """Holds some names already; no file is written before `keep_in`."""
+        super().__init__(names)
+        self._file: epath.Path | None = None
+
+    def keep_in(self, file: epath.PathLike) -> None:
+        """Adds the names in a file, if it is there, and writes every new one to it.
+
+        Args:
+          file: a JSON string a line; a line that is damaged is passed over.
+        """
+        self._file = epath.Path(file)
+        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+            with contextlib.suppress(ValueError):
+                name = json.loads(line)
+                if isinstance(name, str) and name not in self:
+                    super().append(name)
+
+    def append(self, name: str) -> None:
+        """Adds a name."""
+        super().append(name)
+        if self._file is not None:
+            with whole(self._file) as file:
+                file.write_text("".join(json.dumps(one) + "\n" for one in self))
+
+    @property
+    def file(self) -> str:
+        """Where the names are kept; "": nowhere."""
+        return str(self._file or "")
+
+
 class Source(Protocol):
     """Where images come from; arrays, folders and TFDS have one each.
 
     Attributes:
       name: of the data set.
       num_classes: how many labels there are; None where nothing is labelled.
+      class_names: of the labels, in their order; () where they are numbers alone.
+      skipped: what lies in the place of the data set and is not used.
       unreadable: the names of the records skipped so far because they could not be decoded.
     """
 
     name: str
     num_classes: int | None
-    unreadable: list[str]
+    class_names: Sequence[str]
+    skipped: Skipped
+    unreadable: UnreadableNames
 
     @property
     def splits(self) -> list[str]:
@@ -226,14 +313,51 @@ def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str,
     return {"image": image, "label": label, "mask": np.arange(batch_size) < n}
 
 
+def utf8(name: str) -> str:
+    """A name of a file whose bytes that are not UTF-8 are escapes, as in "caf\\xe9.jpg"."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def printable(name: str) -> str:
+    """A name that any terminal takes: as `utf8`, with control characters as escapes too."""
+    text = utf8(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def contents(source: Source) -> list[str]:
+    """What a data set has, and what lies beside it and is not used, a line each."""
+    splits = ", ".join(f"{split} {source.count(split):,}" for split in source.splits)
+    classes = "no labels"
+    if source.num_classes:
+        names = [printable(name) for name in source.class_names[:_NAMES_SHOWN]]
+        more = ", ..." if len(source.class_names) > len(names) else ""
+        told = f" ({', '.join(names)}{more})" if names else ""
+        classes = f"{source.num_classes:,} classes{told}"
+    return [
+        f"{source.name}: images: {splits}; {classes}.",
+        *(f"{source.name}: not used: {line}" for line in source.skipped.lines()),
+    ]
+
+
+def unreadable_limit(count: int, least: int, percent: float) -> int:
+    """How many records may be unreadable before it is an error.
+
+    Args:
+      count: of the records that this host reads.
+      least: config.data.max_unreadable, allowed whatever the count.
+      percent: config.data.max_unreadable_percent, of the records.
+    """
+    return max(least, math.floor(count * percent / 100))
+
+
 def report_unreadable(source: str, known: list[str], names: list[str], limit: int) -> None:
     """Adds new names to `known`, each with one warning.
 
     Args:
       source: the name of the data set.
-      known: those reported before; changed in place.
+      known: those reported before, of earlier starts too; changed in place.
       names: what could not be decoded just now.
-      limit: config.data.max_unreadable.
+      limit: see `unreadable_limit`.
 
     Raises:
       UserError: when more than `limit` are known.
@@ -244,8 +368,11 @@ def report_unreadable(source: str, known: list[str], names: list[str], limit: in
             _LOG.warning("%s: skipped %s, which cannot be decoded.", source, name)
     if len(known) > limit:
         more = ", ..." if len(known) > _NAMES_SHOWN else ""
+        file = known.file if isinstance(known, UnreadableNames) else ""
+        kept = f" {file} keeps their names over restarts: remove it after a repair." if file else ""
         raise UserError(
-            f"{len(known)} records of {source} cannot be decoded, more than "
-            f"config.data.max_unreadable={limit}: {', '.join(known[:_NAMES_SHOWN])}{more}. "
-            "Repair or remove them, or raise config.data.max_unreadable."
+            f"{len(known)} records of {source} cannot be decoded, more than {limit} (see "
+            "config.data.max_unreadable and config.data.max_unreadable_percent): "
+            f"{', '.join(known[:_NAMES_SHOWN])}{more}. Repair or remove them, or raise one of the "
+            f"two settings.{kept}"
         )

@@ -38,7 +38,8 @@ class ChosenSource:
         """
         self._source, self._split = source, split
         self.name, self.num_classes = source.name, source.num_classes
-        self.unreadable = source.unreadable
+        self.unreadable, self.skipped = source.unreadable, source.skipped
+        self.class_names = source.class_names
         wanted = set(map(int, rows))
         kept = [r for i, r in enumerate(source.pictures(split)) if i in wanted]
         self._few = _few(split, kept, source, process_index, process_count)

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from disco_jax.data import decode, lists
 from disco_jax.data.base import Source
+from disco_jax.data.base import unreadable_limit as unreadable_limit_of
 from disco_jax.errors import UserError, unknown
 
 SOURCES = ("tfds", "folder", "npz")
@@ -26,9 +28,17 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
     Raises:
       UserError: an unknown kind of source, or one that is not there.
     """
-    hosts = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    hosts = dict(
+        process_index=jax.process_index() if shared else 0,
+        process_count=jax.process_count() if shared else 1,
+    )
     common = dict(
-        process_index=hosts[0], process_count=hosts[1], max_unreadable=data.max_unreadable
+        **hosts,
+        max_unreadable=data.max_unreadable,
+        max_unreadable_percent=data.get("max_unreadable_percent", 0.0),
+        rules=decode.Rules.parse(
+            data.get("range", "full"), data.get("max_pixels", decode.MAX_PIXELS)
+        ),
     )
     if data.source == "tfds":
         from disco_jax.data.sources import TfdsSource
@@ -48,7 +58,13 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
     if data.source == "folder":
         from disco_jax.data.folders import FolderSource
 
-        return FolderSource(data.dir, subset=_subset(data), **common)
+        return FolderSource(
+            data.dir,
+            subset=_subset(data),
+            splits=data.get("splits", ""),
+            labels=data.get("labels", ""),
+            **common,
+        )
     if data.subset:
         raise UserError(
             f"config.data.subset={data.subset!r} picks files by name; the images of an .npz file "
@@ -56,25 +72,28 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
         )
     from disco_jax.data.arrays import ArraySource
 
-    common.pop("max_unreadable")
-    return ArraySource.from_npz(data.dir, **common)
+    return ArraySource.from_npz(data.dir, **hosts)
+
+
+def unreadable_limit(data: Any, source: Source, split: str) -> int:
+    """How many records of a split this host may skip before it is an error.
+
+    Args:
+      data: `config.data`.
+      source: of the split.
+      split: e.g. "train".
+    """
+    share = source.count(split) // jax.process_count()
+    percent = data.get("max_unreadable_percent", 0.0)
+    return unreadable_limit_of(share, data.max_unreadable, percent)
 
 
 def _subset(data: Any) -> dict[str, frozenset[str]]:
     """Split -> names, from the list that `config.data.subset` names; {} without one."""
     if not data.subset:
         return {}
-    path = pathlib.Path(data.subset).expanduser()
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config.data.subset={data.subset!r} cannot be read as a list of file names: {error}"
-        ) from error
-    names = frozenset(pathlib.PurePath(line.strip()).name for line in lines if line.strip())
-    if not names:
-        raise UserError(f"config.data.subset={data.subset!r} holds no file name.")
-    return {data.train_split: names}
+    lines = lists.read(data.subset, "config.data.subset")
+    return {data.train_split: frozenset(pathlib.PurePath(line.file).name for line in lines)}
 
 
 def to_devices(tree: Any, local_devices: int) -> Any:

@@ -101,6 +101,8 @@ class TfdsSource(EncodedSource):
         shuffle_buffer: int = 16_384,
         subset: Mapping[str, Collection[str]] | None = None,
         max_unreadable: int = 0,
+        max_unreadable_percent: float = 0.0,
+        rules: decode.Rules = decode.USUAL,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -112,11 +114,16 @@ class TfdsSource(EncodedSource):
           cache: keep this host's encoded records in memory whatever their size.
           shuffle_buffer: how many encoded records of TFRecord files to hold for mixing.
           subset: split -> the file names to keep of it; found by reading the split once.
-          max_unreadable: how many records `evaluate` may skip.
-          process_index: of this host.
-          process_count: hosts that share the records.
+          max_unreadable, max_unreadable_percent, rules, process_index, process_count: see
+            `EncodedSource`.
         """
-        super().__init__(max_unreadable, process_index, process_count)
+        super().__init__(
+            max_unreadable,
+            process_index,
+            process_count,
+            max_unreadable_percent=max_unreadable_percent,
+            rules=rules,
+        )
         folder = find(name, data_dir)
         _, tfds = tensorflow()
         self._builder = tfds.builder_from_directory(os.fspath(folder))
@@ -327,7 +334,9 @@ class TfdsSource(EncodedSource):
             readable = np.ones(len(kept), bool)
             for i, record in enumerate(kept):
                 try:
-                    pixels[i] = decode.decode(record.file)[..., : pixels.shape[-1]]
+                    pixels[i] = decode.decode(decode.ruled(record.file, self._rules))[
+                        ..., : pixels.shape[-1]
+                    ]
                 except decode.Unreadable as error:
                     readable[i] = False
                     self._skip(split, record, error, limit)

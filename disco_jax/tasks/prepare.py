@@ -139,6 +139,7 @@ def check_numbers(config: ConfigDict) -> None:
         "health.min_std": 0,
         "health.patience": 1,
         "data.max_unreadable": 0,
+        "data.max_unreadable_percent": 0,
         "monitor.knn_every_steps": 0,
         "monitor.images": 0,
         "monitor.k": 1,

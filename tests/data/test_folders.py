@@ -200,7 +200,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
     for i, batch in enumerate(batches[:-1]):
         rest = train(source, 3 - i, batch_size=2, start=batch.position, max_unreadable=3)
         same_batches(rest, batches[i + 1 :])
-    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2"):
+    with pytest.raises(UserError, match=r"more than 2 .*config\.data\.max_unreadable"):
         train(FolderSource(tmp_path), 4, batch_size=2, max_unreadable=2)
 
 
@@ -211,7 +211,7 @@ def test_evaluation_skips_and_names_unreadable_pictures(tmp_path):
     assert [len(b["image"]) for b in batches] == [3, 3, 3]
     assert sum(b["mask"].sum() for b in batches) == 4
     assert sorted(name.split()[0] for name in source.unreadable) == bad
-    with pytest.raises(UserError, match="max_unreadable=0"):
+    with pytest.raises(UserError, match=r"more than 0 .*max_unreadable"):
         list(FolderSource(tmp_path).evaluate("train", 8, 0, "bilinear", 3))
 
 
