@@ -19,7 +19,7 @@ from disco_jax.nested import flatten
 from disco_jax.report import build
 from disco_jax.tasks import pretrain
 from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import checkpoint, health, joint, loop, state, step
+from disco_jax.train import checkpoint, health, joint, loop, state, step, unreadable
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
@@ -98,6 +98,7 @@ def run(
     ready = _prepared(configs, source)
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
+    pretrain.describe_data(ready[first])
     with contextlib.ExitStack() as held:
         for name, one in ready.items():
             held.enter_context(claim(str(paths[name]), one.config))
@@ -105,6 +106,7 @@ def run(
         goodput = held.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))
         )
+        unreadable.keep(ready[first].source, paths[first])
         checkpoints = held.enter_context(
             contextlib.closing(joint.JointCheckpoints(_checkpoints(ready, paths)))
         )

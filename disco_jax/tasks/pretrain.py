@@ -10,13 +10,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import pipeline, views
+from disco_jax.data import base, darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
 from disco_jax.tasks import report
 from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import checkpoint, health, loop, state, step
+from disco_jax.train import checkpoint, health, loop, state, step, unreadable
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
@@ -53,6 +53,7 @@ def run(
     traced = _steps_to_trace(profile)
     ready = prepare(config, source)
     config = ready.config
+    describe_data(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
         claim(workdir, config, allowed) as path,
@@ -61,6 +62,7 @@ def run(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
+        unreadable.keep(ready.source, path)
         begin, position = resume(checkpoints, fresh(ready))
         begin = state.refilled_by(begin, config.batch_size)  # it may have been another
         describe(ready, begin)
@@ -130,7 +132,7 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
         config.batch_size // jax.process_count(),
         config.seed,
         position,
-        config.data.max_unreadable,
+        pipeline.unreadable_limit(config.data, ready.source, config.data.train_split),
     )
     return pipeline.Prefetcher(crops, transform=_lay_out)
 
@@ -213,6 +215,17 @@ def resume(checkpoints: Any, fresh: Any) -> tuple[Any, Position]:
 def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
     """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
     return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
+
+
+def describe_data(ready: Prepared) -> None:
+    """Logs what the data set has, what lies beside it and is not used, and if it is all dark."""
+    if jax.process_index():
+        return
+    for line in base.contents(ready.source):
+        _LOG.info(line)
+    value = darkness.brightest(ready.source, ready.config.data.train_split)
+    if dark := darkness.warning(ready.source.name, value):
+        _LOG.warning(dark)
 
 
 def describe(ready: Prepared, begin: state.TrainState) -> None:
