@@ -1,5 +1,6 @@
 """From a config to device-ready batches: sources by name, device layout, prefetch."""
 
+import logging
 import pathlib
 import queue
 import threading
@@ -11,23 +12,35 @@ import jax
 import numpy as np
 
 from disco_jax.data import decode, lists
-from disco_jax.data.base import Source
-from disco_jax.data.base import unreadable_limit as unreadable_limit_of
+from disco_jax.data.base import Source, contents
+from disco_jax.data.base import unreadable_limit as limit_of
 from disco_jax.errors import UserError, unknown
+
+_LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
 
 
-def open_source(data: Any, *, shared: bool = True) -> Source:
+def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
     """The source that `config.data` describes.
 
     Args:
       data: `config.data`.
       shared: each host reads its own part; False: every host reads everything.
+      tell: whether the first host logs what the data set has, and what is there and not used.
 
     Raises:
       UserError: an unknown kind of source, or one that is not there.
     """
+    source = _opened(data, shared)
+    if tell and jax.process_index() == 0:
+        for line in contents(source):
+            _LOG.info("%s", line)
+    return source
+
+
+def _opened(data: Any, shared: bool) -> Source:
+    """The source, nothing said."""
     hosts = dict(
         process_index=jax.process_index() if shared else 0,
         process_count=jax.process_count() if shared else 1,
@@ -85,7 +98,7 @@ def unreadable_limit(data: Any, source: Source, split: str) -> int:
     """
     share = source.count(split) // jax.process_count()
     percent = data.get("max_unreadable_percent", 0.0)
-    return unreadable_limit_of(share, data.max_unreadable, percent)
+    return limit_of(share, data.max_unreadable, percent)
 
 
 def _subset(data: Any) -> dict[str, frozenset[str]]:

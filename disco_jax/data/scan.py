@@ -229,7 +229,8 @@ def _of_folder(
     for split, names in by_split.items():
         once = _each_once(found, names, skipped)
         if not in_archives:
-            rows = sorted((of_place.label(split, name), os.path.join(root, name)) for name in once)
+            start = os.path.join(root, "")
+            rows = sorted((of_place.label(split, name), start + name) for name in once)
             made[split] = [Entry(*row) for row in rows]
         else:
             made[split] = list(_of_archives(root, once, skipped))
@@ -278,6 +279,7 @@ class _Places:
         folders = {s: f"{p}/" for s, p in places.items() if p in known}
         folders |= {s: "" for s, p in places.items() if p == splits.WHOLE}
         self._patterns = {s: p for s, p in places.items() if s not in folders}
+        self._of_folder: dict[str, str] = {}
         self._prefixes = dict(sorted(folders.items(), key=lambda pair: -len(pair[1])))
 
     def split(self, name: str) -> str:
@@ -285,7 +287,11 @@ class _Places:
         for split, pattern in self._patterns.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return split
-        return next((s for s, start in self._prefixes.items() if name.startswith(start)), "")
+        folder = name.rpartition("/")[0]  # whose files are all in one split
+        if folder not in self._of_folder:
+            of = (s for s, start in self._prefixes.items() if name.startswith(start))
+            self._of_folder[folder] = next(of, "")
+        return self._of_folder[folder]
 
     def label(self, split: str, name: str) -> str:
         """The first folder below that of the split; "" for a file directly in it."""
@@ -493,7 +499,7 @@ def _refused(place: str) -> UserError:
 
 
 def _no_pictures(place: str, skipped: base.Skipped, has: str = "has") -> UserError:
-    told = "; ".join(skipped.lines())
+    told = "; ".join(skipped.lines()[:3])
     return UserError(
         f"{place} {has} no pictures (names that end in {', '.join(suffixes())})."
         + (f" There: {told}." if told else "")

@@ -161,7 +161,7 @@ def _open(data: str, data_dir: str, fields: dict[str, Any]) -> Source:
     else:
         config.update(source="tfds", name=data, dir=data_dir)
     config.update(max_unreadable=2**31, **fields)
-    return pipeline.open_source(config, shared=False)
+    return pipeline.open_source(config, shared=False, tell=False)
 
 
 def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:

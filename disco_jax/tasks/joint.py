@@ -98,7 +98,7 @@ def run(
     ready = _prepared(configs, source)
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
-    pretrain.describe_data(ready[first])
+    pretrain.warn_if_dark(ready[first])
     with contextlib.ExitStack() as held:
         for name, one in ready.items():
             held.enter_context(claim(str(paths[name]), one.config))

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import base, darkness, pipeline, views
+from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
@@ -53,7 +53,7 @@ def run(
     traced = _steps_to_trace(profile)
     ready = prepare(config, source)
     config = ready.config
-    describe_data(ready)
+    warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
         claim(workdir, config, allowed) as path,
@@ -217,12 +217,10 @@ def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
     return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
 
 
-def describe_data(ready: Prepared) -> None:
-    """Logs what the data set has, what lies beside it and is not used, and if it is all dark."""
+def warn_if_dark(ready: Prepared) -> None:
+    """Logs a warning if the images for training are nearly black."""
     if jax.process_index():
         return
-    for line in base.contents(ready.source):
-        _LOG.info(line)
     value = darkness.brightest(ready.source, ready.config.data.train_split)
     if dark := darkness.warning(ready.source.name, value):
         _LOG.warning(dark)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import tarfile
 
 import numpy as np
 import pytest
@@ -62,6 +63,33 @@ def test_reading_on_from_any_position_repeats_the_rest(noisy):
     for i, batch in enumerate(whole[:-1]):
         rest = train(source, 8 - i, batch_size=5, start=batch.position)
         same_batches(rest, whole[i + 1 :])
+
+
+@pytest.mark.parametrize("kind", ["list", "archives"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_lists_and_archives_have_the_order_of_a_folder(noisy, tmp_path, kind, hosts):
+    """The same pictures in another place are the same batches, from any position on."""
+    names = sorted(path.name for path in noisy.iterdir())
+    if kind == "list":
+        (tmp_path / "all.txt").write_text("".join(f"{noisy / name}\n" for name in names))
+    else:
+        for number, part in enumerate((names[:9], names[9:])):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as made:
+                for name in part:
+                    made.add(noisy / name, name)
+    place = tmp_path / "all.txt" if kind == "list" else tmp_path
+    host = dict(process_index=hosts - 1, process_count=hosts)
+    source, folder = FolderSource(place, **host), FolderSource(noisy, **host)
+    whole = train(source, 6, batch_size=5)
+    same_batches(whole, train(folder, 6, batch_size=5))
+    for i, batch in enumerate(whole[:-1]):
+        same_batches(train(source, 5 - i, batch_size=5, start=batch.position), whole[i + 1 :])
+    for a, b in zip(
+        source.evaluate("train", 12, 16, "bicubic", 5),
+        folder.evaluate("train", 12, 16, "bicubic", 5),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a["image"], b["image"])
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
