@@ -17,6 +17,7 @@ from disco_jax.data import base
 from disco_jax.data.crops import boxes, uniforms
 from disco_jax.data.decode import evaluated, resize
 from disco_jax.data.encoded import check_crops
+from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import UserError, unknown
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -54,8 +55,8 @@ class ArraySource:
         if not splits:
             raise UserError(f"{name} holds no split.")
         self.name = name
-        self.unreadable = base.UnreadableNames(unreadable)
-        self.skipped = base.Skipped()
+        self.unreadable = UnreadableNames(unreadable)
+        self.skipped = Skipped()
         self.class_names: Sequence[str] = ()
         self._splits = {split: _checked(name, split, *pair) for split, pair in splits.items()}
         largest = max(labels.max(initial=-1) for _, labels in self._splits.values())

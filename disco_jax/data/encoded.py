@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disco_jax.data import base, decode
+from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import unknown
 
 _THREADS = os.cpu_count() or 1
@@ -61,8 +62,8 @@ class EncodedSource(abc.ABC):
           max_unreadable_percent: how many it may skip, of this host's records of a split.
           rules: how pictures are read.
         """
-        self.unreadable = base.UnreadableNames()
-        self.skipped = base.Skipped()
+        self.unreadable = UnreadableNames()
+        self.skipped = Skipped()
         self.class_names: Sequence[str] = ()
         self._least, self._percent, self._rules = max_unreadable, max_unreadable_percent, rules
         self._host, self._hosts = process_index, process_count

@@ -14,6 +14,7 @@ import numpy as np
 
 from disco_jax.data import base, decode, scan
 from disco_jax.data.encoded import EncodedSource, Record
+from disco_jax.data.skips import printable
 from disco_jax.errors import UserError, unknown
 
 
@@ -107,8 +108,8 @@ class FolderSource(EncodedSource):
     def _name(self, split: str, row: int) -> str:
         file = self._split(split).files[row]
         if isinstance(file, decode.Part):
-            return base.printable(file.name)
-        return base.printable(os.path.relpath(file, self._root) if self._root else file)
+            return printable(file.name)
+        return printable(os.path.relpath(file, self._root) if self._root else file)
 
     def _split(self, split: str) -> _Split:
         if split not in self._splits:

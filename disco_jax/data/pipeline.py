@@ -19,6 +19,12 @@ from disco_jax.errors import UserError, unknown
 _LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
+# Fields of `config.data` that are of some sources alone, and the value that leaves things be.
+_OF_KINDS = (
+    ("splits", "", ("folder",)),
+    ("labels", "", ("folder",)),
+    ("range", "full", ("folder", "tfds")),
+)
 
 
 def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
@@ -41,6 +47,7 @@ def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
 
 def _opened(data: Any, shared: bool) -> Source:
     """The source, nothing said."""
+    _check_fields(data)
     hosts = dict(
         process_index=jax.process_index() if shared else 0,
         process_count=jax.process_count() if shared else 1,
@@ -86,6 +93,20 @@ def _opened(data: Any, shared: bool) -> Source:
     from disco_jax.data.arrays import ArraySource
 
     return ArraySource.from_npz(data.dir, **hosts)
+
+
+def _check_fields(data: Any) -> None:
+    """Refuses fields that would do nothing for this kind of source, or mean nothing."""
+    percent = data.get("max_unreadable_percent", 0.0)
+    if not 0 <= percent <= 100:
+        raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
+    for field, usual, kinds in _OF_KINDS:
+        given = data.get(field, usual)
+        if given != usual and data.source in SOURCES and data.source not in kinds:
+            raise UserError(
+                f"config.data.{field}={given!r} does nothing with config.data.source="
+                f"{data.source!r}; it is for {' and '.join(kinds)}. Set it to {usual!r}."
+            )
 
 
 def unreadable_limit(data: Any, source: Source, split: str) -> int:

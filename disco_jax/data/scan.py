@@ -19,11 +19,11 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from disco_jax.data import base, lists, shards, splits
+from disco_jax.data import lists, shards, splits, tree
 from disco_jax.data.decode import Part, suffixes
+from disco_jax.data.skips import Skipped, printable
 from disco_jax.errors import UserError, did_you_mean
 
-NO_FILE = "no file (a pipe, device or socket)"
 _BESIDE = "beside the splits"
 _ARCHIVES = {
     ".zip": "a zip archive",
@@ -68,23 +68,7 @@ class Contents(NamedTuple):
 
     root: str
     splits: dict[str, list[Entry]]
-    skipped: base.Skipped
-
-
-class Tree(NamedTuple):
-    """What lies below a folder; all names are relative to it, with "/" between folders.
-
-    Attributes:
-      pictures: sorted.
-      archives: .tar files, sorted.
-      folders: name -> real path of every folder that is not hidden, those that links show too.
-      real: path of the folder itself.
-    """
-
-    real: str
-    pictures: list[str]
-    archives: list[str]
-    folders: dict[str, str]
+    skipped: Skipped
 
 
 def scan(place: str, given_splits: str = "", labels: str = "") -> Contents:
@@ -99,7 +83,7 @@ def scan(place: str, given_splits: str = "", labels: str = "") -> Contents:
       UserError: there is no such place, no picture in it, or no plain answer to what its splits
         are.
     """
-    skipped, by_hand = base.Skipped(), splits.parse(given_splits)
+    skipped, by_hand = Skipped(), splits.parse(given_splits)
     if os.path.isdir(place):
         found = _of_folder(place, by_hand, skipped, {os.path.realpath(labels)} if labels else set())
     elif os.path.exists(place):
@@ -116,109 +100,17 @@ def scan(place: str, given_splits: str = "", labels: str = "") -> Contents:
     return Contents(place if os.path.isdir(place) else "", found, skipped)
 
 
-def tree(root: str, skipped: base.Skipped, known: Collection[str] = ()) -> Tree:
-    """Walks a folder, through links to folders too, but not in circles; opens no file.
-
-    Args:
-      root: the folder.
-      skipped: takes what is left out.
-      known: real paths of files in it that are used for something else, as lists are.
-
-    Raises:
-      UserError: the folder itself cannot be read.
-    """
-    top = os.path.realpath(root)
-    pictures: list[str] = []
-    archives: list[str] = []
-    folders: dict[str, str] = {}
-    seen: dict[str, set[str]] = {}  # first folder -> real paths that were walked below it
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        path = os.path.join(root, folder) if folder else root
-        real = os.path.realpath(path)
-        walked = seen.setdefault(folder.partition("/")[0], {top} if folder else set())
-        if real in walked:
-            skipped.add("duplicate", f"{folder}/")
-            continue
-        walked.add(real)
-        if folder:
-            folders[folder] = real
-        try:
-            with os.scandir(path) as entries:
-                children = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            if not folder:
-                raise UserError(f"{root} cannot be read: {error.strerror or error}.") from error
-            skipped.add("unreadable", f"{folder}/")
-            continue
-        inside = []
-        for child in children:
-            name = f"{folder}/{child.name}" if folder else child.name
-            kind = _kind(child)
-            if kind == "folder":
-                inside.append(name)
-            elif kind == "picture":
-                pictures.append(name)
-            elif kind == "archive":
-                archives.append(name)
-            elif not known or os.path.realpath(child.path) not in known:
-                skipped.add(kind, name)
-        waiting += reversed(inside)
-    return Tree(top, sorted(pictures), sorted(archives), folders)
-
-
-def pictures(root: str, skipped: base.Skipped) -> list[str]:
-    """The pictures below a folder, relative to it, those directly in it first; each folder once."""
-    found = tree(root, skipped)
-    for name in found.archives:
-        skipped.add(_suffix_reason(name), name)
-    return sorted(_each_once(found, found.pictures, skipped), key=_first_folder)
-
-
-def _first_folder(name: str) -> str:
-    """ "" for a file directly in the place."""
-    first, inside, _ = name.partition("/")
-    return first if inside else ""
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    """ "folder", "picture", "archive", or why an entry of a folder is left out."""
-    if entry.name.startswith("."):
-        return "hidden"
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return _kind_of_name(entry.name)
-        os.stat(entry.path)  # raises for a link to nothing
-        return NO_FILE
-    except OSError:
-        return "unreadable"
-
-
-def _kind_of_name(name: str) -> str:
-    if name.lower().endswith(suffixes()):
-        return "picture"
-    return "archive" if name.lower().endswith(shards.SUFFIX) else _suffix_reason(name)
-
-
-def _suffix_reason(name: str) -> str:
-    suffix = os.path.splitext(os.path.basename(name))[1].lower()
-    return f"with suffix {base.printable(suffix)}" if suffix else "without a suffix"
-
-
 def _of_folder(
-    root: str, by_hand: Mapping[str, str], skipped: base.Skipped, known: set[str]
+    root: str, by_hand: Mapping[str, str], skipped: Skipped, known: set[str]
 ) -> dict[str, list[Entry]]:
     """Split -> pictures of a folder, or of the archives in it where there are no pictures."""
     listed = {s: os.path.join(root, p) for s, p in by_hand.items() if lists.is_list(p)}
-    found = tree(root, skipped, known | {os.path.realpath(path) for path in listed.values()})
+    found = tree.walk(root, skipped, known | {os.path.realpath(path) for path in listed.values()})
     used = found.pictures or found.archives
     if found.pictures:
         for name in found.archives:
-            skipped.add(_suffix_reason(name), name)
-    places = dict(by_hand) or splits.of_folders(root, found.folders, _above(used))
+            skipped.add(tree.suffix_reason(name), name)
+    places = dict(by_hand) or splits.of_folders(root, found.folders, tree.above(used))
     made = {s: _of_list(path, "config.data.splits", skipped) for s, path in listed.items()}
     _check_places(root, {s: p for s, p in places.items() if s not in made}, found)
     of_place = _Places({s: p for s, p in places.items() if s not in made}, found.folders)
@@ -227,15 +119,15 @@ def _of_folder(
     if in_archives and not by_hand and places == {"train": splits.WHOLE}:
         by_split = _by_name(root, used)
     for split, names in by_split.items():
-        once = _each_once(found, names, skipped)
-        if not in_archives:
+        once = tree.each_once(found, names, skipped)
+        if in_archives:
+            made[split] = list(_of_archives(root, once, skipped))
+        else:
             start = os.path.join(root, "")
             rows = sorted((of_place.label(split, name), start + name) for name in once)
             made[split] = [Entry(*row) for row in rows]
-        else:
-            made[split] = list(_of_archives(root, once, skipped))
-            if not by_hand:
-                _check_inside(root, made[split])
+        if in_archives and not by_hand:
+            _check_inside(root, made[split])
     return {split: made[split] for split in dict.fromkeys([*places, *made]) if split in made}
 
 
@@ -244,7 +136,7 @@ def _divided(
     names: list[str],
     of_place: "_Places",
     listed: Mapping[str, list[Entry]],
-    skipped: base.Skipped,
+    skipped: Skipped,
 ) -> dict[str, list[str]]:
     """Split -> files in the folders of the splits; counts those that are in none, or in a list."""
     of_lists = {os.path.realpath(e.path) for entries in listed.values() for e in entries}
@@ -297,10 +189,10 @@ class _Places:
         """The first folder below that of the split; "" for a file directly in it."""
         if split not in self._prefixes:
             return ""
-        return _first_folder(name.removeprefix(self._prefixes[split]))
+        return tree.first_folder(name.removeprefix(self._prefixes[split]))
 
 
-def _check_places(root: str, places: Mapping[str, str], found: Tree) -> None:
+def _check_places(root: str, places: Mapping[str, str], found: tree.Tree) -> None:
     """Refuses folders of `config.data.splits` that are not there."""
     for split, place in places.items():
         known = place == splits.WHOLE or place in found.folders or place in found.archives
@@ -312,44 +204,21 @@ def _check_places(root: str, places: Mapping[str, str], found: Tree) -> None:
             )
 
 
-def _above(names: Iterable[str]) -> set[str]:
-    """The folders that hold some files, themselves or further below."""
-    above: set[str] = set()
-    for name in names:
-        while name := name.rpartition("/")[0]:
-            if name in above:
-                break
-            above.add(name)
-    return above
-
-
-def _each_once(found: Tree, names: list[str], skipped: base.Skipped) -> list[str]:
-    """The files without those of folders that links show once more."""
-    by_real: dict[str, list[str]] = {}
-    for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
-        by_real.setdefault(found.folders[folder], []).append(folder)
-    again: set[str] = set()
-    for real, same in by_real.items():
-        itself = [folder for folder in same if os.path.join(found.real, folder) == real]
-        again |= set(same) - {(itself or same)[0]}
-    for folder in sorted(again):
-        skipped.add("duplicate", f"{folder}/")
-    return [name for name in names if name.rpartition("/")[0] not in again] if again else names
-
-
 def _check_inside(place: str, entries: list[Entry]) -> None:
     """Asks about files of one split that lie in folders of several."""
-    splits.check_paths(place, _above(_relative([entry.path for entry in entries])))
+    splits.check_paths(place, tree.above(_relative([entry.path for entry in entries])))
 
 
-def _of_file(place: str, by_hand: Mapping[str, str], skipped: base.Skipped) -> list[Entry]:
+def _of_file(place: str, by_hand: Mapping[str, str], skipped: Skipped) -> list[Entry]:
     """The pictures of a list or an archive."""
     if not os.path.isfile(place):
-        raise UserError(f"{place} is {NO_FILE}; config.data.dir names a folder, a list or a .tar.")
+        raise UserError(
+            f"{place} is {tree.NO_FILE}; config.data.dir names a folder, a list or a .tar."
+        )
     whole = _is_whole(place, by_hand)
     if lists.is_list(place):
         entries = _of_list(place, "config.data.dir", skipped)
-    elif place.lower().endswith(shards.SUFFIX):
+    elif place.lower().endswith(tree.ARCHIVE):
         entries = list(_of_archives(place, [""], skipped))
     else:
         raise _refused(place)
@@ -358,14 +227,15 @@ def _of_file(place: str, by_hand: Mapping[str, str], skipped: base.Skipped) -> l
     return entries
 
 
-def _of_pattern(pattern: str, by_hand: Mapping[str, str], skipped: base.Skipped) -> list[Entry]:
+def _of_pattern(pattern: str, by_hand: Mapping[str, str], skipped: Skipped) -> list[Entry]:
     """Every picture that a pattern matches, sorted, without a class."""
     matches = sorted(glob.glob(pattern, recursive=True))
     entries = []
     for name in matches:
         if os.path.isdir(name):
-            continue
-        if reason := _reason_of(name):
+            if "**" not in pattern:  # which matches what is in it, too
+                skipped.add("folders, where a pattern is one of files", os.path.join(name, ""))
+        elif reason := _reason_of(name):
             skipped.add(reason, name)
         else:
             entries.append(Entry("", name))
@@ -397,16 +267,16 @@ def _relative(names: list[str]) -> Iterator[str]:
 def _reason_of(path: str) -> str:
     """Why a file that was named is not used; "" if it is."""
     if not path.lower().endswith(suffixes()):
-        return _suffix_reason(path)
+        return tree.suffix_reason(path)
     try:
-        return "" if stat.S_ISREG(os.stat(path).st_mode) else NO_FILE
+        return "" if stat.S_ISREG(os.stat(path).st_mode) else tree.NO_FILE
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (OSError, ValueError):
         return "unreadable"
 
 
-def _of_list(path: str, setting: str, skipped: base.Skipped) -> list[Entry]:
+def _of_list(path: str, setting: str, skipped: Skipped) -> list[Entry]:
     """The pictures of a list, in its order; paths are relative to the folder of the list.
 
     Raises:
@@ -422,7 +292,7 @@ def _of_list(path: str, setting: str, skipped: base.Skipped) -> list[Entry]:
             known[file] = Entry(line.label, file, listed=True)
         elif known[file].label != line.label:
             raise UserError(
-                f"{path} gives {base.printable(line.file)} the labels {known[file].label!r} and "
+                f"{path} gives {printable(line.file)} the labels {known[file].label!r} and "
                 f"{line.label!r}; keep one of the two lines."
             )
         else:
@@ -430,7 +300,7 @@ def _of_list(path: str, setting: str, skipped: base.Skipped) -> list[Entry]:
     return list(known.values())
 
 
-def _of_archives(root: str, names: Iterable[str], skipped: base.Skipped) -> Iterator[Entry]:
+def _of_archives(root: str, names: Iterable[str], skipped: Skipped) -> Iterator[Entry]:
     """The pictures of archives, in their order."""
     for name in names:
         for sample in shards.read(root, name, skipped):
@@ -438,7 +308,7 @@ def _of_archives(root: str, names: Iterable[str], skipped: base.Skipped) -> Iter
 
 
 def _labelled(
-    found: dict[str, list[Entry]], labels: str, skipped: base.Skipped
+    found: dict[str, list[Entry]], labels: str, skipped: Skipped
 ) -> dict[str, list[Entry]]:
     """The pictures with the classes that a list gives them; others keep theirs.
 
@@ -461,14 +331,14 @@ def _labelled(
     else:
         raise UserError(
             f"config.data.labels={labels!r} names none of the pictures; a line has a file, as "
-            f"{base.printable(os.path.basename(everything[0].path))}, a comma or tab, and its "
+            f"{printable(os.path.basename(everything[0].path))}, a comma or tab, and its "
             "class."
         )
     for name, entries in named.items():
         if len(entries) > 1:
             raise UserError(
-                f"config.data.labels={labels!r} names {base.printable(name)}, which could be "
-                f"{' or '.join(base.printable(e.path) for e in entries[:2])}: write more of the "
+                f"config.data.labels={labels!r} names {printable(name)}, which could be "
+                f"{' or '.join(printable(e.path) for e in entries[:2])}: write more of the "
                 "path."
             )
     for name in sorted(given.keys() - named.keys()):
@@ -498,7 +368,7 @@ def _refused(place: str) -> UserError:
     return UserError(f"{place} is a file of another kind. Data are {kinds}.")
 
 
-def _no_pictures(place: str, skipped: base.Skipped, has: str = "has") -> UserError:
+def _no_pictures(place: str, skipped: Skipped, has: str = "has") -> UserError:
     told = "; ".join(skipped.lines()[:3])
     return UserError(
         f"{place} {has} no pictures (names that end in {', '.join(suffixes())})."

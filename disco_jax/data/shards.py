@@ -7,10 +7,9 @@ import os
 import tarfile
 from typing import NamedTuple
 
-from disco_jax.data import base
 from disco_jax.data.decode import Part, suffixes
+from disco_jax.data.skips import Skipped
 
-SUFFIX = ".tar"
 _LABEL = "cls"  # what WebDataset calls the file with the class
 _LONGEST = 256  # bytes of a label
 
@@ -27,7 +26,7 @@ class Sample(NamedTuple):
     label: str
 
 
-def read(root: str, name: str, skipped: base.Skipped) -> list[Sample]:
+def read(root: str, name: str, skipped: Skipped) -> list[Sample]:
     """The pictures of an archive, in its order.
 
     Args:
@@ -67,7 +66,7 @@ class _Member(NamedTuple):
         return f".{self.extension}".endswith(suffixes())
 
 
-def _members(path: str, shown: str, skipped: base.Skipped) -> dict[str, _Member]:
+def _members(path: str, shown: str, skipped: Skipped) -> dict[str, _Member]:
     """Name -> file of an archive; of several with one name the last, as `tar` extracts them."""
     found: dict[str, _Member] = {}
     try:

@@ -15,8 +15,9 @@ import numpy as np
 
 from disco_jax import errors
 from disco_jax.configs import common
-from disco_jax.data import base, darkness, decode, pipeline, views
-from disco_jax.data.base import Position, Skipped, Source
+from disco_jax.data import darkness, decode, pipeline, views
+from disco_jax.data.base import Position, Source
+from disco_jax.data.skips import Skipped, printable
 from disco_jax.files import whole, write_arrays
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.distill import data_fields
@@ -108,7 +109,7 @@ def run(
     report = {
         "name": source.name,
         "classes": source.num_classes,
-        "class_names": [base.printable(name) for name in source.class_names],
+        "class_names": [printable(name) for name in source.class_names],
         "splits": found,
         "not_used": source.skipped.as_dict(),
         "brightest": max(levels, default=None),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from disco_jax import errors, flags, models
-from disco_jax.data import base, decode, scan, views
+from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
 from disco_jax.files import whole, write_arrays
@@ -68,8 +68,8 @@ def run(
     """
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
-    skipped = base.Skipped()
-    files = [folder / name for name in scan.pictures(str(folder), skipped)]
+    skipped = skips.Skipped()
+    files = [folder / name for name in tree.pictures(str(folder), skipped)]
     for line in skipped.lines():
         _LOG.info("%s: not used: %s", images, line)
     if not files:
@@ -96,7 +96,7 @@ def run(
         columns["embedding"] = found.embedding
     _write(target, columns)
     for name in unreadable:
-        _LOG.warning("%s cannot be read and was left out.", base.printable(name))
+        _LOG.warning("%s cannot be read and was left out.", skips.printable(name))
     width = found.features.shape[1]
     print(f"{target}: {width} features of {len(found.features)} images from {opened.backbone}.")
     return {"output": str(target), "images": len(found.features), "unreadable": unreadable}
@@ -161,7 +161,7 @@ def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
         table = {
             key: arrow.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
             if value.ndim == 2
-            else arrow.array([base.utf8(name) for name in value.tolist()])
+            else arrow.array([skips.utf8(name) for name in value.tolist()])
             for key, value in columns.items()
         }
         parquet.write_table(arrow.table(table), file)

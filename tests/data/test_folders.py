@@ -179,6 +179,12 @@ def test_a_pattern_takes_what_it_matches(tmp_path):
         source = FolderSource(str(tmp_path / pattern))
         assert source.count("train") == count, pattern
         assert source.num_classes is None
+    source = FolderSource(str(tmp_path / "a" / "*"))
+    assert source.count("train") == 1
+    assert source.skipped.lines() == [
+        f"1 with suffix .txt: {tmp_path}/a/4.txt",
+        f"1 folders, where a pattern is one of files: {tmp_path}/a/deep/",
+    ]
 
 
 def test_the_same_name_in_two_classes_and_empty_classes(tmp_path):

@@ -53,6 +53,13 @@ def test_settings_of_the_data_reach_the_source(tmp_path):
     given.max_pixels = 1
     with pytest.raises(decode.Unreadable, match="max_pixels=1"):
         decode.decode(next(iter(pipeline.open_source(given).pictures("train")))[1])
+    for changes in (dict(range="image"), dict(splits="train=."), dict(labels="a.txt")):
+        field = next(iter(changes))
+        with pytest.raises(UserError, match=rf"config\.data\.{field}=.*does nothing"):
+            pipeline.open_source(data(dir="a.npz", **changes))
+    for percent in (-1.0, 101.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"max_unreadable_percent=.*0\.\.100"):
+            pipeline.open_source(data(dir="a.npz", max_unreadable_percent=percent))
     given.range = "some"
     with pytest.raises(UserError, match=r"config\.data\.range='some'"):
         pipeline.open_source(given)

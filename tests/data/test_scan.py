@@ -8,8 +8,9 @@ import tarfile
 import pytest
 from PIL import Image
 
-from disco_jax.data import base, decode, scan, splits
+from disco_jax.data import base, decode, splits, tree
 from disco_jax.data.folders import FolderSource
+from disco_jax.data.skips import Skipped
 from disco_jax.errors import UserError
 
 
@@ -150,7 +151,7 @@ def test_everything_below_a_place_is_used_or_counted(tmp_path):
         "beside the splits": ["4.png", "other/3.png"],
         "duplicate": ["train/b/", "train/up/"],
         "unreadable": ["train/gone.png"],
-        scan.NO_FILE: ["train/pipe.png", "train/zero.png"],
+        tree.NO_FILE: ["train/pipe.png", "train/zero.png"],
     }
 
 
@@ -181,7 +182,7 @@ def test_a_folder_seen_through_a_link_keeps_its_own_class(tmp_path):
 
 
 def test_reasons_are_counted_whole_and_named_in_part():
-    skipped = base.Skipped()
+    skipped = Skipped()
     for i in range(7):
         skipped.add("with suffix .txt", f"{i}\n.txt")
     for i in range(13):
@@ -245,7 +246,7 @@ def test_lists_have_paths_and_classes(tmp_path):
         "1 without a suffix: file",
         "1 missing: gone.png",
         "1 duplicate: a.png",
-        f"1 {scan.NO_FILE}: pipe.png",
+        f"1 {tree.NO_FILE}: pipe.png",
         "1 with suffix .txt: no.txt",
     }
     listed.write_text("a.png,dog\na.png,cat\n")

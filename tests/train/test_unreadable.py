@@ -12,6 +12,7 @@ import helpers
 from disco_jax.data import base, pipeline
 from disco_jax.data.base import Position
 from disco_jax.data.folders import FolderSource
+from disco_jax.data.skips import UnreadableNames
 from disco_jax.errors import UserError
 from disco_jax.tasks import pretrain
 from disco_jax.train import unreadable
@@ -61,11 +62,11 @@ def test_names_of_earlier_starts_count(tmp_path):
 
 def test_a_damaged_file_of_names_is_read_as_far_as_it_can_be(tmp_path):
     (tmp_path / "names").write_bytes(b'"a.png (cut)"\n\n{"b"\n7\n"caf\\udce9.png"\n"a.png (cut)"\n')
-    names = base.UnreadableNames()
+    names = UnreadableNames()
     names.keep_in(tmp_path / "names")
     assert names == ["a.png (cut)", "caf\udce9.png"]
     names.append("b.png")
-    again = base.UnreadableNames(["c.png"])
+    again = UnreadableNames(["c.png"])
     again.keep_in(tmp_path / "names")
     assert again == ["c.png", "a.png (cut)", "caf\udce9.png", "b.png"]
 
