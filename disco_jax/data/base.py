@@ -104,6 +104,15 @@ class Source(Protocol):
             cannot be read out of order.
         """
 
+    def part(self, split: str, count: int, seed: int) -> str:
+        """A split to draw a sample from: this one, or a part of it where all is too much to read.
+
+        Args:
+          split: e.g. "test".
+          count: records that the part has at least, if the split has so many.
+          seed: of the place of the part.
+        """
+
     def train(
         self,
         split: str,

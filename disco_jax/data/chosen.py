@@ -63,6 +63,10 @@ class ChosenSource:
         """Some of them, in any order; see `base.Source`."""
         return self._of(split).chosen(split, rows)
 
+    def part(self, split: str, count: int, seed: int) -> str:
+        """A split to draw a sample from; see `base.Source`."""
+        return self._of(split).part(split, count, seed)
+
     def train(
         self,
         split: str,

@@ -101,6 +101,10 @@ class EncodedSource(abc.ABC):
         """The same of some records, in any order; see `base.Source`."""
         return self._shown(split, self._chosen(split, rows))
 
+    def part(self, split: str, count: int, seed: int) -> str:
+        """The split itself: its labels are in memory."""
+        return split
+
     def _shown(
         self, split: str, records: Iterable[Record]
     ) -> Iterator[tuple[str, decode.File, int]]:

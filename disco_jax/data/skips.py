@@ -70,7 +70,8 @@ class UnreadableNames(list[str]):
           file: a JSON string a line; a line that is damaged is passed over.
         """
         self._file = epath.Path(file)
-        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+        text = self._file.read_bytes().decode("utf-8", "replace") if self._file.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):
                 name = json.loads(line)
                 if isinstance(name, str) and name not in self:

@@ -156,6 +156,17 @@ class TfdsSource(EncodedSource):
             return len(self._subset[split])
         return self._rows_of(split).count
 
+    def part(self, split: str, count: int, seed: int) -> str:
+        """Records side by side in a split: labels lie beside images, and all would be read.
+
+        Data sets are mixed when they are prepared, so that classes are mixed in any part.
+        """
+        total = self.count(split)
+        if split in self._subset or self._is_small(split) or "[" in split or total <= count:
+            return split
+        first = int(np.random.default_rng(seed).integers(total - count + 1))
+        return f"{split}[{first}:{first + count}]"
+
     def _rows_of(self, split: str) -> Rows:
         splits = self._builder.info.splits
         if re.split(r"[\[+]", split)[0] not in splits:

@@ -14,6 +14,8 @@ from disco_jax.evaluate import features, knn, subsets
 from disco_jax.evaluate.features import Trained
 from disco_jax.models.encoder import Encoder
 
+_AMONG = 10  # times as many images are looked at for a sample, where all are too many to read
+
 
 def check(config: ConfigDict, source: Source) -> None:
     """Refuses a split that kNN cannot be taken in, before the run begins.
@@ -39,12 +41,12 @@ def check(config: ConfigDict, source: Source) -> None:
         )
 
 
-def sample(config: ConfigDict, source: Source) -> Source:
-    """The source with the images of the split that are scored, always the same for a seed.
+def sample(config: ConfigDict, source: Source) -> tuple[Source, str]:
+    """The images that are scored, always the same for a seed, as a split of a source.
 
     `config.monitor.images` of them, evenly over the classes: the first in the stored order would
-    be the first classes of a folder. Reads the labels of the split once, and keeps the sample as
-    it is stored.
+    be the first classes of a folder. Reads the labels of the split once (of a large one of TFDS,
+    those of a part) and keeps the sample as it is stored.
 
     Args:
       config: of the run; `monitor` has the fields split, images and k.
@@ -55,24 +57,21 @@ def sample(config: ConfigDict, source: Source) -> Source:
     """
     split, most = _split(config), config.monitor.images
     if not most or most >= source.count(split):
-        return source
+        return source, split
+    split = source.part(split, _AMONG * most, config.seed)
     labels = chosen.labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
-    return chosen.ChosenSource(
-        source,
-        split,
-        subsets.even(labels, most, config.seed),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    rows = subsets.even(labels, most, config.seed)
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    return chosen.ChosenSource(source, split, rows, **hosts), split
 
 
 def knn_of(
     config: ConfigDict,
     encoder: Encoder,
     source: Source,
-    drawn: Callable[[], Source] | None = None,
+    drawn: Callable[[], tuple[Source, str]] | None = None,
 ) -> Callable[[int, Any], dict[str, float]]:
     """What the loop calls: (step, `TrainState`) -> {"knn/top1": percent}.
 
@@ -86,9 +85,7 @@ def knn_of(
 
     def look(step: int, state: Any) -> dict[str, float]:
         trained = Trained(encoder, state.student, config, step)
-        found = features.of_split(
-            trained, drawn(), _split(config), config.batch_size, ("features",)
-        )
+        found = features.of_split(trained, *drawn(), config.batch_size, ("features",))
         return {"knn/top1": knn.leave_one_out(found.features, found.labels, config.monitor.k)}
 
     return look

@@ -15,6 +15,7 @@ from PIL import Image
 from disco_jax.data import base, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position
+from disco_jax.data.chosen import ChosenSource
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
@@ -258,6 +259,29 @@ def test_a_subset_that_cannot_be_found_is_an_error(data_dir):
         train(source, 1, 1)
     with pytest.raises(UserError, match="no feature 'file_name'"):
         TfdsSource("digits", data_dir, subset={"train": ["0.jpg"]})
+
+
+@pytest.mark.parametrize("name", ["plain", "at_will"])
+def test_a_sample_of_a_large_split_is_drawn_from_a_part(data_dir, monkeypatch, name):
+    """All of its records would else be read for their labels."""
+    source = TfdsSource(name, data_dir)
+    assert source.part("train", 5, 0) == "train"  # small enough
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    parts = [source.part("train", 5, seed) for seed in range(4)]
+    assert all(source.count(part) == 5 for part in parts) and len(set(parts)) > 1
+    assert source.part("train", source.count("train"), 0) == "train"
+    assert source.part("train[10:25]", 5, 0) == "train[10:25]"
+    some = ChosenSource(source, parts[0], [1, 3])
+    whole = list(source.pictures(parts[0]))
+    assert list(some.pictures(parts[0])) == [whole[1], whole[3]]
+    assert some.part("train", 5, 1) == parts[1]
+
+
+@pytest.mark.parametrize("name", ["digits", "plain", "at_will"])
+def test_rules_of_pictures_hold_for_prepared_data_sets(data_dir, name):
+    source = TfdsSource(name, data_dir, rules=decode.Rules(max_pixels=1))
+    with pytest.raises(UserError, match=r"more than 0 .*config\.data\.max_pixels=1"):
+        train(source, 1, 1)
 
 
 @pytest.mark.parametrize("name", ["plain", "at_will"])

@@ -72,17 +72,18 @@ def sorted_noise():
 def test_the_images_that_are_scored_are_of_all_classes_and_follow_the_seed():
     source, asked = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     asked.monitor.images = 24
-    some = monitor.sample(asked, source)
+    some, split = monitor.sample(asked, source)
+    assert split == "test"
     images = [image for _, image, _ in some.pictures("test")]
     assert np.bincount([label for *_, label in some.pictures("test")]).tolist() == [8, 8, 8]
-    assert monitor.sample(asked, source).count("test") == 24
-    again = [image for _, image, _ in monitor.sample(asked, source).pictures("test")]
+    assert some.count("test") == 24
+    again = [image for _, image, _ in monitor.sample(asked, source)[0].pictures("test")]
     np.testing.assert_array_equal(images, again)
     asked.seed += 1
-    other = [image for _, image, _ in monitor.sample(asked, source).pictures("test")]
+    other = [image for _, image, _ in monitor.sample(asked, source)[0].pictures("test")]
     assert (np.array(images) != np.array(other)).any()
     asked.monitor.images = 90
-    assert monitor.sample(asked, source) is source  # all of it: nothing is drawn
+    assert monitor.sample(asked, source)[0] is source  # all of it: nothing is drawn
 
 
 def test_noise_is_not_told_apart():
