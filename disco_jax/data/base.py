@@ -248,8 +248,8 @@ def contents(source: Source) -> list[str]:
     if source.num_classes:
         names = [printable(name) for name in source.class_names[:_NAMES_SHOWN]]
         more = ", ..." if len(source.class_names) > len(names) else ""
-        told = f" ({', '.join(names)}{more})" if names else ""
-        classes = f"{source.num_classes:,} classes{told}"
+        shown = f" ({', '.join(names)}{more})" if names else ""
+        classes = f"{source.num_classes:,} classes{shown}"
     return [
         f"{source.name}: images: {splits}; {classes}.",
         *(f"{source.name}: not used: {line}" for line in source.skipped.lines()),

@@ -19,7 +19,7 @@ from disco_jax.errors import UserError, unknown
 _LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
-# Fields of `config.data` that are of some sources alone, and the value that leaves things be.
+# Fields of `config.data` that are of some sources alone, and their default.
 _OF_KINDS = (
     ("splits", "", ("folder",)),
     ("labels", "", ("folder",)),

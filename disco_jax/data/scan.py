@@ -369,8 +369,8 @@ def _refused(place: str) -> UserError:
 
 
 def _no_pictures(place: str, skipped: Skipped, has: str = "has") -> UserError:
-    told = "; ".join(skipped.lines()[:3])
+    there = "; ".join(skipped.lines()[:3])
     return UserError(
         f"{place} {has} no pictures (names that end in {', '.join(suffixes())})."
-        + (f" There: {told}." if told else "")
+        + (f" There: {there}." if there else "")
     )
