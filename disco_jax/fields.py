@@ -185,6 +185,10 @@ RULES = {
     "data.interpolation": one_of("", "data.views:INTERPOLATIONS"),
     "data.shuffle_buffer": COUNT,
     "data.max_unreadable": AMOUNT,
+    "data.max_unreadable_percent": PERCENT,
+    "data.max_pixels": whole(1, 2**40),
+    **dict.fromkeys(("student.start", "start"), one_of("train.start:PARTS")),
+    **dict.fromkeys(("student.layers", "teacher.layers"), whole(0, 64)),
     "bags.sampling": one_of("data.bags:SAMPLING"),
     # Views.
     "views": either(whole(1, 64), VIEWS),  # how many; those of an objective

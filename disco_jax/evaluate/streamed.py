@@ -21,7 +21,7 @@ from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import Trained
 from disco_jax.models.norm import MODES
 from disco_jax.ops.collectives import positions
-from disco_jax.train import optimizer, workdir
+from disco_jax.train import optimizer, unreadable, workdir
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.metrics import Logger
 from disco_jax.train.state import apart
@@ -173,6 +173,8 @@ def fit(
     how = plan(config, trained, source)
     recipe = views_of(trained)
     with _kept(folder, config, trained, source) as checkpoints:
+        if folder is not None:
+            unreadable.keep(source, folder)
         state, position = _resumed(checkpoints, start)
         if int(state.step) >= config.total_epochs * how.steps_per_epoch:
             return state
@@ -354,7 +356,7 @@ def _reading(source, trained, recipe, how, seed, position):
         how.batch_size // jax.process_count(),
         seed,
         position,
-        data.max_unreadable,
+        pipeline.unreadable_limit(data, source, data.train_split),
     )
     with pipeline.Prefetcher(crops, transform=lay_out) as batches:
         yield batches

@@ -16,7 +16,7 @@ from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
 from disco_jax.tasks.prepare import Prepared, check, prepare
-from disco_jax.train import hosts, lease, state, step, workdir
+from disco_jax.train import hosts, lease, state, step, unreadable, workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -113,6 +113,7 @@ def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
 
 def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     """Encodes and keeps the batches that are missing."""
+    unreadable.keep(ready.source, path)
     writer = targets.Writer(path, jax.process_index(), jax.process_count())
     names = tuple(next(iter(ready.method.teacher_outputs(ready.record).values())))
     encode = step.parallel_targets(

@@ -24,9 +24,12 @@ _TOLD = (
 )  # fmt: skip
 _IMAGES = "fingerprint of the images"
 _NOT_TOLD = (
-    "data.dir", "data.cache", "data.max_unreadable", "data.eval_split", "data.eval_resize",
+    "data.dir", "data.cache", "data.max_unreadable", "data.max_unreadable_percent",
+    "data.eval_split", "data.eval_resize", "data.labels",
     "teacher.weights", "teacher.cache", "teacher.network",
 )  # fmt: skip
+# Settings that older caches do not have, with the value that says what was done then.
+_LATER = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
 
 
 def wanted(method: Method, record: Record) -> dict[int, dict[str, int]]:
@@ -61,7 +64,7 @@ def made_of(
     told = {
         f"config.{name}": value
         for name, value in fields.items()
-        if name.startswith(_TOLD) and name not in _NOT_TOLD
+        if name.startswith(_TOLD) and name not in _NOT_TOLD and _LATER.get(name) != value
     }
     network = method.networks["teacher"]
     if network.norm == "local" and not config.teacher.norm_group:

@@ -11,13 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import pipeline, views
+from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
 from disco_jax.tasks import report
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, loop, state, step
+from disco_jax.train import checkpoint, health, loop, state, step, unreadable
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import ANEW, begin_anew, claim
@@ -54,6 +54,7 @@ def run(
     traced = _steps_to_trace(profile)
     ready = starting(prepare(config, source), workdir)
     config = ready.config
+    warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
         claim(workdir, config, allowed, images_of(ready)) as path,
@@ -62,6 +63,7 @@ def run(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
+        unreadable.keep(ready.source, path)
         begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
         begin = state.refilled_by(begin, config.batch_size)  # it may have been another
         describe(ready, begin)
@@ -132,7 +134,7 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
         config.batch_size // jax.process_count(),
         config.seed,
         position,
-        config.data.max_unreadable,
+        pipeline.unreadable_limit(config.data, ready.source, config.data.train_split),
     )
     return pipeline.Prefetcher(crops, transform=_lay_out)
 
@@ -229,6 +231,15 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
 def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
     """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
     return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
+
+
+def warn_if_dark(ready: Prepared) -> None:
+    """Logs a warning if the images for training are nearly black."""
+    if jax.process_index():
+        return
+    value = darkness.brightest(ready.source, ready.config.data.train_split)
+    if dark := darkness.warning(ready.source.name, value):
+        _LOG.warning(dark)
 
 
 def describe(ready: Prepared, begin: state.TrainState) -> None:

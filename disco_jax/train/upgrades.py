@@ -12,8 +12,23 @@ from ml_collections import ConfigDict
 
 _LOG = logging.getLogger(__name__)
 
-# Fields that came after the first release -> the value that changes nothing.
-ADDED: dict[str, Any] = {}
+# Fields that came after version 0.1.0 -> the value that changes nothing
+# (lists for tuples, as JSON has them).
+ADDED: dict[str, Any] = {
+    "data.splits": "",
+    "data.labels": "",
+    "data.range": "full",
+    "data.max_pixels": 178_956_970,
+    "data.max_unreadable_percent": 1.0,
+    "evaluation.splits": "",
+    "evaluation.labels": "",
+    "evaluation.range": "",
+    "student.layers": 0,
+    "student.weights": "",
+    "student.start": "backbone",
+    "student.network": "student",
+    "teacher.layers": 0,
+}
 
 
 def completed(old: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
