@@ -72,8 +72,8 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.data = dict(
         source="tfds",  # tfds | folder | npz
         name=data,  # of the data set, as TFDS has it; of others for tables and figures
-        # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder, a pattern of pictures'
-        # names, or an .npz file
+        # "": $TFDS_DATA_DIR or ~/tensorflow_datasets; else a folder of pictures or .tar archives, a
+        # pattern of pictures' names, a list of files, or an .npz file
         dir="",
         train_split="train",
         eval_split=known["eval_split"],
@@ -82,7 +82,16 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         subset="",  # a list of file names, one a line: training reads these alone
         shuffle_buffer=16_384,  # encoded records held to be mixed, of TFRecord files
         cache=False,  # keep the encoded records in memory; small data sets always are
-        max_unreadable=100,  # images that may be skipped before the run stops
+        # By hand: split=folder, as in "train=Training set,test=Holdout"; a folder, a pattern of
+        # what is in data.dir, a list, or "." for all. "": by the names of folders.
+        splits="",
+        labels="",  # a list of files with a comma or tab and a class each, of pictures without one
+        # Values of pictures with more than 8 bits a channel that become 0..255: full (all 16 bits)
+        # | image (from the lowest to the highest of each) | two numbers, as in "0,4095".
+        range="full",
+        max_pixels=178_956_970,  # larger pictures count as unreadable
+        max_unreadable=10,  # images that may be skipped before the run stops, of however few
+        max_unreadable_percent=1.0,  # and the share of the images that may be, if that is more
     )
     config.views = 2  # crops an image; the objectives number them from 0
     config.augment = {**STACKS["moco_v2"], "size": known["size"]}
@@ -106,16 +115,26 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         drop_path=0.0,  # stochastic depth of a ViT or XCiT while it learns
         norm_group=0,  # images a BatchNorm group; 0: all of a device
         adapter=0,  # width of a linear layer before the head; 0: none
-        # mlp | mlp_bn | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn | regression
-        # | none
+        # mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn
+        # | regression | none
         head="mlp",
         hidden=2048,  # width of the head; 0: one linear layer, -1: the backbone's
+        layers=0,  # linear layers of the head; 0: its own, two and of DINO's three
         dim=128,  # of the embedding
         prototypes=(),  # on top of the head: their number, for each set of them
     )
     # dim=0: as wide as what of the teacher it copies. reuse=("head",): the teacher's head, copied
     # and kept still, behind a learned adapter (RETRO).
-    config.student = dict(encoder, norm="local", reuse=())
+    config.student = dict(
+        encoder,
+        norm="local",
+        reuse=(),
+        # what it starts from, and its EMA copy with it: the workdir of a run or of an import, or a
+        # PyTorch checkpoint; "": fresh weights. A run that goes on does not read them again.
+        weights="",
+        start="backbone",  # what is taken of them: backbone | all, with the head
+        network="student",  # of a run: student | momentum
+    )
     config.momentum = dict(
         ema_rate=0.999,  # the share of old weights that a step keeps
         ema_rate_end=-1.0,  # half a cosine leads there at the end of the run; -1: constant
@@ -289,7 +308,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
     config.monitor = dict(
         knn_every_steps=0,  # 0: never
         split="",  # "": data.eval_split
-        images=5000,  # no more than so many; 0: all
+        images=5000,  # drawn evenly over the classes; 0: all
         k=20,
     )
     config.checkpoint = dict(
@@ -476,6 +495,9 @@ def evaluation(name: str) -> ConfigDict:
         train_split="",
         eval_split="",
         subset="",  # a list of file names, one a line: training reads these alone
+        splits="",  # as of a run; of another data set, "" is by the names of folders
+        labels="",  # as of a run; of another data set, "" is none
+        range="",  # as of a run; of another data set, "" is full
         size=0,  # px
         eval_resize=-1,  # px of the shorter side before the centre is cut out; 0: squeeze
         interpolation="",  # bilinear | bicubic

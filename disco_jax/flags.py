@@ -3,18 +3,32 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from disco_jax import errors
+from disco_jax import errors, fields
 from disco_jax.nested import flatten
 
 CONFIGS = "disco_jax.configs"
 FOLDERS = "", "sweeps", "miniature"  # of recipes: of single runs, then of sweeps
+PRETRAINING = "moco_v2"  # a recipe of those that `disco-jax pretrain` takes
+_OVERRIDE = "--config.", "-config."
+# What absl, ml_collections and Python's parser raise for a word that they do not understand.
+_REFUSALS = (
+    absl_flags.Error,
+    TypeError,
+    ValueError,
+    KeyError,
+    SyntaxError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def parse(
@@ -26,6 +40,8 @@ def parse(
     config: ConfigDict | None = None,
     extra: Any = None,
     needs_workdir: bool = True,
+    like: str = PRETRAINING,
+    check: Callable[[ConfigDict, errors.Problems], object] | None = None,
 ) -> absl_flags.FlagValues | None:
     """The values of a task's flags.
 
@@ -37,6 +53,9 @@ def parse(
       config: instead of a file: the config that --config.x=y changes.
       extra: called with the FlagValues, to define the task's own flags.
       needs_workdir: whether --workdir must be given.
+      like: a recipe that the task takes; others must have all its groups and single fields.
+      check: notes what else is wrong with a config. Called only where a mistake was found already,
+        so that all are told at once: the task makes the same checks later.
 
     Returns:
       The values, `config` and `workdir` among them; None when the help was asked for.
@@ -44,31 +63,83 @@ def parse(
     Raises:
       UserError: for anything in `argv` that is not known or does not fit.
     """
-    values = absl_flags.FlagValues()
-    absl_flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    _define_meeting(values)
-    if extra is not None:
-        extra(values)
+
+    def defined() -> absl_flags.FlagValues:
+        values = absl_flags.FlagValues()
+        absl_flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+        _define_meeting(values)
+        if extra is not None:
+            extra(values)
+        return values
+
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv):
-        _help(task, help_line, default_config, values)
+        _help(task, help_line, default_config, defined())
         return None
     argv = _joined(argv)
     if config is None:
         config = load(_take_config(argv, default_config))
-    check_overrides(config, argv)
-    words = [f"disco-jax {task}", *argv]
-    try:
-        config_flags.DEFINE_config_dict(
-            "config", config, "the recipe", flag_values=values, sys_argv=words
-        )
-        rest = values(words)[1:]
-    except (absl_flags.Error, TypeError, ValueError, KeyError) as error:
-        raise errors.UserError(f"{_sentence(error)} See disco-jax {task} --help.") from error
-    if rest:
-        raise errors.UserError(f"Unexpected: {' '.join(rest)}. See disco-jax {task} --help.")
+    fields.check_complete(config, load(default_config or like), task)
+    problems = errors.Problems()
+    argv = _known_overrides(config, argv, problems)
+    values = _values(task, config, argv, defined, problems)
     if needs_workdir and not values.workdir:
-        raise errors.UserError(f"--workdir is missing. See disco-jax {task} --help.")
+        problems.add(f"--workdir is missing. See disco-jax {task} --help.")
+    fields.check(values.config, problems)
+    if problems and check is not None and not values.distributed:
+        check(values.config, problems)
+    problems.raise_any()
     return values
+
+
+def _values(
+    task: str,
+    config: ConfigDict,
+    argv: Sequence[str],
+    defined: Callable[[], absl_flags.FlagValues],
+    problems: errors.Problems,
+) -> absl_flags.FlagValues:
+    """The values of words that stand for themselves; notes those that are not understood."""
+    try:
+        return _read(config, argv, defined())
+    except _REFUSALS:
+        understood = []
+    for word in argv:
+        name, _, given = word.lstrip("-").removeprefix("config.").partition("=")
+        overrides = word.startswith(_OVERRIDE)
+        try:
+            _read(_only(config, name) if overrides else ConfigDict(), [word], defined())
+            understood.append(word)
+        except _REFUSALS as error:
+            if overrides:  # of another type
+                allowed = fields.rule(name, flatten(config)[name])
+                problems.add(fields.refusal(name, given, allowed), name)
+            else:
+                problems.add(f"{_sentence(error)} See disco-jax {task} --help.")
+    try:
+        return _read(config, understood, defined())
+    except _REFUSALS as error:  # of words that contradict one another
+        problems.add(f"{_sentence(error)} See disco-jax {task} --help.")
+        return _read(config, (), defined())
+
+
+def _read(
+    config: ConfigDict, words: Sequence[str], values: absl_flags.FlagValues
+) -> absl_flags.FlagValues:
+    """The values of a command line, a changed copy of `config` among them; or one of _REFUSALS."""
+    line = ["disco-jax", *words]
+    own = config.copy_and_resolve_references()
+    config_flags.DEFINE_config_dict("config", own, "the recipe", flag_values=values, sys_argv=line)
+    if rest := values(line)[1:]:
+        raise ValueError(f"Unexpected: {errors.shown(' '.join(rest))}.")
+    return values
+
+
+def _only(config: ConfigDict, name: str) -> ConfigDict:
+    """A config with one field, as ml_collections prints a whole one again and again."""
+    value = flatten(config)[name]
+    for word in reversed(name.split(".")):
+        value = {word: value}
+    return ConfigDict(value)
 
 
 def load(reference: str) -> ConfigDict:
@@ -79,11 +150,38 @@ def load(reference: str) -> ConfigDict:
         "configs/disco.py" or "disco" in any directory.
 
     Raises:
-      UserError: when there is no such recipe, or it refuses its argument.
+      UserError: when there is no such recipe, it refuses its argument, or it is mistaken.
     """
     name, _, argument = reference.partition(":")
-    module = _module(_locate(name))
-    return module.get_config(argument or None)
+    path = _locate(name)
+    try:
+        config = _module(path).get_config(argument or None)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise errors.UserError(_mistake(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise errors.UserError(
+            f"--config={path}: get_config must return a ConfigDict, not {errors.shown(config)}. Is "
+            "`return config` missing?"
+        )
+    return config
+
+
+def _mistake(path: pathlib.Path, error: Exception) -> str:
+    """Where and what went wrong in a recipe."""
+    if isinstance(error, SyntaxError):
+        place, what = f"{error.filename or path}:{error.lineno}", error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        here = path.absolute()
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == here]
+        place = ":".join(map(str, (path, *lines[-1:])))
+        what = (str(error).strip().splitlines() or [""])[0][: errors.NAMES_LENGTH]
+    return (
+        f"--config={path}: the recipe has a mistake, at {place}: {type(error).__name__}: {what} "
+        "(--debug shows the traceback)"
+    )
 
 
 def recipes(folder: str = "") -> dict[str, pathlib.Path]:
@@ -102,19 +200,30 @@ def recipes(folder: str = "") -> dict[str, pathlib.Path]:
     }
 
 
-def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
-    """Raises one UserError that names every --config.x.y that is no field of `config`."""
-    known = flatten(config)
-    problems = []
+def _known_overrides(
+    config: ConfigDict, argv: Sequence[str], problems: errors.Problems
+) -> list[str]:
+    """`argv` without the words --config.x.y=z of which x.y is no field, which are noted."""
+    known, kept = flatten(config), []
     for word in argv:
-        if not word.startswith(("--config.", "-config.")):
+        if not word.startswith(_OVERRIDE):
+            kept.append(word)
             continue
         field = word.lstrip("-").split("=", 1)[0].removeprefix("config.")
-        if field not in known:
-            hint = errors.did_you_mean(field, known) or f" Fields: {', '.join(sorted(known))}."
-            problems.append(f"--config.{field} is not a field of the config.{hint}")
-    if problems:
-        raise errors.UserError("\n  ".join(problems))
+        if field in known:
+            kept.append(word)
+            continue
+        inside = [name for name in known if name.startswith(f"{field}.")]
+        near = errors.nearest(field, known)
+        if inside:
+            hint = f"It is a group: give one of its fields, e.g. --config.{inside[0]}."
+        elif near:
+            hint = f"Did you mean {near!r}?"
+        else:
+            hint = "`disco-jax list --settings` shows them all."
+        name = field[: errors.VALUE_LENGTH]
+        problems.add(f"--config.{name} is not a field of the config. {hint}", near or field)
+    return kept
 
 
 # Flags of single tasks: name -> help.
@@ -218,9 +327,8 @@ def _take_config(argv: list[str], default: str) -> str:
         return given[-1].partition("=")[2]
     if not default:
         raise errors.UserError(
-            "--config is missing. Recipes: "
-            + ", ".join(f"configs/{name}.py" for name in recipes())
-            + "."
+            "--config is missing: give a recipe, e.g. --config=configs/disco.py. `disco-jax list` "
+            f"shows all {len(recipes())}."
         )
     return default
 
@@ -261,5 +369,5 @@ def _help(task: str, line: str, default_config: str, values: absl_flags.FlagValu
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error).strip().strip("'\"").splitlines()[0]
+    text = str(error).strip().strip("'\"").splitlines()[0][: errors.NAMES_LENGTH]
     return text if text.endswith(".") else text + "."

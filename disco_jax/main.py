@@ -3,12 +3,15 @@
 A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
 """
 
+import contextlib
 import importlib
 import logging
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
 
@@ -25,12 +28,14 @@ class Task(NamedTuple):
         its flags itself.
       module: in `tasks/`; "": of the task's name.
       flags: of `flags.FURTHER`, given to the task's `run` by name.
+      check: in `tasks/`: a module whose `check` notes what is wrong with the config.
     """
 
     help: str
     config: str | None
     module: str = ""
     flags: tuple[str, ...] = ()
+    check: str = ""
 
 
 # Told here so that the help and mistaken flags need no task's imports.
@@ -39,6 +44,7 @@ TASKS = {
         "pretrain or distil a student: any method, from one config",
         "",
         flags=("profile", "allow_change"),
+        check="prepare",
     ),
     "distill": Task("distil a student from your images and a teacher, settings chosen", None),
     "sweep": Task("many runs from one config, and their table", None),
@@ -78,7 +84,8 @@ Flags of most tasks:
   --debug                         tracebacks, and the warnings of libraries
 
 `disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
-Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped and saved,
+Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped by SIGTERM or SIGHUP,
+130 by Ctrl-C; a training saves its last step first (a second Ctrl-C ends it at once);
 134 another process of the run was lost. A reader of the output that ends first (`| head`, a closed
 terminal's pipe) changes none of them: the command goes on to its end, and what it says is dropped.
 """
@@ -117,7 +124,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     debug = "--debug" in argv
     try:
-        _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+        with _signals():
+            _start(argv[0], [word for word in argv[1:] if word != "--debug"])
+    except (KeyboardInterrupt, errors.Terminated) as error:
+        return _ended(argv[0], error)
     except Exception as error:
         code, said = _told(error)
         if debug or not said:
@@ -128,6 +138,41 @@ def main(argv: Sequence[str]) -> int:
             hosts.leave(code)
         return code
     return 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command in order, as Ctrl-C does.
+
+    Only the main thread hears signals. What is ignored, as SIGHUP under `nohup`, stays so.
+    """
+
+    def end(*_: Any) -> None:
+        raise errors.Terminated
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, old in heard.items():
+            signal.signal(number, old)
+
+
+def _ended(task: str, error: BaseException) -> int:
+    """Tells of a signal that came while there was nothing to save; returns the exit code."""
+    kind = errors.Interrupted if isinstance(error, KeyboardInterrupt) else errors.Preempted
+    print(
+        f"disco-jax {task}: Asked to stop. What was saved before is whole; start again to go on.",
+        file=sys.stderr,
+    )
+    if hosts := sys.modules.get("disco_jax.train.hosts"):
+        hosts.leave(kind.exit_code)
+    return kind.exit_code
 
 
 def _told(error: Exception) -> tuple[int, str]:
@@ -161,12 +206,16 @@ def _start(name: str, argv: Sequence[str]) -> None:
         return
     from disco_jax import flags
 
+    def check(config: Any, problems: errors.Problems) -> None:
+        importlib.import_module(f"disco_jax.tasks.{task.check}").check(config, problems)
+
     values = flags.parse(
         name,
         argv,
         default_config=task.config,
         help_line=task.help,
         extra=lambda values: flags.define_further(values, task.flags),
+        check=check if task.check else None,
     )
     if values is not None:
         flags.prepare_jax(flags.meeting(values), values.workdir)

@@ -10,3 +10,7 @@ WORKDIR=${WORKDIR:-}                       # gs://BUCKET/RUN: outlives the slice
 TASK=${TASK:-pretrain}
 POLL_S=${POLL_S:-60}                       # babysit looks so often
 MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_QUICK=${MAX_QUICK:-5}                  # so many runs in a row may fail ...
+QUICK_S=${QUICK_S:-600}                    # ... within so many seconds of their start
+MAX_UNREACHABLE=${MAX_UNREACHABLE:-30}     # looks in a row that a machine may not answer
+KEEP=${KEEP:-}                             # 1: babysit leaves the slice that it made

@@ -9,15 +9,22 @@
 #   launch/tpu.sh [--dry-run] fetch DIRECTORY  copy the run's directory here
 #   launch/tpu.sh [--dry-run] list             all slices made by this script
 #   launch/tpu.sh [--dry-run] delete           end the slice; only one that `create` made here
-#   launch/tpu.sh [--dry-run] babysit [FLAG...]  create, set up, run; again after a preemption
+#   launch/tpu.sh [--dry-run] babysit [FLAG...]  create, set up, run, delete; again after a preemption
 #
-# babysit ends with the exit code of the run: 0 done, 2 a setting, 3 not finite; 4: given up.
+# babysit ends with the exit code of the run: 0 done, 2 a setting, 3 not finite; 4: given up. It
+# starts the run again after any other code. At its end it deletes the slice that it made, whatever
+# the code, unless KEEP=1. One that was there before stays, and so does everything if babysit is
+# interrupted: it then says how to go on and how to delete.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/settings.sh
 source "${SETTINGS:-$root/launch/settings.sh}"
 created=${CREATED_DIR:-$root/launch/.created}
 dry=
+maker=create  # of the next slice, for its note
+sleeper=      # process that a pause waits for
+found=        # set if babysit met a slice that it did not make
+flags=()      # of the run that babysit watches
 
 die() {
   echo "launch/tpu.sh: $1" >&2
@@ -86,7 +93,7 @@ create() {
     mkdir -p "$created"
     owner=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
     # Noted first: a creation that is cut off can still be deleted.
-    printf '%s %s\n' "$owner" "$PROVISION" >"$created/$NAME"
+    printf '%s %s %s\n' "$owner" "$PROVISION" "$maker" >"$created/$NAME"
   else
     owner=OWNER
   fi
@@ -105,7 +112,7 @@ delete() {
   local owner=OWNER provision=$PROVISION now=READY label=OWNER
   if [ -z "$dry" ]; then
     [ -e "$created/$NAME" ] || die "$NAME was not created from here; delete it by hand."
-    read -r owner provision <"$created/$NAME" || return 1
+    read -r owner provision _ <"$created/$NAME" || return 1
     now=$(state) || return 1
     if [ "$now" != ABSENT ]; then
       label=$(gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
@@ -121,11 +128,15 @@ delete() {
   [ -n "$dry" ] || rm -f "$created/$NAME"
 }
 
-setup() {
-  need PROJECT ZONE NAME
-  local commit archive
+check_commit() {
   [ -n "$dry" ] || [ -z "$(git -C "$root" status --porcelain)" ] ||
     die "There are changes that are not committed; what runs must be a commit."
+}
+
+setup() {
+  need PROJECT ZONE NAME
+  check_commit
+  local commit archive
   commit=$(git -C "$root" rev-parse HEAD) || return 1
   archive=${TMPDIR:-/tmp}/disco_jax-$commit.tar.gz
   do_or_say git -C "$root" archive --format=tar.gz --prefix=disco_jax/ -o "$archive" "$commit" ||
@@ -139,54 +150,102 @@ setup() {
     disco_venv/bin/disco-jax --version"
 }
 
+# The words behind disco-jax on every machine, quoted for a shell.
+words_of() {
+  printf '%q ' "$TASK" --distributed --workdir="$WORKDIR" "$@"
+}
+
 run() {
   need PROJECT ZONE NAME WORKDIR TASK
   local words
-  printf -v words '%q ' "$TASK" --distributed --workdir="$WORKDIR" "$@"
+  words=$(words_of "$@")
   # A machine starts nothing while its last run is alive. The exit code is left in run.rc.
   everywhere "if [ -e run.pid ] && kill -0 \"\$(cat run.pid)\" 2>/dev/null
     then echo 'A run is under way here.' >&2; exit 1; fi
     rm -f run.rc
+    printf %s $(printf %q "$words") >run.words
     export DISCO_JAX_COMMIT=\$(cat disco_jax/COMMIT)
     nohup setsid sh -c 'disco_venv/bin/disco-jax \"\$@\" >>run.log 2>&1; echo \$? >run.rc' run $words \
       >/dev/null 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-# Exit code of the run, "running", or "none": of all machines, the one that counts first. A mistake
-# (2, 3) is the run's own; another code may follow from a machine that was lost.
-outcome() {
+# Prints or sends the question for the exit code of a run; of one with other words if "$1" is empty.
+ask_outcome() {
   # shellcheck disable=SC2016  # what is in quotes is for the machines
-  local ask='if [ -e run.rc ]; then echo "rc=$(cat run.rc)"
+  local ask='if [ -e run.rc ] && { [ -z "$words" ] || [ "$(cat run.words 2>&1)" = "$words" ]; }
+    then echo "rc=$(cat run.rc)"
     elif [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then echo rc=running
     else echo rc=none; fi'
-  local said code found=none
-  said=$(gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker=all \
-    --command="$ask") || return 1
-  for code in 2 3 1 75 running none; do
+  everywhere "words=$(printf %q "$1"); $ask"
+}
+
+# Exit code of the run, "running", or "none": of all machines, the one that counts first. A mistake
+# (2, 3) is the run's own, unless a machine was lost (it has no code, or the code of a signal that
+# ends a process from outside): then it may be what the others made of the loss.
+outcome() {
+  local said code lost
+  said=$(ask_outcome "$1") || return 1
+  lost=$(grep -m1 -oxE 'rc=(none|129|137|143)' <<<"$said") || lost=
+  for code in ${lost:+running} ${lost#rc=} 2 3 running 1 75; do
     if grep -qx "rc=$code" <<<"$said"; then
       echo "$code"
       return
     fi
   done
   # Done are all or none: 134 on one machine says that another was lost before the end.
-  found=$(grep -m1 -o 'rc=[1-9][0-9]*' <<<"$said") || found=$(grep -m1 -o 'rc=0' <<<"$said") || true
-  echo "${found#rc=}"
+  code=$(grep -m1 -o 'rc=[1-9][0-9]*' <<<"$said") || code=$(grep -m1 -o 'rc=0' <<<"$said") ||
+    code=none
+  echo "${code#rc=}"
 }
 
 babysit() {
   need PROJECT ZONE NAME WORKDIR TASK
-  local restarts=0 now result
+  maker=babysit
+  flags=("$@")
   if [ -n "$dry" ]; then
-    create && setup && run "$@" && delete
+    [ -e "$created/$NAME" ] || create
+    setup && run "$@"
+    [ -n "$KEEP" ] || { [ -e "$created/$NAME" ] && ! is_own; } || delete
     return
   fi
+  check_commit
+  local code=0
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM
+  trap 'interrupted 129' HUP
+  trap 'interrupted 141' PIPE
+  # Only `die` ends the script inside `watch`.
+  trap 'code=$?; [ "$code" = 2 ] || interrupted "$code"; end_of_watch "$code"' EXIT
+  watch "$@" || code=$?
+  end_of_watch "$code"
+}
+
+# Makes the slice and starts the run as often as it takes; returns the exit code of babysit.
+watch() {
+  local restarts=0 quick=0 unreachable=0 started='' now result words
+  words=$(words_of "$@")
   while true; do
     now=$(state) || now=UNKNOWN
     case $now in
       READY)
-        result=$(outcome) || result=unreachable
+        is_own || found=1
+        result=$(outcome "$words") || result=unreachable
+        [ "$result" = unreachable ] || unreachable=0
         case $result in
-          running | unreachable) ;;
+          running) ;;
+          unreachable)
+            # While it is being preempted this is usual, and its state will tell.
+            if [ "$((++unreachable))" -ge "$MAX_UNREACHABLE" ]; then
+              unreachable=0
+              if ! is_own; then
+                echo "Given up: a machine of $NAME does not answer." >&2
+                return 4
+              fi
+              again lost || return 4
+              echo "A machine of $NAME does not answer: making the slice anew." >&2
+              delete || echo "It could not be deleted; trying again." >&2
+            fi
+            ;;
           0)
             echo "The run is finished."
             return 0
@@ -196,10 +255,10 @@ babysit() {
             return "$result"
             ;;
           *)
-            [ "$((restarts++))" -lt "$MAX_RESTARTS" ] || return 4
+            again "$result" || return 4
             echo "Starting the run (before: $result)."
-            # Fails on a machine whose process has not ended yet: looked at again next time.
             { setup && run "$@"; } || echo "It did not start; trying again." >&2
+            started=$SECONDS
             ;;
         esac
         ;;
@@ -209,15 +268,111 @@ babysit() {
           delete || echo "It could not be deleted; trying again." >&2
         fi
         if [ ! -e "$created/$NAME" ]; then
-          [ "$((restarts++))" -lt "$MAX_RESTARTS" ] || return 4
+          again preempted || return 4
+          found=
           # No capacity is no reason to give up.
           create || { echo "It could not be created; trying again." >&2 && forget; }
           continue
         fi
         ;;
     esac
-    sleep "$POLL_S"
+    pause
   done
+}
+
+# Whether to go on after "$1": at most MAX_RESTARTS times, and not after MAX_QUICK runs in a row
+# that failed within QUICK_S seconds, as another would too.
+again() {
+  if [ "$((restarts++))" -ge "$MAX_RESTARTS" ]; then
+    echo "Given up after $MAX_RESTARTS restarts (last: $1)." >&2
+    return 1
+  fi
+  if [[ -z $started || $1 == 75 || $1 == preempted ]] || ((SECONDS - started >= QUICK_S)); then
+    quick=0
+  elif [ "$((++quick))" -ge "$MAX_QUICK" ]; then
+    echo "Given up: $quick runs in a row failed within $QUICK_S s (last: $1)." >&2
+    return 1
+  fi
+}
+
+# Whether the slice that is noted here was made by babysit, not by a `create` of its own.
+is_own() {
+  local by=
+  [ -e "$created/$NAME" ] && read -r _ _ by <"$created/$NAME" && [ "$by" = babysit ]
+}
+
+# Waits such that a signal ends the wait.
+pause() {
+  sleep "$POLL_S" >/dev/null 2>&1 &
+  sleeper=$!
+  wait "$sleeper"
+  sleeper=
+}
+
+# Ends babysit with the exit code "$1", and deletes what it made, whatever the code.
+end_of_watch() {
+  trap - EXIT
+  if [ "$1" != 0 ] && { [ -e "$created/$NAME" ] || [ -n "$found" ]; }; then
+    echo "The ends of the machines' logs:" >&2
+    everywhere 'tail -n 40 run.log' >&2 || true
+  fi
+  local why=
+  if [ -n "$found" ]; then
+    why="it was there before"
+  elif is_own && [ -n "$KEEP" ]; then
+    why="KEEP=$KEEP"
+  elif is_own && ! end_slice; then
+    why="it could not be deleted"
+  fi
+  if [ -n "$why" ]; then
+    echo "The slice $NAME stays ($why), and billing goes on. To delete it:"
+    advise delete
+  fi
+  exit "$1"
+}
+
+# Deletes the slice; tries again, as an hour of it costs more than a minute of this.
+end_slice() {
+  local try code
+  for ((try = 1; try <= 5; try++)); do
+    code=0
+    (delete) || code=$?
+    if [ "$code" = 0 ]; then
+      echo "The slice $NAME is deleted."
+      return 0
+    fi
+    [ "$code" != 2 ] || return 1  # refused, for good
+    pause
+  done
+  return 1
+}
+
+# After a signal: nothing is deleted, as the run goes on without its babysitter.
+interrupted() {
+  trap '' INT TERM HUP PIPE
+  trap - EXIT
+  {
+    [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null
+    if [ -e "$created/$NAME" ] || [ -n "$found" ]; then
+      echo "Interrupted. The slice $NAME stays, its run goes on, and so does billing. To delete it:"
+      advise delete
+    else
+      echo "Interrupted. No slice was made."
+    fi
+    echo "To go on:"
+    advise babysit "${flags[@]}"
+  } >&2 || true
+  exit "$1"
+}
+
+# Prints a command of this script with the settings that it needs, to be pasted.
+advise() {
+  local name
+  for name in SETTINGS CREATED_DIR PROJECT ZONE NAME ACCELERATOR RUNTIME PROVISION WORKDIR TASK; do
+    [ -z "${!name:-}" ] || printf '%s=%q ' "$name" "${!name}"
+  done
+  printf '%q ' "$root/launch/tpu.sh" "$@"
+  echo
 }
 
 # Whether a queued request is still to be granted.
@@ -232,7 +387,7 @@ waiting() {
 # Drops the note of a slice that never came to be.
 forget() {
   [ "$(state)" != ABSENT ] || rm -f "$created/$NAME"
-  sleep "$POLL_S"
+  pause
 }
 
 [ "${1:-}" != --dry-run ] || { dry=1 && shift; }
@@ -247,9 +402,14 @@ case $command in
     ;;
   status)
     need PROJECT ZONE NAME
+    if [ -n "$dry" ]; then
+      vm describe "$NAME" --format='value(state)'
+      ask_outcome ''
+      exit 0
+    fi
     now=$(state)
     echo "slice: $now"
-    [ "$now" != READY ] || echo "run: $(outcome)"
+    [ "$now" != READY ] || echo "run: $(outcome '')"
     ;;
   fetch)
     need WORKDIR

@@ -112,6 +112,8 @@ class TinyBackbone(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, norm):
+        odd = images.shape[1] % 2
+        images = jnp.pad(images, ((0, 0), (0, odd), (0, odd), (0, 0)))
         n, side = len(images), images.shape[1] // 2
         x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
         x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)

@@ -5,14 +5,27 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 ABSENT = ["tpu-vm describe", 1, "ERROR: NOT_FOUND: no such node"]
 READY = ["tpu-vm describe state", 0, "READY"]
+OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # what a deletion asks about a slice made before
+
+
+def rc(*codes):
+    """The machines' answers when they are asked how the run ended."""
+    return ["ssh run.rc)", 0, "\n".join(f"rc={code}" for code in codes)]
+
+
+def always(answer):
+    words, code, output = answer
+    return [f"always {words}", code, output]
 
 
 @pytest.fixture
@@ -42,8 +55,8 @@ class Cloud:
     def answer(self, *answers):
         (self.folder / "answers.json").write_text(json.dumps(answers))
 
-    def run(self, *words, script="tpu.sh", **settings):
-        environment = {
+    def environment(self, **settings):
+        return {
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),
             "TMPDIR": str(self.folder),
@@ -56,12 +69,44 @@ class Cloud:
             "POLL_S": "0",
             **settings,
         }
+
+    def run(self, *words, script="tpu.sh", **settings):
         return subprocess.run(
             ["bash", self.checkout / "launch" / script, *words],
-            env=environment,
+            env=self.environment(**settings),
             capture_output=True,
             text=True,
             timeout=60,
+        )
+
+    def interrupt(self, number, *words, script="tpu.sh", after=2, **settings):
+        """Starts a script, sends a signal after so many calls; (exit code, standard error)."""
+
+        def heed():  # a shell cannot trap what was ignored at its start
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(each, signal.SIG_DFL)
+
+        process = subprocess.Popen(
+            ["bash", self.checkout / "launch" / script, *words],
+            env=self.environment(POLL_S="60", **settings),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed,
+        )
+        deadline = time.monotonic() + 30
+        while len(self.calls()) < after and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)  # until it waits
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        return process.returncode, said
+
+    def paste(self, line):
+        """Runs a line that a script printed, in a shell without any settings."""
+        environment = {k: self.environment()[k] for k in ("PATH", "HOME", "TMPDIR", "GCLOUD")}
+        return subprocess.run(
+            ["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60
         )
 
     def calls(self):
@@ -73,9 +118,9 @@ class Cloud:
     def verbs(self):
         return [verb for _, verb, _ in self.calls()]
 
-    def note(self, provision="spot"):
+    def note(self, provision="spot", maker="create", name="slice"):
         self.notes.mkdir(exist_ok=True)
-        (self.notes / "slice").write_text(f"secret {provision}\n")
+        (self.notes / name).write_text(f"secret {provision} {maker}\n")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +235,19 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     expected = ["pretrain", "--distributed", "--workdir=gs://bucket/run", *flags, "abc123"]
     assert (machine / "run.log").read_text().splitlines() == expected
 
+    def asked(*words):
+        """What the machine answers to the question that a command asks."""
+        cloud.answer(READY, ["ssh run.rc)", 1, ""])
+        cloud.run(*words, MAX_UNREACHABLE="1")
+        questions = [w for _, _, words in cloud.calls() for w in words if "run.rc)" in w]
+        ask = questions[-1].removeprefix("--command=")
+        done = subprocess.run(["bash", "-c", ask], cwd=machine, capture_output=True, text=True)
+        return done.stdout
+
+    (machine / "run.pid").unlink()  # the process may be a zombie here, which counts as alive
+    assert asked("status") == asked("babysit", *flags) == "rc=75\n"
+    assert asked("babysit", "--config=seed") == "rc=none\n"  # the code is of another run
+
 
 def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud):
     cloud.note()
@@ -207,12 +265,170 @@ def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud)
         ["ssh run.rc)", 0, "rc=75\nrc=75"],
         READY,
         ["ssh run.rc)", 0, "rc=0\nrc=0"],
+        *OWN,
     )
     done = cloud.run("babysit", "--config=disco")
     assert done.returncode == 0, done.stderr
     verbs = [verb for verb in cloud.verbs() if verb != "describe"]
     start = ["scp", "ssh", "ssh"]  # setup and run
-    assert verbs == ["delete", "create", "ssh", *start, "ssh", "ssh", *start, "ssh"]
+    assert verbs == ["delete", "create", "ssh", *start, "ssh", "ssh", *start, "ssh", "delete"]
+
+
+CREATION = ABSENT, ABSENT, READY, rc("none", "none"), READY
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_the_babysitter_deletes_what_it_made_once_whatever_the_exit_code(cloud, code):
+    cloud.answer(*CREATION, rc(code, code), *OWN)
+    done = cloud.run("babysit", "--config=disco")
+    assert done.returncode == code, done.stderr
+    assert cloud.verbs().count("create") == cloud.verbs().count("delete") == 1
+    assert cloud.verbs()[-1] == "delete" and not (cloud.notes / "slice").exists()
+    assert "The slice slice is deleted" in done.stdout
+    if code:  # the logs are deleted with the machines
+        ssh = [words for _, verb, words in cloud.calls() if verb == "ssh"]
+        assert "--command=tail -n 40 run.log" in ssh[-1]
+
+
+def test_the_babysitter_deletes_what_it_made_when_it_gives_up(cloud):
+    cloud.note(maker="babysit")
+    label = always(["labels.disco-jax", 0, "secret"])
+    cloud.answer(label, always(["describe value(state)", 0, "READY"]), always(rc(1)))
+    done = cloud.run("babysit", MAX_RESTARTS="1")
+    assert done.returncode == 4 and "Given up after 1 restarts (last: 1)" in done.stderr
+    assert cloud.verbs().count("delete") == 1 and not (cloud.notes / "slice").exists()
+
+
+def test_the_babysitter_deletes_what_it_made_when_a_setup_is_refused(cloud):
+    """A file that is not committed appears while the slice is made."""
+    stand_in = cloud.folder / "bin" / "gcloud"
+    new = cloud.checkout / "launch" / "new.sh"
+    text = stand_in.read_text()
+    made = f"if 'create' in sys.argv: pathlib.Path({str(new)!r}).touch()\n"
+    stand_in.write_text(text.replace("answers = ", made + "answers = ", 1))
+    cloud.answer(*CREATION[:-1], *OWN)
+    done = cloud.run("babysit")
+    assert done.returncode == 2 and "not committed" in done.stderr
+    assert cloud.verbs().count("delete") == 1 and "scp" not in cloud.verbs()
+
+
+def test_nothing_is_made_for_changes_that_are_not_committed(cloud):
+    (cloud.checkout / "launch" / "new.sh").touch()
+    done = cloud.run("babysit")
+    assert done.returncode == 2 and "not committed" in done.stderr and not cloud.calls()
+
+
+def test_keep_leaves_the_slice_and_says_so(cloud):
+    cloud.answer(*CREATION, rc(0, 0))
+    done = cloud.run("babysit", KEEP="1")
+    assert done.returncode == 0 and "delete" not in cloud.verbs()
+    assert "stays (KEEP=1), and billing goes on" in done.stdout
+    cloud.answer(*OWN)
+    pasted = cloud.paste(done.stdout.splitlines()[-1])
+    assert pasted.returncode == 0, pasted.stderr
+    assert cloud.verbs()[-1] == "delete" and not (cloud.notes / "slice").exists()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_slice_that_the_babysitter_did_not_make_is_never_deleted(cloud, noted, code):
+    if noted:
+        cloud.note()  # by a `create` of its own
+    cloud.answer(READY, rc(code))
+    done = cloud.run("babysit")
+    assert done.returncode == code and "stays (it was there before)" in done.stdout
+    assert "delete" not in cloud.verbs() and "create" not in cloud.verbs()
+    assert (cloud.notes / "slice").exists() == noted
+
+
+def test_a_deletion_at_the_end_is_tried_again_and_its_failure_told(cloud):
+    cloud.note(maker="babysit")
+    label = always(["labels.disco-jax", 0, "secret"])
+    ready = always(["describe value(state)", 0, "READY"])
+    fails = ["tpu-vm delete", 1, "ERROR: no"]
+    cloud.answer(label, ready, rc(0), fails)
+    done = cloud.run("babysit")
+    assert done.returncode == 0 and cloud.verbs().count("delete") == 2
+    assert "is deleted" in done.stdout and not (cloud.notes / "slice").exists()
+    cloud.note(maker="babysit")
+    cloud.answer(label, ready, rc(3), always(fails))
+    done = cloud.run("babysit")
+    assert done.returncode == 3 and (cloud.notes / "slice").exists()
+    assert "stays (it could not be deleted), and billing goes on" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupted_babysitter_deletes_nothing_and_says_what_to_do(cloud, number, code):
+    cloud.note(maker="babysit")
+    cloud.answer(READY, rc("running"))
+    ended, said = cloud.interrupt(number, "babysit", "--config=disco", "--config.name=a b")
+    assert ended == code and "its run goes on, and so does billing" in said
+    assert "delete" not in cloud.verbs() and (cloud.notes / "slice").exists()
+    deletion, goes_on = (line for line in said.splitlines() if "launch/tpu.sh" in line)
+    cloud.answer(READY, rc(0), *OWN[:1], ["labels.disco-jax", 0, "secret"])
+    pasted = cloud.paste(f"POLL_S=0 {goes_on}")
+    assert pasted.returncode == 0 and cloud.verbs().count("delete") == 1, pasted.stderr
+    asked = [w for _, verb, words in cloud.calls() if verb == "ssh" for w in words]
+    assert any("--config.name=a" in word for word in asked)  # it watches the same run
+    assert deletion.endswith("launch/tpu.sh delete ")
+
+
+def test_a_babysitter_that_is_interrupted_before_it_made_anything_says_so(cloud):
+    cloud.answer(ABSENT, ABSENT, ["create", 1, "ERROR: no capacity"], ABSENT)
+    ended, said = cloud.interrupt(signal.SIGTERM, "babysit", after=4)
+    assert ended == 143 and "No slice was made" in said and "launch/tpu.sh delete" not in said
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        (1,), (75, 75), (134, 137), (0, 134), (255,), (139, 134), ("none", 134), (137, 1),
+        # What the others make of a machine that was lost, whatever they take it for.
+        (2, "none"), (2, 137), (3, 143), (2, 129, 134),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_run_starts_again_whatever_a_lost_machine_leaves(cloud, codes):
+    cloud.note()
+    cloud.answer(READY, rc(*codes), READY, rc(0, 0))
+    done = cloud.run("babysit")
+    assert done.returncode == 0 and "Starting the run" in done.stdout, done.stderr
+    assert cloud.verbs().count("scp") == 1
+
+
+def test_a_run_that_still_ends_on_one_machine_is_waited_for(cloud):
+    cloud.note()
+    cloud.answer(READY, rc(134, "running"), READY, rc(134, 1), READY, rc(0, 0))
+    done = cloud.run("babysit")
+    assert done.returncode == 0 and cloud.verbs().count("scp") == 1
+
+
+def test_runs_that_fail_at_once_end_the_babysitter(cloud):
+    cloud.note()
+    cloud.answer(always(READY), always(rc(1)))
+    done = cloud.run("babysit", MAX_QUICK="3")
+    assert done.returncode == 4 and "3 runs in a row failed within 600 s (last: 1)" in done.stderr
+    assert cloud.verbs().count("scp") == 3
+    cloud.answer(*[READY, rc(75)] * 5, READY, rc(0))
+    assert cloud.run("babysit", MAX_QUICK="2").returncode == 0  # preemptions are no failures
+
+
+def test_a_machine_that_does_not_answer_for_long_is_lost(cloud):
+    silent = always(["ssh run.rc)", 255, "ERROR: connection timed out"])
+    cloud.answer(always(READY), silent)
+    done = cloud.run("babysit", MAX_UNREACHABLE="3")
+    assert done.returncode == 4 and "does not answer" in done.stderr
+    assert "delete" not in cloud.verbs()  # not its own
+    cloud.note(maker="babysit")
+    unreachable = ["ssh run.rc)", 255, "ERROR: connection timed out"]
+    label = ["labels.disco-jax", 0, "secret"]
+    again = READY, label, ABSENT, ABSENT, READY, rc(0), *OWN
+    cloud.answer(*[READY, unreachable] * 3, *again)
+    done = cloud.run("babysit", MAX_UNREACHABLE="3")
+    assert done.returncode == 0 and "making the slice anew" in done.stderr, done.stderr
+    assert [v for v in cloud.verbs() if v in ("create", "delete")] == ["delete", "create", "delete"]
 
 
 def test_a_lost_process_beside_one_that_is_done_is_no_end(cloud):
@@ -229,7 +445,7 @@ def test_the_babysitter_does_not_repeat_a_mistake(cloud, code, ends):
     cloud.answer(READY, ["ssh run.rc)", 0, f"rc=134\nrc={code}"])
     done = cloud.run("babysit")
     assert done.returncode == ends and "would not help" in done.stderr
-    assert cloud.verbs() == ["describe", "ssh"]
+    assert cloud.verbs() == ["describe", "ssh", "ssh"]  # the last one shows the logs
 
 
 def test_the_babysitter_gives_up_after_so_many_restarts(cloud):
@@ -251,17 +467,18 @@ def test_the_babysitter_waits_for_a_queue_and_asks_again_when_it_fails(cloud):
         ABSENT,
         READY,
         ["ssh run.rc)", 0, "rc=0"],
+        *OWN,
     )
     done = cloud.run("babysit", PROVISION="queued-spot")
     assert done.returncode == 0, done.stderr
     changes = [(g, v) for g, v, _ in cloud.calls() if v in ("create", "delete")]
-    assert changes == [("queued-resources", "delete"), ("queued-resources", "create")]
+    assert changes == [("queued-resources", verb) for verb in ("delete", "create", "delete")]
 
 
 def test_no_capacity_is_no_reason_to_give_up(cloud):
     cloud.answer(
         ABSENT, ABSENT, ["create", 1, "ERROR: no capacity"], ABSENT,
-        ABSENT, ABSENT, ["create", 0, ""], READY, ["ssh run.rc)", 0, "rc=0"],
+        ABSENT, ABSENT, ["create", 0, ""], READY, ["ssh run.rc)", 0, "rc=0"], *OWN,
     )  # fmt: skip
     done = cloud.run("babysit")
     assert done.returncode == 0, done.stderr
@@ -270,8 +487,11 @@ def test_no_capacity_is_no_reason_to_give_up(cloud):
 
 @pytest.mark.parametrize(
     "words",
-    ["create", "setup", "run --config=disco", "logs 3", "fetch here", "list", "delete", "babysit"],
-)
+    [
+        "create", "setup", "run --config=disco", "logs 3", "status", "fetch here", "list",
+        "delete", "babysit",
+    ],
+)  # fmt: skip
 def test_a_dry_run_prints_what_a_shell_could_run_and_does_nothing(cloud, words):
     done = cloud.run("--dry-run", *words.split())
     assert done.returncode == 0 and not cloud.calls() and not cloud.notes.exists(), done.stderr
@@ -280,13 +500,33 @@ def test_a_dry_run_prints_what_a_shell_could_run_and_does_nothing(cloud, words):
     assert ran.returncode == 0 and ran.stdout.startswith("one"), ran.stderr
 
 
+@pytest.mark.parametrize(
+    "maker, keep, expected",
+    [
+        (None, "", ["create", "scp", "ssh", "ssh", "delete"]),
+        (None, "1", ["create", "scp", "ssh", "ssh"]),
+        ("babysit", "", ["scp", "ssh", "ssh", "delete"]),
+        ("create", "", ["scp", "ssh", "ssh"]),
+    ],
+)
+def test_a_dry_run_prints_what_babysit_would_do(cloud, maker, keep, expected):
+    if maker:
+        cloud.note(maker=maker)
+    done = cloud.run("--dry-run", "babysit", "--config=disco", KEEP=keep)
+    assert done.returncode == 0 and not cloud.calls(), done.stderr
+    say = "gcloud() { echo $4; }; git() { :; }; "
+    ran = subprocess.run(["bash", "-euc", say + done.stdout], capture_output=True, text=True)
+    assert ran.stdout.split() == expected
+    assert (cloud.notes / "slice").exists() == bool(maker)
+
+
 def test_other_commands_ask_for_what_they_say(cloud):
     cloud.run("logs", "3")
     assert {"--worker=3", "--command=tail -n 100 -F run.log"} <= set(cloud.calls()[-1][2])
     cloud.run("fetch", str(cloud.folder / "there"))
     assert cloud.calls()[-1][2][:3] == ["storage", "rsync", "--recursive"]
     cloud.answer(READY, ["ssh run.rc)", 0, "rc=running\nrc=75"])
-    assert cloud.run("status").stdout.splitlines() == ["slice: READY", "run: 75"]
+    assert cloud.run("status").stdout.splitlines() == ["slice: READY", "run: running"]
 
 
 @pytest.mark.parametrize(
@@ -371,13 +611,46 @@ def test_a_sweep_is_shared_among_slices(cloud):
     assert asked == {"slice-0", "slice-1"}
 
 
+def test_a_sweep_deletes_each_slice_that_it_made_once(cloud):
+    for i in (0, 1):
+        cloud.note(maker="babysit", name=f"slice-{i}")
+    cloud.answer(
+        always(["slice-1 run.rc)", 0, "rc=3"]),
+        always(["run.rc)", 0, "rc=0"]),
+        always(["describe value(state)", 0, "READY"]),
+        always(["labels.disco-jax", 0, "secret"]),
+    )
+    settings = dict(script="sweep.sh", LOGS_DIR=str(cloud.folder / "logs"))
+    assert cloud.run("2", "--config=sweeps/seed", KEEP="1", **settings).returncode == 3
+    assert "delete" not in cloud.verbs()
+    assert cloud.run("2", "--config=sweeps/seed", **settings).returncode == 3
+    deleted = [words[4] for _, verb, words in cloud.calls() if verb == "delete"]
+    assert sorted(deleted) == ["slice-0", "slice-1"] and not list(cloud.notes.iterdir())
+
+
+def test_an_interrupted_sweep_ends_its_babysitters_and_says_what_to_do(cloud):
+    for i in (0, 1):
+        cloud.note(maker="babysit", name=f"slice-{i}")
+    cloud.answer(always(["run.rc)", 0, "rc=running"]), always(["describe state", 0, "READY"]))
+    logs = cloud.folder / "logs"
+    words = "2", "--config=sweeps/seed"
+    code, said = cloud.interrupt(
+        signal.SIGTERM, *words, script="sweep.sh", after=4, LOGS_DIR=str(logs)
+    )
+    assert code == 143 and "delete" not in cloud.verbs()
+    for i in (0, 1):
+        assert "Interrupted" in (logs / f"slice-{i}.log").read_text()
+        assert any(f"NAME=slice-{i}" in x and "tpu.sh delete" in x for x in said.splitlines())
+    assert "launch/sweep.sh 2 --config=sweeps/seed" in said.splitlines()[-1]
+
+
 def test_a_dry_run_of_a_sweep_prints_each_share(cloud):
     done = cloud.run("--dry-run", "2", "--config=sweeps/seed", script="sweep.sh")
     assert done.returncode == 0, done.stderr
     assert not cloud.calls()
     for i in (0, 1):
         assert f"slice-{i}" in done.stdout and f"--worker={i}" in done.stdout
-    assert done.stdout.count("--workers=2") == 2
+    assert sum("--workers=2" in line for line in done.stdout.splitlines()) == 2
     assert "sweep --distributed" in done.stdout.replace("\\", "")
     for words in ((), ("0",), ("two",)):
         refused = cloud.run(*words, script="sweep.sh")

@@ -1,18 +1,26 @@
-"""What stands around the pickle of a PyTorch checkpoint: storages, tensors, zip archives.
+"""What stands around the pickle of a PyTorch checkpoint: files, storages, tensors, zip archives.
 
 Nothing here unpickles (`disco_jax.convert.machine` does), and nothing allocates more than the file
 holds. `Refused` completes a sentence that begins with the path of the file.
 """
 
+import contextlib
+import io
 import math
+import mmap
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
+
+from disco_jax.convert.text import shown
+from disco_jax.errors import UserError
 
 # torch.<name> of every element type that is read; all files are little-endian.
 DTYPES = {
@@ -44,6 +52,45 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, lengt
 
 class Refused(Exception):
     """Why a file is not read: the rest of a sentence that begins with its path."""
+
+
+@contextlib.contextmanager
+def told_of(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, whatever goes wrong is a `UserError` that begins with the path of the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Refused as error:
+        raise UserError(f"{path} {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except Exception as error:  # files break in as many ways as there are bytes
+        raise UserError(
+            f"{path} is damaged or cut off ({type(error).__name__}: {shown(error)})."
+        ) from error
+
+
+def opened(path: str | os.PathLike) -> Any:
+    """The content of a file, in memory only where it is read if the file is a local one.
+
+    Returns:
+      An open file: `view` gives its bytes.
+    """
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"{path} is not a file.")
+    if not os.path.isfile(file):
+        return io.BytesIO(file.read_bytes())
+    if not os.path.getsize(file):
+        raise Refused("is empty.")
+    with open(file, "rb") as local:
+        return mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def view(file: Any) -> memoryview:
+    """The bytes of a file from `opened`."""
+    return file.getbuffer() if isinstance(file, io.BytesIO) else memoryview(file)
 
 
 class StorageId(NamedTuple):

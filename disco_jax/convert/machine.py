@@ -6,6 +6,7 @@ strings, tensors and arrays, calls the functions of `disco_jax.convert.rebuild` 
 inert `Stub` of an object of any other class.
 """
 
+import pickle
 import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -13,7 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from disco_jax.convert.archive import STORAGES, Refused, StorageId
-from disco_jax.convert.rebuild import LATER, Global, Stub, atoms, fill, find, pairs, shown
+from disco_jax.convert.rebuild import LATER, Global, Stub, atoms, fill, find, pairs
+from disco_jax.convert.text import shown
+
+_MOST_STUBS = 100_000  # whole models have some thousands; each costs time
 
 
 class Machine:
@@ -30,6 +34,7 @@ class Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[Any, Any] = {}
+        self._stubs = 0
         self.unfilled: dict[int, np.ndarray] = {}  # arrays of which only the class is known yet
 
     def spend(self, size: int) -> None:
@@ -38,30 +43,45 @@ class Machine:
         if self._left < 0:
             raise Refused("unpacks to far more than its size.")
 
+    def stub(self, name: str) -> Stub:
+        """An object of a class that is not known."""
+        self._stubs += 1
+        if self._stubs > _MOST_STUBS:
+            raise Refused(
+                f"holds more than {_MOST_STUBS:,} objects of classes that are not known, such as "
+                f"{shown(name)}: save the state_dict() of the model alone."
+            )
+        return Stub(name)
+
     def run(self, file: BinaryIO) -> Any:
         """The object of the pickle; the file is left behind it."""
-        for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
-            if name == "STOP":
-                break
-            if name in _ARGUMENTS:
-                self._stack.append(argument)
-            elif name in _CONSTANTS:
-                self._stack.append(_CONSTANTS[name]())
-            elif name in _STEPS:
-                _STEPS[name](self)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self._memo[argument] = self._stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self._stack.append(self._memo[argument])
-            elif name == "GLOBAL":
-                module, called = str(argument).split(" ", 1)
-                self._stack.append(find(module, called))
-            elif name not in ("PROTO", "FRAME"):
-                raise Refused(f"has the pickle opcode {name}, which no checkpoint has a use for.")
+        # One look-up an opcode: a file of a few megabytes can have millions of them.
+        following, read = _FOLLOWING, file.read
+        while (code := read(1)) != _STOP:
+            if code not in following:
+                raise ValueError(f"the opcode {code!r} is unknown" if code else "it does not end")
+            argument, step = following[code]
+            if argument is None:
+                step(self)
+            else:
+                step(self, argument(file))
         if self.unfilled:
             raise Refused("is damaged: it has an array without content.")
         return self._stack.pop()
+
+    def push(self, item: Any) -> None:
+        self._stack.append(item)
+
+    def put(self, place: int) -> None:
+        self._memo[place] = self._stack[-1]
+
+    def get(self, place: int) -> None:
+        self._stack.append(self._memo[place])
+
+    def name(self, text: str) -> None:
+        """The class or function of an opcode that has "module name" as its argument."""
+        module, called = text.split(" ", 1)
+        self._stack.append(find(module, called))
 
     def mark(self) -> None:
         self._marks.append(len(self._stack))
@@ -98,7 +118,10 @@ class Machine:
         self._memo[len(self._memo)] = self._stack[-1]
 
     def named(self) -> None:
-        self._stack.append(find(*self.pop(2)))
+        module, called = self.pop(2)
+        if type(module) is not str or type(called) is not str:
+            raise Refused("is damaged: the name of a class is no text.")
+        self._stack.append(find(module, called))
 
     def persistent(self) -> None:
         """An object that lies outside of the pickle: a storage, or a module with its source."""
@@ -138,7 +161,7 @@ class Machine:
             raise Refused("is damaged: it gives a state to something that can have none.")
 
 
-# Opcodes that put their argument on the stack, that put something new there, and the others.
+# Opcodes that put their argument on the stack, those that put something new there, and others.
 _ARGUMENTS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
@@ -153,7 +176,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
-_STEPS: dict[str, Callable[[Machine], Any]] = {
+_STEPS: dict[str, Callable[..., Any]] = {
     "MARK": Machine.mark,
     "POP": lambda machine: machine.pop(1),
     "POP_MARK": Machine.pop,
@@ -176,4 +199,35 @@ _STEPS: dict[str, Callable[[Machine], Any]] = {
     "NEWOBJ": Machine.reduce,
     "NEWOBJ_EX": lambda machine: machine.reduce(3),
     "BUILD": Machine.build,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Machine.get),
+    "GLOBAL": Machine.name,
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
+}
+
+
+def _follow(name: str) -> Callable[..., Any]:
+    """What the machine does at an opcode, called with its argument if it has one."""
+    if name in _ARGUMENTS:
+        return Machine.push
+    if name in _CONSTANTS:
+        return lambda machine: machine.push(_CONSTANTS[name]())
+    return _STEPS.get(name) or _refuse(name)
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(machine: Machine, argument: Any = None) -> None:
+        raise Refused(f"has the pickle opcode {name}, which no checkpoint has a use for.")
+
+    return refuse
+
+
+_STOP = pickle.STOP
+# Opcode -> (what reads its argument, None if it has none; what the machine does).
+_FOLLOWING: dict[bytes, tuple[Callable[[BinaryIO], Any] | None, Callable[..., Any]]] = {
+    opcode.code.encode("latin-1"): (
+        opcode.arg.reader if opcode.arg else None,
+        _follow(opcode.name),
+    )
+    for opcode in pickletools.opcodes
 }

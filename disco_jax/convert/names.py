@@ -101,12 +101,18 @@ def torchvision_resnet(net: Any) -> Iterator[Name]:
             yield Name(f"{block}.downsample.1", f"{ours}/downsample_bn", "batch_norm")
 
 
-def sequential_resnet(net: Any) -> Iterator[Name]:
-    """SSLight's: torchvision's children in a row, counted with the activation and the pool."""
+def lightly_resnet(net: Any) -> Iterator[Name]:
+    """Lightly's: torchvision's children in a row, counted with the activation and the pool."""
     place = {"conv1": "0", "bn1": "1", **{f"layer{n}": str(n + 3) for n in range(1, 5)}}
     for name in torchvision_resnet(net):
         first, dot, rest = name.theirs.partition(".")
-        yield name._replace(theirs=f"encoder.{place[first]}{dot}{rest}")
+        yield name._replace(theirs=f"{place[first]}{dot}{rest}")
+
+
+def sequential_resnet(net: Any) -> Iterator[Name]:
+    """SSLight's: the same under another name."""
+    for name in lightly_resnet(net):
+        yield name._replace(theirs=f"encoder.{name.theirs}")
 
 
 def tensorflow_resnet(net: Any) -> Iterator[Name]:
@@ -294,7 +300,8 @@ def timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             key = key.replace("pos_embed.token_projection", "pos_embeder.token_projection")
             renamed[key] = value
     for key, found in split.items():
-        if set(found) == set("qkv"):
+        fit = len({part.shape[1:] for part in found.values() if part.ndim}) == 1
+        if set(found) == set("qkv") and fit and all(part.ndim for part in found.values()):
             renamed[key] = np.concatenate([found[part] for part in "qkv"])
     return renamed
 
@@ -370,6 +377,7 @@ LAYOUTS = (
     Layout(
         "sequential_resnet", ("encoder.0.weight", "encoder.4.0.conv1.weight"), sequential_resnet
     ),
+    Layout("lightly_resnet", ("0.weight", "4.0.conv1.weight"), lightly_resnet),
     Layout("tensorflow_resnet", ("conv2d.weight", "conv2d_1.weight"), tensorflow_resnet),
     Layout(
         "detectron2_resnet", ("stem.conv1.weight", "res2.0.conv1.norm.weight"), detectron2_resnet

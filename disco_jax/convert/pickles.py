@@ -5,7 +5,6 @@ Nothing in a file is executed: see `disco_jax.convert.machine`.
 
 import io
 import itertools
-import mmap
 import os
 import struct
 import zipfile
@@ -23,11 +22,14 @@ from disco_jax.convert.archive import (
     Refused,
     StorageId,
     dense,
+    opened,
     stream,
     tensor,
+    told_of,
+    view,
 )
 from disco_jax.convert.machine import Machine
-from disco_jax.convert.rebuild import LATER, Stub, shown
+from disco_jax.convert.rebuild import LATER, Stub
 from disco_jax.errors import UserError
 
 __all__ = ["Stub", "read", "write"]
@@ -54,33 +56,12 @@ def read(path: str | os.PathLike) -> Any:
     Raises:
       UserError: no such file; one that is damaged, of another format or wants to run something.
     """
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"{path} is not a file.")
-    try:
-        return _flat(_parse(_open(file)))
-    except Refused as error:
-        raise UserError(f"{path} {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    except Exception as error:  # pickles and archives break in as many ways as there are bytes
-        raise UserError(
-            f"{path} is damaged or cut off ({type(error).__name__}: {shown(error)})."
-        ) from error
-
-
-def _open(path: epath.Path) -> Any:
-    """The content of a file, in memory only where it is read if the file is a local one."""
-    if not os.path.isfile(path):
-        return io.BytesIO(path.read_bytes())
-    if not os.path.getsize(path):
-        raise Refused("is empty.")
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with told_of(path):
+        return _flat(_parse(opened(path)))
 
 
 def _parse(file: Any) -> Any:
-    buffer = file.getbuffer() if isinstance(file, io.BytesIO) else memoryview(file)
+    buffer = view(file)
     if buffer[:4] == b"PK\3\4":
         members = Archive(file, buffer)
         pickled = io.BytesIO(members.member("data.pkl"))
@@ -118,7 +99,7 @@ def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
             raise Refused(f"is damaged: storage {name.key!a} has two types.")
         return LATER
 
-    def view(name: StorageId) -> np.ndarray:
+    def part(name: StorageId) -> np.ndarray:
         storage = storages[name.key]
         if len(storage) != name.length:
             raise Refused(f"is damaged: storage {name.key!a} has another size.")
@@ -132,7 +113,7 @@ def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
     dtypes = {key: name.dtype for key, name in named.items()}
     storages = stream(buffer, file.tell(), keys, dtypes)
     file.seek(start)
-    return Machine(view, len(buffer)).run(file)
+    return Machine(part, len(buffer)).run(file)
 
 
 def _no_storage(name: StorageId) -> Any:

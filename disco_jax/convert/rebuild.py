@@ -4,6 +4,7 @@ The functions take the machine that follows the pickle, which limits what they m
 arguments that the file gives.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -14,10 +15,16 @@ from typing import Any, Literal
 import numpy as np
 
 from disco_jax.convert.archive import DTYPES, STORAGES, Refused, proper, tensor
+from disco_jax.convert.text import shown
 
 LATER = object()  # instead of a storage or tensor, while only the types of storages are wanted
 _SIMPLE = re.compile(r"[biufc?SU]\d*")  # dtypes of numbers and of strings
 _LONGEST = 300  # of names, in characters
+_CLASS = re.compile("[A-Z][A-Za-z0-9_]*")
+# Packages whose classes may do more than hold values.
+_KNOWN_PACKAGES = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
+# Element types of PyTorch whose numbers mean nothing without a scale, or that NumPy does not have.
+_UNREAD = re.compile(r"float[48]_\w+|u?int[1-7]|qu?int\d\w*|complex32|bits\d\w*|QU?Int\w*Storage")
 
 
 class Stub:
@@ -43,20 +50,16 @@ class Global(Stub):
 
     def __init__(self, name: str, call: Callable | None = None):
         super().__init__(name)
-        self.call = call or (lambda machine, *args: Stub(name))
+        self.call = call or (lambda machine, *args: machine.stub(name))
 
 
 # What may be a key of a dict or in a set: hashing nested tuples can take forever.
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), np.generic, Stub)
 
 
-def shown(value: Any) -> str:
-    """Text of the file, or of an error about it, for a message."""
-    return ascii(str(value))[1:-1][:120]
-
-
+@functools.lru_cache(maxsize=4096)  # a file may name a class for each of its objects
 def find(module: str, name: str) -> Any:
-    """What a pickle means by the name of a class or function.
+    """What a pickle means by the name of a class or function; equal names give the same object.
 
     Raises:
       Refused: for what is neither known nor an object of a class that can be left alone.
@@ -70,24 +73,33 @@ def find(module: str, name: str) -> Any:
         return Global(full, _CALLS.get(full))
     if module == "torch" and name in DTYPES:
         return full
-    package = module.split(".")[0]
-    foreign = package not in (*sys.stdlib_module_names, "torch", "numpy")
-    if re.fullmatch("[A-Z][A-Za-z0-9_]*", name) and (foreign or module.startswith(_INERT)):
+    foreign = module.partition(".")[0] not in _KNOWN_PACKAGES
+    if _CLASS.fullmatch(name) and (foreign or module.startswith(_INERT)):
         return Global(full)
+    if module in ("torch", "torch.cuda") and _UNREAD.fullmatch(name):
+        raise Refused(
+            f"holds numbers of the type {full}, which are not read: save the weights as float32, "
+            "float16 or bfloat16."
+        )
     if full.startswith("torch._utils._rebuild"):
         raise Refused(f"holds a tensor of a kind that is not supported ({shown(full)}).")
     raise Refused(
-        f"wants to run {shown(full)}: nothing was run, and the file should not be trusted."
+        f"wants to run {shown(full)}: nothing was run, and the file should not be trusted. Of a "
+        "model that you made yourself, save model.state_dict() instead."
     )
 
 
 def atoms(items: Iterable) -> list:
     """The same items, which can be keys."""
     items = list(items)
-    parts = itertools.chain.from_iterable(i if type(i) is tuple else (i,) for i in items)
-    if not all(isinstance(part, _ATOMS) for part in parts):
-        raise Refused("is damaged: it uses a container as a key.")
+    for item in items:
+        if type(item) is not str and not all(isinstance(part, _ATOMS) for part in _parts(item)):
+            raise Refused("is damaged: it uses a container as a key.")
     return items
+
+
+def _parts(item: Any) -> tuple:
+    return item if type(item) is tuple else (item,)
 
 
 def pairs(items: Sequence) -> Iterable[tuple]:
@@ -224,7 +236,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "collections.Counter": _mapping,
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": lambda machine, factory=None, *items: _mapping(machine, *items),
-    "copyreg._reconstructor": lambda machine, kind, base, state: Stub(kind.name),
+    "copyreg._reconstructor": lambda machine, kind, base, state: machine.stub(kind.name),
     "numpy._core.multiarray._reconstruct": _unfilled,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy._core.numeric._frombuffer": _from_buffer,
@@ -249,4 +261,4 @@ _NAMES = {
 # What Python 2 calls them.
 _OLD_NAMES = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
 # Where PyTorch has classes whose objects are stored in checkpoints, but are no weights.
-_INERT = ("torch.nn.modules.", "torch.optim.")
+_INERT = ("torch.nn.modules.", "torch.nn.parallel.", "torch.optim.")

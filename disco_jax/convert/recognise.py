@@ -1,15 +1,19 @@
 """What a state dict holds: where its network stands, of which family, architecture and head."""
 
 import dataclasses
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from disco_jax import errors, models
+from disco_jax.convert import heads
+from disco_jax.convert.heads import Head
 from disco_jax.convert.names import LAYOUTS, Layout
 from disco_jax.convert.shapes import backbone_spec
+from disco_jax.convert.text import listed, shown
 
 State = Mapping[str, np.ndarray]
 
@@ -49,24 +53,23 @@ PLACES = (
     Place("module."),  # SwAV, CompRess
     Place(""),
 )
+# Where a training keeps copies of its network, which are not what it is about.
+_COPIES = re.compile(r"momentum|ema(_|$)|(^|_)(target|k|key)(_|$)")
+# Modules beside a network, or in it, that belong to its training: copies, predictors, classifiers
+# that look at it, memories, losses (Barlow Twins' begins with a BatchNorm).
+_OF_TRAINING = re.compile(
+    r"bn|(\w+_)?(momentum|ema|target|teacher|student|online|predictor|prediction_head|encoder_[qk]"
+    r"|criterion|loss\w*|queue\w*|memory\w*|metrics?|data_preprocessor|normalizer)(_\w+)?"
+)
 # Layouts that one family alone has.
 _OWN_LAYOUTS = {
     "sequential_resnet": "sslight",
+    "lightly_resnet": "lightly",
     "sslight_mobilenetv2": "sslight",
     "seed_mobilenetv3": "seed",
     "tensorflow_resnet": "simclr",
 }
 
-# Sequences of linear and BatchNorm layers that end a network, by the name they stand under.
-_HEADS = (
-    "fc",
-    "classifier",
-    "projection_head",
-    "head.projection.mlp",
-    "head.mlp",
-    "head.linear",
-    "head",
-)
 FAMILIES = (
     "moco_v1",
     "moco_v2",
@@ -82,6 +85,13 @@ FAMILIES = (
     "compress",
     "simreg",
     "sslight",
+    "moco_v3",
+    "simsiam",
+    "vicreg",
+    "barlow_twins",
+    "lightly",
+    "solo_learn",
+    "openmmlab",
     "torchvision",
     "timm",
 )
@@ -127,24 +137,14 @@ _FAMILY_ALIASES = {
     "selav2": "deepcluster_v2",
     "sela_v2": "deepcluster_v2",
     "xcit": "dino",
+    "mocov3": "moco_v3",
+    "barlow": "barlow_twins",
+    "barlowtwins": "barlow_twins",
+    "solo": "solo_learn",
+    "sololearn": "solo_learn",
+    "mmselfsup": "openmmlab",
+    "mmpretrain": "openmmlab",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A projection head in a state dict.
-
-    Attributes:
-      root: what its keys start with, behind the network's prefix.
-      linear: the names of its linear layers behind the root, in order; ("",) for a single one.
-      norm: of its BatchNorm layers.
-      prototypes: the names of the layers of prototypes behind the network's prefix.
-    """
-
-    root: str = ""
-    linear: tuple[str, ...] = ()
-    norm: tuple[str, ...] = ()
-    prototypes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,12 @@ class Recognised:
 
 
 def recognise(
-    state: State, source: str, family: str = "", arch: str = "", prefix: str | None = None
+    state: State,
+    source: str,
+    family: str = "",
+    arch: str = "",
+    prefix: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Recognised:
     """Tells what a state dict holds from its keys and shapes.
 
@@ -183,6 +188,7 @@ def recognise(
       arch: a backbone of ours, or a usual alias of one; "": from the shapes.
       prefix: where the network stands, e.g. "module.teacher_encoder_q."; None: the network that
         the checkpoint is about.
+      allow: patterns of keys that may be left over: a head that is none of ours among them.
 
     Raises:
       UserError: when nothing known is there, or a name given is not known.
@@ -199,9 +205,12 @@ def recognise(
     family = plain or _family(state, place, layout, head)
     if family == "byol" and found["backbone"] == "resnet50":
         found["backbone"] = "resnet50_same"
-    return Recognised(
-        family, place, layout, head, {**found, **_head_spec(state, place, head, family)}
-    )
+    _check_attention(found["backbone"], family, source)
+    network = under(state, place.head or place.prefix)
+    if reason := heads.problem(network, head, family):
+        head = _without(network, place, head, allow, source, reason)
+    of_head = heads.spec(network, under(state, place.prefix), head, family)
+    return Recognised(family, place, layout, head, {**found, **of_head})
 
 
 def under(state: State, prefix: str) -> dict[str, np.ndarray]:
@@ -215,22 +224,35 @@ def under(state: State, prefix: str) -> dict[str, np.ndarray]:
 
 def networks(state: State) -> dict[str, str]:
     """prefix -> layout of every network in a state dict, whatever it is for."""
-    found = {}
+    found: dict[str, str] = {}
     for layout in LAYOUTS:
         first = layout.signature[0]
         for key in state:
             if key == first or key.endswith("." + first):
                 prefix = key.removesuffix(first)
-                if prefix not in found and all(prefix + k in state for k in layout.signature):
+                outer = prefix.removesuffix("encoder.")  # of SSLight's, which has all of Lightly's
+                if found.keys() & {prefix, outer}:
+                    continue
+                if _fits(state, prefix, layout):
                     found[prefix] = layout.name
     return found
 
 
+def of_training(name: str) -> bool:
+    """Whether a module beside a network is known to serve its training alone."""
+    return _OF_TRAINING.fullmatch(name) is not None
+
+
 def _layout(state: State, prefix: str) -> Layout | None:
-    for layout in LAYOUTS:
-        if all(prefix + key in state for key in layout.signature):
-            return layout
-    return None
+    return next((layout for layout in LAYOUTS if _fits(state, prefix, layout)), None)
+
+
+def _fits(state: State, prefix: str, layout: Layout) -> bool:
+    """Whether a layout's signature is there; of its arrays the first is a layer's weight."""
+    first = state.get(prefix + layout.signature[0])
+    if first is None or first.ndim != 4 or not first.size:
+        return False
+    return all(prefix + key in state for key in layout.signature)
 
 
 def _place(state: State, source: str, prefix: str | None) -> tuple[Place, Layout]:
@@ -240,27 +262,40 @@ def _place(state: State, source: str, prefix: str | None) -> tuple[Place, Layout
         if layout:
             return place, layout
     found = networks(state)
-    if prefix is None and len(found) == 1:
-        (only,) = found
+    own = [name for name in found if not any(map(_COPIES.search, name.split(".")))] or [*found]
+    if prefix is None and len(own) == 1:
+        (only,) = own
         layout = _layout(state, only)
         assert layout is not None  # it was found there
-        return Place(only), layout
+        outer = only.removesuffix("backbone.")
+        return Place(outer, only.removeprefix(outer)), layout
     if found:
         raise errors.UserError(
-            f"{source} holds networks under {', '.join(map(repr, sorted(found)))}; say which one "
-            "with prefix=."
+            f"{source} holds networks under {listed(map(repr, sorted(found)), 20)}; choose one "
+            "with --prefix (of disco-jax import)."
         )
-    some = ", ".join(sorted(state)[:5]) or "none"
+    some = listed(sorted(state)) or "none"
     raise errors.UserError(
         f"{source} does not hold a network that is known: {len(state)} arrays, among them {some}. "
         f"Known layouts: {', '.join(layout.name for layout in LAYOUTS)}."
     )
 
 
+def _check_attention(backbone: str, family: str, source: str) -> None:
+    """Refuses a ViT that divides its width among other heads of attention than ours."""
+    if family == "moco_v3" and backbone.startswith("vit_small"):
+        raise errors.UserError(
+            f"{source} holds MoCo-v3's ViT-S, which has 12 heads of attention and {backbone} has "
+            "6: the same weights compute something else, and are not read."
+        )
+
+
 def _family(state: State, place: Place, layout: Layout, head: Head) -> str:
     """Which code base wrote the checkpoint; between those that look the same, the likeliest."""
     if place.family or layout.name in _OWN_LAYOUTS:
         return place.family or _OWN_LAYOUTS[layout.name]
+    if by_head := _family_of_head(state, place, head):
+        return by_head
     if any(key.startswith("module.teacher_encoder_q.") for key in state):
         return "disco"
     if place.prefix.endswith("encoder_q."):
@@ -275,7 +310,7 @@ def _family(state: State, place: Place, layout: Layout, head: Head) -> str:
         return "swav"
     if any(key.endswith("last_layer.weight_v") for key in state) or layout.name == "xcit":
         return "dino"
-    if place.prefix == "module." and len(state.get("module.fc.weight", ())) != 1000:
+    if place.prefix == "module." and "fc" not in head.classifiers:
         return "compress"
     if layout.name == "vit":
         return "timm" if "head.weight" in state else "dino"
@@ -300,76 +335,49 @@ def _bare(name: str) -> str:
     return re.sub(r"^tf_|_(seed|tv|same)$", "", name)
 
 
+def _family_of_head(state: State, place: Place, head: Head) -> str:
+    """Which code base calls a head or a network so; "": several do."""
+    if head.root == "projector" and place.prefix == "module.":
+        return "barlow_twins" if "module.bn.running_mean" in state else "vicreg"
+    if head.root == "projector" and not place.prefix:
+        return "solo_learn"
+    if head.root == "projection_head.layers":
+        return "lightly"
+    if head.root.startswith("neck"):
+        return "openmmlab"
+    if place.prefix.endswith("base_encoder."):
+        return "moco_v3"
+    beside = f"{place.prefix.removesuffix('encoder.')}predictor."
+    if place.prefix.endswith("encoder.") and any(key.startswith(beside) for key in state):
+        return "simsiam"
+    return ""
+
+
 def _head(state: State, place: Place, layout: Layout) -> Head:
     if place.head:
-        return _sequence(under(state, place.head), "")
-    network = under(state, place.prefix)
-    own = f"{place.backbone}classifier.0." if layout.name == "seed_mobilenetv3" else ""
-    if layout.name == "torchvision_mobilenetv3":
-        own = "classifier.0."  # the backbone's last layer
-    network = {k: v for k, v in network.items() if not own or not k.startswith(own)}
-    for root in _HEADS:
-        head = _sequence(network, root)
-        if head.linear:
-            return dataclasses.replace(head, prototypes=_prototypes(network))
-    return Head(prototypes=_prototypes(network))
-
-
-def _sequence(network: State, root: str) -> Head:
-    """The linear and BatchNorm layers under `root`, in the order of their numbers."""
-    if root == "head.linear":  # ReSSL numbers them from 1, without a dot
-        names = [f"{n}" for n in (1, 2) if f"head.linear{n}.weight" in network]
-        return Head(root, tuple(names))
-    start = f"{root}." if root else ""
-    if getattr(network.get(f"{start}weight"), "ndim", 0) == 2:
-        return Head(root, ("",))
-    pattern = re.compile(re.escape(start) + r"(\d+)\.weight")
-    found = {int(m[1]): v for k, v in network.items() if (m := pattern.fullmatch(k))}
-    ordered = sorted(found)
-    linear = tuple(f".{n}" if root else f"{n}" for n in ordered if found[n].ndim == 2)
-    norm = tuple(f".{n}" if root else f"{n}" for n in ordered if found[n].ndim == 1)
-    return Head(root, linear, norm)
-
-
-def _prototypes(network: State) -> tuple[str, ...]:
-    if "head.last_layer.weight_v" in network:
-        return ("head.last_layer",)
-    for single in ("prototypes", "head.prototypes"):
-        if f"{single}.weight" in network:
-            return (single,)
-    pattern = re.compile(r"(prototypes\.prototypes\d+)\.weight")
-    return tuple(sorted(m[1] for key in network if (m := pattern.fullmatch(key))))
-
-
-def _head_spec(state: State, place: Place, head: Head, family: str) -> dict[str, Any]:
-    """head, hidden, dim and prototypes of a head."""
-    network = under(state, place.head or place.prefix)
-    tail = under(state, place.prefix)
-    keys = ((f"{name}.weight_v", f"{name}.weight") for name in head.prototypes)
-    counts = tuple(len(tail[normed] if normed in tail else tail[plain]) for normed, plain in keys)
-    if not head.linear:
-        return {"head": "none", "hidden": 0, "dim": 128, "prototypes": counts, "adapter": 0}
-    first, last = (network[f"{head.root}{head.linear[i]}.weight"] for i in (0, -1))
-    kind = _head_kind(head, family)
-    hidden = 0 if len(head.linear) == 1 else len(first)
-    return {
-        "head": kind,
-        "hidden": hidden,
-        "dim": len(last),
-        "prototypes": counts,
-        "adapter": 0,
+        return heads.sequence(under(state, place.head), "")
+    own = {
+        "seed_mobilenetv3": (f"{place.backbone}classifier.0.",),
+        "torchvision_mobilenetv3": (f"{place.backbone}classifier.0.",),
     }
+    return heads.find(under(state, place.prefix), place.backbone, own.get(layout.name, ()))
 
 
-def _head_kind(head: Head, family: str) -> str:
-    layers, norms = len(head.linear), len(head.norm)
-    if layers == 4 and norms == 2:
-        return "regression"
-    if layers == 3 and head.root == "head.mlp":
-        return "dino_bn" if norms else "dino"
-    # SwAV's networks end on the unit sphere, inside DisCo's checkpoints too; SimCLR's in SEED do.
-    swav = head.root in ("projection_head", "head.projection.mlp")
-    unit = swav or bool(head.prototypes) or family == "simclr"
-    if norms:
-        return "swav" if unit else "mlp_bn"
-    return "mlp_unit" if unit else "mlp"
+def _without(
+    network: State, place: Place, head: Head, allow: Sequence[str], source: str, reason: str
+) -> Head:
+    """No head, where all that there is of it may be left over."""
+    start = head.root if head.root in ("", "head.linear") else f"{head.root}."
+    prefix = place.head or place.prefix
+    if all(allowed(prefix + key, allow) for key in network if key.startswith(start)):
+        return Head(classifiers=head.classifiers)
+    pattern = shown(f"{prefix}{start}*")
+    raise errors.UserError(
+        f"{source} has a head, {pattern}, that {reason}: leave it out with --allow '{pattern}' "
+        "(of disco-jax import)."
+    )
+
+
+def allowed(key: str, allow: Sequence[str]) -> bool:
+    """Whether a key matches one of some patterns."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in allow)

@@ -10,11 +10,13 @@ from etils import epath
 
 from disco_jax import errors
 from disco_jax.convert import names, pickles, table
-from disco_jax.convert.recognise import Head, Place
+from disco_jax.convert.heads import Head, is_class_count
+from disco_jax.convert.recognise import Place
 from disco_jax.errors import UserError
 from disco_jax.files import whole
 from disco_jax.models import BACKBONES
 from disco_jax.models.encoder import Encoder, Variables
+from disco_jax.models.heads import RegressionHead
 
 NAMINGS = ("timm", "torchvision", "moco", "detectron2")
 
@@ -174,7 +176,7 @@ def _head(encoder: Encoder, backbone: str, naming: str) -> Head:
     linear, norm = table.our_head(encoder)
     if not linear:
         return Head(prototypes=_prototypes(encoder))
-    if len(linear) == 4:  # SimReg's
+    if isinstance(encoder.head, RegressionHead):
         places: tuple[int, ...] = (0, 3, 4, 7)
         norms: tuple[int, ...] = (1, 5)
     else:
@@ -183,7 +185,7 @@ def _head(encoder: Encoder, backbone: str, naming: str) -> Head:
         norms = tuple(place + 1 for place in places[: len(norm)])
     return Head(
         _root(encoder, backbone, naming, len(linear)),
-        ("",) if len(linear) == 1 else tuple(f".{place}" for place in places),
+        ("",) if len(linear) == 1 and not norm else tuple(f".{place}" for place in places),
         tuple(f".{place}" for place in norms),
         _prototypes(encoder),
     )
@@ -191,10 +193,12 @@ def _head(encoder: Encoder, backbone: str, naming: str) -> Head:
 
 def _root(encoder: Encoder, backbone: str, naming: str, layers: int) -> str:
     """What the keys of the head start with, chosen so that reading the file recognises it."""
-    if layers == 3:
+    if layers > 2 and getattr(encoder.head, "activation", "relu") == "gelu":
         return "head.mlp"
     if encoder.normalised():
         return "projection_head"
+    if layers == 1 and is_class_count(encoder.head.dim):  # would be read as a classifier
+        return "projector"
     if backbone.startswith(("vit", "xcit")):
         return "head"
     if backbone.startswith("resnet") or backbone.endswith("_seed"):

@@ -53,9 +53,11 @@ def _resnet(state: State, layout: Layout) -> dict[str, Any] | None:
         if count != 53:
             return None
         return _wide("resnet50", width)
-    stage, first = {"sequential_resnet": ("encoder.", 4), "detectron2_resnet": ("res", 2)}.get(
-        layout.name, ("layer", 1)
-    )
+    stage, first = {
+        "sequential_resnet": ("encoder.", 4),
+        "lightly_resnet": ("", 4),
+        "detectron2_resnet": ("res", 2),
+    }.get(layout.name, ("layer", 1))
     sizes = tuple(n for n in (_count(state, f"{stage}{first + i}") for i in range(4)) if n)
     stem = state[layout.signature[0]]
     name = _RESNETS.get((sizes, f"{stage}{first}.0.conv3.weight" in state))
@@ -106,17 +108,20 @@ def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
 
 
 def _vit(state: State) -> dict[str, Any] | None:
-    width = state["cls_token"].shape[-1]
+    if any(np.ndim(state.get(key, 0)) != 3 for key in ("cls_token", "pos_embed")):
+        return None
     wanted = {
-        "width": width,
+        "width": state["cls_token"].shape[-1],
         "patch": state["patch_embed.proj.weight"].shape[-1],
         "depth": _count(state, "blocks"),
     }
-    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    grid = round(max(state["pos_embed"].shape[1] - 1, 0) ** 0.5)
     return _matching("vit", {"patch": 16, "depth": 12}, wanted, grid)
 
 
 def _xcit(state: State) -> dict[str, Any] | None:
+    if np.ndim(state.get("cls_token", 0)) != 3:
+        return None
     convs = len([k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)])
     wanted = {
         "width": state["cls_token"].shape[-1],

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from disco_jax.convert.heads import Head
 from disco_jax.convert.names import LEAVES, Layout, Leaf, Name
-from disco_jax.convert.recognise import Head, Place
+from disco_jax.convert.recognise import Place
 from disco_jax.models.encoder import Encoder
 
 
@@ -74,4 +75,5 @@ def our_head(encoder: Encoder) -> tuple[list[str], list[str]]:
         return ["hidden1", "out1", "hidden2", "out2"], ["hidden1_bn", "hidden2_bn"]
     layers = head.layers if head.hidden else 1
     hidden = [f"hidden{i}" if i > 1 else "hidden" for i in range(1, layers)]
-    return [*hidden, "out"], [f"{name}_bn" for name in hidden if head.batch_norm]
+    norms = [f"{name}_bn" for name in hidden if head.batch_norm]
+    return [*hidden, "out"], [*norms, *(["out_bn"] if head.out_norm else [])]

@@ -17,6 +17,7 @@ from disco_jax.data import base
 from disco_jax.data.crops import boxes, uniforms
 from disco_jax.data.decode import evaluated, resize
 from disco_jax.data.encoded import check_crops
+from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import UserError, unknown
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -43,8 +44,8 @@ class ArraySource:
 
         Args:
           splits: split -> (images, labels). Images are u8[N, H, W], u8[N, H, W, 1 or 3] or a
-            list of u8[H, W] and u8[H, W, 3]; labels are whole numbers [N] with -1 for unknown,
-            or None.
+            list of u8[H, W] and u8[H, W, 3]; labels are whole numbers [N] or [N, 1] with -1 for
+            unknown, or None.
           name: of the data set, for messages.
           num_classes: by default the largest label + 1, None where no image has a label.
           unreadable: names of what was left out.
@@ -54,7 +55,9 @@ class ArraySource:
         if not splits:
             raise UserError(f"{name} holds no split.")
         self.name = name
-        self.unreadable = list(unreadable)
+        self.unreadable = UnreadableNames(unreadable)
+        self.skipped = Skipped()
+        self.class_names: Sequence[str] = ()
         self._splits = {split: _checked(name, split, *pair) for split, pair in splits.items()}
         largest = max(labels.max(initial=-1) for _, labels in self._splits.values())
         self.num_classes = num_classes or int(largest) + 1 or None
@@ -64,9 +67,15 @@ class ArraySource:
     def from_npz(cls, path: str | os.PathLike, **kwargs) -> "ArraySource":
         """Reads `train_images`, `train_labels`, `test_images`, ... of an .npz file.
 
+        Arrays with other names are not used; `skipped` names them.
+
         Args:
           path: of the file; the labels of a split may be missing.
           **kwargs: of the constructor.
+
+        Raises:
+          UserError: no such file, none of its arrays are images, or they or their labels will not
+            do.
         """
         path = pathlib.Path(path)
         if not path.is_file():
@@ -82,7 +91,10 @@ class ArraySource:
                 f"{path} has no array named like train_images; it has: {', '.join(arrays) or '-'}."
             )
         splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
-        return cls(splits, **{"name": path.stem, **kwargs})
+        source = cls(splits, **{"name": path.stem, **kwargs})
+        for key in arrays.keys() - {f"{n}_{kind}" for n in names for kind in ("images", "labels")}:
+            source.skipped.add("named neither SPLIT_images nor SPLIT_labels", key)
+        return source
 
     @property
     def splits(self) -> list[str]:
@@ -93,6 +105,18 @@ class ArraySource:
         """The number of records of a split, all hosts together."""
         return len(self._split(split)[0])
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the number of images and a checksum of all values; see `base.Source`."""
+        images, labels = self._split(split)
+        blocks = [images] if isinstance(images, np.ndarray) else images
+        values = (np.ascontiguousarray(block).reshape(-1).data for block in (*blocks, labels))
+        return {
+            "images": len(images),
+            "pixels and labels (CRC-32)": base.checksum(
+                memoryview(value).cast("B") for value in values
+            ),
+        }
+
     def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
         """(place in the split, image, label or -1) of every record, in the stored order."""
         return self.chosen(split, range(self.count(split)))
@@ -101,6 +125,10 @@ class ArraySource:
         """The same of some records, in any order; see `base.Source`."""
         images, labels = self._split(split)
         return ((f"record {row}", images[row], int(labels[row])) for row in rows)
+
+    def part(self, split: str, count: int, seed: int) -> str:
+        """The split itself: its labels are in memory."""
+        return split
 
     def train(
         self,
@@ -210,6 +238,8 @@ def _mapper(images, size):
 def _checked(name, split, images, labels):
     """A split as (images, i32[N] labels)."""
     what = f"The split {split!r} of {name}"
+    if isinstance(images, np.ndarray) and images.ndim == 0:
+        raise UserError(f"{what} is one number, not an array of images.")
     if len(images) == 0:
         raise UserError(f"{what} holds no images.")
     if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[-1] == 1:
@@ -221,10 +251,27 @@ def _checked(name, split, images, labels):
                 f"{what} holds an image of type {image.dtype} and shape {image.shape}; images are "
                 "uint8, [H, W] or [H, W, 3], with values from 0 to 255."
             )
-    labels = np.full(len(images), -1) if labels is None else np.asarray(labels)
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        if 0 in image.shape:
+            raise UserError(f"{what} holds an image of shape {image.shape}, which has no pixels.")
+    return images, _labels(what, len(images), labels)
+
+
+def _labels(what: str, count: int, labels: Any) -> np.ndarray:
+    """i32[count]; -1 everywhere without labels."""
+    if labels is None:
+        return np.full(count, -1, np.int32)
+    labels = np.asarray(labels)
+    if labels.shape == (count, 1):  # as MedMNIST has them
+        labels = labels[:, 0]
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"{what} has {len(images)} images, but labels of type {labels.dtype} and shape "
+            f"{what} has {count} images, but labels of type {labels.dtype} and shape "
             f"{labels.shape}; labels are whole numbers, one an image."
         )
-    return images, labels.astype(np.int32)
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= base.MAX_CLASSES:
+        raise UserError(
+            f"{what} has the label {low if low < -1 else high}; labels go from 0 to "
+            f"{base.MAX_CLASSES - 1}, and -1 is for an image without one."
+        )
+    return labels.astype(np.int32)

@@ -6,17 +6,21 @@ a run has to save in order to read on as if it had never stopped.
 """
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from disco_jax.data.skips import Skipped, UnreadableNames, printable
 from disco_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _NAMES_SHOWN = 10  # of the unreadable records, in an error
+MAX_CLASSES = 2**24  # labels from there on are taken for a mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +69,16 @@ class Source(Protocol):
     Attributes:
       name: of the data set.
       num_classes: how many labels there are; None where nothing is labelled.
+      class_names: of the labels, in their order; () where they are numbers alone.
+      skipped: what lies in the place of the data set and is not used.
       unreadable: the names of the records skipped so far because they could not be decoded.
     """
 
     name: str
     num_classes: int | None
-    unreadable: list[str]
+    class_names: Sequence[str]
+    skipped: Skipped
+    unreadable: UnreadableNames
 
     @property
     def splits(self) -> list[str]:
@@ -78,6 +86,14 @@ class Source(Protocol):
 
     def count(self, split: str) -> int:
         """The number of records of a split, all hosts together."""
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns what tells the images of a split from others, at little cost.
+
+        The same wherever the data set lies. Of files it is their number and a checksum over their
+        names and sizes, of arrays one over the values, of TFDS the version and the lengths of the
+        shards. Keys are words for a message, values are numbers and texts.
+        """
 
     def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
         """Every record of a split as it is kept, in the stored order, whatever the host.
@@ -96,6 +112,15 @@ class Source(Protocol):
         Raises:
           UserError: at once, before a record is read or `rows` is looked at, where the split
             cannot be read out of order.
+        """
+
+    def part(self, split: str, count: int, seed: int) -> str:
+        """A split to draw a sample from: this one, or a part of it where all is too much to read.
+
+        Args:
+          split: e.g. "test".
+          count: records that the part has at least, if the split has so many.
+          seed: of the place of the part.
         """
 
     def train(
@@ -146,6 +171,11 @@ class Source(Protocol):
           Batches of {"image": u8[b, S, S, 3], "label": i32[b], -1 where there is none,
           "mask": bool[b], False for the rows that fill up the last batch}.
         """
+
+
+def checksum(parts: Iterable[bytes | memoryview]) -> int:
+    """Returns the CRC-32 over bytes that come in parts."""
+    return functools.reduce(lambda value, part: zlib.crc32(part, value), parts, 0)
 
 
 def next_position(epoch: int, offset: int, share: int, batch_size: int) -> Position:
@@ -226,14 +256,40 @@ def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str,
     return {"image": image, "label": label, "mask": np.arange(batch_size) < n}
 
 
+def contents(source: Source) -> list[str]:
+    """What a data set has, and what lies beside it and is not used, a line each."""
+    splits = ", ".join(f"{split} {source.count(split):,}" for split in source.splits)
+    classes = "no labels"
+    if source.num_classes:
+        names = [printable(name) for name in source.class_names[:_NAMES_SHOWN]]
+        more = ", ..." if len(source.class_names) > len(names) else ""
+        shown = f" ({', '.join(names)}{more})" if names else ""
+        classes = f"{source.num_classes:,} classes{shown}"
+    return [
+        f"{source.name}: images: {splits}; {classes}.",
+        *(f"{source.name}: not used: {line}" for line in source.skipped.lines()),
+    ]
+
+
+def unreadable_limit(count: int, least: int, percent: float) -> int:
+    """How many records may be unreadable before it is an error.
+
+    Args:
+      count: of the records that this host reads.
+      least: config.data.max_unreadable, allowed whatever the count.
+      percent: config.data.max_unreadable_percent, of the records.
+    """
+    return max(least, math.floor(count * percent / 100))
+
+
 def report_unreadable(source: str, known: list[str], names: list[str], limit: int) -> None:
     """Adds new names to `known`, each with one warning.
 
     Args:
       source: the name of the data set.
-      known: those reported before; changed in place.
+      known: those reported before, of earlier starts too; changed in place.
       names: what could not be decoded just now.
-      limit: config.data.max_unreadable.
+      limit: see `unreadable_limit`.
 
     Raises:
       UserError: when more than `limit` are known.
@@ -244,8 +300,11 @@ def report_unreadable(source: str, known: list[str], names: list[str], limit: in
             _LOG.warning("%s: skipped %s, which cannot be decoded.", source, name)
     if len(known) > limit:
         more = ", ..." if len(known) > _NAMES_SHOWN else ""
+        file = known.file if isinstance(known, UnreadableNames) else ""
+        kept = f" {file} keeps their names over restarts: remove it after a repair." if file else ""
         raise UserError(
-            f"{len(known)} records of {source} cannot be decoded, more than "
-            f"config.data.max_unreadable={limit}: {', '.join(known[:_NAMES_SHOWN])}{more}. "
-            "Repair or remove them, or raise config.data.max_unreadable."
+            f"{len(known)} records of {source} cannot be decoded, more than {limit} (see "
+            "config.data.max_unreadable and config.data.max_unreadable_percent): "
+            f"{', '.join(known[:_NAMES_SHOWN])}{more}. Repair or remove them, or raise one of the "
+            f"two settings.{kept}"
         )

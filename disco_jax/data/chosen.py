@@ -9,6 +9,8 @@ from disco_jax.data import base
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.encoded import EncodedSource, Record
 
+_ANY = 2**31  # unreadable records that are no error
+
 
 def labels(source: base.Source, split: str) -> np.ndarray:
     """i32[N]: the labels of a split in the stored order; reads every record once."""
@@ -38,7 +40,8 @@ class ChosenSource:
         """
         self._source, self._split = source, split
         self.name, self.num_classes = source.name, source.num_classes
-        self.unreadable = source.unreadable
+        self.unreadable, self.skipped = source.unreadable, source.skipped
+        self.class_names = source.class_names
         wanted = set(map(int, rows))
         kept = [r for i, r in enumerate(source.pictures(split)) if i in wanted]
         self._few = _few(split, kept, source, process_index, process_count)
@@ -52,6 +55,10 @@ class ChosenSource:
         """The number of records of a split, all hosts together."""
         return self._of(split).count(split)
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns what tells the images of a split from others; see `base.Source`."""
+        return self._of(split).fingerprint(split)
+
     def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
         """Every record of a split; see `base.Source`."""
         return self._of(split).pictures(split)
@@ -59,6 +66,10 @@ class ChosenSource:
     def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
         """Some of them, in any order; see `base.Source`."""
         return self._of(split).chosen(split, rows)
+
+    def part(self, split: str, count: int, seed: int) -> str:
+        """A split to draw a sample from; see `base.Source`."""
+        return self._of(split).part(split, count, seed)
 
     def train(
         self,
@@ -83,9 +94,12 @@ class ChosenSource:
 class _Records(EncodedSource):
     """Encoded pictures of one split."""
 
-    def __init__(self, split: str, kept: list[tuple[str, Any, int]], name: str, *hosts: int):
-        super().__init__(len(kept), *hosts)
-        self.name = name
+    def __init__(
+        self, split: str, kept: list[tuple[str, Any, int]], source: base.Source, *hosts: int
+    ):
+        super().__init__(_ANY, *hosts)
+        self.name, self.num_classes = source.name, source.num_classes
+        self.unreadable = source.unreadable  # those count together
         self._only, self._kept = split, kept
 
     @property
@@ -94,6 +108,13 @@ class _Records(EncodedSource):
 
     def count(self, split: str) -> int:
         return len(self._kept)
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        names = "\n".join(name for name, _, _ in self._kept)
+        return {
+            "records": len(self._kept),
+            "names (CRC-32)": base.checksum([names.encode(errors="surrogateescape")]),
+        }
 
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
         return self._chosen(split, range(first, last))
@@ -123,4 +144,4 @@ def _few(split: str, kept: list, source: base.Source, index: int, count: int) ->
             process_index=index,
             process_count=count,
         )
-    return _Records(split, kept, source.name, index, count)
+    return _Records(split, kept, source, index, count)

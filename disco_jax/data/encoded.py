@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disco_jax.data import base, decode
+from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import unknown
 
 _THREADS = os.cpu_count() or 1
@@ -43,16 +44,28 @@ class EncodedSource(abc.ABC):
     name: str
     num_classes: int | None
 
-    def __init__(self, max_unreadable: int, process_index: int, process_count: int):
+    def __init__(
+        self,
+        max_unreadable: int,
+        process_index: int,
+        process_count: int,
+        *,
+        max_unreadable_percent: float = 0.0,
+        rules: decode.Rules = decode.USUAL,
+    ):
         """The part of a source that does not depend on where records are kept.
 
         Args:
-          max_unreadable: how many records `evaluate` may skip.
+          max_unreadable: how many records `evaluate` may skip, whatever the size of a split.
           process_index: of this host.
           process_count: hosts that share the records.
+          max_unreadable_percent: how many it may skip, of this host's records of a split.
+          rules: how pictures are read.
         """
-        self.unreadable: list[str] = []
-        self._limit = max_unreadable
+        self.unreadable = UnreadableNames()
+        self.skipped = Skipped()
+        self.class_names: Sequence[str] = ()
+        self._least, self._percent, self._rules = max_unreadable, max_unreadable_percent, rules
         self._host, self._hosts = process_index, process_count
 
     @property
@@ -63,6 +76,10 @@ class EncodedSource(abc.ABC):
     @abc.abstractmethod
     def count(self, split: str) -> int:
         """The number of records of a split, readable or not, all hosts together."""
+
+    @abc.abstractmethod
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns what tells the images of a split from others; see `base.Source`."""
 
     @abc.abstractmethod
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
@@ -88,10 +105,16 @@ class EncodedSource(abc.ABC):
         """The same of some records, in any order; see `base.Source`."""
         return self._shown(split, self._chosen(split, rows))
 
+    def part(self, split: str, count: int, seed: int) -> str:
+        """The split itself: its labels are in memory."""
+        return split
+
     def _shown(
         self, split: str, records: Iterable[Record]
     ) -> Iterator[tuple[str, decode.File, int]]:
-        return ((self._name(split, record.row), record.file, record.label) for record in records)
+        return (
+            (self._name(split, r.row), decode.ruled(r.file, self._rules), r.label) for r in records
+        )
 
     def train(
         self,
@@ -116,7 +139,8 @@ class EncodedSource(abc.ABC):
 
                 def crops(chunk, where=where):
                     place, records = chunk
-                    return decode.crops_of([r.file for r in records], views, where, place)
+                    files = [decode.ruled(r.file, self._rules) for r in records]
+                    return decode.crops_of(files, views, where, place)
 
                 records = self._shuffled(split, seed, epoch, offset)
                 chunks = _chunks(offset, records, min(_CHUNK, batch_size))
@@ -172,7 +196,7 @@ class EncodedSource(abc.ABC):
         batches = base.evaluation_batches(count, limit, batch_size, self._hosts)
 
         def middles(chunk):
-            return [_middle(record, how) for record in chunk[1]]
+            return [_middle(decode.ruled(r.file, self._rules), how) for r in chunk[1]]
 
         with _pool() as submit:
             chunks = _chunks(first, self._stored(split, first, last), _CHUNK)
@@ -188,10 +212,12 @@ class EncodedSource(abc.ABC):
 
     def _readable_of(self, split, made):
         """(image, label) of each record in turn, None of those that cannot be decoded."""
+        share = self.count(split) // self._hosts
+        limit = base.unreadable_limit(share, self._least, self._percent)
         for (_, records), found in made:
             for record, image in zip(records, found, strict=True):
                 if isinstance(image, decode.Unreadable):
-                    self._skip(split, record, image, self._limit)
+                    self._skip(split, record, image, limit)
                     yield None
                 else:
                     yield image, record.label
@@ -208,9 +234,9 @@ def check_crops(views: Mapping[int, Any]) -> None:
             raise unknown("config.augment.interpolation", crop.interpolation, decode.FILTERS)
 
 
-def _middle(record: Record, how: tuple) -> np.ndarray | decode.Unreadable:
+def _middle(file: decode.File, how: tuple) -> np.ndarray | decode.Unreadable:
     try:
-        return decode.evaluated(decode.decode(record.file), *how)
+        return decode.evaluated(decode.decode(file), *how)
     except decode.Unreadable as error:
         return error
 

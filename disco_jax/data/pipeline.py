@@ -1,5 +1,6 @@
 """From a config to device-ready batches: sources by name, device layout, prefetch."""
 
+import logging
 import pathlib
 import queue
 import threading
@@ -10,25 +11,54 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax.data.base import Source
+from disco_jax.data import decode, lists
+from disco_jax.data.base import Source, contents
+from disco_jax.data.base import unreadable_limit as limit_of
 from disco_jax.errors import UserError, unknown
 
+_LOG = logging.getLogger(__name__)
+
 SOURCES = ("tfds", "folder", "npz")
+# Fields of `config.data` that are of some sources alone, and their default.
+_OF_KINDS = (
+    ("splits", "", ("folder",)),
+    ("labels", "", ("folder",)),
+    ("range", "full", ("folder", "tfds")),
+)
 
 
-def open_source(data: Any, *, shared: bool = True) -> Source:
+def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
     """The source that `config.data` describes.
 
     Args:
       data: `config.data`.
       shared: each host reads its own part; False: every host reads everything.
+      tell: whether the first host logs what the data set has, and what is there and not used.
 
     Raises:
       UserError: an unknown kind of source, or one that is not there.
     """
-    hosts = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    source = _opened(data, shared)
+    if tell and jax.process_index() == 0:
+        for line in contents(source):
+            _LOG.info("%s", line)
+    return source
+
+
+def _opened(data: Any, shared: bool) -> Source:
+    """The source, nothing said."""
+    _check_fields(data)
+    hosts = dict(
+        process_index=jax.process_index() if shared else 0,
+        process_count=jax.process_count() if shared else 1,
+    )
     common = dict(
-        process_index=hosts[0], process_count=hosts[1], max_unreadable=data.max_unreadable
+        **hosts,
+        max_unreadable=data.max_unreadable,
+        max_unreadable_percent=data.get("max_unreadable_percent", 0.0),
+        rules=decode.Rules.parse(
+            data.get("range", "full"), data.get("max_pixels", decode.MAX_PIXELS)
+        ),
     )
     if data.source == "tfds":
         from disco_jax.data.sources import TfdsSource
@@ -48,7 +78,13 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
     if data.source == "folder":
         from disco_jax.data.folders import FolderSource
 
-        return FolderSource(data.dir, subset=_subset(data), **common)
+        return FolderSource(
+            data.dir,
+            subset=_subset(data),
+            splits=data.get("splits", ""),
+            labels=data.get("labels", ""),
+            **common,
+        )
     if data.subset:
         raise UserError(
             f"config.data.subset={data.subset!r} picks files by name; the images of an .npz file "
@@ -56,25 +92,42 @@ def open_source(data: Any, *, shared: bool = True) -> Source:
         )
     from disco_jax.data.arrays import ArraySource
 
-    common.pop("max_unreadable")
-    return ArraySource.from_npz(data.dir, **common)
+    return ArraySource.from_npz(data.dir, **hosts)
+
+
+def _check_fields(data: Any) -> None:
+    """Refuses fields that would do nothing for this kind of source, or mean nothing."""
+    percent = data.get("max_unreadable_percent", 0.0)
+    if not 0 <= percent <= 100:
+        raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
+    for field, usual, kinds in _OF_KINDS:
+        given = data.get(field, usual)
+        if given != usual and data.source in SOURCES and data.source not in kinds:
+            raise UserError(
+                f"config.data.{field}={given!r} does nothing with config.data.source="
+                f"{data.source!r}; it is for {' and '.join(kinds)}. Set it to {usual!r}."
+            )
+
+
+def unreadable_limit(data: Any, source: Source, split: str) -> int:
+    """How many records of a split this host may skip before it is an error.
+
+    Args:
+      data: `config.data`.
+      source: of the split.
+      split: e.g. "train".
+    """
+    share = source.count(split) // jax.process_count()
+    percent = data.get("max_unreadable_percent", 0.0)
+    return limit_of(share, data.max_unreadable, percent)
 
 
 def _subset(data: Any) -> dict[str, frozenset[str]]:
     """Split -> names, from the list that `config.data.subset` names; {} without one."""
     if not data.subset:
         return {}
-    path = pathlib.Path(data.subset).expanduser()
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config.data.subset={data.subset!r} cannot be read as a list of file names: {error}"
-        ) from error
-    names = frozenset(pathlib.PurePath(line.strip()).name for line in lines if line.strip())
-    if not names:
-        raise UserError(f"config.data.subset={data.subset!r} holds no file name.")
-    return {data.train_split: names}
+    lines = lists.read(data.subset, "config.data.subset")
+    return {data.train_split: frozenset(pathlib.PurePath(line.file).name for line in lines)}
 
 
 def to_devices(tree: Any, local_devices: int) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -101,6 +102,8 @@ class TfdsSource(EncodedSource):
         shuffle_buffer: int = 16_384,
         subset: Mapping[str, Collection[str]] | None = None,
         max_unreadable: int = 0,
+        max_unreadable_percent: float = 0.0,
+        rules: decode.Rules = decode.USUAL,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -112,11 +115,16 @@ class TfdsSource(EncodedSource):
           cache: keep this host's encoded records in memory whatever their size.
           shuffle_buffer: how many encoded records of TFRecord files to hold for mixing.
           subset: split -> the file names to keep of it; found by reading the split once.
-          max_unreadable: how many records `evaluate` may skip.
-          process_index: of this host.
-          process_count: hosts that share the records.
+          max_unreadable, max_unreadable_percent, rules, process_index, process_count: see
+            `EncodedSource`.
         """
-        super().__init__(max_unreadable, process_index, process_count)
+        super().__init__(
+            max_unreadable,
+            process_index,
+            process_count,
+            max_unreadable_percent=max_unreadable_percent,
+            rules=rules,
+        )
         folder = find(name, data_dir)
         _, tfds = tensorflow()
         self._builder = tfds.builder_from_directory(os.fspath(folder))
@@ -148,6 +156,30 @@ class TfdsSource(EncodedSource):
         if split in self._subset:
             return len(self._subset[split])
         return self._rows_of(split).count
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns version, number of records and lengths of shards; see `base.Source`."""
+        rows = self._rows_of(split)
+        told = {
+            "data set": str(self._builder.info.full_name),
+            "records": self.count(split),
+            "lengths of shards (CRC-32)": base.checksum([rows.runs.astype("<i8").tobytes()]),
+        }
+        if split in self._subset:
+            names = "\n".join(sorted(self._subset[split]))
+            told["names of the subset (CRC-32)"] = base.checksum([os.fsencode(names)])
+        return told
+
+    def part(self, split: str, count: int, seed: int) -> str:
+        """Records side by side in a split: labels lie beside images, and all would be read.
+
+        Data sets are mixed when they are prepared, so that classes are mixed in any part.
+        """
+        total = self.count(split)
+        if split in self._subset or self._is_small(split) or "[" in split or total <= count:
+            return split
+        first = int(np.random.default_rng(seed).integers(total - count + 1))
+        return f"{split}[{first}:{first + count}]"
 
     def _rows_of(self, split: str) -> Rows:
         splits = self._builder.info.splits
@@ -327,7 +359,9 @@ class TfdsSource(EncodedSource):
             readable = np.ones(len(kept), bool)
             for i, record in enumerate(kept):
                 try:
-                    pixels[i] = decode.decode(record.file)[..., : pixels.shape[-1]]
+                    pixels[i] = decode.decode(decode.ruled(record.file, self._rules))[
+                        ..., : pixels.shape[-1]
+                    ]
                 except decode.Unreadable as error:
                     readable[i] = False
                     self._skip(split, record, error, limit)

@@ -19,7 +19,7 @@ from etils import epath
 from disco_jax.data import base
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
-from disco_jax.files import whole, write_arrays
+from disco_jax.files import read_json, whole, write_arrays
 
 FILE = "targets.json"
 KEY = "teacher"  # in `HostBatch.aux`
@@ -218,7 +218,7 @@ def read_meta(folder: str) -> dict[str, Any]:
             f"config.teacher.cache={folder!r} holds no {FILE}; `disco-jax cache` makes such a "
             "folder."
         )
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def write_meta(folder: epath.Path, meta: Mapping[str, Any]) -> None:

@@ -12,9 +12,10 @@ from disco_jax import errors
 from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.streamed import Teacher
-from disco_jax.files import whole, write_arrays
+from disco_jax.files import read_json, whole, write_arrays
 from disco_jax.train import checkpoint
 from disco_jax.train.metrics import FILE
+from disco_jax.train.metrics import read as read_metrics
 
 # What a results' file says of how its classifier reads a network.
 READING = ("network", "output", "blocks", "layers")
@@ -33,9 +34,11 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a training's metrics, those before a restart too."""
-    file = epath.Path(folder) / FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Returns the lines of a training's metrics, those before a restart too.
+
+    Lines that are damaged, or not complete yet, are left out.
+    """
+    return read_metrics(epath.Path(folder) / FILE)[0]
 
 
 def arrays(layer: Classifier) -> dict[str, np.ndarray]:
@@ -59,7 +62,7 @@ def read(path: str) -> Teacher:
             f"config.distill.teacher={path!r}: there is no {stored}. Give RUN/NAME, NAME being "
             "the config.name of a linear probe or a fine-tuning of RUN."
         )
-    said = json.loads(report.read_text())
+    said = read_json(report)
     with stored.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
         kept = {key: loaded[key] for key in loaded.files}
     trained = features.load(str(place.parent), said["network"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import Trained
 from disco_jax.models.norm import MODES
 from disco_jax.ops.collectives import positions
-from disco_jax.train import optimizer, workdir
+from disco_jax.train import optimizer, unreadable, workdir
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.metrics import Logger
 from disco_jax.train.state import apart
@@ -171,7 +172,9 @@ def fit(
     """
     how = plan(config, trained, source)
     recipe = views_of(trained)
-    with _kept(folder, config, trained) as checkpoints:
+    with _kept(folder, config, trained, source) as checkpoints:
+        if folder is not None:
+            unreadable.keep(source, folder)
         state, position = _resumed(checkpoints, start)
         if int(state.step) >= config.total_epochs * how.steps_per_epoch:
             return state
@@ -353,23 +356,25 @@ def _reading(source, trained, recipe, how, seed, position):
         how.batch_size // jax.process_count(),
         seed,
         position,
-        data.max_unreadable,
+        pipeline.unreadable_limit(data, source, data.train_split),
     )
     with pipeline.Prefetcher(crops, transform=lay_out) as batches:
         yield batches
 
 
 @contextlib.contextmanager
-def _kept(folder: str | None, config: ConfigDict, trained: Trained):
+def _kept(folder: str | None, config: ConfigDict, trained: Trained, source: Source):
     """The checkpoints in `folder`, which belongs to these settings of this network alone."""
     if folder is None:
         yield None
         return
     learned = ConfigDict({name: config[name] for name in config if name not in _FREE})
-    whole = ConfigDict({"evaluation": learned, "step": trained.step, "data": trained.config.data})
+    data = trained.config.data
+    whole = ConfigDict({"evaluation": learned, "step": trained.step, "data": data})
+    images = functools.partial(source.fingerprint, data.train_split)
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(workdir.claim(folder, whole))
+            path = stack.enter_context(workdir.claim(folder, whole, images=images))
         except errors.UserError as error:
             hint = "Another --config.name takes another directory."
             raise errors.UserError(f"{error} {hint}") from None
@@ -380,6 +385,8 @@ def _resumed(checkpoints: Checkpoints | None, start: ProbeState) -> tuple[ProbeS
     """The newest good checkpoint and this host's place in the data, or the start."""
     restored = checkpoints and checkpoints.restore(start)
     if not restored:
+        if checkpoints:
+            checkpoints.check_none_lost()
         return start, Position.start()
     state, meta = restored
     hosts = meta["position"]

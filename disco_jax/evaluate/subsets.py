@@ -50,6 +50,32 @@ def share(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     return balanced(labels, max(int(len(labels) * percent / 100 / classes), 1), seed)
 
 
+def even(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """i64[count]: rows drawn evenly over the classes, in the stored order.
+
+    Classes that are too small give all of their rows, and the others more. Which of them give one
+    more, where the rest does not divide, is drawn too.
+
+    Args:
+      labels: i32[N].
+      count: rows, at most N.
+      seed: of the draw.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    taken = np.zeros(len(classes), np.int64)
+    while rest := count - int(taken.sum()):
+        larger = np.flatnonzero(sizes > taken)
+        if rest < len(larger):
+            taken[np.random.default_rng([seed, count]).permutation(larger)[:rest]] += 1
+        else:
+            taken[larger] = np.minimum(sizes, taken + rest // len(larger))[larger]
+    chosen = [
+        np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))[:n]
+        for label, n in zip(classes, taken, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
 def held_out(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """bool[N]: about `percent` of every class, one row at least, but never all of it.
 

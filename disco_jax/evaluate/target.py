@@ -20,9 +20,9 @@ def aimed(trained: Trained, data: Any) -> Trained:
 
     Args:
       trained: of a run.
-      data: fields source, name, dir, train_split, eval_split, interpolation, subset ("": the
-        run's), size (0: the run's) and eval_resize (-1: the run's; of another data set or size:
-        the size, so that the shorter side is cut to a square).
+      data: fields source, name, dir, train_split, eval_split, interpolation, subset, splits,
+        labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the run's; of
+        another data set or size: the size, so that the shorter side is cut to a square).
 
     Returns:
       The same network; `config.data` and `config.augment` say how images are read.
@@ -35,9 +35,10 @@ def aimed(trained: Trained, data: Any) -> Trained:
         config.data.update(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-    for field in ("train_split", "eval_split", "subset"):
-        if data[field]:
-            config.data[field] = data[field]
+        config.data.update(splits="", labels="", range="full")
+    for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
+        if given := data.get(field):
+            config.data[field] = given
     if data.size:
         config.augment.size = data.size
     if data.interpolation:

@@ -54,6 +54,28 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     Raises:
       UserError: when no objective is left, or the settings contradict one another.
     """
+    method = _planned(config, views, local_views)
+    objectives = method.objectives
+    checks.check(method, config)
+    reuse = _reused(config, method)
+    networks = {name: _network(name, config) for name in method.plan}
+    if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
+        networks["teacher"] = _raw(networks["teacher"])
+    checks.check_widths(objectives, config)
+    return Method(networks, objectives, method.views, reuse)
+
+
+def check(config: Any) -> None:
+    """Refuses objectives that `build` would refuse, whatever the networks are.
+
+    Raises:
+      UserError: see `build`.
+    """
+    checks.check(_planned(config, config.views, config.local.count), config)
+
+
+def _planned(config: Any, views: int, local_views: int) -> Method:
+    """The method without its networks."""
     objectives = _quick(_objectives(config), config)
     if not objectives:
         raise errors.UserError(
@@ -62,14 +84,7 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
             + "."
         )
     numbers = tuple(range(views + local_views))
-    method = Method({}, objectives, Views(numbers[:views], numbers[views:]))
-    checks.check(method, config)
-    reuse = _reused(config, method)
-    networks = {name: _network(name, config) for name in method.plan}
-    if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
-        networks["teacher"] = _raw(networks["teacher"])
-    checks.check_widths(objectives, config)
-    return Method(networks, objectives, method.views, reuse)
+    return Method({}, objectives, Views(numbers[:views], numbers[views:]))
 
 
 def plan(config: Any) -> dict[str, tuple[int, ...]]:
@@ -80,11 +95,23 @@ def plan(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _objectives(config: Any) -> dict[str, Objective]:
-    return {
-        name: OBJECTIVES[name](**_tuples(fields))
-        for name, fields in config.objectives.items()
-        if fields["weight"]
-    }
+    made, problems = {}, errors.Problems()
+    for name, given in config.objectives.items():
+        if given["weight"]:
+            made[name] = problems.attempt(_objective, name, _tuples(given))
+    problems.raise_any()
+    return {name: objective for name, objective in made.items() if objective is not None}
+
+
+def _objective(name: str, given: dict[str, Any]) -> Objective:
+    """An objective from its part of a config."""
+    if name not in OBJECTIVES:
+        raise errors.unknown("The objective of config.objectives", name, OBJECTIVES)
+    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    for field in given:
+        if field not in known:
+            raise errors.unknown(f"The field of config.objectives.{name}", field, known)
+    return OBJECTIVES[name](**given)
 
 
 def _quick(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
@@ -170,12 +197,13 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
             "Take weights with their projection head, or leave reuse at ()."
         )
     ours, theirs = (
-        [spec[f] for f in ("head", "dim", "hidden")] for spec in (config.student, config.teacher)
+        [spec.get(f, 0) for f in ("head", "dim", "hidden", "layers")]
+        for spec in (config.student, config.teacher)
     )
     if ours != theirs or not config.student.adapter:
         raise errors.UserError(
             f"config.student.reuse=('head',) takes the teacher's head: set config.student.head="
-            f"{theirs[0]}, dim={theirs[1]}, hidden={theirs[2]} and adapter="
+            f"{theirs[0]}, dim={theirs[1]}, hidden={theirs[2]}, layers={theirs[3]} and adapter="
             f"{models.width(config.teacher)}, or call teacher.resolve, which does."
         )
     return tuple(config.student.reuse)

@@ -1,5 +1,6 @@
 """What no method can work with, refused before anything is compiled."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from disco_jax import errors, models
@@ -32,13 +33,15 @@ def check(method: Method, config: Any) -> None:
       config: of a pretraining run.
 
     Raises:
-      UserError: with the setting, and what would do.
+      UserError: with each setting, and what would do.
     """
+    problems = errors.Problems()
     for name, objective in method.objectives.items():
-        _check_numbers(name, objective, config.batch_size)
-        _check_needs(name, objective, method.views)
-        _check_scores(name, objective, method.views, config.student)
-        _check_data(name, objective, config, len(method.views.locals))
+        problems.attempt(_check_numbers, name, objective, config.batch_size)
+        problems.attempt(_check_needs, name, objective, method.views)
+        problems.attempt(_check_scores, name, objective, method.views, config.student)
+        problems.attempt(_check_data, name, objective, config, len(method.views.locals))
+    problems.raise_any()
 
 
 def _check_numbers(name: str, objective: Objective, batch_size: int) -> None:
@@ -134,7 +137,7 @@ def _check_data(name: str, objective: Objective, config: Any, local_views: int) 
         )
 
 
-def check_widths(objectives: dict[str, Objective], config: Any) -> None:
+def check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
     """Refuses a student whose embedding is not as wide as what of the teacher it is to match."""
     for name, objective in objectives.items():
         output = objective.matches()

@@ -23,6 +23,7 @@ FAMILIES: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
 }
 BACKBONES = {name: (cls, spec) for cls, table in FAMILIES.items() for name, spec in table.items()}
 HEADS = (*heads.VARIANTS, "regression", "none")
+_MOST_LAYERS = 20  # of a head
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Fields of a spec that only some families have, and the value that leaves them as they are.
 _OPTIONAL = {
@@ -57,9 +58,10 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
     """The encoder that a network's part of a config describes.
 
     Args:
-      spec: fields backbone, head, hidden, dim, prototypes, adapter, norm_group; and width (0: the
-        variant's own), stem ("": the variant's own), zero_init_residual and grid (0: the
-        variant's own), patch (likewise) and drop_path, which only some families take.
+      spec: fields backbone, head, hidden, layers (0: the head's own), dim, prototypes, adapter,
+        norm_group; and width (0: the variant's own), stem ("": the variant's own),
+        zero_init_residual and grid (0: the variant's own), patch (likewise) and drop_path, which
+        only some families take.
       dtype: "float32", "bfloat16" or "auto".
       setting: where the fields stand in the config, for messages.
 
@@ -72,10 +74,11 @@ def build_encoder(spec: Any, dtype: str = "float32", setting: str = "config.stud
         raise errors.unknown(f"{setting}.stem", spec.stem, resnet.STEMS)
     if spec.head not in HEADS:
         raise errors.unknown(f"{setting}.head", spec.head, HEADS)
-    least = dict(width=0, hidden=-1, dim=1, norm_group=0, adapter=0, grid=0, patch=0)
+    least = dict(width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, grid=0, patch=0)
     for field, low in least.items():
         if spec.get(field, low) < low:
             raise errors.UserError(f"{setting}.{field}={spec[field]} is below {low}.")
+    _check_layers(spec, setting)
     cls, fields = BACKBONES[spec.backbone]
     fields = {**fields, **_optional(cls, spec, setting), "norm_group": spec.norm_group}
     precision = compute_dtype(dtype)
@@ -208,12 +211,26 @@ def _optional(cls: type[nn.Module], spec: Any, setting: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
+def _check_layers(spec: Any, setting: str) -> None:
+    """Refuses a number of linear layers that the head does not have."""
+    layers = spec.get("layers", 0)
+    if layers and (spec.head not in heads.VARIANTS or not spec.hidden):
+        raise errors.UserError(
+            f"{setting}.layers={layers}: the head {spec.head!r} with hidden={spec.hidden} has no "
+            "layers to choose; leave it at 0."
+        )
+    if layers > _MOST_LAYERS:
+        raise errors.UserError(f"{setting}.layers={layers} is above {_MOST_LAYERS}.")
+
+
 def _head(spec: Any, dtype: Any) -> nn.Module:
     if spec.head == "none":
         return heads.Identity()
     if spec.head == "regression":
         return heads.RegressionHead(spec.dim, spec.norm_group, dtype)
     fields = heads.VARIANTS[spec.head]
+    if layers := spec.get("layers", 0):  # runs of earlier versions have no such field
+        fields = {**fields, "layers": layers}
     return heads.ProjectionHead(
         spec.hidden, spec.dim, **fields, norm_group=spec.norm_group, dtype=dtype
     )

@@ -25,7 +25,8 @@ class ProjectionHead(nn.Module):
     """Linear layers with an activation between them; its width is DisCo's lever.
 
     MoCo-v2 (arXiv:2003.04297): linear - ReLU - linear. SwAV (arXiv:2006.09882) has BatchNorm in
-    between and ends on the unit sphere; DINO (arXiv:2104.14294) has three layers and GELU.
+    between and ends on the unit sphere; DINO (arXiv:2104.14294) has three layers and GELU; SimSiam
+    (arXiv:2011.10566) has BatchNorm after every layer, the last of three as well.
 
     Attributes:
       hidden: width of the hidden layers; 0 leaves a single linear layer, -1 takes the features'
@@ -33,6 +34,7 @@ class ProjectionHead(nn.Module):
       dim: of the embedding.
       layers: linear layers.
       batch_norm: BatchNorm before each activation.
+      out_norm: and after the last layer.
       activation: "relu" or "gelu".
       unit: the embedding has length 1.
       start: "torch": U(+-1/sqrt(fan_in)); "narrow": deviation 0.02, biases 0; "narrower": 0.01.
@@ -44,6 +46,7 @@ class ProjectionHead(nn.Module):
     dim: int = 128
     layers: int = 2
     batch_norm: bool = False
+    out_norm: bool = False
     activation: str = "relu"
     unit: bool = False
     start: str = "torch"
@@ -66,7 +69,10 @@ class ProjectionHead(nn.Module):
             x = ACTIVATIONS[self.activation](x)
         if hidden:
             return x.astype(jnp.float32)
-        x = self._linear(x, self.dim, "out").astype(jnp.float32)
+        x = self._linear(x, self.dim, "out")
+        if self.out_norm:
+            x = BatchNorm(self.norm_group, dtype=self.dtype, name="out_bn")(x, norm=norm)
+        x = x.astype(jnp.float32)
         return unit(x) if self.unit else x
 
     def _linear(self, x: Array, width: int, name: str) -> Array:
@@ -176,6 +182,7 @@ def _linear(
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "mlp_bn": dict(batch_norm=True),
+    "mlp_bn_all": dict(batch_norm=True, out_norm=True),  # SimSiam's, MoCo-v3's
     "mlp_unit": dict(unit=True),
     "mlp_narrow": dict(start="narrow"),  # SSLight's for MoCo-v2*
     "swav": dict(batch_norm=True, unit=True),  # also SimCLR's

@@ -1,17 +1,28 @@
 """What a run directory holds, read for a report: nothing here computes or changes anything."""
 
 import dataclasses
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from disco_jax import files
+from disco_jax.errors import UserError
 from disco_jax.evaluate import saved
 from disco_jax.report import paper
-from disco_jax.train import goodput, workdir
+from disco_jax.train import checkpoint, goodput, workdir
 
-_NOT_RESULTS = (workdir.CONFIG, workdir.ENVIRONMENT, goodput.FILE)
+_LOG = logging.getLogger(__name__)
+
+_NOT_RESULTS = (
+    workdir.CONFIG,
+    workdir.ENVIRONMENT,
+    workdir.DATA,
+    goodput.FILE,
+    checkpoint.SAVED,
+    files.LEASE,
+)
 FIGURES = "figures"
 
 
@@ -87,7 +98,14 @@ def read(path: str) -> Run:
 
 
 def _json(file: epath.Path) -> Any:
-    return json.loads(file.read_text()) if file.exists() else None
+    """Returns what a file holds; None where there is none, or it is damaged, with a warning."""
+    if not file.exists():
+        return None
+    try:
+        return files.read_json(file, object)
+    except UserError as error:
+        _LOG.warning("%s It is left out.", error)
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

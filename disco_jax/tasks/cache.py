@@ -1,6 +1,7 @@
 """Keep what a teacher says of the views of some epochs, for students that come later."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +11,17 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, programs
+from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
 from disco_jax.tasks import cached, pretrain
-from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import hosts, state, step, workdir
+from disco_jax.tasks.prepare import Prepared, check, prepare
+from disco_jax.train import hosts, lease, state, step, unreadable, workdir
 
 
 def main(argv: Sequence[str]) -> None:
     """`disco-jax cache --config RECIPE --workdir DIR [--epochs E] [--dry-run]`."""
-    values = flags.parse("cache", argv, help_line=__doc__, extra=_define)
+    values = flags.parse("cache", argv, help_line=__doc__, extra=_define, check=check)
     if values is not None:
         flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
         run(values.config, values.workdir, epochs=values.epochs, dry_run=values.dry_run)
@@ -78,15 +79,21 @@ def run(
     assert ready.teacher is not None  # `wanted` refuses a method without one
     told = cached.made_of(ready.config, ready.method, ready.record, ready.source, ready.teacher)
     meta = {"steps": steps, "epochs": epochs, "made_of": told}
-    _claim(path, meta)
-    _fill(ready, path, steps)
+    with _claimed(path, meta):
+        _fill(ready, path, steps)
     return {"steps": steps, "bytes": size}
 
 
-def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
-    """Makes the folder these outputs'."""
+@contextlib.contextmanager
+def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder these outputs', for as long as the context lasts."""
 
     def take() -> None:
+        if not (path / targets.FILE).exists():
+            workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lease.held(path))
+        files.remove_unfinished(path)
         if (path / targets.FILE).exists():
             before = targets.read_meta(str(path))
             cached.compare(f"--workdir={path}", before, meta["made_of"])
@@ -96,16 +103,17 @@ def _claim(path: epath.Path, meta: dict[str, Any]) -> None:
                     f"--epochs={before['epochs']}, or another folder."
                 )
             return
-        workdir.check_free(path, f" and holds no outputs ({targets.FILE} is missing)")
-        path.mkdir(parents=True, exist_ok=True)
         targets.write_meta(path, meta)
 
-    hosts.first(take)
-    programs.settle(path)
+    with contextlib.ExitStack() as held:
+        hosts.first(take)
+        programs.settle(path)
+        yield
 
 
 def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     """Encodes and keeps the batches that are missing."""
+    unreadable.keep(ready.source, path)
     writer = targets.Writer(path, jax.process_index(), jax.process_count())
     names = tuple(next(iter(ready.method.teacher_outputs(ready.record).values())))
     encode = step.parallel_targets(

@@ -22,10 +22,14 @@ _TOLD = (
     "seed", "batch_size", "dtype", "views", "augment.", "local.", "group_views", "data.", "bags.",
     "teacher.",
 )  # fmt: skip
+_IMAGES = "fingerprint of the images"
 _NOT_TOLD = (
-    "data.dir", "data.cache", "data.max_unreadable", "data.eval_split", "data.eval_resize",
+    "data.dir", "data.cache", "data.max_unreadable", "data.max_unreadable_percent",
+    "data.eval_split", "data.eval_resize", "data.labels",
     "teacher.weights", "teacher.cache", "teacher.network",
 )  # fmt: skip
+# Settings that older caches do not have, with the value that says what was done then.
+_LATER = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
 
 
 def wanted(method: Method, record: Record) -> dict[int, dict[str, int]]:
@@ -60,7 +64,7 @@ def made_of(
     told = {
         f"config.{name}": value
         for name, value in fields.items()
-        if name.startswith(_TOLD) and name not in _NOT_TOLD
+        if name.startswith(_TOLD) and name not in _NOT_TOLD and _LATER.get(name) != value
     }
     network = method.networks["teacher"]
     if network.norm == "local" and not config.teacher.norm_group:
@@ -68,6 +72,7 @@ def made_of(
     return told | {
         "hosts": jax.process_count(),
         "images": source.count(config.data.train_split),
+        _IMAGES: source.fingerprint(config.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
         "views mixed by": [repr(o) for o in method.objectives.values() if o.makes],
         "outputs": {str(v): named for v, named in wanted(method, record).items()},
@@ -104,7 +109,9 @@ def compare(what: str, meta: Mapping[str, Any], told: Mapping[str, Any]) -> None
       meta: of targets.json.
       told: see `made_of`.
     """
-    kept, told = dict(meta["made_of"]), json.loads(json.dumps(told))
+    kept, told = dict(meta["made_of"]), dict(json.loads(json.dumps(told)))
+    if _IMAGES not in kept:  # of an earlier version
+        told.pop(_IMAGES, None)
     if all(
         named.items() <= kept["outputs"].get(v, {}).items() for v, named in told["outputs"].items()
     ):

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, models
+from disco_jax import errors, files, models
 from disco_jax.evaluate import cost, plots
 from disco_jax.models.encoder import Encoder
 from disco_jax.train import workdir as directory
@@ -68,7 +68,7 @@ def _named(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
 def _of_run(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
     config = directory.read_config(run)
     file = epath.Path(run) / f"{result}.json"
-    top1 = json.loads(file.read_text())["top1"] if file.exists() else None
+    top1 = files.read_json(file)["top1"] if file.exists() else None
     row = {
         "backbone": config.student.backbone,
         "method": config.name or epath.Path(run).name,

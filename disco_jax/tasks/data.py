@@ -1,4 +1,4 @@
-"""Check a data set before a run needs it: counts, classes, sizes, unreadable images, speed."""
+"""Check a data set before a run needs it: counts, classes, sizes, what is left out, speed."""
 
 import collections
 import itertools
@@ -15,8 +15,9 @@ import numpy as np
 
 from disco_jax import errors
 from disco_jax.configs import common
-from disco_jax.data import decode, pipeline, views
+from disco_jax.data import darkness, decode, pipeline, views
 from disco_jax.data.base import Position, Source
+from disco_jax.data.skips import Skipped, printable
 from disco_jax.files import whole, write_arrays
 from disco_jax.tasks.arguments import Parser
 from disco_jax.tasks.distill import data_fields
@@ -30,10 +31,12 @@ _SHOWN = 10
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax data DATA [--data-dir DIR] [--limit N] [--seconds S] [--output|--npz FILE]`."""
+    """`disco-jax data DATA [--data-dir DIR] [--limit N] [--seconds S] [--output FILE]`."""
     parser = Parser("data", __doc__)
     parser.add_argument(
-        "data", help="a folder or pattern of images, an .npz file, a TFDS name or version folder"
+        "data",
+        help="a folder, pattern or list of images, a folder of .tar archives, an .npz file, a TFDS "
+        "name or version folder",
     )
     parser.add_argument("--data-dir", default="", help="where prepared TFDS data sets lie")
     parser.add_argument("--limit", type=int, default=0, help="images of a split to read; 0: all")
@@ -41,6 +44,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", default="", help="a .json file for the report")
     parser.add_argument(
         "--npz", default="", help="an .npz file for a copy, to be read without TensorFlow"
+    )
+    parser.add_argument("--splits", default="", help="as config.data.splits: train=FOLDER,...")
+    parser.add_argument("--labels", default="", help="as config.data.labels: a list with classes")
+    parser.add_argument(
+        "--range",
+        default="full",
+        dest="values",
+        help="as config.data.range: full, image or LOW,HIGH",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=decode.MAX_PIXELS, help="as config.data.max_pixels"
     )
     values = parser.read(argv)
     if values is not None:
@@ -55,22 +69,29 @@ def run(
     seconds: float = 5.0,
     output: str = "",
     npz: str = "",
+    splits: str = "",
+    labels: str = "",
+    values: str = "full",
+    max_pixels: int = decode.MAX_PIXELS,
 ) -> dict[str, Any]:
     """Reads and decodes every image once, then measures how fast training would be fed.
 
     Args:
-      data: a folder or pattern of images, an .npz file, or the name or version folder of a
-        prepared TFDS data set.
+      data: a folder, pattern or list of images, a folder of .tar archives, an .npz file, or the
+        name or version folder of a prepared TFDS data set.
       data_dir: where prepared TFDS data sets lie; "": $TFDS_DATA_DIR or ~/tensorflow_datasets.
       limit: images of each split to read; 0: all.
       seconds: how long to measure the speed of two 224 px crops an image; 0: not at all.
       output: a .json file for what is returned.
       npz: a file for a copy of the images that were read, where all are of one size; it is what
         `config.data.source=npz` reads.
+      splits, labels, max_pixels: as `config.data` has them.
+      values: as `config.data.range`.
 
     Returns:
       {"name", "classes", "splits": {split: {"images", "read", "labelled", "classes_seen",
-      "per_class", "sides", "unreadable"}}, "images_per_s"}.
+      "per_class", "sides", "unreadable"}}, "class_names", "not_used": {reason: {"count",
+      "names"}}, "brightest": the highest value of all images that were read, "images_per_s"}.
 
     Raises:
       UserError: nothing there that can be read; for ImageNet, with what to place where.
@@ -81,15 +102,20 @@ def run(
         raise errors.UserError(f"--npz={npz} should end in .npz.")
     if limit < 0 or seconds < 0:
         raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
-    source = _open(data, data_dir)
-    splits = {split: _inspect(source, split, limit) for split in source.splits}
+    fields = dict(splits=splits, labels=labels, range=values, max_pixels=max_pixels)
+    source = _open(data, data_dir, fields)
+    found = {split: _inspect(source, split, limit) for split in source.splits}
+    levels = [level for of in found.values() if (level := of.pop("brightest")) is not None]
     report = {
         "name": source.name,
         "classes": source.num_classes,
-        "splits": splits,
-        "images_per_s": _speed(source, splits, seconds) if seconds else None,
+        "class_names": [printable(name) for name in source.class_names],
+        "splits": found,
+        "not_used": source.skipped.as_dict(),
+        "brightest": max(levels, default=None),
+        "images_per_s": _speed(source, found, seconds) if seconds else None,
     }
-    _print(report)
+    _print(report, source.skipped)
     if output:
         with whole(output) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
@@ -127,16 +153,16 @@ def _copy(source: Source, npz: str, limit: int) -> None:
     print(f"Copied to {npz}: --config.data.source=npz --config.data.dir={npz}")
 
 
-def _open(data: str, data_dir: str) -> Source:
-    """The source that a run with this data would have."""
+def _open(data: str, data_dir: str, fields: dict[str, Any]) -> Source:
+    """The source that a run with this data and these fields of `config.data` would have."""
     config = common.pretrain().data
     path = pathlib.Path(data).expanduser()
     if path.exists() or any(mark in data for mark in "*?["):
         config.update(data_fields(data))
     else:
         config.update(source="tfds", name=data, dir=data_dir)
-    config.max_unreadable = 2**31
-    return pipeline.open_source(config, shared=False)
+    config.update(max_unreadable=2**31, **fields)
+    return pipeline.open_source(config, shared=False, tell=False)
 
 
 def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
@@ -144,13 +170,16 @@ def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
     sides: collections.Counter[int] = collections.Counter()
     labels: collections.Counter[int] = collections.Counter()
     unreadable, read, told = [], 0, time.monotonic()
+    brightest: int | None = None
     records = source.pictures(split)
-    for name, label, shape in _decoded(itertools.islice(records, limit or None)):
+    for name, label, seen in _decoded(itertools.islice(records, limit or None)):
         read += 1
         labels[label] += 1
-        if shape is None:
+        if seen is None:
             unreadable.append(name)
         else:
+            shape, highest = seen
+            brightest = max(highest, brightest or 0)
             sides[max(side for side in SIDES if side <= min(shape))] += 1
         if time.monotonic() - told > 10:
             told = time.monotonic()
@@ -164,24 +193,24 @@ def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
         "per_class": [min(counts), max(counts)] if counts else None,
         "sides": {str(side): sides[side] for side in SIDES if sides[side]},
         "unreadable": unreadable,
+        "brightest": brightest,
     }
 
 
 def _decoded(records: Iterator[tuple[str, Any, int]]) -> Iterator[tuple[str, int, Any]]:
-    """(name, label, (height, width) or None) of each record, decoded whole in threads."""
+    """(name, label, ((height, width), highest value) or None) of each record, in threads."""
 
-    def shape(record: tuple[str, Any, int]) -> Any:
+    def seen(record: tuple[str, Any, int]) -> Any:
         _, image, _ = record
-        if isinstance(image, np.ndarray):
-            return image.shape[:2]
         try:
-            return decode.decode(image).shape[:2]
+            pixels = image if isinstance(image, np.ndarray) else decode.decode(image)
         except decode.Unreadable:
             return None
+        return pixels.shape[:2], int(pixels.max())
 
     with ThreadPoolExecutor(_THREADS) as pool:
         while chunk := list(itertools.islice(records, 16 * _THREADS)):
-            for (name, _, label), found in zip(chunk, pool.map(shape, chunk), strict=True):
+            for (name, _, label), found in zip(chunk, pool.map(seen, chunk), strict=True):
                 yield name, label, found
 
 
@@ -202,8 +231,11 @@ def _speed(source: Source, splits: dict[str, Any], seconds: float) -> float | No
     return count / spent
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: dict[str, Any], skipped: Skipped) -> None:
     classes = f"{report['classes']} classes" if report["classes"] else "no labels"
+    names = report["class_names"]
+    if names:
+        classes += f" ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
     print(f"{report['name']}: {classes}")
     for split, found in report["splits"].items():
         unreadable = found["unreadable"]
@@ -223,6 +255,10 @@ def _print(report: dict[str, Any]) -> None:
             print(f"    unreadable: {name}")
         if len(unreadable) > _SHOWN:
             print(f"    and {len(unreadable) - _SHOWN} more")
+    for line in skipped.lines():
+        print(f"  not used: {line}")
+    if dark := darkness.warning(report["name"], report["brightest"]):
+        print(f"  {dark}")
     rate = report["images_per_s"]
     if rate:
         split = max(report["splits"].values(), key=lambda found: found["images"])

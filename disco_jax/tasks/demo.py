@@ -134,8 +134,7 @@ def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> N
     }
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in RUNS:
-        text = (folder / name / metrics.FILE).read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines, _ = metrics.read(folder / name / metrics.FILE)
         left.plot(
             [line["epoch"] for line in lines],
             [line["contrast/loss"] for line in lines],

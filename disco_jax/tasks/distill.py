@@ -2,7 +2,7 @@
 
 import glob
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.tasks import pretrain
 from disco_jax.train import teacher as teachers
-from disco_jax.train.workdir import read_config
 
+# Fields of `config.data` that answer questions about the data, which opening them may ask.
+_OPENING = ("splits", "labels", "range")
 # Images smaller than this go through the small stem.
 SMALL_PX = 64
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
     # Before the first look at the devices, which `resolve` takes.
     flags.prepare_jax(flags.meeting_of(argv), _value(argv, "workdir") or "")
-    config, source = (disco.get_config(), None) if wants_help else resolve(**given)
+    opening = {name: value for name in _OPENING if (value := _value(argv, f"config.data.{name}"))}
+    config, source = (disco.get_config(), None) if wants_help else resolve(**given, opening=opening)
     opened = config.data.copy_and_resolve_references()
     values = flags.parse(
         "distill", argv, help_line=entry.TASKS["distill"].help, config=config, extra=_define
@@ -45,8 +47,8 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
     """Distils `student` from `teacher` on the images in `data`.
 
     Args:
-      data: a folder of images, a pattern such as "photos/**/*.jpg", a prepared TFDS data set's
-        version folder, or an .npz file.
+      data: a folder of images or .tar archives, a pattern such as "photos/**/*.jpg", a list of
+        files, a prepared TFDS data set's version folder, or an .npz file.
       teacher: the directory of a pretraining run or of an import, or a checkpoint of PyTorch.
       student: a backbone, e.g. "resnet18".
       workdir: where the run lives.
@@ -59,16 +61,24 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
     Raises:
       UserError: see `resolve` and `pretrain.run`.
     """
-    config, source = resolve(data=data, teacher=teacher, student=student)
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    fields = {k.replace("__", "."): v for k, v in changes.items()}
+    opening = {name: fields[f"data.{name}"] for name in _OPENING if f"data.{name}" in fields}
+    config, source = resolve(data=data, teacher=teacher, student=student, opening=opening)
+    config.update_from_flattened_dict(fields)
     return _train(config, workdir, source)
 
 
-def resolve(*, data: str, teacher: str, student: str) -> tuple[ConfigDict, Source]:
+def resolve(
+    *, data: str, teacher: str, student: str, opening: Mapping[str, str] | None = None
+) -> tuple[ConfigDict, Source]:
     """The DisCo config for these images, this teacher and this student, and the images.
 
     The teacher decides the image size and normalisation; the number of images decides the batch
     and the queue: at most 256 and 65,536, at most an eighth of the images and all of them.
+
+    Args:
+      data, teacher, student: see `run`.
+      opening: fields of `config.data` without which the data may not open, see `_OPENING`.
 
     Raises:
       UserError: when the data or the teacher is not there or not understood.
@@ -78,6 +88,7 @@ def resolve(*, data: str, teacher: str, student: str) -> tuple[ConfigDict, Sourc
     config = disco.get_config()
     config.student.backbone = student
     config.data.update(data_fields(data))
+    config.data.update(opening or {})
     _follow_teacher(config, teacher)
     source = pipeline.open_source(config.data)
     _fit_data(config, source)
@@ -90,20 +101,26 @@ def _train(config: ConfigDict, workdir: str, source: Source | None) -> dict[str,
 
 
 def data_fields(data: str) -> dict[str, str]:
-    """Fields of `config.data` for a folder, a pattern, an .npz file or a TFDS version folder."""
+    """Fields of `config.data` for a place with data.
+
+    A folder of pictures or .tar archives, a pattern, a list of files, a .tar archive, an .npz file
+    or a TFDS version folder.
+    """
     path = pathlib.Path(data).expanduser()
     if not path.exists() and glob.has_magic(data):
         return {"source": "folder", "name": "pictures", "dir": str(path)}
     if not path.exists():
         raise errors.UserError(
-            f"--data={data} does not exist. Give a folder of images or a pattern of their names, "
-            "a TFDS version folder (with dataset_info.json), or an .npz file."
+            f"--data={data} does not exist. Give a folder of images or .tar archives, a pattern of "
+            "names, a list of files, a TFDS version folder (with dataset_info.json), or an .npz "
+            "file."
         )
     if path.suffix == ".npz":
         return {"source": "npz", "name": path.stem, "dir": str(path), "eval_split": "test"}
     if (path / "dataset_info.json").exists():
         return {"source": "tfds", "name": str(path), "dir": ""}
-    return {"source": "folder", "name": path.name, "dir": str(path)}
+    name = path.stem if path.is_file() else path.name
+    return {"source": "folder", "name": name, "dir": str(path)}
 
 
 def _follow_teacher(config: ConfigDict, teacher: str) -> None:
@@ -115,12 +132,12 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
             "an import, or a checkpoint of PyTorch (.pth, .pth.tar, .safetensors)."
         )
     config.teacher.weights = str(path)
-    if path.is_file():
+    if teachers.place(str(path)).is_file():
         imported = convert.read_network(str(path))
         config.teacher.update(teachers.shape(imported.spec))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
-        run = read_config(str(path))
+        run = teachers.read_config(path)
         config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
             value = run.augment[field]
@@ -146,7 +163,11 @@ def _fit_data(config: ConfigDict, source: Source) -> None:
 
 def _define(values: absl_flags.FlagValues) -> None:
     for name, text in (
-        ("data", "a folder or pattern of images, a TFDS version folder, or an .npz file"),
+        (
+            "data",
+            "a folder, pattern or list of images, a folder of .tar archives, a TFDS version "
+            "folder, or an .npz file",
+        ),
         ("teacher", "the directory of a run or of an import, or a checkpoint of PyTorch"),
         ("student", "a backbone; see disco-jax list"),
     ):

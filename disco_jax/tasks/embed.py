@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from disco_jax import errors, flags, models
-from disco_jax.data import decode, folders, views
+from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
 from disco_jax.files import whole, write_arrays
@@ -51,9 +51,10 @@ def run(
 
     Args:
       checkpoint: the directory of a run or of an import, or a PyTorch file.
-      images: the folder; names that end in .jpg, .png, .webp or .bmp count.
+      images: the folder; pictures in it are those that end in one of `decode.suffixes`.
       output: `.npz` with `files` (relative paths), `features` f32[N, F] and, with `with_head`,
-        `embedding` f32[N, D]; or `.parquet` with the same columns (needs pyarrow).
+        `embedding` f32[N, D]; or `.parquet` with the same columns (needs pyarrow). Its text is
+        UTF-8: of names that are not, other bytes are written as in "caf\\xe9.jpg".
       with_head: write the head's embedding as well.
       size: of the images in px; 0: the run's.
       batch_size: images encoded at once.
@@ -67,10 +68,13 @@ def run(
     """
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
-    files = [pathlib.Path(file) for _, file in folders.pictures(folder)]
+    skipped = skips.Skipped()
+    files = [folder / name for name in tree.pictures(str(folder), skipped)]
+    for line in skipped.lines():
+        _LOG.info("%s: not used: %s", images, line)
     if not files:
         raise errors.UserError(
-            f"--images={images} has no pictures (names that end in {', '.join(folders.SUFFIXES)})."
+            f"--images={images} has no pictures (names that end in {', '.join(decode.suffixes())})."
         )
     opened = open_network(checkpoint, network)
     unreadable: list[str] = []
@@ -92,7 +96,7 @@ def run(
         columns["embedding"] = found.embedding
     _write(target, columns)
     for name in unreadable:
-        _LOG.warning("%s cannot be read and was left out.", name)
+        _LOG.warning("%s cannot be read and was left out.", skips.printable(name))
     width = found.features.shape[1]
     print(f"{target}: {width} features of {len(found.features)} images from {opened.backbone}.")
     return {"output": str(target), "images": len(found.features), "unreadable": unreadable}
@@ -123,9 +127,13 @@ def _batches(
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
 
+    rules = decode.Rules.parse(
+        config.data.get("range", "full"), config.data.get("max_pixels", decode.MAX_PIXELS)
+    )
+
     def read(file: pathlib.Path) -> np.ndarray | None:
         try:
-            image = decode.decode(file)
+            image = decode.decode(decode.ruled(file, rules))
         except decode.Unreadable:
             return None
         return evaluated(image, side, resize, config.augment.interpolation)
@@ -153,7 +161,7 @@ def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
         table = {
             key: arrow.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
             if value.ndim == 2
-            else arrow.array(value.tolist())
+            else arrow.array([skips.utf8(name) for name in value.tolist()])
             for key, value in columns.items()
         }
         parquet.write_table(arrow.table(table), file)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from disco_jax import convert, errors, flags
+from disco_jax import convert, errors, files, flags
 from disco_jax.convert import frameworks, onnx, save, stablehlo, tflite
 from disco_jax.tasks import card
 from disco_jax.tasks.arguments import Parser
@@ -116,7 +117,8 @@ def _checked_first(path: epath.Path) -> Iterator[epath.Path]:
     Until then a file that was there stays as it is; when the export fails nothing new is left.
     """
     made = not path.parent.exists()
-    folder = path.parent / f".unchecked.{os.getpid()}"
+    folder = path.parent / f".unchecked.{socket.gethostname()}.{os.getpid()}"
+    _remove_killed(path.parent)
     folder.mkdir(parents=True)
     try:
         yield folder / path.name
@@ -125,6 +127,15 @@ def _checked_first(path: epath.Path) -> Iterator[epath.Path]:
     except BaseException:
         (path.parent if made else folder).rmtree()
         raise
+
+
+def _remove_killed(place: epath.Path) -> None:
+    """Removes what exports of this machine have left that were killed."""
+    begin = f".unchecked.{socket.gethostname()}."
+    for folder in place.glob(f"{begin}*") if place.exists() else ():
+        number = folder.name.removeprefix(begin)
+        if number.isdecimal() and not files.is_running(int(number)):
+            folder.rmtree()
 
 
 def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.Path:

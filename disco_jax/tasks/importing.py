@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from disco_jax import convert, flags, models
 from disco_jax.configs import common
-from disco_jax.convert.load import digest
+from disco_jax.convert.load import size_and_digest
 from disco_jax.convert.recognise import FAMILIES
+from disco_jax.convert.text import listed
+from disco_jax.files import IMPORTING, whole
 from disco_jax.tasks.arguments import Parser
 from disco_jax.train import checkpoint, teacher
 from disco_jax.train import workdir as directory
@@ -31,7 +33,7 @@ MANIFEST = "manifest.json"
 def main(argv: Sequence[str]) -> None:
     """`disco-jax import FILE --workdir W [--family F] [--arch A] [--prefix P] [--allow X ...]`."""
     parser = Parser("import", __doc__)
-    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors")
+    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors; an index")
     parser.add_argument("--workdir", required=True, help="where the imported network goes")
     parser.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--arch", default="", help="a network of disco-jax list")
@@ -43,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
         "--allow",
         action="append",
         default=[],
-        help="pattern of keys that may be left over or of weights that may be missing",
+        help="pattern of keys that may be left over (a head that is unlike any here is left out "
+        "whole) or of weights that may be missing",
     )
     values = parser.read(argv)
     if values is not None:
@@ -83,7 +86,8 @@ def run(
         with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
             checkpoints.save(0, _state(imported), [[0, 0]], {})
             checkpoints.wait()
-        (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        with whole(path / MANIFEST) as place:
+            place.write_text(json.dumps(manifest, indent=2) + "\n")
     _print(imported, manifest, workdir)
     return manifest
 
@@ -107,10 +111,11 @@ def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
     """What the manifest says of an imported network."""
     mean, std = imported.normalisation
     encoder = imported.encoder
+    size, digest = size_and_digest(file)
     return {
         "file": str(file),
-        "bytes": epath.Path(file).stat().length,
-        "sha256": digest(file),
+        "bytes": size,
+        "sha256": digest,
         "imported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "disco_jax": __version__,
         "container": imported.container,
@@ -140,20 +145,34 @@ def _state(imported: convert.Imported) -> TrainState:
 
 @contextlib.contextmanager
 def _cleared(path: epath.Path) -> Iterator[None]:
-    """Refuses a directory that holds anything; removes what was written when the import fails."""
+    """Refuses a directory that holds anything; removes what was written when the import fails.
+
+    What a killed import has left is known by its mark, and removed first.
+    """
+    mark = path / IMPORTING
+    if mark.exists():
+        _remove(path, before=json.loads(mark.read_text() or "[]"))
     directory.check_free(path)
     existed = path.exists()
-    before = {entry.name for entry in path.iterdir()} if existed else set()
+    before = [entry.name for entry in path.iterdir()] if existed else []
+    path.mkdir(parents=True, exist_ok=True)
+    with whole(mark) as file:
+        file.write_text(json.dumps(before))
     try:
         yield
+        mark.unlink()
     except BaseException:
-        if path.exists() and not existed:
-            path.rmtree()
-        elif path.exists():
-            for entry in path.iterdir():
-                if entry.name not in before:
-                    entry.rmtree() if entry.is_dir() else entry.unlink()
+        _remove(path, before)
+        if not existed:
+            path.rmdir()
         raise
+
+
+def _remove(path: epath.Path, before: Sequence[str]) -> None:
+    """Removes all that is in a directory but `before`; the mark last."""
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == IMPORTING):
+        if entry.name not in before:
+            entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -> None:
@@ -171,6 +190,8 @@ def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -
         + ("" if imported.queue is None else f"; queue of {manifest['queue'][0]} keys")
         + "."
     )
+    if imported.classifiers:
+        print(f"Left out as a classifier: {listed(imported.classifiers)}.")
     print(
         f"{len(imported.keys)} arrays taken, {len(imported.left)} not ({workdir}/{MANIFEST} lists "
         f"them). Use it as a teacher with --config.teacher.weights={workdir}"

@@ -1,6 +1,7 @@
 """Train several students side by side: one look at the images and one teacher for all of them."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ from disco_jax.methods.base import Method
 from disco_jax.nested import flatten
 from disco_jax.report import build
 from disco_jax.tasks import pretrain
-from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import checkpoint, health, joint, loop, state, step
+from disco_jax.tasks.prepare import Prepared, prepare, starting
+from disco_jax.train import checkpoint, health, joint, loop, state, step, unreadable
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
 from disco_jax.train.workdir import claim
@@ -94,16 +95,19 @@ def run(
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
-    ready = _prepared(configs, source)
+    prepared = _prepared(configs, source)
+    ready = {name: starting(one, workdirs[name]) for name, one in prepared.items()}
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
+    pretrain.warn_if_dark(ready[first])
     with contextlib.ExitStack() as held:
         for name, one in ready.items():
-            held.enter_context(claim(str(paths[name]), one.config))
+            held.enter_context(claim(str(paths[name]), one.config, (), pretrain.images_of(one)))
         others = [str(path) for name, path in paths.items() if name != first]
         goodput = held.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))
         )
+        unreadable.keep(ready[first].source, paths[first])
         checkpoints = held.enter_context(
             contextlib.closing(joint.JointCheckpoints(_checkpoints(ready, paths)))
         )
@@ -192,6 +196,7 @@ def _train(
             goodput,
             _evaluation(ready),
             joint.summarise,
+            joint.check_states,
         )
 
 
@@ -213,8 +218,10 @@ def _checkpoints(
 
 def _evaluation(ready: Mapping[str, Prepared]) -> Callable[[int, Any], dict[str, float]]:
     """What the loop calls now and then: kNN of every student."""
+    first = next(iter(ready.values()))
+    drawn = functools.cache(lambda: monitor.sample(first.config, first.source))
     looks = {
-        name: monitor.knn_of(one.config, one.method.networks["student"].encoder, one.source)
+        name: monitor.knn_of(one.config, one.method.networks["student"].encoder, one.source, drawn)
         for name, one in ready.items()
     }
 

@@ -1,7 +1,6 @@
 """A trained network to deploy: from a run, from an import, or straight from a PyTorch file."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -9,10 +8,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import convert, errors, models
+from disco_jax import convert, errors, files, models
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.tasks import importing
+from disco_jax.train import teacher
 from disco_jax.train.workdir import ENVIRONMENT
 
 
@@ -62,9 +62,9 @@ def open_network(path: str, network: str = "student") -> Opened:
     Raises:
       UserError: nothing there, or nothing that is understood.
     """
-    place = epath.Path(path)
-    if not place.exists():
+    if not epath.Path(path).exists():
         raise errors.UserError(f"{path} does not exist. Give a run's directory or a checkpoint.")
+    place = teacher.place(path)
     if not place.is_dir():
         imported = convert.read_network(path)
         config = importing.config_of(imported)
@@ -85,12 +85,14 @@ def _of_file(manifest: dict[str, Any]) -> dict[str, Any]:
 def _of_run(path: epath.Path, network: str, trained: features.Trained) -> dict[str, Any]:
     manifest = path / importing.MANIFEST
     if manifest.exists():
-        return _of_file(json.loads(manifest.read_text()))
+        return _of_file(files.read_json(manifest))
     config = trained.config
     found = {"run": str(path), "network": network, "step": trained.step, "recipe": config.name}
     if config.teacher.weights:
         found["teacher"] = config.teacher.weights
+    if started := config.student.get("weights", ""):
+        found["student started from"] = started
     environment = path / ENVIRONMENT
     if environment.exists():
-        found["code"] = json.loads(environment.read_text())[-1]["git"]
+        found["code"] = files.read_json(environment, list)[-1]["git"]
     return found

@@ -1,6 +1,5 @@
 """Follow a run through the information plane while it is fine-tuned (DisCo, figure 7)."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors
+from disco_jax import errors, files
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
 from disco_jax.evaluate.classifier import Classifier
@@ -130,4 +129,4 @@ def _path_of(run: str, name: str) -> list[dict[str, float]]:
             f"config.plane.beside: {file} does not exist. Run `disco-jax plane --workdir {run}` "
             "first, with the same --config.name."
         )
-    return json.loads(file.read_text())["path"]
+    return files.read_json(file)["path"]

@@ -1,22 +1,24 @@
 """What a run needs, checked, before anything is written or compiled."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, methods
+from disco_jax import errors, fields, methods
 from disco_jax.data import pipeline, targets, views
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
 from disco_jax.models import fold
+from disco_jax.models.encoder import Variables
+from disco_jax.nested import flatten
 from disco_jax.tasks import cached
-from disco_jax.train import optimizer, state, step, teacher
+from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Prepared:
       built: the step.
       teacher: frozen weights; None if the method has no teacher.
       record: of shapes: what the networks make of an image.
+      started: what the student starts from instead of fresh weights; see `start.load`.
       period: steps after which the views come again, with the teacher's outputs beside them
         (`config.teacher.cache`); 0: the teacher is asked in every step.
     """
@@ -46,6 +49,7 @@ class Prepared:
     built: step.Built
     teacher: teacher.Teacher | None
     record: Record
+    started: Variables | None = None
     period: int = 0
 
     @property
@@ -60,6 +64,23 @@ class Prepared:
         return {"teacher": fold.still(network, jax.tree.map(np.asarray, variables), size)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is put together from, checked; see `Prepared`."""
+
+    config: ConfigDict
+    recipe: views.Recipe
+    method: Method
+    record: Record
+
+
+# What a method is built from.
+_METHOD = (
+    "student", "momentum", "teacher", "objectives", "fast", "augment", "bags", "batch_size",
+    "dtype", "group_views", "local", "views",
+)  # fmt: skip
+
+
 def prepare(
     config: ConfigDict, source: Source | None = None, loaded: teacher.Teacher | None = None
 ) -> Prepared:
@@ -71,23 +92,14 @@ def prepare(
       loaded: the teacher that `config.teacher` names, if it has been read already.
 
     Raises:
-      UserError: a setting, the data or the teacher will not do.
+      UserError: settings, the data or the teacher will not do; names all that were found.
     """
-    check_numbers(config)
-    check_devices(config, jax.device_count())
-    config = teacher.resolve(config)
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    check_views(recipe, method)
-    _check_momentum(config)
-    losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
-    if config.checkpoint.best_metric not in ("", *losses):
-        raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
-    _check_patterns(config, method)
-    record = state.shapes(method, recipe.sizes)
-    method.check(record)
-    source = _bagged(source or pipeline.open_source(config.data), config, method)
-    monitor.check(config, source)
+    problems = errors.Problems()
+    found = _found(config, source, loaded, problems)
+    problems.raise_any()
+    assert found is not None  # or a problem was noted
+    source, parts = found
+    config, method = parts.config, parts.method
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.paced(steps_per_epoch)
     if "teacher" not in method.plan:
@@ -97,16 +109,134 @@ def prepare(
         loaded = teacher.load(config.teacher, encoder, config.augment.size)
     ready = Prepared(
         config=config,
-        recipe=recipe,
+        recipe=parts.recipe,
         method=method,
         source=source,
         steps_per_epoch=steps_per_epoch,
         total=config.total_steps or config.total_epochs * steps_per_epoch,
-        built=step.from_config(config, method, recipe, steps_per_epoch),
+        built=step.from_config(config, method, parts.recipe, steps_per_epoch),
         teacher=loaded,
-        record=record,
+        record=parts.record,
     )
     return _cached(ready) if config.teacher.cache else ready
+
+
+def check(config: ConfigDict, problems: errors.Problems) -> None:
+    """Notes what is wrong with the config of a pretraining run, its data and its teacher.
+
+    What reads a field that is wrong already is not looked at.
+    """
+    _found(config, None, None, problems)
+
+
+def _found(
+    config: ConfigDict,
+    source: Source | None,
+    loaded: teacher.Teacher | None,
+    problems: errors.Problems,
+) -> tuple[Source, _Parts] | None:
+    """What `prepare` puts together; None if something is wrong, which is noted."""
+    opened, parts = _open(config, source, problems), _parts(config, loaded, problems)
+    if opened is None or parts is None:
+        return None
+    bagged = problems.attempt(_bagged, opened, parts.config, parts.method, reads=("data", "bags"))
+    return None if bagged is None else (bagged, parts)
+
+
+def _open(config: ConfigDict, source: Source | None, problems: errors.Problems) -> Source | None:
+    """The images; notes what is wrong with single fields, and with what depends on the images."""
+    fields.check(config, problems)
+    opened = problems.attempt(lambda: source or pipeline.open_source(config.data), reads=("data",))
+    if opened is not None:
+        problems.attempt(monitor.check, config, opened, reads=("data", "monitor"))
+        lengths = "batch_size", "total_epochs", "optimizer", "learning_rate", "objectives"
+        problems.attempt(_check_lengths, config, opened, reads=("data", *lengths))
+    return opened
+
+
+def _parts(
+    config: ConfigDict, loaded: teacher.Teacher | None, problems: errors.Problems
+) -> _Parts | None:
+    """What does not depend on the images; None if something is wrong with it, which is noted."""
+    devices = jax.device_count()
+    grouped = "student.norm_group", "teacher.norm_group", "objectives.relations"
+    problems.attempt(check_devices, config, devices, reads=("batch_size", *grouped))
+    rates = "learning_rate", "optimizer", "momentum", "batch_size", "total_epochs"
+    problems.attempt(_check_rates, config, reads=rates)
+    problems.attempt(start.check, config.student, reads=("student",))
+    recipe = problems.attempt(
+        views.build, config.augment, config.views, config.local, reads=("augment", "views", "local")
+    )
+    objectives = "objectives", "views", "local", "batch_size", "student", "group_views", "bags"
+    problems.attempt(methods.check, config, reads=objectives)
+    resolved = problems.attempt(teacher.resolve, config, reads=("teacher", "student", "objectives"))
+    if recipe is None or resolved is None:
+        return None
+    method = problems.attempt(
+        methods.build, resolved, resolved.views, resolved.local.count, reads=_METHOD
+    )
+    if method is None:
+        return None
+    problems.attempt(check_views, recipe, method)
+    problems.attempt(_check_best_metric, config, method, reads=("checkpoint",))
+    problems.attempt(_check_patterns, resolved, method, reads=("optimizer",))
+    if "teacher" in method.plan and loaded is None:
+        problems.attempt(teacher.check_weights, resolved.teacher)
+    record = problems.attempt(_shapes, method, recipe)
+    return None if record is None else _Parts(resolved, recipe, method, record)
+
+
+def _shapes(method: Method, recipe: views.Recipe) -> Record:
+    """What the networks make of an image; refuses what the objectives cannot compare."""
+    record = state.shapes(method, recipe.sizes)
+    method.check(record)
+    return record
+
+
+def _check_rates(config: ConfigDict) -> None:
+    """Refuses an optimizer or schedules that cannot be, of whatever length."""
+    epochs = config.total_epochs
+    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 1, epochs)
+    optimizer.build(config.optimizer, rate, 1, epochs)
+
+
+def _check_best_metric(config: ConfigDict, method: Method) -> None:
+    losses = ["loss", *(f"{name}/loss" for name in method.objectives)]
+    if config.checkpoint.best_metric not in ("", *losses):
+        raise errors.unknown("config.checkpoint.best_metric", config.checkpoint.best_metric, losses)
+
+
+def _check_lengths(config: ConfigDict, source: Source) -> None:
+    """Refuses a batch that the images do not fill, and times that are no 32-bit step number."""
+    steps = _steps_per_epoch(source, config)
+    last = {name: value for name, value in flatten(config).items() if name.endswith("_epochs")}
+    last["learning_rate.milestones"] = max(config.learning_rate.milestones, default=0)
+    late = [f"config.{name}={value}" for name, value in last.items() if value * steps > fields.MOST]
+    if late:
+        raise errors.UserError(
+            f"{', '.join(late)}: at {steps} steps an epoch at most {fields.MOST // steps} epochs "
+            "can be counted."
+        )
+
+
+def starting(ready: Prepared, workdir: str) -> Prepared:
+    """The run with the weights of `config.student.weights`, if it has not begun yet.
+
+    A run that goes on does not read them: all that it has learned is in its checkpoints.
+
+    Args:
+      ready: the run.
+      workdir: its directory, which need not exist.
+
+    Raises:
+      UserError: the weights cannot be read, or are of another network.
+    """
+    folder = epath.Path(workdir) / checkpoint.FOLDER
+    begun = folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
+    if begun or not ready.config.student.get("weights", ""):
+        return ready
+    started = start.load(ready.config, ready.method.networks["student"].encoder)
+    return dataclasses.replace(ready, started=started)
 
 
 def _cached(ready: Prepared) -> Prepared:
@@ -121,34 +251,6 @@ def _cached(ready: Prepared) -> Prepared:
     )
     source = targets.ReplayedSource(ready.source, kept)
     return dataclasses.replace(ready, source=source, built=built, period=len(kept))
-
-
-def check_numbers(config: ConfigDict) -> None:
-    """Refuses numbers that would only fail, or do nothing, hours later."""
-    least = {
-        "batch_size": 1,
-        "total_epochs": 1,
-        "total_steps": 0,
-        "views": 1,
-        "log.every_steps": 1,
-        "checkpoint.every_steps": 1,
-        "checkpoint.keep": 1,
-        "log.replicas_every_steps": 0,
-        "log.hang_s": 0,
-        "momentum.ema_rate": 0,
-        "health.min_std": 0,
-        "health.patience": 1,
-        "data.max_unreadable": 0,
-        "monitor.knn_every_steps": 0,
-        "monitor.images": 0,
-        "monitor.k": 1,
-    }
-    values = {name: functools.reduce(getattr, name.split("."), config) for name in least}
-    low = [f"config.{n}={v} is below {least[n]}." for n, v in values.items() if v < least[n]]
-    if config.momentum.ema_rate > 1:
-        low.append(f"config.momentum.ema_rate={config.momentum.ema_rate} is above 1.")
-    if low:
-        raise errors.UserError("\n  ".join(low))
 
 
 def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
@@ -200,16 +302,6 @@ def check_views(recipe: views.Recipe, method: Method) -> None:
         raise errors.UserError(
             f"The recipe makes view {idle[0]}, which no objective reads: lower config.views or "
             "config.local.count, or let an objective read it (config.objectives.*.views, .pairs)."
-        )
-
-
-def _check_momentum(config: ConfigDict) -> None:
-    if config.momentum.follow not in ("before", "after"):
-        raise errors.unknown("config.momentum.follow", config.momentum.follow, ("before", "after"))
-    if config.momentum.ema_rate_end > 1:
-        raise errors.UserError(
-            f"config.momentum.ema_rate_end={config.momentum.ema_rate_end} must be a share in 0..1, "
-            "or -1 for a constant rate."
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,16 +11,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import pipeline, views
+from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
 from disco_jax.tasks import report
-from disco_jax.tasks.prepare import Prepared, prepare
-from disco_jax.train import checkpoint, health, loop, state, step
+from disco_jax.tasks.prepare import Prepared, prepare, starting
+from disco_jax.train import checkpoint, health, loop, state, step, unreadable
 from disco_jax.train.goodput import Goodput
 from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import claim
+from disco_jax.train.workdir import ANEW, begin_anew, claim
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,17 +52,19 @@ def run(
     """
     started = time.monotonic()
     traced = _steps_to_trace(profile)
-    ready = prepare(config, source)
+    ready = starting(prepare(config, source), workdir)
     config = ready.config
+    warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config, allowed) as path,
+        claim(workdir, config, allowed, images_of(ready)) as path,
         contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
             checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
         ) as checkpoints,
     ):
-        begin, position = resume(checkpoints, fresh(ready))
+        unreadable.keep(ready.source, path)
+        begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
         begin = state.refilled_by(begin, config.batch_size)  # it may have been another
         describe(ready, begin)
         if int(begin.step) < ready.total:
@@ -117,6 +120,7 @@ def fresh(ready: Prepared) -> state.TrainState:
         config.augment.size,
         inherited=ready.teacher.queue if ready.teacher else None,
         reused=ready.teacher.variables if ready.teacher else None,
+        started=ready.started,
         record=ready.record,
     )
 
@@ -130,7 +134,7 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
         config.batch_size // jax.process_count(),
         config.seed,
         position,
-        config.data.max_unreadable,
+        pipeline.unreadable_limit(config.data, ready.source, config.data.train_split),
     )
     return pipeline.Prefetcher(crops, transform=_lay_out)
 
@@ -187,14 +191,28 @@ def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
     return state.apart(tree), (batch.position.epoch, batch.position.offset)
 
 
-def resume(checkpoints: Any, fresh: Any) -> tuple[Any, Position]:
-    """The newest good checkpoint and this host's place in the data, or the fresh state.
+def images_of(ready: Prepared) -> Callable[[], Mapping[str, Any]]:
+    """Returns a function that tells what images a run trains on; see `Source.fingerprint`."""
+    split = ready.config.data.train_split
+    return lambda: ready.source.fingerprint(split)
+
+
+def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tuple[Any, Position]:
+    """Returns the newest good checkpoint and this host's place in the data, or the fresh state.
 
     Args:
       checkpoints: `Checkpoints`, or those of several runs.
       fresh: the state at step 0, or those of the runs.
+      anew: the directory, where the run may begin anew although its checkpoints are gone.
+
+    Raises:
+      UserError: see `Checkpoints.restore`; or there were checkpoints and all are gone.
     """
     restored = checkpoints.restore(fresh)
+    if restored is None and anew is not None:
+        begin_anew(anew)
+    elif restored is None:
+        checkpoints.check_none_lost()
     if restored is None:
         return fresh, Position.start()
     resumed, meta = restored
@@ -213,6 +231,15 @@ def resume(checkpoints: Any, fresh: Any) -> tuple[Any, Position]:
 def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
     """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
     return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
+
+
+def warn_if_dark(ready: Prepared) -> None:
+    """Logs a warning if the images for training are nearly black."""
+    if jax.process_index():
+        return
+    value = darkness.brightest(ready.source, ready.config.data.train_split)
+    if dark := darkness.warning(ready.source.name, value):
+        _LOG.warning(dark)
 
 
 def describe(ready: Prepared, begin: state.TrainState) -> None:
@@ -236,7 +263,8 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
         f"with head {everything:.2f} M (M = 2^20, as the papers count){frozen}; {count} forward "
         f"passes a step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
-        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else ""),
+        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else "")
+        + (f"; the student starts from {config.student.weights}" if ready.started else ""),
         flush=True,
     )
     if config.local.count:

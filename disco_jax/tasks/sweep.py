@@ -1,5 +1,6 @@
 """Run every cell of a sweep, score it, and put all of them in one table."""
 
+import contextlib
 import importlib
 import json
 import time
@@ -14,13 +15,13 @@ from ml_collections import ConfigDict
 from disco_jax import errors, flags, methods, models, programs
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
-from disco_jax.files import whole
+from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
-from disco_jax.train import teacher, workdir
+from disco_jax.train import hosts, lease, teacher, workdir
 from disco_jax.train.joint import Diverged
 
 # Recipes that score a run -> the task.
@@ -30,7 +31,7 @@ CELLS, TEACHERS, STATUS = "cells", "teachers", "status"
 
 def main(argv: Sequence[str]) -> None:
     """`disco-jax sweep --config sweeps/NAME --workdir DIR [--dry-run] [--worker I --workers N]`."""
-    values = flags.parse("sweep", argv, help_line=__doc__, extra=_define)
+    values = flags.parse("sweep", argv, help_line=__doc__, extra=_define, like="sweeps/seed")
     if values is None:
         return
     flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
@@ -97,15 +98,17 @@ def run(
         return _show(by_name, own, groups, topology)
     path.mkdir(parents=True, exist_ok=True)
     programs.settle(path)
-    _note(path / "sweep.json", json.loads(config.to_json_best_effort()))
-    _make_teachers(own, path, evaluations, source, worker)
-    if not teachers_only:
-        for names in groups[worker::workers]:
-            _train([by_name[name] for name in names], path, source)
-            for name in names:
-                _score(path / CELLS / name, evaluations, source)
-            _tabulate(config, every, path, evaluations)
-    found = _tabulate(config, every, path, evaluations)
+    with contextlib.ExitStack() as held:
+        hosts.first(lambda: held.enter_context(lease.held(path, f"lock_{worker}_of_{workers}")))
+        _note(path / "sweep.json", json.loads(config.to_json_best_effort()))
+        _make_teachers(own, path, evaluations, source, worker)
+        if not teachers_only:
+            for names in groups[worker::workers]:
+                _train([by_name[name] for name in names], path, source)
+                for name in names:
+                    _score(path / CELLS / name, evaluations, source)
+                _tabulate(config, every, path, evaluations)
+        found = _tabulate(config, every, path, evaluations)
     print(f"{found['done']} of {found['cells']} cells are done. Table: {path / 'table.html'}")
     return found | {"seconds": round(time.monotonic() - started, 1)}
 
@@ -285,4 +288,4 @@ def _note(file: epath.Path, said: Mapping[str, Any]) -> None:
 
 
 def _read(file: epath.Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_or_set_aside(file)

@@ -41,7 +41,7 @@ class Events:
             stream = io.BytesIO()
             Image.fromarray(image).save(stream, format="PNG")
             image = stream.getvalue()
-        width, height = Image.open(io.BytesIO(image)).size
+        width, height = Image.open(io.BytesIO(image), formats=("PNG",)).size
         shown = self._summary.Image(
             width=width, height=height, colorspace=3, encoded_image_string=image
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from disco_jax.files import whole
+from disco_jax.files import read_or_set_aside, whole
 
 FILE = "goodput.json"
 PARTS = ("init", "compile", "data", "step", "eval", "save", "lost")
@@ -36,16 +36,24 @@ class Goodput:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._unsaved = 0.0
         self.starts = 1
-        if self._file is not None and self._file.exists():
-            before = json.loads(self._file.read_text())
-            self._seconds |= before["seconds"]
-            self.starts += before["starts"]
-            # The steps of that time are done again: they count once, as lost.
-            self._seconds["step"] -= before["unsaved_s"]
-            self._seconds["lost"] += before["unsaved_s"]
+        self._take_over()
         self._then, self._init = started, True
         self._waited = self._compiled = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _take_over(self) -> None:
+        """Adds what earlier starts have noted; a damaged note is set aside with a warning."""
+        before = read_or_set_aside(self._file) if self._file is not None else None
+        if before is None:
+            return
+        seconds, unsaved = before.get("seconds"), before.get("unsaved_s")
+        if not (isinstance(seconds, dict) and isinstance(unsaved, int | float)):
+            return
+        self._seconds |= {part: float(seconds.get(part, 0.0)) for part in PARTS}
+        self.starts += int(before.get("starts", 0))
+        # The steps of that time are done again: they count once, as lost.
+        self._seconds["step"] -= unsaved
+        self._seconds["lost"] += unsaved
 
     def begin(self) -> None:
         """The loop begins: what came before was not a step."""

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -48,10 +48,15 @@ def meet(
       UserError: only some of the three are known, the others do not come, or no cluster is found.
     """
     known = _place(coordinator, processes, process)
+    patience_s = 3 * timeout_s
+    timer = threading.Timer(patience_s, _give_up, (known, patience_s))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **known,
-            initialization_timeout=3 * timeout_s,
+            # Longer than the timer: JAX ends the process with a stack trace of C++.
+            initialization_timeout=patience_s + _FAREWELL_S,
             heartbeat_timeout_seconds=timeout_s,
             shutdown_timeout_seconds=_FAREWELL_S,
         )
@@ -61,6 +66,24 @@ def meet(
             f"The processes of this run did not find one another: {words[0]} Where no cluster "
             "tells, give --coordinator=HOST:PORT --processes=N --process=I to each."
         ) from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(known: Mapping[str, Any], patience_s: float) -> None:
+    """Ends the process, which waits for others that do not come, with exit code 2."""
+    me = "process {process_id} of {num_processes} at {coordinator_address}".format(
+        **{"process_id": "?", "num_processes": "?", "coordinator_address": "?", **known}
+    )
+    print(
+        f"disco-jax: The processes of this run did not find one another: {me} waited for "
+        f"{patience_s:.0f} s (three times --peer_timeout_s). Start all of them, each with the same "
+        "--coordinator=HOST:PORT, an address of process 0 that the others can reach, and its own "
+        "--process=I.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(UserError.exit_code)
 
 
 def _place(coordinator: str, processes: int, process: int) -> dict[str, Any]:
@@ -176,31 +199,66 @@ def lost(error: Exception) -> str:
     )
 
 
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[int], bool]]:
-    """A function of the step: whether to stop after it, since SIGTERM came to any process.
+class Stop:
+    """Whether somebody asked a loop to stop, by SIGTERM, SIGHUP or Ctrl-C.
 
-    All processes get the same answer at the same step; each must ask after every step. (In one
-    process only the main thread hears signals. There SIGHUP, which comes when a terminal is
-    closed, counts as well, unless it is ignored, as under `nohup`.)
+    Attributes:
+      interrupted: whether it was Ctrl-C, to this process.
     """
-    if jax.process_count() > 1:  # the processes' own service hears the signal and agrees on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    event = threading.Event()
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._event = threading.Event()
+        self._many = jax.process_count() > 1
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after `step`; each process must ask after every step.
+
+        All processes get the same answer at the same step.
+        """
+        if self._many:  # the processes' own service hears SIGTERM and agrees on a step
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._event.is_set()
+
+    def hear(self, number: int, _: Any) -> None:
+        """The handler of a signal."""
+        if number == signal.SIGINT:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            print(
+                "disco-jax: stopping after this step; Ctrl-C again ends at once.",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self._many:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._event.set()
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Stop]:
+    """Hears signals for as long as the context lasts, and yields what tells of them.
+
+    SIGTERM, SIGHUP (which comes when a terminal is closed) and the first Ctrl-C ask to stop; the
+    second Ctrl-C ends the process at once. What is ignored, as SIGHUP under `nohup`, stays so. Of
+    several processes SIGHUP is not heard. Only the main thread of a process hears signals.
+    """
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, lambda *_: event.set())
+    numbers = [signal.SIGINT]
+    if jax.process_count() == 1:
+        numbers += [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, stop.hear)
     try:
-        yield lambda step: event.is_set()
+        yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 class Watchdog:

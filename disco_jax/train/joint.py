@@ -59,6 +59,22 @@ def summarise(
     return found
 
 
+def check_states(step: int, states: Mapping[str, TrainState]) -> None:
+    """`metrics.check_state` of each run.
+
+    Raises:
+      Diverged: the state of some run is not finite.
+    """
+    problems: dict[str, str] = {}
+    for name, state in states.items():
+        try:
+            metrics.check_state(step, state)
+        except NumericError as error:
+            problems[name] = str(error)
+    if problems:
+        raise Diverged(problems)
+
+
 def named(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
     """Scalars of one run, as they stand in a summary of all."""
     return {name + _OF + key: value for key, value in scalars.items()}
@@ -144,6 +160,11 @@ class JointCheckpoints:
                 meta = next(iter(found.values()))[1]
                 return {name: state for name, (state, _) in found.items()}, meta
         return None
+
+    def check_none_lost(self) -> None:
+        """See `Checkpoints.check_none_lost`."""
+        for checkpoints in self._checkpoints.values():
+            checkpoints.check_none_lost()
 
     def wait(self) -> None:
         """Returns when everything asked for is on the disk."""

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import jax
 
-from disco_jax.errors import Preempted
+from disco_jax.errors import Interrupted, Preempted
 from disco_jax.train import hosts, replicas
 from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Progress, summarise
+from disco_jax.train.metrics import Progress, check_state, summarise
 from disco_jax.train.state import whole
 
 # Steps that may be under way on the device before the host waits: enough to hide the host's work,
@@ -92,6 +92,7 @@ def run(
     goodput: Goodput | None = None,
     evaluate: Callable[[int, Any], Mapping[str, float]] | None = None,
     summary_of: Callable[[Sequence[Any], int], dict[str, float]] = summarise,
+    check: Callable[[int, Any], None] = check_state,
 ) -> Any:
     """Takes steps until `schedule.total`, logging and saving on the way.
 
@@ -110,18 +111,21 @@ def run(
       evaluate: (step, state) -> metrics, called every `schedule.evaluate_steps` steps and after
         the last one; it must leave the state alone.
       summary_of: (metrics of the last steps, step) -> what is logged of them.
+      check: (step, state) -> None, called before a state is saved; may raise to end the run.
 
     Returns:
       The last state.
 
     Raises:
-      NumericError: a loss or gradient is not finite, or replicas differ; nothing of it was saved.
+      NumericError: a loss, a gradient or a state to save is not finite, or replicas differ;
+        nothing of it was saved.
       Preempted: SIGTERM came, to any process, or the terminal was closed; the state was saved
-        first.
+        first, where there are checkpoints.
+      Interrupted: the same after Ctrl-C.
     """
     progress = schedule.progress()
     watchdog = hosts.Watchdog(schedule.hang_s)
-    saver = _Saver(checkpoints, goodput, batches)
+    saver = _Saver(checkpoints, goodput, batches, check)
     window = _Window(summary_of, logger, progress if schedule.verbose else None)
     with (
         contextlib.closing(watchdog),
@@ -139,7 +143,7 @@ def run(
             window.add(metrics)
             profiler.after(step, metrics)
             last = step == schedule.total
-            stopping = asked(step) and checkpoints is not None
+            stopping = asked(step)
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
                 rates = progress.measure(step, getattr(batches, "waited_s", 0.0))
@@ -156,9 +160,16 @@ def run(
             watchdog.alive(step)
             if stopping and not last:
                 saver.wait()
-                raise Preempted(f"Asked to stop; step {step} is saved. Start again to go on.")
+                raise _stopped(step, bool(checkpoints), asked.interrupted)
         saver.wait()
     return state
+
+
+def _stopped(step: int, saved: bool, interrupted: bool) -> Preempted:
+    told = f"step {step} is saved" if saved else f"nothing is kept of the {step} steps"
+    return (Interrupted if interrupted else Preempted)(
+        f"Asked to stop; {told}. Start again to go on."
+    )
 
 
 class _Window:
@@ -194,8 +205,11 @@ class _Window:
 class _Saver:
     """Checkpoints, and where the time of the loop is booked."""
 
-    def __init__(self, checkpoints: Store | None, goodput: Goodput | None, batches: Any):
-        self._checkpoints, self._goodput, self._batches = checkpoints, goodput, batches
+    def __init__(
+        self, checkpoints: Store | None, goodput: Goodput | None, batches: Any, check: Callable
+    ):
+        self._checkpoints, self._goodput = checkpoints, goodput
+        self._batches, self._check = batches, check
 
     def begin(self) -> None:
         if self._goodput:
@@ -221,7 +235,9 @@ class _Saver:
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         assert self._checkpoints is not None
         self.measure()
-        self._checkpoints.save(step, whole(state), hosts.everyone(position), summary)
+        stored = whole(state)
+        self._check(step, stored)
+        self._checkpoints.save(step, stored, hosts.everyone(position), summary)
         self._book()
 
     def wait(self) -> None:

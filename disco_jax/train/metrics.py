@@ -3,11 +3,14 @@
 import contextlib
 import datetime
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -16,7 +19,10 @@ from disco_jax.files import whole
 from disco_jax.train import events
 from disco_jax.train.health import PREFIX, STD, effective_rank
 
+_LOG = logging.getLogger(__name__)
+
 FILE = "metrics.jsonl"
+_REMEDY = "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
 
 
 class Logger:
@@ -40,16 +46,27 @@ class Logger:
         self._clu = None
         if workdir is not None and jax.process_index() == 0:
             self._file = path = epath.Path(workdir) / FILE
-            if path.exists():
-                self._lines = _until(path.read_text(), step)
-            with whole(path) as file:
-                file.write_text("".join(self._lines))
+            self._take_over(path, step)
             if tensorboard and "://" not in str(workdir):
                 self._events = events.Events(path.with_name(_events_name()))
             elif tensorboard:
                 from clu import metric_writers
 
                 self._clu = metric_writers.create_default_writer(workdir, asynchronous=False)
+
+    def _take_over(self, path: epath.Path, step: int) -> None:
+        """Keeps the lines of earlier starts up to `step`; one that is damaged is told of."""
+        if path.exists():
+            lines, damaged = read(path)
+            if damaged:
+                kept = path.with_name(f"{path.name}.damaged")
+                kept.write_bytes(path.read_bytes())
+                _LOG.warning(
+                    "%d lines of %s are damaged and left out; %s has them.", damaged, path, kept
+                )
+            self._lines = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+        with whole(path) as file:
+            file.write_text("".join(self._lines))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of `step`; they are on the disk when this returns."""
@@ -62,6 +79,8 @@ class Logger:
         else:
             with open(self._file, "a") as file:
                 file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         if self._events is not None:
             self._events.scalars(step, scalars)
         if self._clu is not None:
@@ -89,17 +108,26 @@ def _events_name() -> str:
     return f"{events.PREFIX}{time.time_ns() // 1000}.{os.getpid()}"
 
 
-def _until(text: str, step: int) -> list[str]:
-    """The complete lines of a metrics file up to and with `step`."""
-    lines = []
-    for line in text.splitlines(keepends=True):
+def read(path: epath.PathLike) -> tuple[list[dict[str, float]], int]:
+    """Returns the lines of a metrics file, and how many others are damaged.
+
+    The last line may be half of one, written as a process was killed: that is no damage.
+
+    Args:
+      path: of the file, which may be missing.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return [], 0
+    lines, damaged = [], 0
+    *whole_lines, rest = path.read_bytes().split(b"\n")
+    for text in whole_lines:
         try:
-            keep = line.endswith("\n") and json.loads(line)["step"] <= step
-        except (json.JSONDecodeError, KeyError):
-            keep = False  # half a line, written as the process was killed
-        if keep:
-            lines.append(line)
-    return lines
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
+            damaged += 1
+    return lines, damaged + (b"\0" in rest)
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
@@ -121,10 +149,32 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
             first = step - len(fetched) + 1 + i
             raise NumericError(
                 f"Not finite at step {first}: {', '.join(bad)}. The last good checkpoint is kept. "
-                "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
+                + _REMEDY
             )
     means = {key: float(np.mean([metrics[key] for metrics in fetched])) for key in fetched[-1]}
     return means | _newest_health(window)
+
+
+def check_state(step: int, state: Any) -> None:
+    """Refuses to save a state that is not finite: the losses of its step were of the one before.
+
+    Args:
+      step: after which it is.
+      state: of arrays.
+
+    Raises:
+      NumericError: names the first arrays that are not finite.
+    """
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all()
+    ]
+    if bad:
+        raise NumericError(
+            f"Not finite after step {step}: {', '.join(bad[:3])} ({len(bad)} arrays). The last "
+            f"good checkpoint is kept. {_REMEDY}"
+        )
 
 
 def _without_health(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -53,6 +53,7 @@ def create(
     size: int,
     inherited: Queue | None = None,
     reused: Variables | None = None,
+    started: Variables | None = None,
     record: Record | None = None,
 ) -> TrainState:
     """The state at step 0, on the host; nothing is compiled for the networks.
@@ -64,9 +65,11 @@ def create(
       size: of the images in px.
       inherited: the queue that came with the teacher, if one did.
       reused: the teacher's variables; `method.reuse` says which parts the student copies.
+      started: parts of the student's variables that are given, see `start.load`.
       record: what `shapes` gave, if it is there already.
     """
-    student = _reusing(method, method.networks["student"].encoder.create(seed, size), reused)
+    created = method.networks["student"].encoder.create(seed, size)
+    student = _reusing(method, _starting(created, started or {}), reused)
     record = record or shapes(method, (size,))
     learned, _ = method.split(student["params"])
     return TrainState(
@@ -241,6 +244,11 @@ def _shape(network: Network, maps: bool, size: int) -> Encoded:
 
     wanted = [COLLECTION] if maps else []
     return jax.eval_shape(first, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+
+
+def _starting(student: Variables, started: Variables) -> Variables:
+    """The student with the parts that it starts from instead of fresh ones."""
+    return {name: {**tree, **started.get(name, {})} for name, tree in student.items()}
 
 
 def _reusing(method: Method, student: Variables, teacher: Variables | None) -> Variables:

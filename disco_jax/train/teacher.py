@@ -27,9 +27,11 @@ SHAPE = (
     "adapter",
     "head",
     "hidden",
+    "layers",
     "dim",
     "prototypes",
 )
+_LATER = "patch", "layers"  # fields that not all versions had
 # Of a run: what may teach.
 NETWORKS = ("student", "momentum")
 # The bank of MoCo's keys, which the official file carries: view 1 is the key.
@@ -55,16 +57,15 @@ def describe(weights: str) -> dict[str, Any]:
     Raises:
       UserError: nothing there, or nothing that is understood.
     """
-    path = _existing(weights)
+    path = place(weights)
     if path.is_dir():
-        student = workdir.read_config(path).student
-        return shape(student)
+        return shape(read_config(path).student)
     return shape(convert.read_network(path).spec)
 
 
 def shape(spec: Any) -> dict[str, Any]:
-    """The fields `SHAPE`; runs of earlier versions had no patch."""
-    return {field: spec.get(field, 0) if field == "patch" else spec[field] for field in SHAPE}
+    """The fields `SHAPE`; runs of earlier versions lack some, which are 0 then."""
+    return {field: spec.get(field, 0) if field in _LATER else spec[field] for field in SHAPE}
 
 
 def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -73,9 +74,9 @@ def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Raises:
       UserError: nothing there, or nothing that is understood.
     """
-    path = _existing(weights)
+    path = place(weights)
     if path.is_dir():
-        augment = workdir.read_config(path).augment
+        augment = read_config(path).augment
         return tuple(augment.mean), tuple(augment.std)
     mean, std = convert.read_network(path).normalisation
     return tuple(mean), tuple(std)
@@ -119,7 +120,7 @@ def _follow(config: Any) -> None:
     """Gives the student the head that it reuses, or the width of what it copies."""
     student, spec = config.student, config.teacher
     if "head" in student.reuse and spec.head != "none":
-        student.update({field: spec[field] for field in ("head", "hidden", "dim")})
+        student.update({field: spec[field] for field in ("head", "hidden", "layers", "dim")})
         student.adapter = models.width(spec)
     elif student.dim == 0:
         copies_features = any(
@@ -141,16 +142,11 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     Raises:
       UserError: no weights given, nothing there, or weights of another network.
     """
-    if not spec.weights:
-        raise errors.UserError(
-            "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
-            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
-            "to try things out."
-        )
+    check_weights(spec)
     if spec.weights == RANDOM:
         _LOG.warning("The teacher is random: this run tries things out, nothing more.")
         return Teacher(encoder.create(1, size))
-    path = _existing(spec.weights)
+    path = place(spec.weights)
     if path.is_dir():
         return _from_run(path, spec, encoder, size)
     imported = convert.read_network(path)
@@ -158,19 +154,56 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     return Teacher(imported.variables, imported.queue)
 
 
-def _existing(weights: str) -> epath.Path:
+def check_weights(spec: Any) -> None:
+    """Refuses a teacher without weights, or whose weights are not there.
+
+    Raises:
+      UserError: see `load`.
+    """
+    if not spec.weights:
+        raise errors.UserError(
+            "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
+            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
+            "to try things out."
+        )
+    if spec.weights != RANDOM:
+        place(spec.weights)
+
+
+def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
+    """The directory of a run or of an import, or the file with weights that a path names.
+
+    Args:
+      weights: the path: of such a directory, of a file, or of a folder with the index of several.
+      setting: where it stands in the config, for messages.
+
+    Raises:
+      UserError: there is nothing.
+    """
     path = epath.Path(weights)
     if not path.exists():
-        raise errors.UserError(f"config.teacher.weights={weights!r} does not exist.")
-    return path
+        raise errors.UserError(f"{setting}={weights!r} does not exist.")
+    return path if (path / workdir.ENVIRONMENT).exists() else convert.locate(path)
+
+
+def read_config(path: epath.Path) -> Any:
+    """The config of a pretraining run or of an import.
+
+    Raises:
+      UserError: the directory is of something else.
+    """
+    config = workdir.read_config(path)
+    if "student" not in config or "augment" not in config:
+        raise errors.UserError(f"{path} is not the directory of a pretraining run or of an import.")
+    return config
 
 
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
     from disco_jax.train import checkpoint, state  # half a second for what resolves a config
 
-    config = workdir.read_config(path)
+    config = read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
-    network = _network(path, spec.network)
+    network = network_of(path, spec.network, "config.teacher.network")
     variables, step = checkpoint.load(path, network, encoder.create(0, size))
     _LOG.info("Teacher: %s of step %d of %s", network, step, path)
     if not config.objectives.contrast.weight:
@@ -184,14 +217,23 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     return Teacher(variables, memory["contrast"][KEYS])
 
 
-def _network(path: epath.Path, wanted: str) -> str:
-    """The network of a run that teaches; an import holds one alone, its student."""
+def network_of(path: epath.Path, wanted: str, setting: str) -> str:
+    """The network of a run to take; an import holds one alone, its student.
+
+    Args:
+      path: of the run.
+      wanted: one of `NETWORKS`.
+      setting: where it stands in the config, for messages.
+
+    Raises:
+      UserError: for another name.
+    """
     from disco_jax.train import checkpoint
 
     if wanted not in NETWORKS:
-        raise errors.unknown("config.teacher.network", wanted, NETWORKS)
+        raise errors.unknown(setting, wanted, NETWORKS)
     if wanted == "momentum" and not checkpoint.has(path, wanted):
-        _LOG.warning("%s holds no momentum network; its student teaches.", path)
+        _LOG.warning("%s holds no momentum network; its student is taken.", path)
         return "student"
     return wanted
 
@@ -206,7 +248,7 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
         return
     found, spec = shape(found), shape(spec)
-    fields = [(field, _plain(spec[field]), _plain(found[field])) for field in SHAPE]
+    fields = [(field, plain(spec[field]), plain(found[field])) for field in SHAPE]
     differing = [
         f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"
         for field, ours, theirs in fields
@@ -217,6 +259,6 @@ def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Pa
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A field as it is in a config; what comes from JSON has lists for tuples."""
     return tuple(value) if isinstance(value, list) else value

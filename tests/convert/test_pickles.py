@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disco_jax.convert import pickles
+from disco_jax.convert import archive, pickles
 from disco_jax.errors import UserError
 
 FILES = pathlib.Path(__file__).parent / "torch_files"
@@ -280,7 +280,7 @@ BAD_TENSORS = {
     "count of half": (COUNT, tensor((4,), (1,), count=4.0)),
     "larger elements": (f"{SIZE}|cut off", tensor((2,), (1,), kind="torch.DoubleStorage")),
     "negative count": (COUNT, tensor((0,), (1,), count=-1)),
-    "quantized": ("wants to run torch.QInt8", tensor((4,), (1,), kind="torch.QInt8Storage")),
+    "quantized": ("type torch.QInt8Storage", tensor((4,), (1,), kind="torch.QInt8Storage")),
     "unknown storage": ("unknown kind, a.MyStorage", tensor((4,), (1,), kind="a.MyStorage")),
     "sparse": ("not supported", call("torch._utils._rebuild_sparse_tensor", 1, (1,))),
     "no storage": ("NoneType", tensor((1,), (1,)).replace(b"tQ", b"t0N")),
@@ -484,7 +484,7 @@ def test_a_disk_that_fails(monkeypatch):
     def fail(*_, **__):
         raise OSError("no such device")
 
-    monkeypatch.setattr(pickles.mmap, "mmap", fail)
+    monkeypatch.setattr(archive.mmap, "mmap", fail)
     with pytest.raises(UserError, match=r"zip.pth cannot be read: no such device\."):
         pickles.read(FILES / "zip.pth")
 

@@ -170,12 +170,12 @@ FAMILIES = {
         arrays("mobilenetv3_large_tv", names.torchvision_inverted)
         | linear("classifier.3", 1000, 1280),
         "torchvision",
-        dict(backbone="mobilenetv3_large_tv", head="mlp", hidden=0, dim=1000),
+        dict(backbone="mobilenetv3_large_tv", head="none", dim=1280),
     ),
     "timm": lambda: (
         arrays("efficientnet_b1", names.timm_inverted) | linear("classifier", 1000, 1280),
         "timm",
-        dict(backbone="efficientnet_b1", head="mlp", hidden=0, dim=1000),
+        dict(backbone="efficientnet_b1", head="none", dim=1280),
     ),
     "timm, xcit": lambda: (
         names.to_timm_xcit(arrays("xcit_tiny_12_p16", names.xcit)),

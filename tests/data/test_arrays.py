@@ -303,3 +303,34 @@ def test_seeds_may_be_any_whole_numbers():
     words = base.seed_words(-1, 2**70, 3, words=4)
     assert words.shape == (4,) and words.dtype == np.uint64
     assert (words == base.seed_words(-1, 2**70, 3, words=4)).all()
+
+
+@pytest.mark.parametrize(
+    "images, labels, says",
+    [
+        (np.zeros((2, 3, 3), np.uint8), [2**40, 0], r"the label 1099511627776; labels go from 0"),
+        (np.zeros((2, 3, 3), np.uint8), [0, -5], "the label -5; labels go from 0"),
+        (np.zeros((2, 3, 3), np.uint8), np.zeros((2, 14), np.int64), r"of type int64 and shape"),
+        (np.zeros((2, 0, 3), np.uint8), [0, 1], r"shape \(0, 3\), which has no pixels"),
+        (np.uint8(7), [0], "is one number, not an array"),
+        (np.zeros((2, 3, 3), np.uint8), 1, r"shape \(\); labels are whole numbers"),
+        (np.zeros(2, np.uint8), [0, 1], r"shape \(\); images are uint8"),
+    ],
+)
+def test_arrays_that_are_no_images_or_labels_are_refused_in_one_sentence(
+    tmp_path, images, labels, says
+):
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    with pytest.raises(UserError, match=says) as error:
+        ArraySource.from_npz(tmp_path / "a.npz")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_labels_in_a_column_are_taken_and_other_arrays_named(tmp_path):
+    """As MedMNIST's files have them."""
+    images, labels = np.zeros((3, 4, 4), np.uint8), np.array([[2], [0], [1]], np.uint8)
+    np.savez(tmp_path / "a.npz", val_images=images, val_labels=labels, x_train=images)
+    source = ArraySource.from_npz(tmp_path / "a.npz")
+    assert [label for *_, label in source.pictures("val")] == [2, 0, 1]
+    assert source.num_classes == 3
+    assert source.skipped.lines() == ["1 named neither SPLIT_images nor SPLIT_labels: x_train"]

@@ -63,3 +63,12 @@ def test_any_records_of_a_split_in_any_order(source):
             for (name, image, label), row in zip(of.chosen(split, rows), rows, strict=True):
                 assert (name, label) == (whole[row][0], whole[row][2])
                 np.testing.assert_array_equal(image, whole[row][1])
+
+
+@pytest.mark.parametrize("source", ["folder"], indirect=True)
+def test_unreadable_records_count_with_those_of_the_source(source, tmp_path):
+    file = next(tmp_path.glob("train/**/*.png"))
+    file.write_bytes(b"no")
+    some = chosen.ChosenSource(source, "train", range(4))
+    assert sum(b["mask"].sum() for b in some.evaluate("train", 8, 0, "bilinear", 4)) == 3
+    assert [name.split(" (")[0] for name in source.unreadable] == [str(file.relative_to(tmp_path))]

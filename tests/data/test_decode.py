@@ -1,6 +1,7 @@
 """One picture: every kind and fault, Pillow's bytes, and what the ways to shrink differ by."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image, ImageOps
 
 import helpers
 from disco_jax.data import decode
+from disco_jax.errors import UserError
 from helpers import crop
 
 RNG = np.random.default_rng(0)
@@ -151,6 +153,123 @@ def test_damaged_jpegs_are_read_where_pillow_reads_them():
         if want is not None:
             np.testing.assert_array_equal(image, want)
     assert 40 < read < 360 and passed < 20
+
+
+# ---- what may be opened, and how deep pictures become bytes
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("GIF", {}), ("PPM", {}), ("TGA", {}),
+     ("JPEG2000", {"irreversible": False}), ("AVIF", {"quality": 100}), ("ICO", {}), ("PCX", {}),
+     ("QOI", {}), ("DDS", {})],
+)  # fmt: skip
+def test_what_else_pillow_decodes_is_read(kind, options):
+    picture = Image.new("RGB", (32, 32), (10, 200, 30))
+    if kind not in Image.SAVE:
+        Image.init()
+    more = [Image.new("RGB", (32, 32), "white")]
+    options = {"save_all": True, "append_images": more} if kind == "GIF" else options
+    image = decode.decode(encode(picture, kind, **options))  # the first of several frames
+    assert image.shape == (32, 32, 3) and np.abs(image.astype(int) - (10, 200, 30)).max() <= 4
+
+
+def test_suffixes_are_those_of_kinds_that_may_be_opened():
+    ends = {".jpg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".avif", ".mpo"}
+    assert ends <= set(decode.suffixes())
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".emf", ".h5", ".mpg", ".svg"} & set(
+        decode.suffixes()
+    )
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+     b"\xd7\xcd\xc6\x9a" + bytes(60), b"%PDF-1.4\n", b"SIMPLE  =" + b" " * 21],
+)  # fmt: skip
+def test_other_programs_are_never_asked(tmp_path, monkeypatch, start):
+    """A PostScript file called .png would else start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    def started(*args, **kwargs):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    (tmp_path / "a.png").write_bytes(start)
+    with pytest.raises(decode.Unreadable, match="no kind of picture"):
+        decode.decode(tmp_path / "a.png")
+
+
+def test_pipes_devices_and_links_to_them_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe", "link", "zero", "folder"):
+        with pytest.raises(decode.Unreadable, match="no file but a folder, pipe"):
+            decode.decode(tmp_path / f"{name}.png")
+
+
+def test_too_many_pixels_are_told_with_the_setting_that_allows_them(monkeypatch):
+    encoded = encode(Image.new("L", (30, 20)), "PNG")
+    assert decode.decode(decode.ruled(encoded, decode.Rules(max_pixels=600))).shape == (20, 30, 3)
+    small = decode.ruled(encoded, decode.Rules(max_pixels=599))
+    with pytest.raises(decode.Unreadable, match=r"30 x 20 pixels.*config\.data\.max_pixels=599"):
+        decode.decode(small)
+    (cut,) = decode.crops_of([small], {0: crop()}, (0, 0, 0), 0)
+    assert isinstance(cut, decode.Unreadable)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses 200 and more
+    with pytest.raises(decode.Unreadable, match=r"config\.data\.max_pixels=199"):
+        decode.decode(decode.ruled(encoded, decode.Rules(max_pixels=199)))
+    assert decode.decode(decode.ruled(encoded, decode.Rules(max_pixels=1000))).shape == (20, 30, 3)
+
+
+DEEP = np.linspace(0, 4080, 12).astype(np.uint16).reshape(3, 4)  # 12 bits
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    "given, want",
+    [
+        ("full", DEEP >> 8),
+        ("image", np.rint(DEEP / 16)),
+        ("0,4080", np.rint(DEEP / 16)),
+        ("(100, 2000)", np.clip(np.rint((DEEP - 100.0) * 255 / 1900), 0, 255)),
+    ],
+)
+def test_sixteen_bits_are_cut_to_the_range(kind, given, want):
+    rules = decode.Rules.parse(given, decode.MAX_PIXELS)
+    image = decode.decode(decode.ruled(encode(DEEP, kind), rules))
+    np.testing.assert_array_equal(image, np.repeat(want[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_of_colours_are_cut_to_the_range():
+    """Pillow keeps the upper eight of them."""
+    colours = np.stack([DEEP, DEEP[::-1], DEEP // 2], axis=-1)
+    _, written = decode.opencv().imencode(".png", colours[..., ::-1])
+    encoded = written.tobytes()
+    np.testing.assert_array_equal(decode.decode(encoded), colours >> 8)
+    cut = decode.decode(decode.ruled(encoded, decode.Rules("image")))
+    np.testing.assert_array_equal(cut, np.rint(colours / 16))
+    eight = encode(NOISE, "PNG")  # other pictures are left as they are
+    np.testing.assert_array_equal(decode.decode(decode.ruled(eight, decode.Rules("image"))), NOISE)
+
+
+def test_floats_are_cut_to_the_range():
+    floats = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
+    encoded = encode(Image.fromarray(floats), "TIFF")
+    cut = decode.decode(decode.ruled(encoded, decode.Rules((0.0, 1.0))))
+    assert cut[0, :, 0].tolist() == [0, 128, 255, 0]
+    flat = encode(np.full((2, 2), 700, np.uint16), "PNG")
+    assert not decode.decode(decode.ruled(flat, decode.Rules("image"))).any()
+
+
+@pytest.mark.parametrize("given", ["half", "1", "5,1", "0,inf", "a,b", "1,2,3", 7])
+def test_a_range_that_is_none_is_refused(given):
+    with pytest.raises(UserError, match=r"config\.data\.range"):
+        decode.Rules.parse(given, decode.MAX_PIXELS)
+    with pytest.raises(UserError, match=r"config\.data\.max_pixels=0"):
+        decode.Rules.parse("full", 0)
 
 
 # ---- sizes

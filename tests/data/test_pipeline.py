@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from disco_jax.data import pipeline
+from disco_jax.data import decode, pipeline
 from disco_jax.data.pipeline import Prefetcher
 from disco_jax.errors import UserError
 
@@ -35,6 +35,34 @@ def test_sources_are_opened_by_name(tmp_path):
         pipeline.open_source(data(source="folder", dir=str(tmp_path)))
     with pytest.raises(UserError, match=r"config\.data\.source='tdfs'.*Did you mean 'tfds'"):
         pipeline.open_source(data(source="tdfs"))
+
+
+def test_settings_of_the_data_reach_the_source(tmp_path):
+    for name in ("one/a.png", "two/b.png", "train/c.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / name)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a.png,3\n")
+    given = data(source="folder", dir=str(tmp_path), range="0,4095", max_pixels=2)
+    given.update(splits="train=one,test=two", labels=str(labels))
+    source = pipeline.open_source(given)
+    ((_, file, label),) = source.pictures("train")
+    assert label == 3 and decode.decode(file)[0, :, 0].tolist() == [0, 255]
+    (batch,) = source.evaluate("test", 2, 0, "bilinear", 1)
+    assert batch["image"].max() == 255
+    given.max_pixels = 1
+    with pytest.raises(decode.Unreadable, match="max_pixels=1"):
+        decode.decode(next(iter(pipeline.open_source(given).pictures("train")))[1])
+    for changes in (dict(range="image"), dict(splits="train=."), dict(labels="a.txt")):
+        field = next(iter(changes))
+        with pytest.raises(UserError, match=rf"config\.data\.{field}=.*does nothing"):
+            pipeline.open_source(data(dir="a.npz", **changes))
+    for percent in (-1.0, 101.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"max_unreadable_percent=.*0\.\.100"):
+            pipeline.open_source(data(dir="a.npz", max_unreadable_percent=percent))
+    given.range = "some"
+    with pytest.raises(UserError, match=r"config\.data\.range='some'"):
+        pipeline.open_source(given)
 
 
 def test_a_list_of_file_names_makes_a_subset(tmp_path):

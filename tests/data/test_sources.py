@@ -15,6 +15,7 @@ from PIL import Image
 from disco_jax.data import base, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position
+from disco_jax.data.chosen import ChosenSource
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
@@ -261,6 +262,29 @@ def test_a_subset_that_cannot_be_found_is_an_error(data_dir):
 
 
 @pytest.mark.parametrize("name", ["plain", "at_will"])
+def test_a_sample_of_a_large_split_is_drawn_from_a_part(data_dir, monkeypatch, name):
+    """All of its records would else be read for their labels."""
+    source = TfdsSource(name, data_dir)
+    assert source.part("train", 5, 0) == "train"  # small enough
+    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    parts = [source.part("train", 5, seed) for seed in range(4)]
+    assert all(source.count(part) == 5 for part in parts) and len(set(parts)) > 1
+    assert source.part("train", source.count("train"), 0) == "train"
+    assert source.part("train[10:25]", 5, 0) == "train[10:25]"
+    some = ChosenSource(source, parts[0], [1, 3])
+    whole = list(source.pictures(parts[0]))
+    assert list(some.pictures(parts[0])) == [whole[1], whole[3]]
+    assert some.part("train", 5, 1) == parts[1]
+
+
+@pytest.mark.parametrize("name", ["digits", "plain", "at_will"])
+def test_rules_of_pictures_hold_for_prepared_data_sets(data_dir, name):
+    source = TfdsSource(name, data_dir, rules=decode.Rules(max_pixels=1))
+    with pytest.raises(UserError, match=r"more than 0 .*config\.data\.max_pixels=1"):
+        train(source, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["plain", "at_will"])
 def test_parts_of_a_split_are_read(data_dir, name):
     source = TfdsSource(name, data_dir)
     assert source.count("train[10:25]") == 15
@@ -454,7 +478,9 @@ def test_reading_on_past_unreadable_records_repeats_the_rest(damaged):
 
 
 def test_too_many_unreadable_records_are_an_error(damaged):
-    with pytest.raises(UserError, match=r"config\.data\.max_unreadable=2.*damaged-train\.tfrecord"):
+    with pytest.raises(
+        UserError, match=r"more than 2 .*config\.data\.max_unreadable.*damaged-train\.tfrecord"
+    ):
         train(damaged(), 7, 4, limit=2)
 
 
@@ -464,7 +490,7 @@ def test_evaluation_skips_and_names_unreadable_records(damaged):
     images = np.concatenate([b["image"][b["mask"]] for b in batches])
     assert numbers(images) == [i for i in range(24) if i not in BAD]
     assert [name.split()[0] for name in source.unreadable] == NAMES and len(batches) == 3
-    with pytest.raises(UserError, match=r"3 records.*max_unreadable=2"):
+    with pytest.raises(UserError, match=r"3 records.*more than 2 .*max_unreadable"):
         list(damaged(max_unreadable=2).evaluate("train", 8, 0, "bilinear", 10))
 
 

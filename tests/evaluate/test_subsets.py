@@ -34,3 +34,19 @@ def test_what_is_held_out_leaves_something_of_every_class():
     np.testing.assert_array_equal(np.bincount(LABELS[~out]), [1] * 5)
     with pytest.raises(UserError, match="nothing can be held out"):
         subsets.held_out(np.arange(4), 10, 0)
+
+
+def test_rows_are_drawn_evenly_and_small_classes_give_all():
+    for count, most in ((25, 5), (140, 33), (150, 38), (200, 85)):
+        rows = subsets.even(LABELS, count, 0)
+        assert len(set(rows)) == count and (np.diff(rows) > 0).all()
+        sizes = np.bincount(LABELS[rows])
+        assert sizes.max() == most
+        whole = sizes == [20, 24, 30, 41, 85]
+        assert (whole | (sizes == sizes.max())).all()
+    rows = subsets.even(LABELS, 3, 0)  # fewer than there are classes
+    assert np.bincount(LABELS[rows]).max() == 1
+    np.testing.assert_array_equal(rows, subsets.even(LABELS, 3, 0))
+    assert {tuple(LABELS[subsets.even(LABELS, 3, seed)]) for seed in range(9)} != {
+        tuple(LABELS[rows])
+    }

@@ -1,5 +1,7 @@
 """What an evaluation reads: the run's data or others, found and checked before hours are spent."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,6 +64,22 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
     found = features.of_split(aimed, source, "train", 4, ("features",))
     assert found.labels.tolist() == [0, 0, 1]
+
+
+def test_answers_about_the_runs_data_are_not_those_about_others(trained):
+    trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
+    trained.config.data.update(splits="train=a", labels="a.txt", range="image")
+    own, other, given = (
+        target.aimed(trained, data(**changes)).config.data
+        for changes in (
+            {},
+            {"dir": "photos"},
+            {"dir": "photos", "splits": "test=b", "range": "0,9"},
+        )
+    )
+    assert (own.splits, own.labels, own.range) == ("train=a", "a.txt", "image")
+    assert (other.splits, other.labels, other.range) == ("", "", "full")
+    assert (given.splits, given.labels, given.range) == ("test=b", "", "0,9")
 
 
 @pytest.mark.parametrize(

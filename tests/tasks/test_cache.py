@@ -16,7 +16,7 @@ from disco_jax.errors import UserError
 from disco_jax.plan import budget
 from disco_jax.tasks import cache, joint, pretrain
 from disco_jax.tasks.prepare import prepare
-from disco_jax.train import step, teacher
+from disco_jax.train import lease, step, teacher
 from disco_jax.train.state import everywhere
 
 STEPS = 5  # of an epoch: 1437 images, 256 at a time
@@ -58,6 +58,11 @@ def kept(tmp_path_factory, source):
     folder = tmp_path_factory.mktemp("cache") / "kept"
     cache.run(config_of(), str(folder), source, epochs=2)
     return folder
+
+
+def test_a_folder_in_use_is_refused(kept, source):
+    with lease.held(kept), pytest.raises(UserError, match="Another run is writing"):
+        cache.run(config_of(), str(kept), source, epochs=2)
 
 
 def test_embeddings_are_those_of_the_teacher_to_bfloat16(kept, source):

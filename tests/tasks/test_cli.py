@@ -50,7 +50,67 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
                 "config.objectives.distil.weight", "'objectives.distill.weight'",
             ],
         ),
-        ((*SMOKE, "--config.batch_size=many"), ["config.batch_size"]),
+        (
+            (*SMOKE, "--config.batch_size=many"),
+            ["config.batch_size='many' must be a whole number from 1"],
+        ),
+        (
+            (*SMOKE, "--config.zzz=1"),
+            ["--config.zzz is not a field", "`disco-jax list --settings` shows them all"],
+        ),
+        (
+            (*SMOKE, "--config.student=resnet18"),
+            ["--config.student is not a field", "group", "e.g. --config.student."],
+        ),
+        ((*SMOKE, "--config.learning_rate.per_256=inf"), ["per_256=inf must be a finite number"]),
+        ((*SMOKE, "--config.health.min_std=nan"), ["min_std=nan must be a finite number"]),
+        ((*SMOKE, f"--config.student.width={2**63}"), ["width=9223372036854775808 must be"]),
+        ((*SMOKE, "--config.optimizer.fixed=1"), ["fixed=(1,) must be a tuple", "text"]),
+        ((*SMOKE, "--config.objectives.contrast.pairs={}"), ["contrast.pairs=() must be"]),
+        ((*SMOKE, "--config.objectives.similarity.groups=xxxx"), ["groups=('xxxx',) must be"]),
+        ((*SMOKE, "--config.teacher.prototypes=('a',)"), ["prototypes=('a',) must be a tuple"]),
+        ((*SMOKE, f"--config.data.dir={'x' * 3000}"), ["config.data.dir='xxx", "at most"]),
+        (
+            ("pretrain", "--config=knn"),
+            ["none for `disco-jax pretrain`", "it has no config.augment"],
+        ),
+        (("knn", "--config=moco_v2"), ["none for `disco-jax knn`", "config.network"]),
+        (("sweep", "--config=disco"), ["none for `disco-jax sweep`", "config.axes"]),
+        (
+            # Of every kind: a word, a field, a type, a range, a name, and what they mean together.
+            (
+                *SMOKE, "--wrkdir=x", "--config.student.backbon=resnet18", "--config.seed=many",
+                "--config.views=0", "--config.student.backbone=resnet19",
+                "--config.batch_size=6", "--config.optimizer.frozen_steps=1",
+                "--config.optimizer.frozen_epochs=1", "--config.data.source=npz",
+                "--config.data.dir=no/such",
+            ),
+            [
+                "wrkdir", "config.student.backbon ", "config.seed='many'", "config.views=0",
+                "'resnet19'", "config.batch_size=6 is not a multiple", "frozen_steps=1",
+                "no/such",
+            ],
+        ),
+        (
+            (*SMOKE, "--config.batch_size=0", "--config.student.backbone=resnet19"),
+            ["config.batch_size=0 must be", "'resnet19'", "Did you mean 'resnet1"],
+        ),
+        (
+            (
+                *SMOKE, "--config.objectives.contrast.queue_size=100",
+                "--config.objectives.distill.views=(0,7)", "--config.teacher.weights=/no/such",
+                "--config.checkpoint.best_metric=los", "--config.monitor.knn_every_steps=1",
+                "--config.monitor.k=400",
+            ),
+            [
+                "queue_size=100", "distill reads view 7", "'/no/such' does not exist",
+                "config.monitor.k=400",
+            ],
+        ),
+        (
+            (*SMOKE, "--config.bags.file=no.npz", "--config.checkpoint.best_metric=los"),
+            ["config.bags.file='no.npz' does not exist", "Did you mean 'loss'"],
+        ),
         ((*SMOKE, "--config.student.backbone=resnet17"), ["resnet17", "Did you mean 'resnet1"]),
         ((*SMOKE, "--config.batch_size=6"), ["config.batch_size=6", "4 devices", "4, 8"]),
         (
@@ -59,7 +119,10 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
         ),
         (
             (*SMOKE, "--config.log.every_steps=0", "--config.momentum.ema_rate=2.0"),
-            ["config.log.every_steps=0 is below 1", "config.momentum.ema_rate=2.0 is above 1"],
+            [
+                "config.log.every_steps=0 must be a whole number from 1",
+                "config.momentum.ema_rate=2.0 must be a finite number from 0 to 1",
+            ],
         ),
         ((*SMOKE, "--config.checkpoint.best_metric=los"), ["Did you mean 'loss'"]),
         ((*SMOKE, "--config.student.norm_group=3"), ["norm_group=3", "1, 2"]),
@@ -104,9 +167,54 @@ def test_a_recipe_is_a_python_file(fails, tmp_path):
     assert f"--config={file}: a recipe is a Python file" in fails("pretrain", f"--config={file}")
 
 
-def test_workdir_must_be_given(capsys):
-    assert main.main(list(SMOKE)) == 2
-    assert "--workdir is missing" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "text, line, says",
+    [
+        ("def get_config(arg=None):\n    return (\n", 2, "SyntaxError: '(' was never closed"),
+        ("import no_such_module\n", 1, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config(arg=None):\n    return confg\n", 2, "NameError: name 'confg'"),
+        (
+            "from disco_jax.configs import common\n\n\ndef get_config(arg=None):\n"
+            "    config = common.pretrain()\n    config.batch_size = 'many'\n    return config\n",
+            6,
+            "TypeError",
+        ),
+    ],
+)
+def test_a_mistake_inside_a_recipe_is_told_with_its_line(fails, tmp_path, capsys, text, line, says):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    message = fails("pretrain", f"--config={file}")
+    assert f"{file}:{line}: {says}" in message and len(message.splitlines()) == 1
+    assert f"mine.py:{line}: {says}" in fails("pretrain", "--config=mine.py")
+    assert main.main(["pretrain", f"--config={file}", "--workdir=run", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("def get_config(arg=None):\n    pass\n", "must return a ConfigDict, not None"),
+        ("def get_config():\n    pass\n", "TypeError: get_config() takes 0 positional arguments"),
+        ("config = 1\n", "has no get_config function"),
+        (
+            "from disco_jax.configs import disco\n\n\ndef get_config(arg=None):\n"
+            "    config = disco.get_config('smoke=true,data=digits')\n"
+            "    config.objectives.contrast.temprature = 0.1\n    return config\n",
+            "'temprature' is not known. Did you mean 'temperature'",
+        ),
+    ],
+)
+def test_a_recipe_that_is_none_is_told(fails, tmp_path, text, says):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert says in fails("pretrain", f"--config={file}")
+
+
+def test_workdir_must_be_given_and_hides_nothing(capsys):
+    assert main.main([*SMOKE, "--config.seed=x"]) == 2
+    message = capsys.readouterr().err
+    assert "--workdir is missing" in message and "config.seed='x'" in message
 
 
 def test_overrides_reach_the_config_with_their_types():

@@ -110,3 +110,51 @@ def test_what_cannot_be_checked_is_told(tmp_path, words, message, capsys):
     assert main.main(["data", *(w.format(here=tmp_path) for w in words)]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_used_is_counted_and_named(photos, tmp_path, capsys):
+    (photos / "notes.txt").write_text("x")
+    (photos / "cat" / "caf\udce9.doc").write_text("x")
+    output = tmp_path / "report.json"
+    assert main.main(["data", str(photos), "--seconds=0", f"--output={output}"]) == 0
+    report = json.loads(output.read_text())
+    assert report["not_used"] == {
+        "with suffix .doc": {"count": 1, "names": [r"cat/caf\xe9.doc"]},
+        "with suffix .txt": {"count": 1, "names": ["notes.txt"]},
+    }
+    assert report["class_names"] == ["cat", "dog"] and report["brightest"] == 255
+    out = capsys.readouterr().out
+    for part in ("2 classes (cat, dog)", "not used: 1 with suffix .txt: notes.txt"):
+        assert part in out, part
+    assert "nearly black" not in out
+
+
+def test_twelve_bits_are_warned_of_and_read_with_a_range(tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for i in range(3):
+        deep = np.linspace(0, 4080, 20).astype(np.uint16).reshape(4, 5)
+        Image.fromarray(deep).save(scans / f"{i}.png")
+    assert main.main(["data", str(scans), "--seconds=0"]) == 0
+    assert "nearly black: the brightest value is 15 of 255" in capsys.readouterr().out
+    words = [str(scans), "--seconds=0", "--range=0,4080", f"--npz={tmp_path / 'copy.npz'}"]
+    assert main.main(["data", *words]) == 0
+    assert "nearly black" not in capsys.readouterr().out
+    with np.load(tmp_path / "copy.npz") as copied:
+        assert copied["train_images"].max() == 255
+
+
+def test_questions_are_answered_on_the_command_line(tmp_path, capsys):
+    for name in ("train/1.png", "bus/2.png", "test/3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "test").rename(tmp_path / "photos" / "tests")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("1.png,7\n")
+    words = ["data", str(tmp_path / "photos"), "--seconds=0"]
+    assert main.main(words) == 2
+    assert "config.data.splits='train=train' if this is the split" in capsys.readouterr().err
+    assert main.main([*words, "--splits=train=train,test=tests", f"--labels={labels}"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 1 images, 1 to 1 in each of 1 classes" in out
+    assert "not used: 1 beside the splits: bus/2.png" in out

@@ -65,6 +65,20 @@ def test_a_pattern_of_names_is_data_too(folder, teacher):
         distill.resolve(data=str(folder / "*.bmp"), teacher=str(teacher), student="resnet14")
 
 
+def test_questions_about_the_data_are_answered_by_the_config(folder, teacher, tmp_path):
+    """On the command line and in Python: the data open with the answers."""
+    (tmp_path / "digits").mkdir()
+    for name in ("test", "dev"):
+        (tmp_path / "digits" / name).symlink_to(folder / "test", target_is_directory=True)
+    (tmp_path / "digits" / "data").symlink_to(folder / "train", target_is_directory=True)
+    given = dict(data=str(tmp_path / "digits"), teacher=str(teacher), student="resnet14")
+    splits = "train=data,test=test"
+    config, source = distill.resolve(**given, opening={"splits": splits})
+    assert (source.count("train"), source.count("test")) == (160, 40)
+    assert config.data.splits == splits and config.data.eval_split == "test"
+    assert source.skipped.counts["beside the splits"] == 40
+
+
 def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path, capsys):
     result = disco_jax.distill(
         data=str(folder),

@@ -1,6 +1,7 @@
 """`disco-jax export` and `embed`: networks and features out, run again and compared."""
 
 import io
+import os
 import pickle
 
 import jax
@@ -214,6 +215,19 @@ def test_a_failed_export_leaves_the_one_before(run, tmp_path, monkeypatch):
         assert output.read_bytes() == b"before"
 
 
+def test_what_a_killed_export_left_is_removed(run, tmp_path):
+    here = export.socket.gethostname()
+    gone, running, other = (
+        tmp_path / f".unchecked.{host}.{process}"
+        for host, process in ((here, 2**22 + 1), (here, os.getpid()), ("elsewhere", 2**22 + 1))
+    )
+    for folder in (gone, running, other):
+        folder.mkdir()
+        (folder / "a.pth").write_bytes(b"half")
+    export._remove_killed(export.epath.Path(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted([running, other])
+
+
 def full(path, *_):
     path.write_bytes(b"half")
     raise OSError("No space left on device")
@@ -284,11 +298,13 @@ def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, m
 
 
 def test_features_go_into_parquet(run, photos, tmp_path):
+    """With names that are not UTF-8, too."""
     parquet = pytest.importorskip("pyarrow.parquet")
+    (photos / "b.jpg").rename(photos / "caf\udce9.jpg")
     target = tmp_path / "found.parquet"
     assert main.main(["embed", str(run), f"--images={photos}", f"--output={target}"]) == 0
     table = parquet.read_table(target)
-    assert table.column("files").to_pylist()[0] == "a.png"
+    assert table.column("files").to_pylist()[:2] == ["a.png", r"caf\xe9.jpg"]
     assert len(table.column("features").to_pylist()[0]) == 16
 
 

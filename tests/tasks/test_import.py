@@ -153,6 +153,48 @@ def test_an_import_that_fails_half_way_leaves_nothing(tmp_path, file, monkeypatc
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+class Killed(BaseException):
+    """Ends a process where it is."""
+
+
+@pytest.mark.parametrize("at", ["claim", "save", "wait", "describe"])
+@pytest.mark.parametrize("place", ["new", "there"])
+def test_an_import_that_was_killed_can_be_repeated(tmp_path, file, at, place, monkeypatch):
+    workdir = tmp_path / "run"
+    if place == "there":
+        workdir.mkdir()
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "_remove", kill)  # a killed process clears nothing away
+        if at == "claim":
+            patch.setattr(importing, "claim", kill)
+        elif at == "describe":
+            patch.setattr(importing.json, "dumps", killed_at(2, importing.json.dumps))
+        else:
+            patch.setattr(importing.checkpoint.Checkpoints, at, kill)
+        with pytest.raises(Killed):
+            importing.run(str(file), str(workdir))
+    assert list(workdir.iterdir())
+    importing.run(str(file), str(workdir))
+    assert features.load(str(workdir)).step == 0
+    assert not (workdir / importing.IMPORTING).exists()
+
+
+def killed_at(call, real):
+    calls = []
+
+    def counted(*args, **rest):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **rest)
+
+    return counted
+
+
 def test_a_directory_in_use_is_refused(tmp_path, file, run):
     (tmp_path / "notes.txt").write_text("mine")
     for workdir in (tmp_path, run, tmp_path / "notes.txt"):

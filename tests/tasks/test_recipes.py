@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import flags, methods
+from disco_jax import errors, fields, flags, methods
 from disco_jax.configs import common
 from disco_jax.data import views
 from disco_jax.data.bags import Bags
@@ -56,7 +56,9 @@ def test_networks_objectives_and_optimizer_are_built(recipe, data):
     config = loaded(recipe, data)
     assert set(common.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
-    prepare.check_numbers(config)
+    problems = errors.Problems()
+    fields.check(config, problems)
+    problems.raise_any()
     config = teacher.resolve(config)
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
@@ -77,6 +79,7 @@ def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
     )
     monkeypatch.setattr(Bags, "load", lambda path: Bags(clusters=clusters))
     monkeypatch.setattr(teacher, "load", lambda *_: None)
+    config.teacher.weights = "random"
     if config.objectives.bags.weight or config.objectives.pseudo_labels.weight:
         config.bags.file = "bags.npz"
     ready = pretrain.prepare(config, Images(IMAGES["fashion_mnist"]))

@@ -13,6 +13,7 @@ from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
+from disco_jax.train import lease
 
 # Which cells are trained, scored, left out and tabulated; the scores are whatever they are.
 pytestmark = pytest.mark.wiring
@@ -193,6 +194,13 @@ def stopping_after(count, real, stop):
 
 def rows_of(folder):
     return list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+
+
+def test_a_worker_that_runs_already_is_refused(done, digits_file):
+    with lease.held(done[0], "lock_0_of_1"):
+        with pytest.raises(UserError, match="Another run is writing"):
+            sweep.run(small(digits_file), str(done[0]))
+        assert sweep.run(small(digits_file), str(done[0]), worker=1, workers=2)["done"] == 4
 
 
 def test_all_cells_are_trained_scored_and_tabulated(done):

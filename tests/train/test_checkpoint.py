@@ -1,6 +1,9 @@
 """Checkpoints: whole, verified, kept, and fallen back from when damaged."""
 
+import contextlib
+import json
 import pathlib
+import shutil
 
 import chex
 import jax
@@ -8,8 +11,8 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.errors import UserError
-from disco_jax.train import checkpoint
+from disco_jax.errors import StorageError, UserError
+from disco_jax.train import checkpoint, stored
 from disco_jax.train.checkpoint import Checkpoints
 
 # When one read of a damaged checkpoint fails, Orbax closes its event loop; reads still under way in
@@ -99,12 +102,135 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, st
     assert helpers.restore(tmp_path, state)[1]["step"] == 2
 
 
-def test_no_good_checkpoint_is_an_error_that_loses_nothing(tmp_path, state):
-    save(tmp_path, state, [1])
+def test_no_good_checkpoint_is_an_error_that_moves_nothing(tmp_path, state):
+    save(tmp_path, state, [1, 2])
     damage(tmp_path, 1)
-    with pytest.raises(UserError, match="checkpoints_damaged"):
+    damage(tmp_path, 2)
+    for _ in range(2):  # and the next start says the same
+        with pytest.raises(UserError, match=r"No checkpoint in .* can be read: 2: .*; 1: "):
+            helpers.restore(tmp_path, state)
+    assert kept(tmp_path) == ["1", "2"] and not (tmp_path / "checkpoints_damaged").exists()
+
+
+def kept(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "position",
+    [[[0, 3841]], [[0, -16]], [[7, 16]], [], [[0, "a"]], [[0]], None, "step", "not json"],
+)
+def test_a_changed_place_in_the_data_is_damage(tmp_path, state, position):
+    save(tmp_path, state, [1, 2])
+    file = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    if position == "step":
+        meta["step"] = 3
+    else:
+        meta["position"] = position
+    file.write_text(json.dumps(meta) if position != "not json" else "{")
+    _, meta = helpers.restore(tmp_path, state)
+    assert meta["step"] == 1 and meta["position"] == [[0, 8]]
+    assert (tmp_path / "checkpoints_damaged" / "2").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        PermissionError(13, "Permission denied"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: out of memory"),
+        ValueError("Error opening: [os_error_code='24']"),
+        jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+    ],
+)
+def test_what_does_not_prove_damage_sets_nothing_aside(tmp_path, state, error, monkeypatch):
+    save(tmp_path, state, [1, 2])
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored.ocp.Checkpointer, "restore", fail)
+        with pytest.raises(StorageError, match=r"Checkpoint 2 in .* could not be read"):
+            helpers.restore(tmp_path, state)
+    assert kept(tmp_path) == ["1", "2"]
+    assert helpers.restore(tmp_path, state)[1]["step"] == 2
+
+
+def test_an_error_that_passes_is_no_damage(tmp_path, state, monkeypatch):
+    """As of a file that is being moved while it is read."""
+    save(tmp_path, state, [1])
+    real, errors = stored.ocp.Checkpointer.restore, [ValueError("NOT_FOUND: student/d/0")]
+
+    def once(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stored.ocp.Checkpointer, "restore", once)
+    assert helpers.restore(tmp_path, state)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("theirs", ["good", "damaged", "gone"])
+def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, theirs, monkeypatch):
+    """`hosts.everyone` answers as with a second process, which finds checkpoint 2 as `theirs`."""
+    save(tmp_path, state, [1, 2])
+    damage(tmp_path, 2)
+
+    def everyone(value):
+        if theirs == "gone":
+            raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset")
+        return [value, 0 if value == 1 and theirs == "good" else value]
+
+    monkeypatch.setattr(checkpoint.hosts, "everyone", everyone)
+    if theirs == "damaged":
+        assert helpers.restore(tmp_path, state)[1]["step"] == 1
+        assert kept(tmp_path) == ["1"]
+        return
+    expected = {
+        "good": (StorageError, "process 0: damaged, process 1: good"),
+        "gone": (jax.errors.JaxRuntimeError, "Gloo"),
+    }
+    with pytest.raises(expected[theirs][0], match=expected[theirs][1]):
         helpers.restore(tmp_path, state)
-    assert (tmp_path / "checkpoints_damaged" / "1").exists()
+    assert kept(tmp_path) == ["1", "2"]
+
+
+def test_processes_that_see_other_checkpoints_are_told(tmp_path, state, monkeypatch):
+    save(tmp_path, state, [1])
+    monkeypatch.setattr(checkpoint.hosts, "everyone", lambda value: [value, value + 1])
+    with pytest.raises(UserError, match=r"see other checkpoints in .* all of them share"):
+        helpers.restore(tmp_path, state)
+
+
+def test_a_start_notices_that_all_checkpoints_are_gone(tmp_path, state):
+    def check():
+        with contextlib.closing(Checkpoints(tmp_path)) as opened:
+            opened.check_none_lost()
+
+    check()  # nothing was ever there
+    save(tmp_path, state, [1, 2])
+    check()
+    shutil.rmtree(tmp_path / "checkpoints")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has had checkpoints, the newest of step 2, and none"):
+            check()
+    (tmp_path / "saved.json").unlink()
+    check()
+    (tmp_path / "checkpoints_damaged" / "1").mkdir(parents=True)  # by an earlier version
+    with pytest.raises(UserError, match=r"--allow-change=checkpoints"):
+        check()
+
+
+def test_the_best_stays_best_whatever_happens_to_its_metric(tmp_path, state):
+    save(tmp_path, state, [1, 2, 3], losses=[1.0, 2.0, 3.0], keep=1, best="loss")
+    assert kept(tmp_path) == ["1", "3"]
+    meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
+    meta.write_text("")  # the metric is not known, the checkpoint is damaged: no reason to end
+    save(tmp_path, state, [4], losses=[4.0], keep=1, best="loss")
+    assert kept(tmp_path) == ["3", "4"]
 
 
 def test_one_part_is_read_without_touching_the_disk(tmp_path, state):

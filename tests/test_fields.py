@@ -1,0 +1,130 @@
+"""What every field may hold, and that a command with any value ends in a run or in one sentence."""
+
+import numpy as np
+import pytest
+
+import helpers
+from disco_jax import errors, fields, flags, main
+from disco_jax.configs import common
+from disco_jax.nested import flatten
+from disco_jax.tasks import pretrain
+
+MOST_CHARACTERS = 700  # of what is said about one mistake
+# Values that a shell may pass to a field of a type: other types, and the ends of what there is.
+VALUES = {
+    bool: ["7", "perhaps", "", "None", "true", "false"],
+    int: ["x", "", "1.5", "nan", "-2", "-1", "0", "1", "2147483647", str(2**63), "9" * 5000],
+    float: ["x", "", "nan", "inf", "-inf", "-1", "0", "1e-300", "3e38", "1e39", "1e400"],
+    str: ["", "x", "/", "x" * 300, "x" * 3000, "a/" * 200, "a\nb", "\x1b[31m"],
+    tuple: [
+        "()", "('a',)", "(1,)", "(-1,)", "1", "x", "{}", "{'a': 1}", "((1, 2),)", "(((0, 0),),)",
+        "(1e999,)", "(None,)", f"({2**63},)", "(0.1, 0.2)", "(0.1, 0.2, 0.3)", "(" * 300,
+        "x" * 3000,
+    ],
+}  # fmt: skip
+PRETRAINING = flatten(common.pretrain())
+# Evaluations; the quick start's recipe holds three of pretraining.
+OTHERS = [n for n in flags.recipes() if "objectives" not in str(flags.load(n))]
+SWEEPS = list(flags.recipes("sweeps"))
+COMMAND = (
+    "--config=disco:student=tiny,teacher=tiny,data=digits,smoke=true",
+    "--config.data.source=npz", "--config.data.dir=digits.npz", "--workdir=run",
+)  # fmt: skip
+
+
+class Reached(Exception):
+    """All checks have passed: what follows would write and compile."""
+
+    exit_code = 0
+
+
+@pytest.fixture
+def command(tmp_path, capsys, monkeypatch):
+    """Runs `disco-jax pretrain` with tiny networks up to its first write: (exit code, message)."""
+    np.savez(tmp_path / "digits.npz", **helpers.digits())
+    monkeypatch.chdir(tmp_path)
+
+    def claim(*_):
+        raise Reached("reached")
+
+    monkeypatch.setattr(pretrain, "claim", claim)
+
+    def run(*words):
+        code = main.main(["pretrain", *COMMAND, *words])
+        return code, capsys.readouterr().err
+
+    with helpers.tiny_backbone():
+        yield run
+
+
+def test_the_command_without_changes_passes_its_checks(command):
+    assert command() == (0, "disco-jax pretrain: reached\n")
+
+
+@pytest.mark.parametrize("kind", VALUES, ids=lambda kind: kind.__name__)
+def test_every_field_takes_a_value_or_refuses_it_in_one_short_message(command, kind):
+    """The fields that refuse a value are told together; each of the others is tried by itself."""
+    own = [name for name, value in PRETRAINING.items() if type(value) is kind]
+    alone = []
+    for value in VALUES[kind]:
+        code, message = command(*(f"--config.{name}={value}" for name in own))
+        assert code in (0, 2) and "Traceback" not in message, message
+        assert max(map(len, message.splitlines())) < MOST_CHARACTERS
+        alone += [(name, value) for name in own if f"config.{name}=" not in message]
+    assert alone
+    for name, value in alone:
+        code, message = command(f"--config.{name}={value}")
+        assert code in (0, 2) and "Traceback" not in message, (name, value, message)
+        assert len(message) < MOST_CHARACTERS and len(message.splitlines()) <= 2, (name, message)
+
+
+@pytest.mark.parametrize("recipe", [*OTHERS, *SWEEPS])
+def test_fields_of_other_recipes_are_taken_or_refused_in_short_messages(recipe):
+    given = flags.load(recipe)
+    for kind, values in VALUES.items():
+        own = [name for name, value in flatten(given).items() if type(value) is kind]
+        for value in values if own else ():
+            words = [f"--config={recipe}", *(f"--config.{name}={value}" for name in own)]
+            try:
+                flags.parse("x", words, help_line="", like=recipe, needs_workdir=False)
+            except errors.UserError as error:
+                assert max(map(len, str(error).splitlines())) < MOST_CHARACTERS
+
+
+def test_every_rule_is_of_a_field_that_there_is():
+    configs = [flags.load(name) for folder in flags.FOLDERS for name in flags.recipes(folder)]
+    known = {f".{name}" for config in configs for name in flatten(config)}
+    for rule in fields.RULES:
+        assert any(name.endswith(f".{rule}") for name in known), rule
+
+
+def test_recipes_hold_what_they_may():
+    for folder in flags.FOLDERS:
+        for name in flags.recipes(folder):
+            fields.check(flags.load(name), problems := errors.Problems())
+            problems.raise_any()
+
+
+def test_what_reads_a_wrong_field_is_not_looked_at():
+    problems, looked = errors.Problems(), []
+    problems.add("no width", "student.width")
+    for reads in (("student",), ("student.width",), ("student.width.x",), ("student.wid", "seed")):
+        problems.attempt(looked.append, reads, reads=reads)
+    assert looked == [("student.width.x",), ("student.wid", "seed")]
+
+    def refuse():
+        raise errors.UserError("no seed")
+
+    assert problems.attempt(refuse) is None and problems.attempt(refuse) is None
+    with pytest.raises(errors.UserError, match=r"^no width\n  no seed$"):
+        problems.raise_any()
+
+
+def test_long_values_and_tables_are_cut():
+    assert errors.shown("a" * 50) == repr("a" * 50)
+    assert len(errors.shown("a" * 5000)) < 130 and "5002 long" in errors.shown("a" * 5000)
+    many = [f"name{i}" for i in range(500)]
+    message = str(errors.unknown("config.x", "name7", many))
+    assert "Did you mean 'name7'" in message and "500 in all, see `disco-jax list`" in message
+    assert len(message) < 300
+    assert "Allowed: a, b." in str(errors.unknown("config.x", "c", ["b", "a"]))
