@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -30,6 +31,8 @@ FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
 # Notes the newest checkpoint that was ever complete, so that a start notices when all are gone.
 SAVED = "saved.json"
+_STEP = re.compile(r"0|[1-9]\d*")
+_UNFINISHED = "orbax-checkpoint-tmp"  # in names that Orbax gives to what it has not finished
 _GOOD, _DAMAGED, _UNREADABLE, _OTHER_SHAPES = range(4)
 
 
@@ -61,7 +64,7 @@ class Checkpoints:
         self._best = _Best()
         self._best_metric = best_metric
         self._unnoted: int | None = None
-        hosts.first(self._mend_old_metrics)
+        hosts.first(self._tidy)
         self._manager = ocp.CheckpointManager(
             self._workdir / FOLDER,
             options=ocp.CheckpointManagerOptions(
@@ -183,13 +186,25 @@ class Checkpoints:
                 f"steps {list(steps)}. --workdir must be a folder that all of them share."
             )
 
+    def _tidy(self) -> None:
+        """Tells of what is no checkpoint among them, and mends what Orbax cannot read."""
+        folder = self._workdir / FOLDER
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; it must be the folder of a run's checkpoints.")
+        for entry in folder.iterdir() if folder.exists() else ():
+            if entry.name.isdecimal() and not entry.is_dir():
+                self._set_aside_here(entry.name, "a file in its place")
+            elif not _STEP.fullmatch(entry.name) and _UNFINISHED not in entry.name:
+                _LOG.warning("%s is no checkpoint by its name, and is passed over.", entry)
+        self._mend_old_metrics()
+
     def _mend_old_metrics(self) -> None:
         """Replaces damaged metrics in checkpoints of earlier versions, which Orbax reads at once.
 
         They decide about keep-best alone.
         """
         folder = self._workdir / FOLDER
-        for place in folder.iterdir() if folder.is_dir() else ():
+        for place in folder.iterdir() if folder.exists() else ():
             file = place / stored.OLD_METRICS
             try:
                 if file.exists():
@@ -236,22 +251,22 @@ class Checkpoints:
         )
 
     def _set_aside(self, step: int, reason: str) -> None:
-        def move() -> None:
-            target = self._workdir / DAMAGED / str(step)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            while target.exists():
-                target = target.with_name(target.name + "_again")
-            (self._workdir / FOLDER / str(step)).rename(target)
-            _LOG.warning(
-                "Checkpoint %d is damaged (%s); moved to %s. The one before is taken.",
-                step,
-                reason,
-                target,
-            )
-
-        hosts.first(move)
+        hosts.first(lambda: self._set_aside_here(str(step), reason))
         self._best.values.pop(step, None)
         self._manager.reload()
+
+    def _set_aside_here(self, name: str, reason: str) -> None:
+        target = self._workdir / DAMAGED / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "_again")
+        (self._workdir / FOLDER / name).rename(target)
+        _LOG.warning(
+            "Checkpoint %s is damaged (%s); moved to %s. The one before is taken.",
+            name,
+            reason,
+            target,
+        )
 
     def _note(self) -> None:
         """Notes the last checkpoint that was begun, which is complete now.

@@ -159,6 +159,26 @@ def test_what_does_not_prove_damage_sets_nothing_aside(tmp_path, state, error, m
     assert helpers.restore(tmp_path, state)[1]["step"] == 2
 
 
+def test_what_is_no_checkpoint_is_told(tmp_path, state, caplog):
+    save(tmp_path, state, [1])
+    folder = tmp_path / "checkpoints"
+    (folder / "2").write_text("x")
+    for name in ("003", "old", "4.orbax-checkpoint-tmp"):
+        (folder / name).mkdir()
+    assert helpers.restore(tmp_path, state)[1]["step"] == 1
+    assert (tmp_path / "checkpoints_damaged" / "2").read_text() == "x"
+    told = [
+        word
+        for word in ("Checkpoint 2 is damaged", "003 is no", "old is no", "4.orb")
+        if word in caplog.text
+    ]
+    assert told == ["Checkpoint 2 is damaged", "003 is no", "old is no"]
+    shutil.rmtree(folder)
+    folder.write_text("x")
+    with pytest.raises(UserError, match="checkpoints is a file"):
+        helpers.restore(tmp_path, state)
+
+
 def test_an_error_that_passes_is_no_damage(tmp_path, state, monkeypatch):
     """As of a file that is being moved while it is read."""
     save(tmp_path, state, [1])
