@@ -247,7 +247,7 @@ RULES = {
     **dict.fromkeys(("assign", "targets"), VIEWS),
     "teacher_views": several(VIEW),
     "keys_from": one_of("methods.base:NETWORKS"),
-    "queue_size": whole(0, 2**24),
+    "queue_size": whole(0, 2**28),
     "queue_init": one_of("teacher", "random"),
     "objectives.distill.reduction": one_of("methods.distill:REDUCTIONS"),
     "teacher_output": one_of("methods.base:OUTPUTS"),
