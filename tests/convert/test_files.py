@@ -214,7 +214,9 @@ def test_control_characters_of_a_file_are_never_printed(tmp_path, capsys):
             words = ["import", str(path), "--workdir", str(tmp_path / "run"), *more]
             assert main.main(words) == 2
             said = "".join(capsys.readouterr())
-            assert (said.replace("\n", "").isprintable() and "owned" in said) or number == 6, said
+            assert said.replace("\n", "").isprintable(), said
+            # The seventh is told by its other fault; of many names a message shows the first.
+            assert "owned" in said or number == 6 or more, said
             assert "\x1b" not in said and "\u202e" not in said
     path = tmp_path / "a.safetensors"
     key = np.zeros(4, np.float32)

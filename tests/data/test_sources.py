@@ -253,6 +253,18 @@ def test_a_subset_keeps_the_named_files(data_dir, name, hosts):
     assert sorted(seen) == list(range(0, COUNT, 3))
 
 
+def test_fingerprints_are_of_version_and_lengths(data_dir):
+    plain = TfdsSource("plain", data_dir).fingerprint("train")
+    assert plain == TfdsSource("plain", data_dir, shuffle_buffer=24).fingerprint("train")
+    assert plain["data set"].startswith("plain") and plain["records"] == COUNT
+    some = TfdsSource("plain", data_dir, subset={"train": ["0.jpg", "99.jpg"]})
+    others = TfdsSource("plain", data_dir, subset={"train": ["0.jpg", "98.jpg"]})
+    assert some.fingerprint("train")["records"] == 2
+    assert some.fingerprint("train") != others.fingerprint("train")
+    half = TfdsSource("plain", data_dir).fingerprint("train[:50%]")
+    assert half["records"] == COUNT // 2 and half != plain
+
+
 def test_a_subset_that_cannot_be_found_is_an_error(data_dir):
     source = TfdsSource("plain", data_dir, subset={"train": ["0.jpg", "99.jpg"]})
     with pytest.raises(UserError, match=r"1 of 2 file names of config\.data\.subset.*'99\.jpg'"):
