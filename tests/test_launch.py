@@ -17,6 +17,14 @@ ABSENT = ["tpu-vm describe", 1, "ERROR: NOT_FOUND: no such node"]
 READY = ["tpu-vm describe state", 0, "READY"]
 OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # what a deletion asks about a slice made before
 
+# A shell cannot trap a signal that was ignored at its start, as SIGINT is in the background.
+HEED = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
 
 def rc(*codes):
     """The machines' answers when they are asked how the run ended."""
@@ -82,17 +90,12 @@ class Cloud:
     def interrupt(self, number, *words, script="tpu.sh", after=2, **settings):
         """Starts a script, sends a signal after so many calls; (exit code, standard error)."""
 
-        def heed():  # a shell cannot trap what was ignored at its start
-            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(each, signal.SIG_DFL)
-
         process = subprocess.Popen(
-            ["bash", self.checkout / "launch" / script, *words],
+            [sys.executable, "-c", HEED, "bash", self.checkout / "launch" / script, *words],
             env=self.environment(POLL_S="60", **settings),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=heed,
         )
         deadline = time.monotonic() + 30
         while len(self.calls()) < after and time.monotonic() < deadline:
