@@ -45,13 +45,13 @@ setup(
         "optax>=0.2.8",  # 0.2.7 is not imported with jax 0.10; 0.2.6 never moves a scheduled decay
         "opencv-python-headless>=4.11.0.86",
         "orbax-checkpoint>=0.11.25",
-        "pillow>=10.3",
+        "pillow>=11.3",
         "safetensors>=0.4",
         "scipy>=1.14",
         "tensorboard>=2.20",  # clu's summary writer imports it without asking for it
         "tensorflow-cpu>=2.21; platform_machine=='x86_64' and sys_platform!='darwin'",
         "tensorflow>=2.21; platform_machine!='x86_64' or sys_platform=='darwin'",
-        "tensorflow-datasets>=4.9.7",
+        "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
