@@ -150,9 +150,11 @@ def _signals() -> Iterator[None]:
     def end(*_: Any) -> None:
         raise errors.Terminated
 
-    before = {}
+    numbers = []
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        # Several processes that have met hear SIGTERM through JAX, and agree on a step.
+        numbers = [signal.SIGHUP] if _has_met() else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
     heard = {number: old for number, old in before.items() if old != signal.SIG_IGN}
     for number in heard:
         signal.signal(number, end)
@@ -161,6 +163,11 @@ def _signals() -> Iterator[None]:
     finally:
         for number, old in heard.items():
             signal.signal(number, old)
+
+
+def _has_met() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _ended(task: str, error: BaseException) -> int:

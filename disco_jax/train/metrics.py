@@ -119,15 +119,20 @@ def read(path: epath.PathLike) -> tuple[list[dict[str, float]], int]:
     path = epath.Path(path)
     if not path.exists():
         return [], 0
-    lines, damaged = [], 0
-    *whole_lines, rest = path.read_bytes().split(b"\n")
-    for text in whole_lines:
-        try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
-            damaged += 1
-    return lines, damaged + (b"\0" in rest)
+    *texts, rest = path.read_bytes().split(b"\n")
+    lines = [line for text in texts if (line := _parsed(text))]
+    damaged = len(texts) - len(lines) + (b"\0" in rest)
+    last = _parsed(rest)
+    return lines + ([last] if last else []), damaged
+
+
+def _parsed(text: bytes) -> dict[str, float]:
+    """Returns a line's metrics; {} where it is none."""
+    try:
+        line = json.loads(text)
+        return {**line, "step": int(line["step"])}
+    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
+        return {}
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
