@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from disco_jax.convert import heads
+import disco_jax.convert.heads as heads
 from disco_jax.convert.names import Leaf
 from disco_jax.convert.recognise import Recognised, State, allowed, of_training
 from disco_jax.convert.table import entries

@@ -11,8 +11,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+import disco_jax.convert.containers as containers
+import disco_jax.convert.safetensors_file as safetensors_file
+import disco_jax.convert.shards as shards
 from disco_jax import models
-from disco_jax.convert import containers, safetensors_file, shards
 from disco_jax.convert.fill import SIDE, check_numbers, fill
 from disco_jax.convert.names import timm_xcit
 from disco_jax.convert.pickles import read as read_pickle

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+import disco_jax.convert.heads as heads
 from disco_jax import errors, models
-from disco_jax.convert import heads
 from disco_jax.convert.heads import Head
 from disco_jax.convert.names import LAYOUTS, Layout
 from disco_jax.convert.shapes import backbone_spec

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from etils import epath
 
-from disco_jax.convert import safetensors_file
+import disco_jax.convert.safetensors_file as safetensors_file
 from disco_jax.convert.archive import Refused, opened, told_of, view
 from disco_jax.convert.text import listed, shown
 from disco_jax.errors import UserError
