@@ -15,6 +15,18 @@ from disco_jax.train import hosts, loop
 SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Signals as a terminal gives them: `nohup` and the background of a script ignore some."""
+    before = {
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Kept:
     """Takes metrics and states, and notes the steps."""
 
