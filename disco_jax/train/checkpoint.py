@@ -292,8 +292,9 @@ class Checkpoints:
         newest = f", the newest of step {noted.get('newest')}" if noted else ""
         raise UserError(
             f"--workdir={self._workdir} has had checkpoints{newest}, and none is left in "
-            f"{FOLDER}/. Bring them back (damaged ones are in {DAMAGED}/), give another --workdir, "
-            f"or begin this run anew at step 1 with --allow-change={FOLDER}."
+            f"{FOLDER}/. Bring them back (damaged ones are in {DAMAGED}/), give another directory, "
+            f"or begin anew at step 1: a pretraining with --allow-change={FOLDER}, an evaluation "
+            "with another --config.name."
         )
 
 
