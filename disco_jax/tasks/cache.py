@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """`disco-jax cache --config RECIPE --workdir DIR [--epochs E] [--dry-run]`."""
     values = flags.parse("cache", argv, help_line=__doc__, extra=_define, check=check)
     if values is not None:
-        flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
+        flags.prepare_jax(flags.distributed_options(values), "" if values.dry_run else values.workdir)
         run(values.config, values.workdir, epochs=values.epochs, dry_run=values.dry_run)
 
 

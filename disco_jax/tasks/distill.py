@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     if missing and not wants_help:
         raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
     # Before the first look at the devices, which `resolve` takes.
-    flags.prepare_jax(flags.meeting_of(argv), _value(argv, "workdir") or "")
+    flags.prepare_jax(flags.parse_distributed(argv), _value(argv, "workdir") or "")
     opening = {name: value for name in _OPENING if (value := _value(argv, f"config.data.{name}"))}
     config, source = (disco.get_config(), None) if wants_help else resolve(**given, opening=opening)
     opened = config.data.copy_and_resolve_references()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.parse("sweep", argv, help_line=__doc__, extra=_define, like="sweeps/seed")
     if values is None:
         return
-    flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
+    flags.prepare_jax(flags.distributed_options(values), "" if values.dry_run else values.workdir)
     names = ("dry_run", "topology", "worker", "workers", "teachers_only")
     given: dict[str, Any] = {name: values[name].value for name in names}
     run(values.config, values.workdir, **given)

@@ -56,7 +56,7 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
         ),
         (
             (*SMOKE, "--config.zzz=1"),
-            ["--config.zzz is not a field", "`disco-jax list --settings` shows them all"],
+            ["--config.zzz is not a field", "`disco-jax list --settings` shows all fields"],
         ),
         (
             (*SMOKE, "--config.student=resnet18"),
@@ -164,7 +164,7 @@ def test_a_mistake_gets_one_clear_message(fails, digits_file, words, says):
 def test_a_recipe_is_a_python_file(fails, tmp_path):
     file = tmp_path / "config.json"
     file.write_text("{}")
-    assert f"--config={file}: a recipe is a Python file" in fails("pretrain", f"--config={file}")
+    assert f"--config={file} is not a recipe: give a Python file" in fails("pretrain", f"--config={file}")
 
 
 @pytest.mark.parametrize(
