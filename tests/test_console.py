@@ -147,7 +147,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     took = json.loads((run / "goodput.json").read_text())["seconds"]["compile"]
     (run / "checkpoints").rename(tmp_path / "checkpoints")
     out, _ = call(*train, "--allow-change=checkpoints")
-    assert "2 forward passes a step: student [0], teacher [0]" in out
+    assert "2 forward passes per step: student [0], teacher [0]" in out
     assert "step 2/2" in out and "images/s" in out and "eta" in out
     again = json.loads((run / "goodput.json").read_text())["seconds"]["compile"] - took
     assert took > 1 and again < 0.5 * took

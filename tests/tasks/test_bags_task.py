@@ -53,7 +53,7 @@ def made(tmp_path_factory, teacher, source):
 def test_neighbours_are_the_nearest_but_oneself(made, teacher, source):
     found = Bags.load(f"{made['knn']}/bags.npz").neighbours
     assert found.shape == (200, 5) and (found != np.arange(200)[:, None]).all()
-    rows = bags._encoded(settings(teacher), source)
+    rows = bags._encode(settings(teacher), source)
     similarities = np.asarray(unit(rows)) @ np.asarray(unit(rows)).T
     np.fill_diagonal(similarities, -2)
     chosen = np.take_along_axis(similarities, found, axis=1)
@@ -80,7 +80,7 @@ def test_pseudo_labels_need_as_many_prototypes_as_clusters(made, source, tmp_pat
     with pytest.raises(UserError, match=r"prototypes=\(8,\) are fewer than the 16 clusters"):
         pretrain.prepare(config, source)
     config.bags.update(file=f"{made['knn']}/bags.npz", sampling="images")
-    with pytest.raises(UserError, match=r"needs clusters, and config\.bags\.file holds neighbours"):
+    with pytest.raises(UserError, match=r"needs clusters, but config\.bags\.file contains neighbours"):
         pretrain.prepare(config, source)
 
 

@@ -179,7 +179,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("message", OTHERS)
 def test_other_settings_are_refused(message, source, kept):
-    with pytest.raises(UserError, match=f"(?s)was made of something else.*{message}"):
+    with pytest.raises(UserError, match=f"(?s)was created with other settings.*{message}"):
         prepare(config_of(**{**OTHERS[message], "teacher.cache": str(kept)}), source)
 
 

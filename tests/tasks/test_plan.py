@@ -42,7 +42,7 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     efficiencies = [report["scaling"][n]["efficiency"] for n in (8, 64, 256)]
     assert 1 > efficiencies[0] > efficiencies[1] > efficiencies[2] > 0
     printed = capsys.readouterr().out
-    assert "2 forward passes an image: student on views [0], momentum on views [1]" in printed
+    assert "2 forward passes per image: student on views [0], momentum on views [1]" in printed
     assert "16 chips on 4 hosts" in printed and "each host must read" in printed
 
 

@@ -91,4 +91,4 @@ def test_a_plan_tells_the_forward_passes():
     """RETRO's six and DisCo's five (both views of student and teacher, and the keys)."""
     counts = {"retro": "6", "disco": "5", "seed": "2", "moco_v2": "2"}
     for recipe, count in counts.items():
-        assert plan.told(methods.plan(flags.load(recipe))).startswith(f"{count} forward passes")
+        assert plan.describe_passes(methods.plan(flags.load(recipe))).startswith(f"{count} forward passes")
