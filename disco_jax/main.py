@@ -86,9 +86,9 @@ Flags of most tasks:
   --debug                         show tracebacks and the warnings of libraries
 
 `disco-jax TASK --help` shows all flags of a task, `disco-jax --version` the version.
-Exit codes: 0 success, 1 crash, 2 invalid setting or input, 3 loss or parameter not finite, 75
-stopped by SIGTERM or SIGHUP, 130 stopped by Ctrl-C, 134 another process of the run was lost. A
-training saves its last step before it stops (a second Ctrl-C stops it at once). A closed output
+Exit codes: 0 success, 1 crash, 2 invalid setting or input, 3 loss or parameter not finite,
+75 stopped by SIGTERM or SIGHUP, 130 stopped by Ctrl-C, 134 another process of the run was lost.
+A training saves its last step before it stops (a second Ctrl-C stops it at once). A closed output
 (`| head`, a closed terminal) changes none of them: the command continues and discards its output.
 """
 
