@@ -22,7 +22,7 @@ DEVICES = "--xla_force_host_platform_device_count=4"
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 # A worker compiles hundreds of programs and once crashed while writing one to the cache. Child
-# processes use the cache as users do; tests/test_console.py and tests/train/test_resume.py cover it.
+# processes use the cache as users do; see tests/test_console.py and tests/train/test_resume.py.
 jax.config.update("jax_enable_compilation_cache", False)
 # Rank promotion hides mistakes. The setting changes no numbers.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -43,7 +43,9 @@ def console(*words, cwd, expected=0):
     process = subprocess.run(
         ["disco-jax", *words], cwd=cwd, env=environment(cwd), capture_output=True, text=True
     )
-    assert process.returncode == expected, f"{words}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+    assert process.returncode == expected, (
+        f"{words}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+    )
     for noise in ("Traceback", "Exception ignored", "Failed to find host bounds"):
         assert noise not in process.stderr, process.stderr
     return process.stdout, process.stderr

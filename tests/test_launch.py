@@ -178,7 +178,9 @@ def test_a_cloud_that_does_not_answer_is_not_an_absent_slice(cloud):
 
 def test_delete_ends_only_what_was_created_here(cloud):
     process = cloud.run("delete")
-    assert process.returncode == 2 and "not created from here" in process.stderr and not cloud.calls()
+    assert (
+        process.returncode == 2 and "not created from here" in process.stderr and not cloud.calls()
+    )
     cloud.note()
     cloud.answer(READY, ["labels.disco-jax", 0, "another"])
     process = cloud.run("delete")
@@ -421,7 +423,10 @@ def test_runs_that_fail_at_once_end_the_babysitter(cloud):
     cloud.note()
     cloud.answer(always(READY), always(rc(1)))
     process = cloud.run("babysit", MAX_QUICK="3")
-    assert process.returncode == 4 and "3 runs in a row failed within 600 s (last: 1)" in process.stderr
+    assert (
+        process.returncode == 4
+        and "3 runs in a row failed within 600 s (last: 1)" in process.stderr
+    )
     assert cloud.verbs().count("scp") == 3
     cloud.answer(*[READY, rc(75)] * 5, READY, rc(0))
     assert cloud.run("babysit", MAX_QUICK="2").returncode == 0  # preemptions do not count
@@ -506,7 +511,9 @@ def test_no_capacity_is_no_reason_to_give_up(cloud):
 )  # fmt: skip
 def test_a_dry_run_prints_what_a_shell_could_run_and_does_nothing(cloud, words):
     process = cloud.run("--dry-run", *words.split())
-    assert process.returncode == 0 and not cloud.calls() and not cloud.notes.exists(), process.stderr
+    assert process.returncode == 0 and not cloud.calls() and not cloud.notes.exists(), (
+        process.stderr
+    )
     count = "gcloud() { echo one; }; git() { :; }; mkdir() { :; }; "
     ran = subprocess.run(["bash", "-euc", count + process.stdout], capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout.startswith("one"), ran.stderr
@@ -617,7 +624,9 @@ def test_a_sweep_is_shared_among_slices(cloud):
     logs = cloud.folder / "logs"
     process = cloud.run("2", "--config=sweeps/seed", script="sweep.sh", LOGS_DIR=str(logs))
     assert process.returncode == 3
-    assert "share 1 ended with exit code 3" in process.stderr and "share 0 ended" not in process.stderr
+    assert (
+        "share 1 ended with exit code 3" in process.stderr and "share 0 ended" not in process.stderr
+    )
     assert "finished" in (logs / "slice-0.log").read_text()
     slices = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
     assert slices == {"slice-0", "slice-1"}

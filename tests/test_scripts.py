@@ -83,7 +83,11 @@ def test_a_part_runs_with_the_newest_packages_beside_the_main_environment(python
 
 def test_without_a_newer_python_the_tests_say_loudly_that_a_part_was_left_out(pythons, tmp_path):
     process = pythons("--newest")
-    assert process.returncode == 3 and "!!! SKIPPED" in process.stderr and "than 3.11" in process.stderr
+    assert (
+        process.returncode == 3
+        and "!!! SKIPPED" in process.stderr
+        and "than 3.11" in process.stderr
+    )
     assert not (tmp_path / "tests").exists()
 
 

@@ -1,8 +1,8 @@
-"""Every method teaches a small student something in a few epochs, and broken ones do not.
+"""Tests that every method trains a small student in a few epochs, and that broken ones do not.
 
-kNN on the 360 held-out digits, in percent; the teacher has 98. A floor lies eight points below the
-score of the 1437 training digits among one another, each left out in turn, and at least five above
-that of the student with its initial weights: none was chosen on the digits that the tests look at.
+Scores are kNN accuracies on the 360 held-out digits, in percent; the teacher has 98. A threshold
+lies eight points below the leave-one-out accuracy on the 1437 training digits, and at least five
+points above that of the untrained student. The held-out digits were not used to choose it.
 """
 
 import os
@@ -13,10 +13,10 @@ import pytest
 
 import helpers
 
-# Of the training digits too, by the initial weights.
-UNTRAINED = {"swav_disco": 78.7, "sslight_swav": 78.7, "swav": 80.0}  # a wider student; else:
-NARROW = 59.4
-AMONG = {  # the training digits, measured
+# Leave-one-out accuracy on the training digits with initial weights.
+UNTRAINED = {"swav_disco": 78.7, "sslight_swav": 78.7, "swav": 80.0}  # wider students
+NARROW = 59.4  # all other students
+AMONG = {  # leave-one-out accuracy on the training digits after training
     "seed": 89.8,
     "disco": 82.4,
     "retro": 94.4,
@@ -41,7 +41,7 @@ AMONG = {  # the training digits, measured
     "sslight_swav": 92.6,
     "sslight_dino": 78.7,
 }
-# Shuffled among the images of a batch, what these learn from leaves nothing else.
+# Methods that cannot learn from targets that are shuffled among the images of a batch.
 SHUFFLED = (
     "seed", "squared_distance", "simreg", "compress",
     "attention:disco=true", "swav", "swav_disco", "dino_disco",
@@ -52,16 +52,16 @@ pytestmark = [pytest.mark.learning, pytest.mark.slow]
 
 
 def scores(folder, *runs):
-    """What `learning.py` prints of each run, on one device."""
+    """Returns the scores that `learning.py` prints for each run, on one device."""
     script = helpers.PARITY.parent / "learning.py"
     paths = os.pathsep.join([str(script.parent), str(helpers.PARITY)])
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": paths}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), str(folder), *runs],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("score ")]
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith("score ")]
     print(*lines, sep="\n")
     assert [line.split()[1] for line in lines] == list(runs)
     return [float(line.split()[2]) for line in lines]
@@ -69,11 +69,11 @@ def scores(folder, *runs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the teacher and its bags are."""
-    made = tmp_path_factory.mktemp("learning")
-    (score,) = scores(made, "teacher")
+    """Folder with the teacher and its bags."""
+    path = tmp_path_factory.mktemp("learning")
+    (score,) = scores(path, "teacher")
     assert score > 90
-    return made
+    return path
 
 
 def floor(name):
@@ -88,6 +88,6 @@ def test_a_student_learns_and_not_from_what_is_so_of_other_images(name, folder):
 
 @pytest.mark.parametrize("name", [name for name in AMONG if name not in SHUFFLED])
 def test_a_student_learns_and_not_from_a_loss_without_weight(name, folder):
-    """Of methods that shuffled targets leave something: queries still spread among the keys."""
+    """Tests the methods that learn from shuffled targets too, by spreading queries among keys."""
     learned, broken = scores(folder, name, f"{name}/weightless")
     assert broken < floor(name) < learned
