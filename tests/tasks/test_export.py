@@ -313,7 +313,7 @@ def test_features_go_into_parquet(run, photos, tmp_path):
     [
         (["--images={photos}", "--output=a.csv"], "should end in .npz or .parquet"),
         (["--images=nowhere", "--output=a.npz"], "is not a folder"),
-        (["--images={photos}/more/empty", "--output=a.npz"], "has no pictures"),
+        (["--images={photos}/more/empty", "--output=a.npz"], "has no images"),
         (["--images={photos}", "--output=no/a.npz"], "there is no folder"),
         (["--images={photos}", "--output=a.npz", "--batch-size=0"], "is below 1"),
         (["--images={photos}"], "--output"),

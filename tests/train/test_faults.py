@@ -150,7 +150,7 @@ def test_a_disk_that_takes_no_metrics_keeps_those_that_it_has(run, ends):
     before = (run / "metrics.jsonl").read_text()
     (run / f".metrics.jsonl.{os.getpid()}").symlink_to("/dev/full")
     code, said = ends(lambda: metrics.Logger(str(run), tensorboard=False, step=2))
-    assert code == 1 and "No space left on device. What was saved before is whole" in said
+    assert code == 1 and "No space left on device. Files saved before are complete" in said
     assert (run / "metrics.jsonl").read_text() == before
 
 

@@ -258,7 +258,7 @@ def test_the_plan_is_printed(recipe, says, capsys):
     )
     pretrain.describe(ready, begin)
     out = capsys.readouterr().out
-    assert says in out and ("M of it learned" in out) == (recipe == "retro")
+    assert says in out and ("M of it trainable" in out) == (recipe == "retro")
 
 
 def test_a_one_hot_teacher_is_a_setting_of_seed_alone():

@@ -112,7 +112,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(
     config = config_of(**{"student.weights": weights, "student.hidden": 16})
     helpers.compile_once(monkeypatch)
     pretrain.run(config, workdir, source)
-    assert f"the student starts from {weights}" in capsys.readouterr().out
+    assert f"student initialized from {weights}" in capsys.readouterr().out
     momentum, _ = checkpoint.load(workdir, "momentum", _like(config))
     equal(momentum["params"]["backbone"], features.load(run).variables["params"]["backbone"])
     shutil.rmtree(weights)
