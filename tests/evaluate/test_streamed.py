@@ -1,4 +1,4 @@
-"""A training with labels that is broken off goes on to the bits of one that was not."""
+"""An interrupted supervised training resumes bit for bit."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ class BrokenOff(Exception):
 
 def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
     splits = {s: (x[:64], y[:64]) for s, (x, y) in helpers.digits_splits().items()}
-    # With BatchNorm, whose statistics are state too.
+    # The network has BatchNorm, whose statistics are part of the state.
     tiny = helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"})
     with helpers.tiny_backbone():
         trained = features.untrained(tiny)
@@ -24,7 +24,7 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
     config.update(total_epochs=3, batch_size=32)
 
     def broken_off(step, network, layer):
-        if step == 5:  # the checkpoint before is that of step 4
+        if step == 5:  # the last checkpoint is of step 4
             raise BrokenOff
         return {}
 

@@ -1,4 +1,4 @@
-"""What an evaluation reads: the run's data or others, found and checked before hours are spent."""
+"""Data of an evaluation: the run's or another data set, checked before training starts."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ def trained():
 
 
 def data(**changes):
-    made = flags.load("linear").data
-    made.update(changes)
-    return made
+    data_config = flags.load("linear").data
+    data_config.update(changes)
+    return data_config
 
 
 def test_nothing_asked_is_the_runs_own(trained):
@@ -41,13 +41,13 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
     assert aimed.config.data.source == "folder" and aimed.config.data.eval_resize == 24
     aimed, source = target.opened(aimed)
     assert aimed.config.data.eval_split == "validation" and source.num_classes == 2
-    found = features.of_split(aimed, source, "validation", 4, ("features",))
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and found.embedding.shape == (6, 0)
+    encoded = features.of_split(aimed, source, "validation", 4, ("features",))
+    assert encoded.labels.tolist() == [0, 0, 0, 1, 1, 1] and encoded.embedding.shape == (6, 0)
     target.check_labels(source, "train", "validation", thorough=True)
 
 
 def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
-    """As SimCLR's lists for ImageNet do: a probe then reads these alone, and all test images."""
+    """A list of file names, like SimCLR's for ImageNet, selects training images only."""
     for split in ("train", "val"):
         for label, level in (("dark", 20), ("light", 220)):
             folder = tmp_path / "pictures" / split / label
@@ -58,18 +58,18 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     names = ["dark_1.png", "dark_3.png", "light_0.png"]
     listed = tmp_path / "few.txt"
     listed.write_text("\n".join(names) + "\n")
-    given = data(dir=str(tmp_path / "pictures"), subset=str(listed))
-    aimed, source = target.opened(target.aimed(trained, given))
+    data_fields = data(dir=str(tmp_path / "pictures"), subset=str(listed))
+    aimed, source = target.opened(target.aimed(trained, data_fields))
     assert (source.count("train"), source.count("validation")) == (3, 8)
     assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
-    found = features.of_split(aimed, source, "train", 4, ("features",))
-    assert found.labels.tolist() == [0, 0, 1]
+    encoded = features.of_split(aimed, source, "train", 4, ("features",))
+    assert encoded.labels.tolist() == [0, 0, 1]
 
 
 def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
     trained.config.data.update(splits="train=a", labels="a.txt", range="image")
-    own, other, given = (
+    own, other, overridden = (
         target.aimed(trained, data(**changes)).config.data
         for changes in (
             {},
@@ -79,16 +79,16 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     )
     assert (own.splits, own.labels, own.range) == ("train=a", "a.txt", "image")
     assert (other.splits, other.labels, other.range) == ("", "", "full")
-    assert (given.splits, given.labels, given.range) == ("test=b", "", "0,9")
+    assert (overridden.splits, overridden.labels, overridden.range) == ("test=b", "", "0,9")
 
 
 @pytest.mark.parametrize(
     "changes, kind", [({"name": "cifar10"}, "tfds"), ({"dir": "some.npz"}, "npz")]
 )
 def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
-    made = target.aimed(trained, data(**changes, subset="list.txt", eval_resize=0)).config.data
-    assert (made.source, made.train_split, made.subset) == (kind, "train", "list.txt")
-    assert made.eval_resize == 0
+    resolved = target.aimed(trained, data(**changes, subset="list.txt", eval_resize=0)).config.data
+    assert (resolved.source, resolved.train_split, resolved.subset) == (kind, "train", "list.txt")
+    assert resolved.eval_resize == 0
 
 
 def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
