@@ -29,7 +29,7 @@ def test_wrong_topologies_are_told_apart(name, says):
 
 
 def test_choices_that_ask_where_they_are_are_those_of_tpus():
-    """Resolves "auto" to the values on TPUs, although the plan runs on a CPU; keeps other values."""
+    """Resolves "auto" to the values on TPUs, though the plan runs on a CPU; keeps other values."""
     config = flags.load("moco_v2")
     program.as_on_tpus(config)
     assert config.dtype == "bfloat16"

@@ -26,7 +26,7 @@ HALF = Reading(dtype=jnp.bfloat16)
 
 
 def thousand_cycles(function, rows, size, dtype=jnp.float32):
-    """Returns kilocycles per image of function(f32[rows, DIM], f32[rows, DIM], dtype[size, DIM])."""
+    """Returns kilocycles per image of f(f32[rows, DIM], f32[rows, DIM], dtype[size, DIM])."""
     sharding = jax.sharding.SingleDeviceSharding(topology.open_slice(SLICE).devices[0])
     shapes = ((rows, DIM), (rows, DIM), (size, DIM))
     dtypes = (jnp.float32, jnp.float32, dtype)
