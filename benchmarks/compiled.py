@@ -85,7 +85,7 @@ def main() -> None:
         arguments = memory.argument_size_in_bytes / 2**20
         seconds = time.monotonic() - begin
         print(
-            f"{name:14} {cost:8.1f} thousand cycles an image  {arguments:7.1f} MiB of arguments  "
+            f"{name:14} {cost:8.1f} thousand cycles per image  {arguments:7.1f} MiB of arguments  "
             f"({seconds:.0f} s)",
             flush=True,
         )

@@ -254,7 +254,7 @@ def stages(encoded, rounds=3):
         images_per_call = BATCH if name.startswith("put") else len(encoded)
         crops_per_image = 2 if "two crops" in name or name.startswith("put") else 1
         milliseconds = 1e3 * crops_per_image * statistics.median(times) / images_per_call
-        print(f"{name:28} {milliseconds:7.3f} ms an image")
+        print(f"{name:28} {milliseconds:7.3f} ms per image")
 
 
 def report(measures, seconds, rounds=5):

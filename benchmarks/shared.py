@@ -52,7 +52,7 @@ def main() -> None:
         return count(joint(args), args)
     seconds = measure((joint if args.what == "joint" else cached)(args), args.rounds)
     for name, step_times in seconds.items():
-        print(f"{name:24} {statistics.median(step_times):7.3f} s a step")
+        print(f"{name:24} {statistics.median(step_times):7.3f} s per step")
     if args.what == "joint":
         together = seconds.pop("together")
         separate = [sum(step_times) for step_times in zip(*seconds.values(), strict=True)]
@@ -81,7 +81,7 @@ def count(steps, args):
         gflop, gbytes, kilo = cost[0] / 1e9, cost[1] / 1e9, cost[2] / 1e3 / args.batch
         seconds = time.monotonic() - begin
         print(
-            f"{name:14} {gflop:9.1f} GFLOP {gbytes:9.2f} GB {kilo:9.1f} thousand cycles an image"
+            f"{name:14} {gflop:9.1f} GFLOP {gbytes:9.2f} GB {kilo:9.1f} thousand cycles per image"
             f"  ({seconds:.0f} s)",
             flush=True,
         )
