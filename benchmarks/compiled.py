@@ -154,7 +154,7 @@ def specs(tree: Any) -> Any:
 
 def components(config: Any, batch: int) -> dict[str, Part]:
     """Returns name -> part of a config's step."""
-    alone = jax.sharding.AbstractMesh((1,), (AXIS,))
+    single_device = jax.sharding.AbstractMesh((1,), (AXIS,))
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     crops = {
@@ -182,7 +182,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
 
         inputs = {view: images[view] for view in passes}
         parts[name] = Part(forward, (variables, inputs))
-        mapped = on(alone, forward, (variables, inputs))
+        mapped = on(single_device, forward, (variables, inputs))
         encoded[name] = jax.eval_shape(mapped, variables, inputs)[0]
     parts["student"] = Part(_with_gradient(parts["student"][0]), parts["student"][1])
     record = Record(encoded, {})

@@ -56,7 +56,7 @@ def main() -> None:
     if args.what == "joint":
         together = seconds.pop("together")
         separate = [sum(step_times) for step_times in zip(*seconds.values(), strict=True)]
-        print_ratio("together over alone", together, separate)
+        print_ratio("joint over separate", together, separate)
     else:
         for name in list(seconds)[1:]:
             print_ratio(f"{name} over MoCo-v2", seconds[name], seconds["MoCo-v2"])
@@ -95,7 +95,7 @@ def count(steps, args):
         ]
         ratios = [a / b for a, b in zip(together, separate_sums, strict=True)]
         print(
-            f"{'':14} together over alone, by {len(separate)} of {len(WIDTHS)}: "
+            f"{'':14} joint over separate, from {len(separate)} of {len(WIDTHS)}: "
             "{:.3f} of the operations, {:.3f} of the bytes, {:.3f} of the cycles".format(*ratios),
             flush=True,
         )

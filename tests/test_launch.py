@@ -553,7 +553,7 @@ def test_other_commands_ask_for_what_they_say(cloud):
 
 
 @pytest.mark.parametrize(
-    "words, settings, says",
+    "words, settings, message",
     [
         (["create"], {"PROJECT": ""}, "PROJECT is empty"),
         (["run"], {"WORKDIR": ""}, "WORKDIR is empty"),
@@ -563,9 +563,9 @@ def test_other_commands_ask_for_what_they_say(cloud):
         (["crate"], {}, "launch/tpu.sh [--dry-run] create"),
     ],
 )
-def test_mistakes_are_told(cloud, words, settings, says):
+def test_mistakes_are_told(cloud, words, settings, message):
     process = cloud.run(*words, **settings)
-    assert process.returncode == 2 and says in process.stderr
+    assert process.returncode == 2 and message in process.stderr
     assert not cloud.calls()
 
 

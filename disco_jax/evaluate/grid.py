@@ -192,24 +192,24 @@ def side_by_side(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Trains a classifier per pair in one pass; returns (kernel f32[F, C], bias f32[C]) of each."""
     unit_config = _with_unit_rate(config)
-    how = linear.plan(unit_config, len(labels))
+    probe_plan = linear.plan(unit_config, len(labels))
     step, start = _parallel_step(
         unit_config,
-        how,
+        probe_plan,
         pairs,
         (rows.shape[1], num_classes),
         lambda _, __, batch: batch["features"],
     )
-    batches = linear.batches([rows], labels, how.batch_size, config.seed)
+    batches = linear.batches([rows], labels, probe_plan.batch_size, config.seed)
     logger = Logger(None, tensorboard=False)
     return _heads(
-        linear.fit(unit_config, how, step, start, {"standard": standard}, batches, logger)
+        linear.fit(unit_config, probe_plan, step, start, {"standard": standard}, batches, logger)
     )
 
 
 def _parallel_step(
     config: ConfigDict,
-    how: linear.Plan,
+    probe_plan: linear.Plan,
     pairs: list[tuple[float, float]],
     shape: tuple[int, int],
     read: Callable[..., Array],
@@ -218,7 +218,7 @@ def _parallel_step(
 
     Args:
       config: see `train`.
-      how: provides the learning rate schedule.
+      probe_plan: provides the learning rate schedule.
       pairs: learning rate and weight decay of each classifier.
       shape: (F, C) of a classifier.
       read: (state, frozen, batch) -> f32[B, F].
@@ -245,7 +245,7 @@ def _parallel_step(
         params = state.params["classifier"]
         grads = jax.tree.map(lambda g, p: g / count + _broadcast(decays, p) * p, grads, params)
         updates, opt_state = tx.update(grads, state.opt_state)
-        rate = how.rate(state.step)
+        rate = probe_plan.rate(state.step)
         params = jax.tree.map(lambda p, u: p - rate * _broadcast(rates, p) * u, params, updates)
         # A learning rate that is too high may diverge; its classifier is just never selected.
         finite = jnp.where(jnp.isfinite(values), values, jnp.inf)

@@ -86,13 +86,13 @@ def train(
       The classifier after the last step, and `Best.result` of the evaluations on `test`.
     """
     variants = [variants] if isinstance(variants, np.ndarray) else list(variants)
-    how = plan(config, len(labels))
-    tx = optimizer.build(config.optimizer, how.rate)
+    probe_plan = plan(config, len(labels))
+    tx = optimizer.build(config.optimizer, probe_plan.rate)
     standard = classifier.standard(variants[0]) if config.normalise else {}
     head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
     params = {"classifier": head}
     start = ProbeState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
-    best = Best(how.steps_per_epoch)
+    best = Best(probe_plan.steps_per_epoch)
 
     def look(step, state):
         return best(step, layer(state, standard).scores(test[0]), test[1])
@@ -103,14 +103,14 @@ def train(
 
     state = fit(
         config,
-        how,
+        probe_plan,
         classifier.make_step(tx, forward),
         start,
         {"standard": standard},
-        batches(variants, labels, how.batch_size, config.seed),
+        batches(variants, labels, probe_plan.batch_size, config.seed),
         Logger(workdir, tensorboard=False),
         evaluate=look if test else None,
-        evaluate_steps=config.evaluate_every_epochs * how.steps_per_epoch,
+        evaluate_steps=config.evaluate_every_epochs * probe_plan.steps_per_epoch,
     )
     return layer(state, standard), best.result
 
@@ -149,7 +149,7 @@ def layer(state: ProbeState, standard: Mapping[str, np.ndarray]) -> Classifier:
 
 def fit(
     config: ConfigDict,
-    how: Plan,
+    probe_plan: Plan,
     step: Any,
     start: ProbeState,
     frozen: Any,
@@ -165,7 +165,7 @@ def fit(
 
     Args:
       config: see `common.classification`.
-      how: see `plan`.
+      probe_plan: see `plan`.
       step: step of one replica.
       start: the initial state.
       frozen: input of the step that is never updated.
@@ -176,7 +176,7 @@ def fit(
       checkpoints: destination of the checkpoints; None saves none.
       verbose: whether to print the progress line.
     """
-    steps = how.steps_per_epoch
+    steps = probe_plan.steps_per_epoch
     return loop.run(
         parallel(step),
         everywhere(start),
@@ -186,7 +186,7 @@ def fit(
             start=int(start.step),
             total=config.total_epochs * steps,
             steps_per_epoch=steps,
-            batch_size=how.batch_size,
+            batch_size=probe_plan.batch_size,
             log_steps=config.log_every_epochs * steps,
             checkpoint_steps=config.checkpoint_every_epochs * steps,
             evaluate_steps=evaluate_steps if evaluate else 0,

@@ -170,23 +170,25 @@ def fit(
       evaluate: see `linear.fit`.
       evaluate_steps: see `linear.fit`.
     """
-    how = plan(config, trained, source)
+    probe_plan = plan(config, trained, source)
     recipe = views_of(trained)
     with _claimed_checkpoints(folder, config, trained, source) as checkpoints:
         if folder is not None:
             unreadable.keep(source, folder)
         state, position = _resume_or_start(checkpoints, start)
-        if int(state.step) >= config.total_epochs * how.steps_per_epoch:
+        if int(state.step) >= config.total_epochs * probe_plan.steps_per_epoch:
             return state
         with (
             contextlib.closing(
                 Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
             ) as logger,
-            _prefetched_crops(source, trained, recipe, how, config.seed, position) as batches,
+            _prefetched_crops(
+                source, trained, recipe, probe_plan, config.seed, position
+            ) as batches,
         ):
             return linear.fit(
                 config,
-                how,
+                probe_plan,
                 step,
                 state,
                 frozen,
@@ -347,7 +349,7 @@ def standard_of(config: ConfigDict, trained: Trained, source: Source) -> dict[st
 
 
 @contextlib.contextmanager
-def _prefetched_crops(source, trained, recipe, how, seed, position):
+def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
     """Yields an iterator over batches of labelled crops on the devices, prefetched."""
     data, devices = trained.config.data, jax.local_device_count()
 
@@ -361,7 +363,7 @@ def _prefetched_crops(source, trained, recipe, how, seed, position):
     crops = source.train(
         data.train_split,
         dict(enumerate(recipe.crops)),
-        how.batch_size // jax.process_count(),
+        probe_plan.batch_size // jax.process_count(),
         seed,
         position,
         pipeline.unreadable_limit(data, source, data.train_split),

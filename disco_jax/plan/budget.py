@@ -47,9 +47,9 @@ def told_together(configs: Mapping[str, Any]) -> str:
     Args:
       configs: name -> resolved config, of runs that can train together.
     """
-    alone, joint = costs(configs)
+    separate, joint = costs(configs)
     return (
-        f"{joint / 1e9:.3g} GFLOP an image, {joint / alone:.2f} of the {alone / 1e9:.3g} of "
+        f"{joint / 1e9:.3g} GFLOP an image, {joint / separate:.2f} of the {separate / 1e9:.3g} of "
         "separate runs"
     )
 
@@ -63,8 +63,10 @@ def costs(configs: Mapping[str, Any]) -> tuple[float, float]:
     joint = step.make_joint_step(learners, recipe, first.seed)
     states = {name: arguments[0] for name, (_, arguments) in abstract_steps.items()}
     _, (_, frozen, batch) = next(iter(abstract_steps.values()))
-    alone = sum(flops(built.train_step, arguments) for built, arguments in abstract_steps.values())
-    return alone / first.batch_size, flops(joint, (states, frozen, batch)) / first.batch_size
+    separate = sum(
+        flops(built.train_step, arguments) for built, arguments in abstract_steps.values()
+    )
+    return separate / first.batch_size, flops(joint, (states, frozen, batch)) / first.batch_size
 
 
 def flops(train_step: Callable[..., Any], arguments: tuple) -> float:

@@ -102,9 +102,9 @@ def efficiency(
     """
     chips = math.prod(sides)
     floor = max(program.flops / chip.flops, program.streamed / chip.hbm_bytes_per_s)
-    alone = max(floor, program.cycles / chip.clock_hz)
-    return alone / (
-        alone + collective_s(scaled(program.collectives, measured_on, chips), chip, sides)
+    single_s = max(floor, program.cycles / chip.clock_hz)
+    return single_s / (
+        single_s + collective_s(scaled(program.collectives, measured_on, chips), chip, sides)
     )
 
 

@@ -111,13 +111,13 @@ def test_leaving_out_passes_over_the_row_itself():
 def test_what_a_device_needs_beside_the_bank_does_not_grow_with_it():
     """Temporary memory of the compiled program is far below one row of products per test row."""
 
-    def beside(rows):
+    def temporary_bytes(rows):
         shapes = ((4, rows, 16), (4,), (4,), (256, 16), (256,))
         kinds = ("float32", "int32", "int32", "float32", "int32")
         arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
         return knn._scan.lower(*arguments, 28, 512).compile().memory_analysis().temp_size_in_bytes
 
-    small, large = beside(2048), beside(65_536)
+    small, large = temporary_bytes(2048), temporary_bytes(65_536)
     assert large - small < 4 * 65_536 and large < 256 * 65_536 * 4 / 10
 
 

@@ -98,9 +98,9 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
     heads = grid.side_by_side(probe_config, train.features, train.labels, 5, pairs, {})
     for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
         probe_config.learning_rate.per_256, probe_config.optimizer.weight_decay = rate, decay
-        alone = fit(probe_config, train)
-        np.testing.assert_allclose(kernel, alone.kernel, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(bias, alone.bias, rtol=1e-4, atol=1e-6)
+        expected = fit(probe_config, train)
+        np.testing.assert_allclose(kernel, expected.kernel, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(bias, expected.bias, rtol=1e-4, atol=1e-6)
 
 
 def test_a_grid_chooses_by_training_images_alone():

@@ -106,18 +106,18 @@ def test_unlabelled_images_are_refused_before_any_is_drawn():
 
 
 @pytest.mark.parametrize(
-    "changes, labelled, says",
+    "changes, labelled, message",
     [
         ({}, False, "needs labels"),
         ({"monitor.k": 70}, True, "below the 70 images"),
         ({"monitor.split": "tset"}, True, "Did you mean 'test'"),
     ],
 )
-def test_what_cannot_be_watched_is_told_at_the_start(changes, labelled, says):
+def test_what_cannot_be_watched_is_told_at_the_start(changes, labelled, message):
     source = few()
     if not labelled:
         source = ArraySource({s: (x, None) for s, (x, _) in helpers.digits_splits().items()})
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         monitored = config(**{"monitor.knn_every_steps": 1})
         monitored.update_from_flattened_dict(changes)
         monitor.check(monitored, source)

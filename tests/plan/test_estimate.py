@@ -13,7 +13,7 @@ GRADIENTS = {"all-reduce": hlo.Collective(1, 40_000_000)}
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [
         ("v5:2x4", "Did you mean 'v5"),
         ("v5e", r"needs 2 sides, e.g. v5e:4x4"),
@@ -23,8 +23,8 @@ GRADIENTS = {"all-reduce": hlo.Collective(1, 40_000_000)}
         ("v5e:32x16", "has 512 chips; the largest v5e slice has 256"),
     ],
 )
-def test_wrong_topologies_are_told_apart(name, says):
-    with pytest.raises(UserError, match=says):
+def test_wrong_topologies_are_told_apart(name, message):
+    with pytest.raises(UserError, match=message):
         topology.parse(name)
 
 
