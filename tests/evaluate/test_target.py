@@ -37,11 +37,11 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
             folder.mkdir(parents=True)
             for i in range(3):
                 Image.fromarray(np.full((30, 20, 3), level + i, np.uint8)).save(folder / f"{i}.png")
-    aimed = target.aimed(trained, data(dir=str(tmp_path), size=24, interpolation="bicubic"))
-    assert aimed.config.data.source == "folder" and aimed.config.data.eval_resize == 24
-    aimed, source = target.opened(aimed)
-    assert aimed.config.data.eval_split == "validation" and source.num_classes == 2
-    encoded = features.of_split(aimed, source, "validation", 4, ("features",))
+    retargeted = target.aimed(trained, data(dir=str(tmp_path), size=24, interpolation="bicubic"))
+    assert retargeted.config.data.source == "folder" and retargeted.config.data.eval_resize == 24
+    retargeted, source = target.opened(retargeted)
+    assert retargeted.config.data.eval_split == "validation" and source.num_classes == 2
+    encoded = features.of_split(retargeted, source, "validation", 4, ("features",))
     assert encoded.labels.tolist() == [0, 0, 0, 1, 1, 1] and encoded.embedding.shape == (6, 0)
     target.check_labels(source, "train", "validation", thorough=True)
 
@@ -59,10 +59,10 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     listed = tmp_path / "few.txt"
     listed.write_text("\n".join(names) + "\n")
     data_fields = data(dir=str(tmp_path / "pictures"), subset=str(listed))
-    aimed, source = target.opened(target.aimed(trained, data_fields))
+    retargeted, source = target.opened(target.aimed(trained, data_fields))
     assert (source.count("train"), source.count("validation")) == (3, 8)
     assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
-    encoded = features.of_split(aimed, source, "train", 4, ("features",))
+    encoded = features.of_split(retargeted, source, "train", 4, ("features",))
     assert encoded.labels.tolist() == [0, 0, 1]
 
 
