@@ -125,9 +125,11 @@ def _candidates(
     host, hosts = jax.process_index(), jax.process_count()
     first, last = host * len(train) // hosts, (host + 1) * len(train) // hosts
     devices = jax.local_device_count()
-    own_share = math.ceil((last - first) / devices)
-    bank_block = min(blocks[0], max(own_share, keep))
-    num_blocks = min(max(blocks[1] // bank_block, 1), max(math.ceil(own_share / bank_block), 1))
+    rows_per_device = math.ceil((last - first) / devices)
+    bank_block = min(blocks[0], max(rows_per_device, keep))
+    num_blocks = min(
+        max(blocks[1] // bank_block, 1), max(math.ceil(rows_per_device / bank_block), 1)
+    )
     per_device = num_blocks * bank_block
     block = min(block, len(test))
     values = np.full((len(test), keep), -np.inf, np.float32)
