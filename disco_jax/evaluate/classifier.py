@@ -169,7 +169,7 @@ def check_distill(distill: ConfigDict) -> None:
       UserError: names the invalid setting.
     """
     if not 0 <= distill.weight <= 1:
-        raise errors.UserError(f"config.distill.weight={distill.weight} must be between 0 and 1.")
+        raise errors.UserError(f"config.distill.weight={distill.weight} must be in the range 0..1.")
     if distill.temperature <= 0:
         raise errors.UserError("config.distill.temperature must be above 0.")
     if distill.reduction not in REDUCTIONS:

@@ -270,7 +270,5 @@ def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> 
     depth = getattr(trained.encoder.backbone, "depth", 1)
     max_blocks = depth if isinstance(trained.encoder.backbone, ViT) else 1
     if not 1 <= blocks <= max_blocks:
-        raise errors.UserError(
-            f"config.blocks={blocks} must be between 1 and {max_blocks} for {spec.backbone}"
-            + (", which is not a ViT." if max_blocks == 1 else ".")
-        )
+        allowed = f"1 to {max_blocks}" if max_blocks > 1 else "only 1, as it is not a ViT"
+        raise errors.UserError(f"config.blocks={blocks}, but {spec.backbone} allows {allowed}.")

@@ -82,8 +82,8 @@ def _findings(name: str, claim: Any, rows: Sequence[Row], score: str) -> list[Fi
         ]
     if not compared:
         raise errors.UserError(
-            f"config.claims.{name}: no two rows of the sweep match `better`={claim.better} and "
-            f"`worse`={claim.worse}. The axes of the sweep are {', '.join(_axes(rows))}."
+            f"config.claims.{name}: no rows of the sweep match `better`={claim.better} and "
+            f"`worse`={claim.worse}. Its axes: {', '.join(_axes(rows))}."
         )
     return [_finding(claim, where, differences, score) for where, differences in compared]
 

@@ -118,9 +118,9 @@ def test_what_is_held_out_weighs_nothing_in_a_batch():
     learned = np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)
     probe_config = grid_config()
     pairs = [(0.5, 0.0), (0.1, 1e-3)]
-    how = linear.plan(probe_config, 64)
-    step, state = grid._many(
-        probe_config, how, pairs, (3, 4), lambda _, __, batch: batch["features"]
+    probe_plan = linear.plan(probe_config, 64)
+    step, state = grid._parallel_step(
+        probe_config, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
     )
     batch = {"features": rows, "labels": labels, "learned": learned}
     remaining = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}

@@ -207,7 +207,7 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
     "recipe, changes, says",
     [
         ("linear", {"output": "hiden"}, "Did you mean 'hidden'"),
-        ("linear", {"blocks": 4}, "tiny has 1 to read"),
+        ("linear", {"blocks": 4}, "tiny allows only 1"),
         ("linear", {"augment": "crops"}, "config.augment='crops'"),
         ("linear", {"network": "momentum"}, "--config.network=student"),
         ("linear", {"init": "zeros"}, "config.init='zeros'"),
