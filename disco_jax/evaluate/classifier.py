@@ -47,19 +47,21 @@ class Classifier:
     Attributes:
       kernel: f32[F, C].
       bias: f32[C].
-      standard: {"mean", "deviation": f32[F]} of L2-normalized features, see `standard`; {} if
-        the classifier reads features unchanged.
+      feature_stats: {"mean", "deviation": f32[F]} of L2-normalized features, see
+        `classifier.feature_stats`; {} if the classifier reads features unchanged.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
-    standard: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    feature_stats: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """Computes logits f32[N, C] of features f32[N, F], in blocks of rows."""
         params = {"kernel": self.kernel, "bias": self.bias}
         parts = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
-        return np.concatenate([np.asarray(_logits(params, x, dict(self.standard))) for x in parts])
+        return np.concatenate(
+            [np.asarray(_logits(params, x, dict(self.feature_stats))) for x in parts]
+        )
 
 
 def init(kind: str, dim: int, classes: int, seed: int) -> dict[str, np.ndarray]:
@@ -86,7 +88,7 @@ def init(kind: str, dim: int, classes: int, seed: int) -> dict[str, np.ndarray]:
     return {name: rng.uniform(-bound, bound, s).astype(np.float32) for name, s in shapes.items()}
 
 
-def standard(rows: np.ndarray) -> dict[str, np.ndarray]:
+def feature_stats(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Computes per-dimension statistics of L2-normalized features (CompRess, arXiv:2010.14713).
 
     Args:
@@ -101,14 +103,14 @@ def standard(rows: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": scaled.mean(0), "deviation": np.sqrt(scaled.var(0) + _EPSILON)}
 
 
-def logits(params: Mapping[str, Array], rows: Array, standard: Mapping[str, Array]) -> Array:
+def logits(params: Mapping[str, Array], rows: Array, feature_stats: Mapping[str, Array]) -> Array:
     """Computes logits f32[B, C] of features f32[B, F].
 
     The matrix product runs at full float32 precision, whatever the default of the accelerator. A
-    non-empty `standard` normalizes the features first.
+    non-empty `feature_stats` normalizes the features first.
     """
-    if standard:
-        rows = (unit(rows) - standard["mean"][None]) / standard["deviation"][None]
+    if feature_stats:
+        rows = (unit(rows) - feature_stats["mean"][None]) / feature_stats["deviation"][None]
     product = jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + params["bias"][None]
 

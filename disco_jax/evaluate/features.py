@@ -49,7 +49,7 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """Network of a run, ready for evaluation.
 
     Attributes:
@@ -68,7 +68,7 @@ class Trained:
 NETWORKS = ("student", "momentum")
 
 
-def load(run: str, network: str = "student") -> Trained:
+def load(run: str, network: str = "student") -> TrainedModel:
     """Loads the newest intact checkpoint of a run.
 
     Args:
@@ -90,13 +90,13 @@ def load(run: str, network: str = "student") -> Trained:
             "--config.network=student."
         )
     variables, step = checkpoint.load(run, network, like)
-    return Trained(encoder, variables, config, step)
+    return TrainedModel(encoder, variables, config, step)
 
 
-def untrained(config: ConfigDict) -> Trained:
+def untrained(config: ConfigDict) -> TrainedModel:
     """Returns the student of a config with its initial weights, as a baseline for probes."""
     encoder = _encoder(config)
-    return Trained(encoder, encoder.create(config.seed, config.augment.size), config, 0)
+    return TrainedModel(encoder, encoder.create(config.seed, config.augment.size), config, 0)
 
 
 def _encoder(config: ConfigDict) -> Encoder:
@@ -181,7 +181,7 @@ def _of_hosts(columns: dict[str, np.ndarray], mask: np.ndarray) -> list[dict[str
 
 
 def of_split(
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     split: str,
     batch_size: int,
@@ -246,7 +246,7 @@ def unlabelled(source: Source, split: str) -> errors.UserError:
     )
 
 
-def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> None:
+def check_outputs(trained: TrainedModel, outputs: Sequence[str], blocks: int = 1) -> None:
     """Checks that the network has the requested outputs.
 
     Raises:

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from disco_jax.data import base, chosen
 from disco_jax.data.base import Source
 from disco_jax.errors import UserError
-from disco_jax.evaluate import classifier, features, linear, scores, streamed, subsets
+from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
 from disco_jax.evaluate.classifier import Classifier, ProbeState
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.ops.collectives import pmean
 from disco_jax.train.metrics import Logger
 
@@ -45,26 +45,26 @@ def train(
     """
     pairs = _pairs(config)
     held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    standard = classifier.standard(rows[~held_out]) if config.normalise else {}
+    feature_stats = classifier.feature_stats(rows[~held_out]) if config.normalise else {}
     classifiers = side_by_side(
-        config, rows[~held_out], labels[~held_out], num_classes, pairs, standard
+        config, rows[~held_out], labels[~held_out], num_classes, pairs, feature_stats
     )
     best_config, result = _select(
-        config, classifiers, pairs, rows[held_out], labels[held_out], standard
+        config, classifiers, pairs, rows[held_out], labels[held_out], feature_stats
     )
     best_config.evaluate_every_epochs = 0
     layer, _ = linear.train(best_config, rows, labels, num_classes)
     return layer, result
 
 
-def train_streamed(
+def train_online(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     folder: str | None,
     *,
-    look: streamed.Look | None = None,
-    look_steps: int = 0,
+    eval_fn: online.EvalFn | None = None,
+    eval_every_steps: int = 0,
 ) -> tuple[Classifier, dict[str, Any]]:
     """Runs `train` on random crops and flips that are read and encoded again in every epoch.
 
@@ -75,36 +75,36 @@ def train_streamed(
       config: see `train`.
       trained: the frozen network; its config defines how images are read.
       source: labelled images; the held-out ones are kept in memory, encoded as they are stored.
-      folder: see `streamed.train`.
-      look: see `streamed.train`; applied to the training of the selected pair.
-      look_steps: see `streamed.train`.
+      folder: see `online.train`.
+      eval_fn: see `online.train`; applied to the training of the selected pair.
+      eval_every_steps: see `online.train`.
 
     Returns:
       See `train`.
 
     Raises:
-      UserError: see `train` and `streamed.train`.
+      UserError: see `train` and `online.train`.
     """
     pairs, split = _pairs(config), trained.config.data.train_split
     labels = chosen.labels(source, split)
     held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    standard = streamed.standard_of(config, trained, source)
+    feature_stats = online.feature_stats_of(config, trained, source)
     unit_config = _with_unit_rate(config)
     step, start = _parallel_step(
         unit_config,
-        streamed.plan(unit_config, trained, source),
+        online.plan(unit_config, trained, source),
         pairs,
-        (streamed.width(config, trained), features.classes(source, split)),
-        streamed.rows_of(config, trained),
+        (online.width(config, trained), features.classes(source, split)),
+        online.rows_of(config, trained),
     )
-    state = streamed.fit(
+    state = online.fit(
         unit_config,
         trained,
         Marked(source, split, held_out),
         folder and f"{folder}_search",
         step,
         start,
-        {"standard": standard, "network": trained.variables},
+        {"feature_stats": feature_stats, "network": trained.variables},
     )
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     held_out_source = chosen.ChosenSource(source, split, np.flatnonzero(held_out), **hosts)
@@ -113,10 +113,10 @@ def train_streamed(
     )
     classifiers = _heads(state)
     best_config, result = _select(
-        config, classifiers, pairs, getattr(encoded, config.output), encoded.labels, standard
+        config, classifiers, pairs, getattr(encoded, config.output), encoded.labels, feature_stats
     )
-    _, layer = streamed.train(
-        best_config, trained, source, folder, look=look, look_steps=look_steps
+    _, layer = online.train(
+        best_config, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
     )
     return layer, result
 
@@ -145,11 +145,12 @@ def _select(
     pairs: list[tuple[float, float]],
     rows: np.ndarray,
     labels: np.ndarray,
-    standard: Mapping[str, np.ndarray],
+    feature_stats: Mapping[str, np.ndarray],
 ) -> tuple[ConfigDict, dict[str, Any]]:
     """Returns the config with the pair of highest held-out top-1, and the results of all pairs."""
     top1s = [
-        scores.top_k(Classifier(*head, standard).scores(rows), labels, 1) for head in classifiers
+        scores.top_k(Classifier(*head, feature_stats).scores(rows), labels, 1)
+        for head in classifiers
     ]
     best = int(np.argmax(top1s))
     best_config = config.copy_and_resolve_references()
@@ -188,7 +189,7 @@ def side_by_side(
     labels: np.ndarray,
     num_classes: int,
     pairs: list[tuple[float, float]],
-    standard: dict[str, np.ndarray],
+    feature_stats: dict[str, np.ndarray],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Trains a classifier per pair in one pass; returns (kernel f32[F, C], bias f32[C]) of each."""
     unit_config = _with_unit_rate(config)
@@ -203,7 +204,9 @@ def side_by_side(
     batches = linear.batches([rows], labels, probe_plan.batch_size, config.seed)
     logger = Logger(None, tensorboard=False)
     return _heads(
-        linear.fit(unit_config, probe_plan, step, start, {"standard": standard}, batches, logger)
+        linear.fit(
+            unit_config, probe_plan, step, start, {"feature_stats": feature_stats}, batches, logger
+        )
     )
 
 
@@ -228,16 +231,16 @@ def _parallel_step(
     stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(pairs), *x.shape)), head)
     tx = optax.trace(config.optimizer.momentum, nesterov=config.optimizer.nesterov)
 
-    def summed_loss(params, rows, batch, standard):
+    def summed_loss(params, rows, batch, feature_stats):
         """Sums losses, so that shards count in proportion to their images that are not held out."""
-        logits = classifier.logits(params, rows, standard)
+        logits = classifier.logits(params, rows, feature_stats)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.sum(losses * batch.get("learned", 1.0))
 
     def step(state, frozen, batch):
         rows = read(state, frozen, batch)
         values, grads = jax.vmap(jax.value_and_grad(summed_loss), in_axes=(0, None, None, None))(
-            state.params["classifier"], rows, batch, frozen["standard"]
+            state.params["classifier"], rows, batch, frozen["feature_stats"]
         )
         count = jnp.sum(batch.get("learned", jnp.ones(len(rows))))
         values, grads, count = pmean((values, grads, count))

@@ -88,31 +88,31 @@ def train(
     variants = [variants] if isinstance(variants, np.ndarray) else list(variants)
     probe_plan = plan(config, len(labels))
     tx = optimizer.build(config.optimizer, probe_plan.rate)
-    standard = classifier.standard(variants[0]) if config.normalise else {}
+    feature_stats = classifier.feature_stats(variants[0]) if config.normalise else {}
     head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
     params = {"classifier": head}
     start = ProbeState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     best = Best(probe_plan.steps_per_epoch)
 
-    def look(step, state):
-        return best(step, layer(state, standard).scores(test[0]), test[1])
+    def eval_fn(step, state):
+        return best(step, layer(state, feature_stats).scores(test[0]), test[1])
 
     def forward(params, state, frozen, batch):
         rows = batch["features"]
-        return classifier.logits(params["classifier"], rows, frozen["standard"]), state.stats
+        return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), state.stats
 
     state = fit(
         config,
         probe_plan,
         classifier.make_step(tx, forward),
         start,
-        {"standard": standard},
+        {"feature_stats": feature_stats},
         batches(variants, labels, probe_plan.batch_size, config.seed),
         Logger(workdir, tensorboard=False),
-        evaluate=look if test else None,
+        evaluate=eval_fn if test else None,
         evaluate_steps=config.evaluate_every_epochs * probe_plan.steps_per_epoch,
     )
-    return layer(state, standard), best.result
+    return layer(state, feature_stats), best.result
 
 
 class Best:
@@ -141,10 +141,10 @@ class Best:
             self.result = {"best_top1": top1, "best_epoch": step / self._steps_per_epoch}
 
 
-def layer(state: ProbeState, standard: Mapping[str, np.ndarray]) -> Classifier:
+def layer(state: ProbeState, feature_stats: Mapping[str, np.ndarray]) -> Classifier:
     """Copies the classifier of a state to the host."""
     head = jax.device_get(state.params["classifier"])
-    return Classifier(head["kernel"], head["bias"], standard)
+    return Classifier(head["kernel"], head["bias"], feature_stats)
 
 
 def fit(

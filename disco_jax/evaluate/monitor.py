@@ -11,7 +11,7 @@ from disco_jax import errors
 from disco_jax.data import chosen
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, knn, subsets
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.encoder import Encoder
 
 _POOL_FACTOR = 10  # a sample is drawn from this many times its size, not from a whole large split
@@ -83,12 +83,12 @@ def knn_of(
     """
     drawn = drawn or functools.cache(lambda: sample(config, source))
 
-    def look(step: int, state: Any) -> dict[str, float]:
-        trained = Trained(encoder, state.student, config, step)
+    def eval_fn(step: int, state: Any) -> dict[str, float]:
+        trained = TrainedModel(encoder, state.student, config, step)
         encoded = features.of_split(trained, *drawn(), config.batch_size, ("features",))
         return {"knn/top1": knn.leave_one_out(encoded.features, encoded.labels, config.monitor.k)}
 
-    return look
+    return eval_fn
 
 
 def _split(config: ConfigDict) -> str:

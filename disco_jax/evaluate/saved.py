@@ -11,7 +11,7 @@ from etils import epath
 from disco_jax import errors
 from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.streamed import Teacher
+from disco_jax.evaluate.online import Teacher
 from disco_jax.files import read_json, whole, write_arrays
 from disco_jax.train import checkpoint
 from disco_jax.train.metrics import FILE
@@ -43,7 +43,7 @@ def metrics(folder: str) -> list[dict[str, Any]]:
 
 def arrays(layer: Classifier) -> dict[str, np.ndarray]:
     """Returns the arrays of a classifier, as `write` stores them."""
-    return {"kernel": layer.kernel, "bias": layer.bias, **layer.standard}
+    return {"kernel": layer.kernel, "bias": layer.bias, **layer.feature_stats}
 
 
 def read(path: str) -> Teacher:
@@ -71,14 +71,16 @@ def read(path: str) -> Teacher:
     trained = features.load(str(base.parent), result["network"])
     if result["layers"] == "all":
         trained = _fine_tuned(trained, str(base), stored_arrays)
-    standard = {key: stored_arrays[key] for key in ("mean", "deviation") if key in stored_arrays}
-    layer = Classifier(stored_arrays["kernel"], stored_arrays["bias"], standard)
+    feature_stats = {
+        key: stored_arrays[key] for key in ("mean", "deviation") if key in stored_arrays
+    }
+    layer = Classifier(stored_arrays["kernel"], stored_arrays["bias"], feature_stats)
     return Teacher(trained, layer, result["output"], result["blocks"])
 
 
 def _fine_tuned(
-    trained: features.Trained, folder: str, arrays: Mapping[str, np.ndarray]
-) -> features.Trained:
+    trained: features.TrainedModel, folder: str, arrays: Mapping[str, np.ndarray]
+) -> features.TrainedModel:
     head = {"kernel": arrays["kernel"], "bias": arrays["bias"]}
     like = {"classifier": head, "network": trained.variables["params"]}
     params, _ = checkpoint.load(folder, "params", like)
@@ -86,4 +88,4 @@ def _fine_tuned(
     if jax.tree.leaves(stats):
         stats, _ = checkpoint.load(folder, "stats", stats)
     variables = {"params": params["network"], "batch_stats": stats}
-    return features.Trained(trained.encoder, variables, trained.config, trained.step)
+    return features.TrainedModel(trained.encoder, variables, trained.config, trained.step)

@@ -10,12 +10,12 @@ from disco_jax import errors
 from disco_jax.data import chosen, pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features, subsets
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 
 _TEST_SPLITS = ("validation", "test", "val")
 
 
-def aimed(trained: Trained, data: Any) -> Trained:
+def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
     """Replaces the run's data by the data that an evaluation's config specifies.
 
     Args:
@@ -51,7 +51,7 @@ def aimed(trained: Trained, data: Any) -> Trained:
     return dataclasses.replace(trained, config=config)
 
 
-def opened(trained: Trained, source: Source | None = None) -> tuple[Trained, Source]:
+def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
     """Opens the data of `trained.config`, and fills in the test split of the config.
 
     Checks everything that needs no images to be read.

@@ -225,13 +225,13 @@ def _evaluation(ready: Mapping[str, Prepared]) -> Callable[[int, Any], dict[str,
         for name, one in ready.items()
     }
 
-    def look(step: int, states: Mapping[str, state.TrainState]) -> dict[str, float]:
+    def eval_fn(step: int, states: Mapping[str, state.TrainState]) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, one in looks.items():
             found |= joint.named(name, one(step, states[name]))
         return found
 
-    return look
+    return eval_fn
 
 
 def _step(states: Mapping[str, state.TrainState]) -> int:

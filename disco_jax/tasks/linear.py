@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, grid, linear, saved, scores, streamed, target
+from disco_jax.evaluate import features, grid, linear, online, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Features, Trained
+from disco_jax.evaluate.features import Features, TrainedModel
 from disco_jax.report import build
 
 AUGMENT = ("linear", "flip", "none")
@@ -38,14 +38,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Raises:
       UserError: a setting, the run or the data will not do; nothing was trained.
     """
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     _check(config, trained)
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
     source = target.few_labels(source, trained.config.data.train_split, config.labelled)
     if _reads_images(config):
-        layer, result, found = _streamed(config, trained, source, workdir, teacher)
+        layer, result, found = _online(config, trained, source, workdir, teacher)
     else:
         train = _extract(config, trained, source, trained.config.data.train_split)
         test = _extract(config, trained, source, trained.config.data.eval_split)[0]
@@ -99,7 +99,7 @@ def _reads_images(config: ConfigDict) -> bool:
     return config.augment == "linear" or config.layers == "all" or bool(config.distill.weight)
 
 
-def _check(config: ConfigDict, trained: Trained) -> None:
+def _check(config: ConfigDict, trained: TrainedModel) -> None:
     """Refuses settings that do not go together, before anything is read."""
     if config.augment not in AUGMENT:
         raise errors.unknown("config.augment", config.augment, AUGMENT)
@@ -121,11 +121,11 @@ def _check(config: ConfigDict, trained: Trained) -> None:
             f"The settings are for config.student={config.student!r}, but the run's network is "
             f"{backbone!r}: give student={backbone} behind the recipe's colon."
         )
-    streamed.check(config, trained)
+    online.check(config, trained)
 
 
 def _check_data(
-    config: ConfigDict, trained: Trained, source: Source, teacher: streamed.Teacher | None
+    config: ConfigDict, trained: TrainedModel, source: Source, teacher: online.Teacher | None
 ) -> None:
     data = trained.config.data
     if _reads_images(config):
@@ -138,7 +138,9 @@ def _check_data(
         )
 
 
-def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -> list[Features]:
+def _extract(
+    config: ConfigDict, trained: TrainedModel, source: Source, split: str
+) -> list[Features]:
     """Features of a split; of the training split with `augment="flip"` also those mirrored."""
     both = config.augment == "flip" and split == trained.config.data.train_split
     return [
@@ -155,32 +157,34 @@ def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -
     ]
 
 
-def _streamed(
+def _online(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     workdir: str,
-    teacher: streamed.Teacher | None,
+    teacher: online.Teacher | None,
 ) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     data = trained.config.data
-    how = streamed.plan(config, trained, source)
+    how = online.plan(config, trained, source)
     best = linear.Best(how.steps_per_epoch)
     folder = epath.Path(workdir) / config.name
 
-    def tested(network: Trained, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    def tested(network: TrainedModel, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
         found = _extract(config, network, source, data.eval_split)[0]
         return layer.scores(getattr(found, config.output)), found.labels
 
-    def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
+    def eval_fn(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
         return best(step, *tested(network, layer))
 
-    looks = dict(look=look, look_steps=config.evaluate_every_epochs * how.steps_per_epoch)
+    looks = dict(
+        eval_fn=eval_fn, eval_every_steps=config.evaluate_every_epochs * how.steps_per_epoch
+    )
     network = trained
     search: dict[str, Any] = {}
     if config.grid.rates:
-        layer, search = grid.train_streamed(config, trained, source, str(folder), **looks)
+        layer, search = grid.train_online(config, trained, source, str(folder), **looks)
     else:
-        network, layer = streamed.train(
+        network, layer = online.train(
             config, trained, source, str(folder), teacher=teacher, **looks
         )
     found = tested(network, layer)

@@ -82,7 +82,7 @@ def _of_file(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: manifest[name] for name in ("file", "sha256", "family", "layout")}
 
 
-def _of_run(path: epath.Path, network: str, trained: features.Trained) -> dict[str, Any]:
+def _of_run(path: epath.Path, network: str, trained: features.TrainedModel) -> dict[str, Any]:
     manifest = path / importing.MANIFEST
     if manifest.exists():
         return _of_file(files.read_json(manifest))

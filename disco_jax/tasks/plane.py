@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, files
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
+from disco_jax.evaluate import features, information, linear, online, plots, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.report import build
 
 _NUMBERS = ("input_bits", "label_bits", "top1", "most_bits")
@@ -39,8 +39,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     """
     _check(config.plane)
     beside = {label: _path_of(label, config.name) for label in config.plane.beside}
-    trained = target.aimed(features.load(workdir, config.network), config.data)
-    streamed.check(config, trained)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    online.check(config, trained)
     trained, source = target.opened(trained, source)
     data = trained.config.data
     target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
@@ -74,14 +74,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _follow(
-    config: ConfigDict, trained: Trained, source: Source, workdir: str, how: linear.Plan
+    config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, how: linear.Plan
 ) -> list[dict[str, float]]:
     """The points of a fine-tuning, those before a restart too."""
     data, plane = trained.config.data, config.plane
     total = config.total_epochs * how.steps_per_epoch
     folder = epath.Path(workdir) / config.name
 
-    def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
+    def eval_fn(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
         found = features.of_split(
             network,
             source,
@@ -102,8 +102,13 @@ def _follow(
             "plane/most_bits": float(np.log2(len(rows))),
         }
 
-    streamed.train(
-        config, trained, source, str(folder), look=look, look_steps=max(total // plane.points, 1)
+    online.train(
+        config,
+        trained,
+        source,
+        str(folder),
+        eval_fn=eval_fn,
+        eval_every_steps=max(total // plane.points, 1),
     )
     points: dict[int, dict[str, float]] = {}
     for line in saved.metrics(str(folder)):

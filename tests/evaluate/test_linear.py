@@ -124,7 +124,7 @@ def test_what_is_held_out_weighs_nothing_in_a_batch():
     )
     batch = {"features": rows, "labels": labels, "learned": learned}
     remaining = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}
-    run = jax.jit(lambda state, batch: helpers.single(step, state, {"standard": {}}, batch))
+    run = jax.jit(lambda state, batch: helpers.single(step, state, {"feature_stats": {}}, batch))
     for _ in range(2):
         marked, metrics = run(state, batch)
         expected, expected_metrics = run(state, remaining)
@@ -158,11 +158,11 @@ def test_normalised_rows_have_mean_zero_and_deviation_one():
     probe_config = config(epochs=5)
     probe_config.normalise = True
     layer = fit(probe_config, train)
-    assert set(layer.standard) == {"mean", "deviation"}
+    assert set(layer.feature_stats) == {"mean", "deviation"}
     unit = train.features / np.linalg.norm(train.features, axis=1, keepdims=True)
-    np.testing.assert_allclose(layer.standard["mean"], unit.mean(0), atol=1e-6)
-    np.testing.assert_allclose(layer.standard["deviation"] ** 2, unit.var(0) + 1e-5, rtol=1e-4)
-    expected = (unit - layer.standard["mean"]) / layer.standard["deviation"]
+    np.testing.assert_allclose(layer.feature_stats["mean"], unit.mean(0), atol=1e-6)
+    np.testing.assert_allclose(layer.feature_stats["deviation"] ** 2, unit.var(0) + 1e-5, rtol=1e-4)
+    expected = (unit - layer.feature_stats["mean"]) / layer.feature_stats["deviation"]
     np.testing.assert_allclose(
         layer.scores(train.features), expected @ layer.kernel + layer.bias, rtol=1e-3, atol=1e-4
     )

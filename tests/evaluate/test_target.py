@@ -26,7 +26,7 @@ def data(**changes):
 
 
 def test_nothing_asked_is_the_runs_own(trained):
-    own = target.aimed(trained, data()).config
+    own = target.with_eval_data(trained, data()).config
     assert own == trained.config and own is not trained.config
 
 
@@ -37,7 +37,9 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
             folder.mkdir(parents=True)
             for i in range(3):
                 Image.fromarray(np.full((30, 20, 3), level + i, np.uint8)).save(folder / f"{i}.png")
-    retargeted = target.aimed(trained, data(dir=str(tmp_path), size=24, interpolation="bicubic"))
+    retargeted = target.with_eval_data(
+        trained, data(dir=str(tmp_path), size=24, interpolation="bicubic")
+    )
     assert retargeted.config.data.source == "folder" and retargeted.config.data.eval_resize == 24
     retargeted, source = target.opened(retargeted)
     assert retargeted.config.data.eval_split == "validation" and source.num_classes == 2
@@ -59,7 +61,7 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     listed = tmp_path / "few.txt"
     listed.write_text("\n".join(names) + "\n")
     data_fields = data(dir=str(tmp_path / "pictures"), subset=str(listed))
-    retargeted, source = target.opened(target.aimed(trained, data_fields))
+    retargeted, source = target.opened(target.with_eval_data(trained, data_fields))
     assert (source.count("train"), source.count("validation")) == (3, 8)
     assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
     encoded = features.of_split(retargeted, source, "train", 4, ("features",))
@@ -70,7 +72,7 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
     trained.config.data.update(splits="train=a", labels="a.txt", range="image")
     own, other, overridden = (
-        target.aimed(trained, data(**changes)).config.data
+        target.with_eval_data(trained, data(**changes)).config.data
         for changes in (
             {},
             {"dir": "photos"},
@@ -86,14 +88,16 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     "changes, kind", [({"name": "cifar10"}, "tfds"), ({"dir": "some.npz"}, "npz")]
 )
 def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
-    resolved = target.aimed(trained, data(**changes, subset="list.txt", eval_resize=0)).config.data
+    resolved = target.with_eval_data(
+        trained, data(**changes, subset="list.txt", eval_resize=0)
+    ).config.data
     assert (resolved.source, resolved.train_split, resolved.subset) == (kind, "train", "list.txt")
     assert resolved.eval_resize == 0
 
 
 def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
     pair = (np.zeros((4, 9, 9), np.uint8), np.arange(4))
-    unclear = target.aimed(trained, data(dir="x.npz"))
+    unclear = target.with_eval_data(trained, data(dir="x.npz"))
     for names in (("train",), ("train", "test", "validation")):
         source = ArraySource(dict.fromkeys(names, pair))
         with pytest.raises(UserError, match="eval_split is not set"):

@@ -18,7 +18,7 @@ from disco_jax.data.base import Position, Source
 from disco_jax.data.stacks import STACKS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.norm import MODES
 from disco_jax.ops.collectives import positions
 from disco_jax.train import optimizer, unreadable, workdir
@@ -50,17 +50,17 @@ class Teacher:
       blocks: number of last ViT blocks, see `Encoder.read`.
     """
 
-    trained: Trained
+    trained: TrainedModel
     classifier: Classifier
     output: str
     blocks: int
 
 
 # (step, network, classifier) -> metrics; see `train`.
-Look = Callable[[int, Trained, Classifier], Mapping[str, float]]
+EvalFn = Callable[[int, TrainedModel, Classifier], Mapping[str, float]]
 
 
-def check(config: ConfigDict, trained: Trained) -> None:
+def check(config: ConfigDict, trained: TrainedModel) -> None:
     """Checks settings that would fail, or have no effect, only after hours of training.
 
     Raises:
@@ -86,14 +86,14 @@ def check(config: ConfigDict, trained: Trained) -> None:
 
 def train(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     folder: str | None,
     *,
     teacher: Teacher | None = None,
-    look: Look | None = None,
-    look_steps: int = 0,
-) -> tuple[Trained, Classifier]:
+    eval_fn: EvalFn | None = None,
+    eval_every_steps: int = 0,
+) -> tuple[TrainedModel, Classifier]:
     """Trains a linear classifier on top of a network, or both together.
 
     An interrupted training resumes if it is started again with the same `folder`.
@@ -104,8 +104,8 @@ def train(
       source: labelled images.
       folder: directory for config, metrics and checkpoints; None writes nothing.
       teacher: distilled in addition to the labels, if `config.distill.weight` is set.
-      look: called every `look_steps` steps and at the end; None: never.
-      look_steps: interval of `look`; 0: never.
+      eval_fn: called every `eval_every_steps` steps and at the end; None: never.
+      eval_every_steps: interval of `eval_fn`; 0: never.
 
     Returns:
       The network, fine-tuned with `config.layers="all"`, and the classifier.
@@ -116,7 +116,7 @@ def train(
     """
     tx = optimizer.build(config.optimizer, plan(config, trained, source).rate)
     recipe = views_of(trained)
-    standard = standard_of(config, trained, source)
+    feature_stats = feature_stats_of(config, trained, source)
     step = classifier.make_step(
         tx,
         _forward(config, trained, recipe),
@@ -124,12 +124,12 @@ def train(
         distill=config.distill,
         teach=_teach(config, teacher, recipe),
     )
-    frozen: dict[str, Any] = {"standard": standard, "teacher": _teacher_arrays(teacher)}
+    frozen: dict[str, Any] = {"feature_stats": feature_stats, "teacher": _teacher_arrays(teacher)}
     if config.layers == "classifier":
         frozen["network"] = trained.variables
 
     def evaluate(step, state):
-        return look(step, network(trained, state), linear.layer(state, standard))
+        return eval_fn(step, network(trained, state), linear.layer(state, feature_stats))
 
     state = fit(
         config,
@@ -139,15 +139,15 @@ def train(
         step,
         _start(config, trained, features.classes(source, trained.config.data.train_split), tx),
         frozen,
-        evaluate=evaluate if look else None,
-        evaluate_steps=look_steps,
+        evaluate=evaluate if eval_fn else None,
+        evaluate_steps=eval_every_steps,
     )
-    return network(trained, state), linear.layer(state, standard)
+    return network(trained, state), linear.layer(state, feature_stats)
 
 
 def fit(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     folder: str | None,
     step: Any,
@@ -201,18 +201,18 @@ def fit(
             )
 
 
-def _tensorboard(trained: Trained, folder: str | None) -> bool:
+def _tensorboard(trained: TrainedModel, folder: str | None) -> bool:
     """Returns the run's setting, but False in a bucket, where TensorBoard needs TensorFlow."""
     return trained.config.log.tensorboard and "://" not in str(folder)
 
 
-def plan(config: ConfigDict, trained: Trained, source: Source) -> linear.Plan:
+def plan(config: ConfigDict, trained: TrainedModel, source: Source) -> linear.Plan:
     """Calls `linear.plan` for the run's training split."""
     count = source.count(trained.config.data.train_split)
     return linear.plan(config, count, jax.process_count())
 
 
-def network(trained: Trained, state: ProbeState) -> Trained:
+def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
     """Returns the network of a state: `trained` itself if it is frozen."""
     if "network" not in state.params:
         return trained
@@ -220,14 +220,14 @@ def network(trained: Trained, state: ProbeState) -> Trained:
     return dataclasses.replace(trained, variables=jax.device_get(variables))
 
 
-def views_of(trained: Trained) -> views.Recipe:
+def views_of(trained: TrainedModel) -> views.Recipe:
     """Builds the recipe of random crops and flips, with the network's normalization."""
     augment = trained.config.augment
     settings = {**STACKS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
     return views.build(settings, 1)
 
 
-def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> ProbeState:
+def _start(config: ConfigDict, trained: TrainedModel, classes: int, tx: Any) -> ProbeState:
     """Creates the state at step 0, on the host."""
     head = classifier.init(config.init, width(config, trained), classes, config.seed)
     params: dict[str, Any] = {"classifier": head}
@@ -238,7 +238,7 @@ def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> Probe
     return ProbeState(jnp.zeros((), jnp.int32), params, stats, jax.device_get(tx.init(params)))
 
 
-def width(config: ConfigDict, trained: Trained) -> int:
+def width(config: ConfigDict, trained: TrainedModel) -> int:
     """Returns F, the width of the network output that `config.output` selects."""
     size = trained.config.augment.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -246,7 +246,7 @@ def width(config: ConfigDict, trained: Trained) -> int:
     return jax.eval_shape(lambda v, x: read(v, x)[0], trained.variables, images).shape[-1]
 
 
-def _reader(trained: Trained, output: str, blocks: int) -> Callable[..., tuple[Array, Any]]:
+def _reader(trained: TrainedModel, output: str, blocks: int) -> Callable[..., tuple[Array, Any]]:
     """Builds (variables, images, norm, rngs) -> (output, updated BatchNorm statistics)."""
 
     def read(variables, images, norm="running", rngs=None):
@@ -265,7 +265,7 @@ def _reader(trained: Trained, output: str, blocks: int) -> Callable[..., tuple[A
     return read
 
 
-def rows_of(config: ConfigDict, trained: Trained) -> Callable[..., Array]:
+def rows_of(config: ConfigDict, trained: TrainedModel) -> Callable[..., Array]:
     """Builds (state, frozen, batch) -> f32[B, F], the frozen network's output for this step."""
     read, recipe = _reader(trained, config.output, config.blocks), views_of(trained)
 
@@ -276,7 +276,7 @@ def rows_of(config: ConfigDict, trained: Trained) -> Callable[..., Array]:
     return rows
 
 
-def _forward(config: ConfigDict, trained: Trained, recipe: views.Recipe) -> classifier.Forward:
+def _forward(config: ConfigDict, trained: TrainedModel, recipe: views.Recipe) -> classifier.Forward:
     """Builds the function images -> logits, with the network frozen or trained."""
     read = _reader(trained, config.output, config.blocks)
     frozen_rows = rows_of(config, trained)
@@ -289,7 +289,7 @@ def _forward(config: ConfigDict, trained: Trained, recipe: views.Recipe) -> clas
             rows, stats = read(variables, images, config.norm, drops)
         else:
             rows, stats = frozen_rows(state, frozen, batch), state.stats
-        return classifier.logits(params["classifier"], rows, frozen["standard"]), stats
+        return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), stats
 
     return forward
 
@@ -309,7 +309,9 @@ def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) ->
     def teach(state, frozen, batch):
         teacher_arrays = frozen["teacher"]
         rows, _ = read(teacher_arrays["network"], _augment(recipe, state, batch, config.seed))
-        return classifier.logits(teacher_arrays["classifier"], rows, teacher_arrays["standard"])
+        return classifier.logits(
+            teacher_arrays["classifier"], rows, teacher_arrays["feature_stats"]
+        )
 
     return teach
 
@@ -321,7 +323,7 @@ def _teacher_arrays(teacher: Teacher | None) -> dict[str, Any]:
     return {
         "network": teacher.trained.variables,
         "classifier": {"kernel": layer.kernel, "bias": layer.bias},
-        "standard": dict(layer.standard),
+        "feature_stats": dict(layer.feature_stats),
     }
 
 
@@ -337,15 +339,17 @@ def _augment(
     return recipe.photometric({0: images}, key, positions(images.shape[0]))[0]
 
 
-def standard_of(config: ConfigDict, trained: Trained, source: Source) -> dict[str, np.ndarray]:
-    """Returns `classifier.standard` of the training images, {} without `config.normalise`."""
+def feature_stats_of(
+    config: ConfigDict, trained: TrainedModel, source: Source
+) -> dict[str, np.ndarray]:
+    """Returns `classifier.feature_stats` of the training images, {} without `config.normalise`."""
     if not config.normalise:
         return {}
     split, output = trained.config.data.train_split, config.output
     extracted = features.of_split(
         trained, source, split, config.extract_batch_size, (output,), config.blocks
     )
-    return classifier.standard(getattr(extracted, output))
+    return classifier.feature_stats(getattr(extracted, output))
 
 
 @contextlib.contextmanager
@@ -373,7 +377,9 @@ def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
 
 
 @contextlib.contextmanager
-def _claimed_checkpoints(folder: str | None, config: ConfigDict, trained: Trained, source: Source):
+def _claimed_checkpoints(
+    folder: str | None, config: ConfigDict, trained: TrainedModel, source: Source
+):
     """Claims `folder` for these settings of this network; yields its `Checkpoints`, or None."""
     if folder is None:
         yield None

@@ -7,7 +7,7 @@ import pytest
 import helpers
 from disco_jax import flags
 from disco_jax.data.arrays import ArraySource
-from disco_jax.evaluate import features, streamed
+from disco_jax.evaluate import features, online
 
 
 class BrokenOff(Exception):
@@ -30,11 +30,11 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
 
     def train(folder, **options):
         source = ArraySource(splits)
-        return streamed.train(config, trained, source, str(tmp_path / folder), **options)
+        return online.train(config, trained, source, str(tmp_path / folder), **options)
 
     whole, layer = train("whole")
     with pytest.raises(BrokenOff):
-        train("broken", look=broken_off, look_steps=1)
+        train("broken", eval_fn=broken_off, eval_every_steps=1)
     again, same = train("broken")
     jax.tree.map(np.testing.assert_array_equal, whole.variables, again.variables)
     np.testing.assert_array_equal(layer.kernel, same.kernel)
