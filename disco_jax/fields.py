@@ -291,7 +291,7 @@ RULES = {
     "output": one_of("models.encoder:OUTPUTS"),
     "blocks": whole(1, 64),
     "vote": one_of("evaluate.knn:VOTES"),
-    "layers": one_of("evaluate.streamed:LAYERS"),
+    "layers": one_of("evaluate.online:LAYERS"),
     "augment": one_of("tasks.linear:AUGMENT"),
     "init": one_of("evaluate.classifier:INITS"),
     "distill.reduction": one_of("evaluate.classifier:REDUCTIONS"),

@@ -79,7 +79,7 @@ def _run_seed(
     return scores
 
 
-def _score(config: ConfigDict, trained: features.Trained, source: Source) -> Scores:
+def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -> Scores:
     """Returns linear and kNN top-1 on the held-out images, in percent."""
     data, batch = trained.config.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)

@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             f"config.shots={config.shots} and config.seeds={config.seeds}: give at least one of "
             "each, and shots of 1 or more."
         )
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
     data = trained.config.data
@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _extract(
-    config: ConfigDict, trained: features.Trained, source: Source, split: str
+    config: ConfigDict, trained: features.TrainedModel, source: Source, split: str
 ) -> features.Features:
     return features.of_split(
         trained, source, split, config.batch_size, (config.output,), config.blocks

@@ -82,7 +82,9 @@ def _file_provenance(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: manifest[name] for name in ("file", "sha256", "family", "layout")}
 
 
-def _run_provenance(path: epath.Path, network: str, trained: features.Trained) -> dict[str, Any]:
+def _run_provenance(
+    path: epath.Path, network: str, trained: features.TrainedModel
+) -> dict[str, Any]:
     manifest = path / importing.MANIFEST
     if manifest.exists():
         return _file_provenance(files.read_json(manifest))
