@@ -103,7 +103,7 @@ class TfdsSource(EncodedSource):
         subset: Mapping[str, Collection[str]] | None = None,
         max_unreadable: int = 0,
         max_unreadable_percent: float = 0.0,
-        rules: decode.Rules = decode.USUAL,
+        rules: decode.Rules = decode.DEFAULT_RULES,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -205,19 +205,19 @@ class TfdsSource(EncodedSource):
             kept = self._keep(split)
             return (kept[row] for row in self._order(split, seed, epoch)[offset:])
         rows = self._rows_of(split)
-        if rows.at_will:
+        if rows.random_access:
             mine = base.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
             return rows.chosen(mine[offset:])
         return self._streamed(rows, seed, epoch, offset)
 
-    def _chosen(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
+    def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
         """Any rows: of array_record from the files, else from memory, which must hold them all."""
         if split in self._subset:
             return _picked(lambda: self._keep_subset(split), rows)
         stored = self._rows_of(split)
         if self._is_small(split):
             return _picked(lambda: self._keep_whole(split), rows)
-        if stored.at_will:
+        if stored.random_access:
             return stored.chosen(rows)
         raise UserError(
             f"The split {split!r} of {self.name} in {self._builder.data_path} lies in TFRecord "
