@@ -22,7 +22,7 @@ from disco_jax.errors import UserError, unknown
 
 _THREADS = min(8, os.cpu_count() or 1)
 # Below this number of pixels, cropping an image costs less than passing it to another thread.
-_SMALL = 96 * 96
+_MIN_THREADED_PIXELS = 96 * 96
 
 Images = np.ndarray | Sequence[np.ndarray]
 
@@ -153,7 +153,7 @@ class ArraySource:
 
     def _train(self, images, labels, share, views, batch_size, seed, start):
         offset = start.offset
-        with _mapper(images, max(crop.size for crop in views.values())) as run:
+        with _map_function(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
                 order = base.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
                 for begin in range(offset, share - batch_size + 1, batch_size):
@@ -192,7 +192,7 @@ class ArraySource:
         def crop_row(index):
             return evaluated(images[index], size, resize, interpolation)
 
-        with _mapper(images, max(size, resize)) as run:
+        with _map_function(images, max(size, resize)) as run:
             for begin in range(first, first + batches * batch_size, batch_size):
                 end = max(begin, min(begin + batch_size, last))
                 out = np.zeros((end - begin, size, size, 3), np.uint8)
@@ -235,9 +235,12 @@ def crop_all(images, crop, seeds, run):
 
 
 @contextlib.contextmanager
-def _mapper(images, size):
+def _map_function(images, size):
     """Yields a map over rows, threaded if the images or crops are large enough to benefit."""
-    if size * size < _SMALL and max(image.shape[0] * image.shape[1] for image in images) < _SMALL:
+    if (
+        size * size < _MIN_THREADED_PIXELS
+        and max(image.shape[0] * image.shape[1] for image in images) < _MIN_THREADED_PIXELS
+    ):
         yield map
         return
     with ThreadPoolExecutor(_THREADS) as pool:

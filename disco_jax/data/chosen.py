@@ -100,19 +100,19 @@ class _Records(EncodedSource):
         super().__init__(_UNLIMITED, *hosts)
         self.name, self.num_classes = source.name, source.num_classes
         self.unreadable = source.unreadable  # shared, so that the two are counted together
-        self._only, self._kept = split, records
+        self._only, self._selected_records = split, records
 
     @property
     def splits(self) -> list[str]:
         return [self._only]
 
     def count(self, split: str) -> int:
-        return len(self._kept)
+        return len(self._selected_records)
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        names = "\n".join(name for name, _, _ in self._kept)
+        names = "\n".join(name for name, _, _ in self._selected_records)
         return {
-            "records": len(self._kept),
+            "records": len(self._selected_records),
             "names (CRC-32)": base.checksum([names.encode(errors="surrogateescape")]),
         }
 
@@ -120,17 +120,19 @@ class _Records(EncodedSource):
         return self._selected(split, range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
-        share = base.shuffled_share(len(self._kept), seed, epoch, self._host, self._hosts)
+        share = base.shuffled_share(
+            len(self._selected_records), seed, epoch, self._host, self._hosts
+        )
         return self._selected(split, share[offset:].tolist())
 
     def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
         return (self._record(row) for row in rows)
 
     def _name(self, split: str, row: int) -> str:
-        return self._kept[row][0]
+        return self._selected_records[row][0]
 
     def _record(self, row: int) -> Record:
-        _, file, label = self._kept[row]
+        _, file, label = self._selected_records[row]
         return Record(row, file, label)
 
 

@@ -1,6 +1,6 @@
-"""Named augmentation stacks as plain settings; what each does is in `views.py`.
+"""Named augmentation presets as plain settings, implemented in `views.py`.
 
-Kept free of imports so that configs, the help page and `disco-jax list` load it at no cost.
+Has no imports, so that configs, the help page and `disco-jax list` load it at no cost.
 Sources: the official releases of MoCo (`main_moco.py`), SwAV (`multicropdataset.py`), SEED
 (`tools/utils.py`), DINO (`main_dino.py`) and SimReg.
 """

@@ -267,7 +267,7 @@ def test_npz(tmp_path):
 def test_large_images_are_cropped_in_threads_to_the_same_bytes(monkeypatch):
     source = ArraySource({"train": (noise(6, 100), None)})
     threaded = train(source, 2, batch_size=3, views={0: crop(64)})
-    monkeypatch.setattr(arrays, "_SMALL", 10**9)
+    monkeypatch.setattr(arrays, "_MIN_THREADED_PIXELS", 10**9)
     same_batches(train(source, 2, batch_size=3, views={0: crop(64)}), threaded)
 
 

@@ -321,7 +321,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
         decode, "_jpeg", lambda e, factor: (factors.append(factor), jpeg(e, factor))[1]
     )
     (small,) = decode.crops_of([file], views, (0, 0, 0), 5)
-    monkeypatch.setattr(decode, "_SHRINKS", ())
+    monkeypatch.setattr(decode, "_JPEG_REDUCTIONS", ())
     (whole,) = decode.crops_of([file], views, (0, 0, 0), 5)
     assert factors[0] > 1 and factors[1] == 1
     for a, b in zip(small, whole, strict=True):
@@ -334,6 +334,6 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
 def test_crops_are_never_enlarged_by_decoding_small():
     """A narrow crop decides: it must keep as many pixels as it has to show."""
     places = [(0, 0, 100, 400), (0, 0, 60, 60)]
-    assert decode._shrink(places, {0: crop(48), 1: crop(16)}) == 2
-    assert decode._shrink(places, {0: crop(16), 1: crop(8)}) == 4
-    assert decode._shrink(places, {0: crop(101), 1: crop(8)}) == 1
+    assert decode._jpeg_reduction(places, {0: crop(48), 1: crop(16)}) == 2
+    assert decode._jpeg_reduction(places, {0: crop(16), 1: crop(8)}) == 4
+    assert decode._jpeg_reduction(places, {0: crop(101), 1: crop(8)}) == 1

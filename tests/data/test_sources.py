@@ -127,7 +127,7 @@ def data_dir(tmp_path_factory):
 def kind(request, data_dir, monkeypatch):
     """Opens a source that reads in each of the four ways."""
     if request.param in ("streamed", "at_will"):
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     name = request.param if request.param in ("digits", "at_will") else "plain"
 
     def make(**options):
@@ -189,7 +189,7 @@ def test_labels_come_with_their_images(kind):
 )
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, name, bytes_kept):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
     seen = [[], []]
     for host in range(hosts):
         source = TfdsSource(
@@ -204,7 +204,7 @@ def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, name
 
 
 def test_reading_on_reads_no_more_than_a_group_of_files(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource("plain", data_dir, shuffle_buffer=24)  # groups of 12: one of the 4 files
     read, mixed = [], records.Rows.mixed
     monkeypatch.setattr(
@@ -217,7 +217,7 @@ def test_reading_on_reads_no_more_than_a_group_of_files(data_dir, monkeypatch):
 
 
 def test_groups_mix_files_and_every_epoch_other_ones(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource("plain", data_dir, shuffle_buffer=48)  # groups of 24: two files
     firsts = set()
     for epoch in range(6):
@@ -278,7 +278,7 @@ def test_a_sample_of_a_large_split_is_drawn_from_a_part(data_dir, monkeypatch, n
     """All of its records would else be read for their labels."""
     source = TfdsSource(name, data_dir)
     assert source.part("train", 5, 0) == "train"  # small enough
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     parts = [source.part("train", 5, seed) for seed in range(4)]
     assert all(source.count(part) == 5 for part in parts) and len(set(parts)) > 1
     assert source.part("train", source.count("train"), 0) == "train"
@@ -316,7 +316,7 @@ def test_records_are_picked_out_in_any_order_by_any_host(
 ):
     """Repeated ones too, and the same again: what was read before changes nothing."""
     if not small:
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource(name, data_dir, cache=cache, process_index=hosts - 1, process_count=hosts)
     whole = list(source.pictures("train"))
     wanted = [7, 40, 0, 7, len(whole) - 1, 23]
@@ -325,7 +325,7 @@ def test_records_are_picked_out_in_any_order_by_any_host(
 
 
 def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     for name in ("plain", "at_will"):
         source = TfdsSource(name, data_dir, subset={"train": [f"{i}.jpg" for i in (3, 5, 40)]})
         whole = list(source.pictures("train"))
@@ -337,8 +337,8 @@ def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
 
 
 def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(records.Rows, "_in_runs", None)  # what would read
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
+    monkeypatch.setattr(records.Rows, "_read_runs", None)  # what would read
     source = TfdsSource("plain", data_dir)
     bags = Bags(neighbours=np.zeros((COUNT, 1), np.int32))
     with pytest.raises(UserError, match=r"plain/1\.0\.0.*=array_record.*source='folder'"):
@@ -347,7 +347,7 @@ def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data
 
 def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
     """Every other member is the record after; nothing but the records of a batch is read."""
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     read, real = [], records.Rows.chosen
     monkeypatch.setattr(
         records.Rows, "chosen", lambda self, rows: read.append(len(rows)) or real(self, rows)
@@ -371,7 +371,7 @@ def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
 
 
 def test_cache_keeps_what_is_large(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     kept = train(TfdsSource("plain", data_dir, cache=True), 3)
     monkeypatch.undo()
     same_batches(train(TfdsSource("plain", data_dir), 3), kept)
@@ -462,7 +462,7 @@ NAMES = [f"damaged-train.tfrecord-00000-of-00001__{i}" for i in BAD]
 @pytest.fixture(params=[0, 1e9], ids=["streamed", "kept"])
 def damaged(request, tmp_path, monkeypatch):
     """Opens 24 pictures of which three are an empty, a cut and a text file."""
-    monkeypatch.setattr(sources, "_SMALL_BYTES", request.param)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", request.param)
     good = [plain(i) for i in range(24)]
     bad = dict(zip(BAD, (b"", good[3][: len(good[3]) // 2], b"not a picture"), strict=True))
     records = [(bad.get(i, encoded), 0) for i, encoded in enumerate(good)]
@@ -516,7 +516,7 @@ def test_nothing_readable_is_an_error(tmp_path):
 @pytest.mark.parametrize("bytes_kept", [0, 1e9], ids=["streamed", "kept"])
 @pytest.mark.parametrize("bad", [BAD, range(24)], ids=["some", "all"])
 def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
     good = [encode(np.full((8, 8), 5 * i, np.uint8), "PNG") for i in range(24)]
     records = [(b"no picture" if i in bad else encoded, 0) for i, encoded in enumerate(good)]
     write(tmp_path, "small", {"test": [(good[0], 0)], "train": records}, shape=(8, 8, 1))
@@ -537,7 +537,7 @@ def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad
 @pytest.mark.parametrize("task", ["train", "evaluate"])
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept, task, kind):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
     pictures = [(plain(i), 0) for i in range(24)]
     folder = write(tmp_path, "cut", {"train": pictures}, files=2, kind=kind)
     path = folder / f"cut-train.{kind}-00001-of-00002"

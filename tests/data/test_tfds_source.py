@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory):
 def path(request, monkeypatch):
     """Both ways to read: kept and cropped a batch at a time, or from the disk, one by one."""
     if request.param == "streamed":
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
         monkeypatch.setattr(sources, "_SMALL_PIXELS", 0)
     return request.param
 

@@ -438,7 +438,7 @@ def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
         )(crops, key, positions)
 
     looped, made = make()
-    monkeypatch.setattr(views, "LOOPED", 99)
+    monkeypatch.setattr(views, "LOOP_MIN_VIEWS", 99)
     unrolled, expected = make()
     assert list(made) == list(range(6))
     for view in made:
