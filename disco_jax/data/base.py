@@ -307,7 +307,7 @@ def report_unreadable(source: str, reported: list[str], names: list[str], limit:
         more = ", ..." if len(reported) > _NAMES_SHOWN else ""
         file = reported.file if isinstance(reported, UnreadableNames) else ""
         hint = (
-            f" {file} stores their names across restarts: delete it after a repair." if file else ""
+            f" {file} keeps their names across restarts: delete it after a repair." if file else ""
         )
         raise UserError(
             f"{len(reported)} records of {source} cannot be decoded, more than {limit} (see "

@@ -47,5 +47,5 @@ def warning(name: str, value: int | None) -> str:
     return (
         f"The images of {name} are nearly black: the brightest value is {value} of 255. If they "
         "have 10 to 16 bits, set config.data.range to 'image' or to their lowest and highest "
-        "value, e.g. '0,4095'."
+        "value, as in '0,4095'."
     )

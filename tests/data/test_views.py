@@ -1,4 +1,4 @@
-"""Recipes: what they draw, what they compile, what they refuse."""
+"""Augmentation recipes: distributions, compiled operations and rejected settings."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def many_draws():
 
 
 def near(share, expected):
-    """Whether a share of MANY draws is within five standard errors of its probability."""
+    """Returns whether a share of MANY draws is within five standard errors of its probability."""
     return abs(share - expected) < 5 * (expected * (1 - expected) / MANY) ** 0.5
 
 
@@ -70,7 +70,8 @@ def test_stacks_build():
         assert recipe.crops[0].scale == stack["scale"]
 
 
-# Scale, operations in order, jitter and its probability, grey, blur and solarize of both views.
+# Scale, operations in order, jitter strengths and probability, and the probabilities of grey, blur
+# and solarize for both views.
 PAPERS = {
     "weak": ((0.08, 1), ("flip",), None, 0, (0, 0), (0, 0)),
     "weak02": ((0.2, 1), ("flip",), None, 0, (0, 0), (0, 0)),
@@ -147,13 +148,13 @@ def test_no_local_views_leave_the_recipe_as_it_is():
 @pytest.mark.parametrize(
     "changes, local, message",
     [
-        ({}, {"scale": (0.5, 0.1)}, r"config.local.scale=\(0.5, 0.1\) will not do"),
-        ({}, {"size": 0}, r"config.local.size=0 will not do"),
-        ({}, {"count": -1}, r"config.local.count=-1 will not do"),
+        ({}, {"scale": (0.5, 0.1)}, r"config.local.scale=\(0.5, 0.1\) is invalid"),
+        ({}, {"size": 0}, r"config.local.size=0 is invalid"),
+        ({}, {"count": -1}, r"config.local.count=-1 is invalid"),
         ({}, {"solarize_prob": 0.5}, r"config.local.solarize_prob=0.5 .*lacks 'solarize'"),
         ({"blur_prob": (0.5, 0.5, 0.5)}, {}, r"config.augment.blur_prob=.* or 2 of them"),
-        ({"blur_prob": (0.5, 1.5)}, {}, r"config.augment.blur_prob=1.5 will not do"),
-        ({"flip_prob": (0.5, 0.5)}, {}, r"config.augment.flip_prob=.* will not do"),
+        ({"blur_prob": (0.5, 1.5)}, {}, r"config.augment.blur_prob=1.5 is invalid"),
+        ({"flip_prob": (0.5, 0.5)}, {}, r"config.augment.flip_prob=.* is invalid"),
     ],
 )
 def test_settings_of_views_name_themselves(changes, local, message):
@@ -179,7 +180,7 @@ def test_draws_do_not_depend_on_the_number_of_devices():
 
 
 def test_replicas_under_vmap_share_one_order():
-    """A key that differs by replica would turn the four switches into selects."""
+    """A key that differed by replica would turn the four switches into selects."""
     operation, key, batch = photometric(), jax.random.key(7), images()
     split = jax.vmap(operation.__call__, in_axes=(0, None, 0), axis_name="batch")
     arguments = (batch.reshape(4, 2, 6, 6, 3), key, everywhere(8).reshape(4, 2))
@@ -238,7 +239,7 @@ def test_blur_widths_are_uniform_in_their_range():
 
 
 def assert_uniform(values, low, high):
-    """Kolmogorov's distance, 1.95 / sqrt(n) at a level of 0.1 %, and the ends."""
+    """Checks the range and the Kolmogorov distance, below 1.95 / sqrt(n) at a level of 0.1 %."""
     ranks = (np.sort(values) - low) / (high - low)
     assert ranks[0] >= -1e-6 and ranks[-1] <= 1 + 1e-6
     steps = (np.arange(len(ranks)) + 0.5) / len(ranks)
@@ -289,7 +290,7 @@ def test_the_weak_stack_compiles_a_flip_alone():
 
 
 def test_operations_act_in_the_given_order():
-    """Solarizing before or after greying is not the same."""
+    """Solarizing does not commute with conversion to greyscale."""
     changes = {"grey_prob": 1.0, "solarize_prob": 1.0, "jitter_prob": 0.0, "blur_prob": 0.0}
     base = photometric(**changes, flip_prob=0.0)
     results = [
@@ -305,7 +306,7 @@ def test_operations_act_in_the_given_order():
     "order", [("flip", "jitter", "grey", "blur"), ("solarize", "blur", "grey", "flip")]
 )
 def test_a_flip_that_the_blur_does_is_in_its_place(order):
-    """At the size of a crop, against the operations one by one in their order."""
+    """Compares with the operations applied one by one in their order."""
     active = {f"{name}_prob": 0.5 * (name in order) for name in views.OPERATIONS}
     operation = photometric(order=order, **active)
     batch, key = images(8, 12), jax.random.key(3)
@@ -382,7 +383,10 @@ def test_bad_settings_name_themselves_and_what_they_were_given(field, value):
     with pytest.raises(UserError) as error:
         views.build({**EVERYTHING, field: value})
     assert f"config.augment.{field}" in str(error.value)
-    offenders = [value, *(value if field == "order" else ())]  # a wrong name stands for the tuple
+    offenders = [
+        value,
+        *(value if field == "order" else ()),
+    ]  # the message may show the wrong name only
     assert any(f"{field}={offender!r}" in str(error.value) for offender in offenders)
 
 
@@ -394,8 +398,8 @@ def test_a_probability_that_nothing_reads_is_refused():
 
 
 @pytest.mark.parametrize(("given_name", "meant"), [("flp", "flip"), ("gray", "grey")])
-def test_unknown_operations_get_a_suggestion(given_name, meant):
-    with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
+def test_unknown_operations_get_a_suggestion(given_name, suggestion):
+    with pytest.raises(UserError, match=f"Did you mean '{suggestion}'"):
         views.build({**EVERYTHING, "order": (given_name,)})
 
 
@@ -412,16 +416,16 @@ def crop(size, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def test_the_ratio_of_pixel_scales_is_that_of_the_crops():
-    """On square crops of a square image: E[PS_g / PS_l] = (GC / LC)^2 E[A_l] E[1 / A_g]."""
+    """Square crops of a square image have E[PS_g / PS_l] = (GC / LC)^2 E[A_l] E[1 / A_g]."""
     large, small = crop(224, (0.3, 1.0), (1, 1)), crop(128, (0.05, 0.3), (1, 1))
     expected = (224 / 128) ** 2 * 0.175 * math.log(1 / 0.3) / 0.7
     assert views.pixel_scale_ratio(large, small, 1000, 1000) == pytest.approx(expected, rel=0.02)
 
 
 def test_sslights_views_are_nearer_to_one_pixel_scale_than_the_usual():
-    ours = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
+    sslight = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
     usual = views.pixel_scale_ratio(crop(224, (0.14, 1.0)), crop(96, (0.05, 0.14)))
-    assert abs(ours - 1) < 0.1 < abs(usual - 1)
+    assert abs(sslight - 1) < 0.1 < abs(usual - 1)
 
 
 def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
@@ -432,15 +436,15 @@ def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
     crops = {v: rng.integers(0, 256, (4, s, s, 3), np.uint8) for v, s in enumerate(recipe.sizes)}
     key, positions = jax.random.key(3), jnp.arange(4, dtype=jnp.int32)
 
-    def make():
+    def trace_and_run():
         return jax.make_jaxpr(recipe.photometric)(crops, key, positions), jax.jit(
             recipe.photometric
         )(crops, key, positions)
 
-    looped, made = make()
+    looped, augmented = trace_and_run()
     monkeypatch.setattr(views, "LOOP_MIN_VIEWS", 99)
-    unrolled, expected = make()
-    assert list(made) == list(range(6))
-    for view in made:
-        np.testing.assert_allclose(made[view], expected[view], atol=1e-5)
+    unrolled, expected = trace_and_run()
+    assert list(augmented) == list(range(6))
+    for view in augmented:
+        np.testing.assert_allclose(augmented[view], expected[view], atol=1e-5)
     assert len(str(looped)) < 0.7 * len(str(unrolled))
