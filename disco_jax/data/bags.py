@@ -77,12 +77,15 @@ class Bags:
             columns = (chance * self.neighbours.shape[1]).astype(np.int64)
             return self.neighbours[records, columns].astype(np.int64)
         order, first, sizes = self._by_cluster()
-        own = self._labels[records]
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        others = np.maximum(sizes[own] - 1, 1)
-        step = np.where(sizes[own] > 1, 1 + (chance * others).astype(np.int64), 0)
-        return order[first[own] + (place[records] - first[own] + step) % np.maximum(sizes[own], 1)]
+        clusters = self._labels[records]
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        num_others = np.maximum(sizes[clusters] - 1, 1)
+        step = np.where(sizes[clusters] > 1, 1 + (chance * num_others).astype(np.int64), 0)
+        return order[
+            first[clusters]
+            + (rank[records] - first[clusters] + step) % np.maximum(sizes[clusters], 1)
+        ]
 
     def sampled(self, generator: np.random.Generator) -> np.ndarray:
         """Returns i64[N], records drawn uniformly from clusters drawn uniformly.

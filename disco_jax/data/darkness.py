@@ -33,7 +33,11 @@ def brightest(source: base.Source, split: str, count: int = _NUM_SAMPLED) -> int
 
 
 def brightest_of(image: Any) -> int | None:
-    """Returns the highest pixel value of an image of `Source.pictures`, or None if unreadable."""
+    """Returns the highest pixel value of an image, or None if it is unreadable.
+
+    Args:
+      image: image from `Source.pictures`, as an array or encoded.
+    """
     try:
         return int((image if isinstance(image, np.ndarray) else decode.decode(image)).max())
     except decode.Unreadable:

@@ -152,14 +152,20 @@ def decode(file: File) -> np.ndarray:
 def _formats() -> tuple[str, ...]:
     """Returns the formats in `FORMATS` that the installed Pillow supports."""
     Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
     """Returns the lower-case file name suffixes of the supported image formats."""
-    kinds = {*_formats(), "MPO"}  # Pillow opens MPO files as JPEG
-    return tuple(sorted(end for end, of in Image.registered_extensions().items() if of in kinds))
+    supported = {*_formats(), "MPO"}  # Pillow opens MPO files as JPEG
+    return tuple(
+        sorted(
+            suffix
+            for suffix, image_format in Image.registered_extensions().items()
+            if image_format in supported
+        )
+    )
 
 
 @contextlib.contextmanager

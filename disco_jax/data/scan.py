@@ -121,8 +121,8 @@ def _scan_folder(
     }
     unlisted = {split: path for split, path in places.items() if split not in entries_by_split}
     _check_places(root, unlisted, contents)
-    of_place = _Places(unlisted, contents.folders)
-    by_split = _divide(root, used, of_place, entries_by_split, skipped)
+    mapping = _Places(unlisted, contents.folders)
+    by_split = _divide(root, used, mapping, entries_by_split, skipped)
     in_archives = bool(used) and not contents.pictures
     if in_archives and not explicit and places == {"train": splits.WHOLE}:
         by_split = _divide_archives(root, used)
@@ -133,7 +133,7 @@ def _scan_folder(
         else:
             prefix = os.path.join(root, "")
             labels_and_paths = sorted(
-                (of_place.label(split, name), prefix + name) for name in unique
+                (mapping.label(split, name), prefix + name) for name in unique
             )
             entries_by_split[split] = [Entry(*row) for row in labels_and_paths]
         if in_archives and not explicit:
@@ -148,17 +148,17 @@ def _scan_folder(
 def _divide(
     root: str,
     names: list[str],
-    of_place: "_Places",
+    mapping: "_Places",
     listed: Mapping[str, list[Entry]],
     skipped: Skipped,
 ) -> dict[str, list[str]]:
     """Assigns files to splits by folder; skips files that are in no split and in no list."""
-    of_lists = {os.path.realpath(e.path) for entries in listed.values() for e in entries}
-    by_split: dict[str, list[str]] = {split: [] for split in of_place.splits}
+    listed_paths = {os.path.realpath(e.path) for entries in listed.values() for e in entries}
+    by_split: dict[str, list[str]] = {split: [] for split in mapping.splits}
     for name in names:
-        if split := of_place.split(name):
+        if split := mapping.split(name):
             by_split[split].append(name)
-        elif not of_lists or os.path.realpath(os.path.join(root, name)) not in of_lists:
+        elif not listed_paths or os.path.realpath(os.path.join(root, name)) not in listed_paths:
             skipped.add(_OUTSIDE, name)
     return by_split
 
@@ -185,7 +185,7 @@ class _Places:
         folders = {s: f"{p}/" for s, p in places.items() if p in all_folders}
         folders |= {s: "" for s, p in places.items() if p == splits.WHOLE}
         self._patterns = {s: p for s, p in places.items() if s not in folders}
-        self._of_folder: dict[str, str] = {}
+        self._split_of_folder: dict[str, str] = {}
         self._prefixes = dict(sorted(folders.items(), key=lambda pair: -len(pair[1])))
 
     def split(self, name: str) -> str:
@@ -194,10 +194,10 @@ class _Places:
             if fnmatch.fnmatchcase(name, pattern):
                 return split
         folder = name.rpartition("/")[0]  # all files of a folder belong to the same split
-        if folder not in self._of_folder:
-            of = (s for s, start in self._prefixes.items() if name.startswith(start))
-            self._of_folder[folder] = next(of, "")
-        return self._of_folder[folder]
+        if folder not in self._split_of_folder:
+            matches = (s for s, start in self._prefixes.items() if name.startswith(start))
+            self._split_of_folder[folder] = next(matches, "")
+        return self._split_of_folder[folder]
 
     def label(self, split: str, name: str) -> str:
         """Returns the first folder below that of the split; "" for a file directly in it."""
@@ -343,13 +343,13 @@ def _apply_labels(
     """
     lines = lists.read(labels, "config.data.labels")
     label_of = {os.path.normpath(line.file): line.label for line in lines if line.label}
-    named: dict[str, list[Entry]] = {}
+    by_name: dict[str, list[Entry]] = {}
     all_entries = [entry for entries in by_split.values() for entry in entries]
     for candidates in ([e for e in all_entries if not e.label], all_entries):
         for entry in candidates:
             if name := next(filter(label_of.__contains__, _possible_names(entry.path)), ""):
-                named.setdefault(name, []).append(entry)
-        if named:
+                by_name.setdefault(name, []).append(entry)
+        if by_name:
             break
     else:
         raise UserError(
@@ -357,16 +357,16 @@ def _apply_labels(
             f"e.g. {printable(os.path.basename(all_entries[0].path))}, a comma or tab, and its "
             "class."
         )
-    for name, entries in named.items():
+    for name, entries in by_name.items():
         if len(entries) > 1:
             raise UserError(
                 f"config.data.labels={labels!r} names {printable(name)}, which could be "
                 f"{' or '.join(printable(e.path) for e in entries[:2])}: write a longer part of "
                 "the path."
             )
-    for name in sorted(label_of.keys() - named.keys()):
+    for name in sorted(label_of.keys() - by_name.keys()):
         skipped.add("named in config.data.labels but missing", name)
-    labelled = {e.path: e._replace(label=label_of[n], listed=True) for n, (e,) in named.items()}
+    labelled = {e.path: e._replace(label=label_of[n], listed=True) for n, (e,) in by_name.items()}
     return {s: [labelled.get(e.path, e) for e in entries] for s, entries in by_split.items()}
 
 

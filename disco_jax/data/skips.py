@@ -82,7 +82,7 @@ class UnreadableNames(list[str]):
         super().append(name)
         if self._file is not None:
             with whole(self._file) as file:
-                file.write_text("".join(json.dumps(one) + "\n" for one in self))
+                file.write_text("".join(json.dumps(stored) + "\n" for stored in self))
 
     @property
     def file(self) -> str:

@@ -74,20 +74,20 @@ def _versions(folder):
 
 def _not_prepared(name, root, names):
     if name == "imagenet2012" or name.startswith("imagenet2012/"):
-        how = (
+        instructions = (
             "put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which image-net.org gives "
             f"to registered users, into {root / 'downloads' / 'manual'} and run "
             f"`tfds build {name} --data_dir {root}`"
         )
     else:
-        how = f"`tfds build {name or 'NAME'} --data_dir {root}`"
+        instructions = f"`tfds build {name or 'NAME'} --data_dir {root}`"
     available_names = (
         ", ".join(names) if names else "nothing" if root.is_dir() else "no such directory"
     )
     return UserError(
         f"config.data.name={name!r} is not prepared in {root}.{did_you_mean(name, names)} "
-        f"Available: {available_names}. To prepare it: {how}. To use another directory, set "
-        "config.data.dir or TFDS_DATA_DIR."
+        f"Available: {available_names}. To prepare it: {instructions}. To use another directory, "
+        "set config.data.dir or TFDS_DATA_DIR."
     )
 
 

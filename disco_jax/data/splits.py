@@ -74,16 +74,16 @@ def of_folders(where: str, folders: Iterable[str], filled: Collection[str]) -> d
         duplicates = [folder for folder, name in exact.items() if name == split]
         if len(duplicates) > 1:
             raise _ambiguity_error(f"{where} has both {' and '.join(duplicates)}", _places(exact))
-    others = [folder for folder in top if folder in filled and folder not in exact]
-    if exact and (len(exact) > 1 or not others):
+    unrecognised = [folder for folder in top if folder in filled and folder not in exact]
+    if exact and (len(exact) > 1 or not unrecognised):
         inside = [f for f in filled if f.split("/")[0] in exact]
         _check_below(where, inside)
         return {split: folder for folder, split in exact.items()}
-    similar = exact or {folder: resemble(folder) for folder in others if resemble(folder)}
+    similar = exact or {folder: resemble(folder) for folder in unrecognised if resemble(folder)}
     if similar:
-        unsplit = [folder for folder in others if folder not in similar]
+        remaining = [folder for folder in unrecognised if folder not in similar]
         fact = f"{where} has {_shorten(similar)}" + (
-            f" beside {_shorten(unsplit)}" if unsplit else ""
+            f" beside {_shorten(remaining)}" if remaining else ""
         )
         raise _ambiguity_error(fact, _places(similar))
     _check_below(where, filled, single=True)

@@ -56,7 +56,7 @@ class Writer:
           host: index of this host.
           hosts: number of hosts.
         """
-        self._folder = _place(folder, host, hosts)
+        self._folder = _host_folder(folder, host, hosts)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[Position, dict[str, np.ndarray]]] = []
         after = _positions(self._folder)
@@ -114,7 +114,7 @@ class Targets:
         """
         path = epath.Path(folder)
         self.meta = read_meta(folder)
-        host_folder = _place(path, host, hosts)
+        host_folder = _host_folder(path, host, hosts)
         self._parts = sorted(host_folder.glob("*.npz"))
         self.after = _positions(host_folder)
         if len(self.after) != self.meta["steps"]:
@@ -126,7 +126,7 @@ class Targets:
         self._firsts = [int(part.stem) for part in self._parts]
         self._load = functools.lru_cache(maxsize=2)(_load)
         starts = [Position.start(), *self.after[:-1]]
-        self._of_start = {start: n for n, start in enumerate(starts)}
+        self._index_by_start = {start: n for n, start in enumerate(starts)}
 
     def __len__(self) -> int:
         return len(self.after)
@@ -143,9 +143,9 @@ class Targets:
         Raises:
           UserError: no batch starts there, so the images have changed.
         """
-        if start not in self._of_start:
+        if start not in self._index_by_start:
             raise self.other_images(start)
-        return self._of_start[start]
+        return self._index_by_start[start]
 
     def other_images(self, position: Position) -> UserError:
         """Returns the error for a position at which no cached batch ends."""
@@ -195,7 +195,7 @@ class ReplayedSource:
     ) -> base.Batches:
         """Yields batches of random resized crops; see `base.Source`."""
         targets, epochs = self._targets, self._targets.epochs
-        round_, epoch = divmod(start.epoch, epochs)
+        cycle, epoch = divmod(start.epoch, epochs)
         position = Position(epoch, start.offset)
         while True:
             first = targets.number(position)
@@ -203,13 +203,13 @@ class ReplayedSource:
             for number, batch in zip(range(first, len(targets)), batches, strict=False):
                 if batch.position != targets.after[number]:
                     raise targets.other_images(batch.position)
-                after = Position(round_ * epochs + batch.position.epoch, batch.position.offset)
+                after = Position(cycle * epochs + batch.position.epoch, batch.position.offset)
                 if number == len(targets) - 1:
-                    after = Position((round_ + 1) * epochs, 0)
+                    after = Position((cycle + 1) * epochs, 0)
                 aux = {**batch.aux, KEY: targets.batch(number)}
                 yield batch._replace(aux=aux, position=after)
             batches.close()
-            round_, position = round_ + 1, Position.start()
+            cycle, position = cycle + 1, Position.start()
 
 
 def read_meta(folder: str) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def write_meta(folder: epath.Path, meta: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
 
-def _place(folder: epath.Path, host: int, hosts: int) -> epath.Path:
+def _host_folder(folder: epath.Path, host: int, hosts: int) -> epath.Path:
     return folder / f"host_{host:05d}_of_{hosts:05d}"
 
 

@@ -284,12 +284,12 @@ def build(
     settings = _ViewSettings({name: augment[name] for name in augment})
     _check_fields(settings)
     views = [_for_global_view(settings, view, count) for view in range(count)]
-    further = 0 if local is None else local["count"]
-    if not isinstance(further, numbers.Integral) or int(further) < 0:
-        raise UserError(f"config.local.count={further!r} is invalid; use 0 or more views.")
-    if local is not None and further:
+    num_local = 0 if local is None else local["count"]
+    if not isinstance(num_local, numbers.Integral) or int(num_local) < 0:
+        raise UserError(f"config.local.count={num_local!r} is invalid; use 0 or more views.")
+    if local is not None and num_local:
         changes = {name: local[name] for name in local if name != "count"}
-        views += [_ViewSettings({**settings, **changes}, changes.keys())] * further
+        views += [_ViewSettings({**settings, **changes}, changes.keys())] * num_local
     for view in views:
         for check in (_check_crop, _check_order, _check_photometric, _check_unused):
             check(view)
@@ -405,9 +405,11 @@ def _check_photometric(settings: _ViewSettings) -> None:
 def _check_unused(settings: _ViewSettings) -> None:
     """Raises UserError for a probability of an operation that `order` lacks."""
     for name in OPERATIONS:
-        idle = settings[f"{name}_prob"] > 0 and name not in settings["order"]
-        where = f"0, as config.augment.order={settings['order']!r} lacks {name!r}, or add it there"
-        _require(not idle, settings, f"{name}_prob", where)
+        unused = settings[f"{name}_prob"] > 0 and name not in settings["order"]
+        allowed = (
+            f"0, as config.augment.order={settings['order']!r} lacks {name!r}, or add it there"
+        )
+        _require(not unused, settings, f"{name}_prob", allowed)
 
 
 def _require(ok: bool, settings: _ViewSettings, field: str, allowed: str) -> None:
