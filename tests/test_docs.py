@@ -207,4 +207,6 @@ def test_the_recipes_page_lists_every_recipe_that_trains_a_student():
     text = (ROOT / "docs" / "recipes.md").read_text()
     table = re.findall(r"^\| (`\w+`[^|]*) \|", text, re.M)
     listed = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
-    assert listed == {name for name in flags.recipes() if "objectives" in flags.load(name)} - {"demo"}
+    assert listed == {name for name in flags.recipes() if "objectives" in flags.load(name)} - {
+        "demo"
+    }

@@ -121,12 +121,12 @@ class ArraySource:
             ),
         }
 
-    def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
+    def iter_images(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
         """Yields (name, image, label or -1) of every record in the stored order."""
-        return self.chosen(split, range(self.count(split)))
+        return self.take(split, range(self.count(split)))
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, int]]:
-        """Yields selected records like `pictures`, in the order of `rows`."""
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yields selected records like `iter_images`, in the order of `rows`."""
         images, labels = self._split(split)
         return ((f"record {row}", images[row], int(labels[row])) for row in rows)
 

@@ -122,7 +122,7 @@ class BagSource:
     """A `base.Source` whose training batches also contain another member of each image's bag.
 
     Everything except `train` is delegated to the wrapped source. The images of a batch are read
-    when the batch is built, through `Source.chosen`, and are not cached, so any size of data set
+    when the batch is built, through `Source.take`, and are not cached, so any size of data set
     works if the source supports random access.
     """
 
@@ -167,7 +167,7 @@ class BagSource:
 
         Raises:
           UserError: the bags have another number of records than the split, or the source does
-            not support random access (see `base.Source.chosen`).
+            not support random access (see `base.Source.take`).
         """
         count = self._source.count(split)
         if count != len(self._bags):
@@ -175,7 +175,7 @@ class BagSource:
                 f"config.bags.file holds bags of {len(self._bags)} images, but split {split!r} of "
                 f"{self._source.name} has {count}: recreate them with `disco-jax bags`."
             )
-        self._source.chosen(split, ())
+        self._source.take(split, ())
 
     def train(
         self,
@@ -243,7 +243,7 @@ class BagSource:
             pairs = np.stack([anchors[offset:end], others[offset:end]], axis=1)
             if not self._members:
                 pairs = pairs[:, :1]
-            stored = self._source.chosen(split, pairs.ravel().tolist())
+            stored = self._source.take(split, pairs.ravel().tolist())
             read = list(pool.map(_decoded, stored))
             bad = [name for name, image, _ in read if image is None]
             base.report_unreadable(self._source.name, self._source.unreadable, bad, limit)

@@ -96,15 +96,15 @@ class Source(Protocol):
         strings.
         """
 
-    def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
+    def iter_images(self, split: str) -> Iterator[tuple[str, Any, int]]:
         """Yields every record of a split as stored, in the stored order, on every host.
 
         Each item is (name, image, label). The image is a path, encoded bytes, u8[H, W] or
         u8[H, W, 3]; the label is -1 for unlabelled images.
         """
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
-        """Yields selected records of a split like `pictures`, in the order of `rows`.
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
+        """Yields selected records of a split like `iter_images`, in the order of `rows`.
 
         Args:
           split: name of the split, e.g. "train".

@@ -25,9 +25,9 @@ def brightest(source: base.Source, split: str, count: int = _NUM_SAMPLED) -> int
     total = source.count(split)
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
     try:
-        records: Iterable[tuple[str, Any, int]] = source.chosen(split, rows)
+        records: Iterable[tuple[str, Any, int]] = source.take(split, rows)
     except UserError:
-        records = itertools.islice(source.pictures(split), count)
+        records = itertools.islice(source.iter_images(split), count)
     values = [value for _, image, _ in records if (value := brightest_of(image)) is not None]
     return max(values, default=None)
 
@@ -36,7 +36,7 @@ def brightest_of(image: Any) -> int | None:
     """Returns the highest pixel value of an image, or None if it is unreadable.
 
     Args:
-      image: image from `Source.pictures`, as an array or encoded.
+      image: image from `Source.iter_images`, as an array or encoded.
     """
     try:
         return int((image if isinstance(image, np.ndarray) else decode.decode(image)).max())

@@ -100,12 +100,12 @@ class EncodedSource(abc.ABC):
     def _name(self, split: str, row: int) -> str:
         """Returns the name of a record for messages."""
 
-    def pictures(self, split: str) -> Iterator[tuple[str, decode.File, int]]:
+    def iter_images(self, split: str) -> Iterator[tuple[str, decode.File, int]]:
         """Yields (name, encoded image, label or -1) of every record in the stored order."""
         return self._items(split, self._stored(split, 0, self.count(split)))
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, decode.File, int]]:
-        """Yields selected records like `pictures`, in the order of `rows`."""
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, decode.File, int]]:
+        """Yields selected records like `iter_images`, in the order of `rows`."""
         return self._items(split, self._selected(split, rows))
 
     def part(self, split: str, count: int, seed: int) -> str:

@@ -73,11 +73,11 @@ class Rows:
         """Returns the records first..last - 1 in the stored order."""
         return (record for record, _ in self._range(first, last))
 
-    def told_apart(self) -> Iterator[tuple[str, Record]]:
+    def iter_named(self) -> Iterator[tuple[str, Record]]:
         """Yields (text, record) for the whole split, in the stored order."""
         return ((text, record) for record, text in self._range(0, self.count))
 
-    def chosen(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
+    def take(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
         """Returns the records of `rows` in that order; requires `random_access`."""
         return (record for record, _ in self._read_rows(rows))
 

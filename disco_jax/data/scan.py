@@ -111,8 +111,8 @@ def _scan_folder(
     contents = tree.walk(
         root, skipped, used_elsewhere | {os.path.realpath(path) for path in listed.values()}
     )
-    used = contents.pictures or contents.archives
-    if contents.pictures:
+    used = contents.images or contents.archives
+    if contents.images:
         for name in contents.archives:
             skipped.add(tree.suffix_reason(name), name)
     places = dict(explicit) or splits.of_folders(root, contents.folders, tree.above(used))
@@ -123,7 +123,7 @@ def _scan_folder(
     _check_places(root, unlisted, contents)
     mapping = _Places(unlisted, contents.folders)
     by_split = _divide(root, used, mapping, entries_by_split, skipped)
-    in_archives = bool(used) and not contents.pictures
+    in_archives = bool(used) and not contents.images
     if in_archives and not explicit and places == {"train": splits.WHOLE}:
         by_split = _divide_archives(root, used)
     for split, names in by_split.items():

@@ -209,7 +209,7 @@ class TfdsSource(EncodedSource):
         rows = self._rows_of(split)
         if rows.random_access:
             share = base.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
-            return rows.chosen(share[offset:])
+            return rows.take(share[offset:])
         return self._stream(rows, seed, epoch, offset)
 
     def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
@@ -220,7 +220,7 @@ class TfdsSource(EncodedSource):
         if self._in_memory(split):
             return _lazy_rows(lambda: self._load_split(split), rows)
         if stored.random_access:
-            return stored.chosen(rows)
+            return stored.take(rows)
         raise UserError(
             f"The split {split!r} of {self.name} in {self._builder.data_path} is stored in "
             "TFRecord files, which do not support the random access that bags need. Prepare it "
@@ -264,7 +264,7 @@ class TfdsSource(EncodedSource):
         """Returns the records of the subset of a split, located by file name once."""
         if split not in self._subset_records:
             names = self._subset[split]
-            by_name = {text: r for text, r in self._rows_of(split).told_apart() if text in names}
+            by_name = {text: r for text, r in self._rows_of(split).iter_named() if text in names}
             if missing := sorted(names - by_name.keys()):
                 raise UserError(
                     f"{len(missing)} of {len(names)} file names of config.data.subset are not in "

@@ -17,13 +17,13 @@ class Tree(NamedTuple):
 
     Attributes:
       real: real path of the folder.
-      pictures: sorted names of images.
+      images: sorted names of images.
       archives: sorted names of .tar files.
       folders: name -> real path of every folder that is not hidden, including linked folders.
     """
 
     real: str
-    pictures: list[str]
+    images: list[str]
     archives: list[str]
     folders: dict[str, str]
 
@@ -40,7 +40,7 @@ def walk(root: str, skipped: Skipped, ignored: Collection[str] = ()) -> Tree:
       UserError: the folder cannot be read.
     """
     top = os.path.realpath(root)
-    pictures: list[str] = []
+    images: list[str] = []
     archives: list[str] = []
     folders: dict[str, str] = {}
     walked_below: dict[str, set[str]] = {}  # top-level folder -> real paths visited below it
@@ -70,17 +70,17 @@ def walk(root: str, skipped: Skipped, ignored: Collection[str] = ()) -> Tree:
             kind = _kind(child)
             if kind == "folder":
                 subfolders.append(name)
-            elif kind == "picture":
-                pictures.append(name)
+            elif kind == "image":
+                images.append(name)
             elif kind == "archive":
                 archives.append(name)
             elif not ignored or os.path.realpath(child.path) not in ignored:
                 skipped.add(kind, name)
         stack += reversed(subfolders)
-    return Tree(top, sorted(pictures), sorted(archives), folders)
+    return Tree(top, sorted(images), sorted(archives), folders)
 
 
-def pictures(root: str, skipped: Skipped) -> list[str]:
+def list_images(root: str, skipped: Skipped) -> list[str]:
     """Lists the images below a folder by relative path, those directly in it first.
 
     Folders reached more than once through links are listed once.
@@ -88,7 +88,7 @@ def pictures(root: str, skipped: Skipped) -> list[str]:
     contents = walk(root, skipped)
     for name in contents.archives:
         skipped.add(suffix_reason(name), name)
-    return sorted(each_once(contents, contents.pictures, skipped), key=first_folder)
+    return sorted(each_once(contents, contents.images, skipped), key=first_folder)
 
 
 def first_folder(name: str) -> str:
@@ -98,7 +98,7 @@ def first_folder(name: str) -> str:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Returns "folder", "picture", "archive", or the reason to skip an entry of a folder."""
+    """Returns "folder", "image", "archive", or the reason to skip an entry of a folder."""
     if entry.name.startswith("."):
         return "hidden"
     try:
@@ -114,7 +114,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def _kind_of_name(name: str) -> str:
     if name.lower().endswith(suffixes()):
-        return "picture"
+        return "image"
     return "archive" if name.lower().endswith(ARCHIVE) else suffix_reason(name)
 
 

@@ -270,10 +270,10 @@ def build(
     """Builds the recipe of global and local views from config settings.
 
     Args:
-      augment: a mapping or ConfigDict with all fields of a stack in `stacks.py`. The fields in
+      augment: a mapping or ConfigDict with all fields of a preset in `presets.py`. The fields in
         `PER_VIEW` may be tuples with a number for each global view.
       count: number of global views, at least 1.
-      local: fields of `stacks.LOCALS`, the number of local views and the settings in which they
+      local: fields of `presets.LOCALS`, the number of local views and the settings in which they
         differ from global views; None for no local views.
 
     Raises:
@@ -358,7 +358,7 @@ def _check_fields(settings: Mapping[str, Any]) -> None:
             )
     if missing := [f"config.augment.{field}" for field in allowed if field not in settings]:
         raise UserError(
-            f"{', '.join(missing)} must be set; every stack in data/stacks.py has all fields."
+            f"{', '.join(missing)} must be set; every preset in data/presets.py has all fields."
         )
 
 

@@ -11,8 +11,9 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax.data import base, chosen
+from disco_jax.data import base
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, features, linear, scores, streamed, subsets
 from disco_jax.evaluate.classifier import Classifier, ProbeState
@@ -82,7 +83,7 @@ def train_streamed(
       UserError: see `train` and `streamed.train`.
     """
     pairs, split = _pairs(config), trained.config.data.train_split
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
     standard = streamed.standard_of(config, trained, source)
     unit = _unit(config)
@@ -103,7 +104,7 @@ def train_streamed(
         {"standard": standard, "network": trained.variables},
     )
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    few = chosen.ChosenSource(source, split, np.flatnonzero(out), **hosts)
+    few = SubsetSource(source, split, np.flatnonzero(out), **hosts)
     found = features.of_split(
         trained, few, split, config.extract_batch_size, (config.output,), config.blocks
     )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
-from disco_jax.data.stacks import STACKS
+from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import Trained
@@ -221,7 +221,7 @@ def network(trained: Trained, state: ProbeState) -> Trained:
 def views_of(trained: Trained) -> views.Recipe:
     """Random crops and flips, prepared for the network."""
     augment = trained.config.augment
-    settings = {**STACKS["linear"], **{field: augment[field] for field in _OF_RUN}}
+    settings = {**PRESETS["linear"], **{field: augment[field] for field in _OF_RUN}}
     return views.build(settings, 1)
 
 

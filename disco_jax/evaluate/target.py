@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from disco_jax import errors
-from disco_jax.data import chosen, pipeline
+from disco_jax.data import pipeline
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import Trained
 
@@ -88,7 +89,7 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
         )
     if not labelled.percent and not labelled.per_class:
         return source
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
     if labelled.percent:
@@ -96,7 +97,7 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
     else:
         rows = subsets.balanced(labels, labelled.per_class, labelled.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return chosen.ChosenSource(source, split, rows, **hosts)
+    return SubsetSource(source, split, rows, **hosts)
 
 
 def check_labels(source: Source, train_split: str, eval_split: str, thorough: bool) -> None:
@@ -113,7 +114,7 @@ def check_labels(source: Source, train_split: str, eval_split: str, thorough: bo
       UserError: images without a label, or classes that are tested and not trained.
     """
     splits = (train_split, eval_split) if thorough else (eval_split,)
-    found = {split: chosen.labels(source, split) for split in splits}
+    found = {split: read_labels(source, split) for split in splits}
     for split, labels in found.items():
         if (labels < 0).any():
             raise features.unlabelled(source, split)

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             "config.teacher is empty: give a run's or an import's directory, or a checkpoint."
         )
     source = source or pipeline.open_source(config.data, shared=False)
-    source.chosen(config.data.train_split, ())  # or no run could read the bags
+    source.take(config.data.train_split, ())  # or no run could read the bags
     found = _encoded(config, source)
     if config.kind == "knn":
         bags, about = _neighbours(found, config.neighbours)

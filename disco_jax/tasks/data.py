@@ -146,7 +146,7 @@ def _copy(source: Source, npz: str, limit: int) -> None:
     arrays = {}
     for split in source.splits:
         images, labels = [], []
-        for name, image, label in itertools.islice(source.pictures(split), limit or None):
+        for name, image, label in itertools.islice(source.iter_images(split), limit or None):
             try:
                 images.append(image if isinstance(image, np.ndarray) else decode.decode(image))
             except decode.Unreadable as error:
@@ -188,7 +188,7 @@ def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:
     labels: collections.Counter[int] = collections.Counter()
     unreadable, read, last_log = [], 0, time.monotonic()
     brightest: int | None = None
-    records = source.pictures(split)
+    records = source.iter_images(split)
     for name, label, size_and_brightness in _decoded(itertools.islice(records, limit or None)):
         read += 1
         labels[label] += 1

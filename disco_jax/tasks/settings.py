@@ -8,7 +8,7 @@ from typing import Any
 
 from disco_jax import flags
 from disco_jax.configs import common
-from disco_jax.data import stacks
+from disco_jax.data import presets
 from disco_jax.nested import flatten
 
 _HEAD = """# Settings
@@ -47,7 +47,7 @@ _NONE = object()
 def comments() -> dict[str, dict[str, str]]:
     """Function of `configs/common.py` -> field -> the comments at it."""
     lines, tree = _read(pathlib.Path(common.__file__))
-    stacked = _of_stacks()
+    stacked = _of_presets()
     out = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
@@ -96,9 +96,9 @@ def _of_file(path: pathlib.Path) -> dict[str, str]:
     return {key: text for one in functions for key, text in _Comments(lines).of(one).items()}
 
 
-def _of_stacks() -> dict[str, str]:
-    """Of the fields that `data/stacks.py` gives `augment` and `local`."""
-    lines, tree = _read(pathlib.Path(stacks.__file__))
+def _of_presets() -> dict[str, str]:
+    """Of the fields that `data/presets.py` gives `augment` and `local`."""
+    lines, tree = _read(pathlib.Path(presets.__file__))
     reader = _Comments(lines)
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):

@@ -75,11 +75,11 @@ import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import jax, numpy as np
 from ml_collections import ConfigDict
-from disco_jax.data import pipeline, stacks, views
+from disco_jax.data import pipeline, presets, views
 from disco_jax.data.base import Position
 data = ConfigDict(dict(source="npz", dir="digits.npz", subset="", max_unreadable=0))
 source = pipeline.open_source(data)
-recipe = views.build({**stacks.STACKS["moco_v2"], "size": 12})
+recipe = views.build({**presets.PRESETS["moco_v2"], "size": 12})
 batches = source.train("train", dict(enumerate(recipe.crops)), 479, 0, Position.start(), 0)
 with pipeline.Prefetcher(batches, transform=lambda b: pipeline.to_devices(b.views, 1)) as ready:
     for _ in range(4):

@@ -331,6 +331,6 @@ def test_labels_in_a_column_are_taken_and_other_arrays_named(tmp_path):
     images, labels = np.zeros((3, 4, 4), np.uint8), np.array([[2], [0], [1]], np.uint8)
     np.savez(tmp_path / "a.npz", val_images=images, val_labels=labels, x_train=images)
     source = ArraySource.from_npz(tmp_path / "a.npz")
-    assert [label for *_, label in source.pictures("val")] == [2, 0, 1]
+    assert [label for *_, label in source.iter_images("val")] == [2, 0, 1]
     assert source.num_classes == 3
     assert source.skipped.lines() == ["1 named neither SPLIT_images nor SPLIT_labels: x_train"]

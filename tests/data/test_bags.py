@@ -115,7 +115,7 @@ def test_encoded_pictures_are_decoded_and_the_unreadable_skipped():
             Image.fromarray(images()[row]).save(file, "PNG")
             yield f"picture {row}", b"broken" if row == 5 else file.getvalue(), -1
 
-    source.chosen = encoded
+    source.take = encoded
     batches_read = batches(BagSource(source, neighbours(), (2, 3)), 6, max_unreadable=1)
     shown = {
         r for batch in batches_read for view in (0, 2) for r in records(batch.views[view]).tolist()

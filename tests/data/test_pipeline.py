@@ -46,13 +46,13 @@ def test_settings_of_the_data_reach_the_source(tmp_path):
     config = data(source="folder", dir=str(tmp_path), range="0,4095", max_pixels=2)
     config.update(splits="train=one,test=two", labels=str(labels))
     source = pipeline.open_source(config)
-    ((_, file, label),) = source.pictures("train")
+    ((_, file, label),) = source.iter_images("train")
     assert label == 3 and decode.decode(file)[0, :, 0].tolist() == [0, 255]
     (batch,) = source.evaluate("test", 2, 0, "bilinear", 1)
     assert batch["image"].max() == 255
     config.max_pixels = 1
     with pytest.raises(decode.Unreadable, match="max_pixels=1"):
-        decode.decode(next(iter(pipeline.open_source(config).pictures("train")))[1])
+        decode.decode(next(iter(pipeline.open_source(config).iter_images("train")))[1])
     for changes in (dict(range="image"), dict(splits="train=."), dict(labels="a.txt")):
         field = next(iter(changes))
         with pytest.raises(UserError, match=rf"config\.data\.{field}=.*has no effect"):

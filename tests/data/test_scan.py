@@ -29,7 +29,8 @@ def make(root, *names):
 def used(source):
     """Returns split -> {name: label}."""
     return {
-        split: {name: label for name, _, label in source.pictures(split)} for split in source.splits
+        split: {name: label for name, _, label in source.iter_images(split)}
+        for split in source.splits
     }
 
 
@@ -240,7 +241,7 @@ def test_lists_have_paths_and_classes(tmp_path):
     listed = tmp_path / "all.csv"
     listed.write_bytes("\r\n".join(lines).encode("utf-8", "surrogateescape"))
     source = FolderSource(listed)
-    names = [os.path.basename(name) for name, _, _ in source.pictures("train")]
+    names = [os.path.basename(name) for name, _, _ in source.iter_images("train")]
     assert names == [
         "a.png",
         "b, c.png",
@@ -248,7 +249,7 @@ def test_lists_have_paths_and_classes(tmp_path):
         "e.png",
         r"caf\xe9.png",
     ]  # in the order of the list
-    assert [label for *_, label in source.pictures("train")] == [1, 0, 0, -1, 0]
+    assert [label for *_, label in source.iter_images("train")] == [1, 0, 0, -1, 0]
     assert source.class_names == ["cat", "dog"] and source.name == "all"
     assert set(source.skipped.lines()) == {
         "1 without a suffix: file",
@@ -267,7 +268,7 @@ def test_whole_numbers_in_a_list_are_labels(tmp_path):
     listed = tmp_path / "all.tsv"
     listed.write_text("a.png\t10\nb.png\t2\nc.png\t-1\n")
     source = FolderSource(listed)
-    assert [label for *_, label in source.pictures("train")] == [10, 2, -1]
+    assert [label for *_, label in source.iter_images("train")] == [10, 2, -1]
     assert source.num_classes == 11
     for label in (str(2**40), "-5"):
         listed.write_text(f"a.png,{label}\n")
@@ -280,8 +281,8 @@ def test_lists_are_splits_of_a_folder(tmp_path):
     (tmp_path / "train.txt").write_text("cat/1.png,cat\ndog/3.png,dog\n")
     (tmp_path / "test.txt").write_text("dog/4.png,dog\n")
     source = FolderSource(tmp_path, splits="train=train.txt,test=test.txt")
-    assert [label for *_, label in source.pictures("train")] == [0, 1]
-    assert [label for *_, label in source.pictures("test")] == [1]
+    assert [label for *_, label in source.iter_images("train")] == [0, 1]
+    assert [label for *_, label in source.iter_images("test")] == [1]
     assert source.skipped.lines() == ["1 outside the splits: cat/2.png"]
 
 
@@ -299,8 +300,8 @@ def test_a_flat_split_takes_its_labels_from_a_list(tmp_path, lines, labels):
     listed = tmp_path / "val.txt"
     listed.write_text(lines)
     source = FolderSource(tmp_path / "data", labels=str(listed))
-    assert [label for *_, label in source.pictures("validation")] == labels
-    assert [label for *_, label in source.pictures("train")] == [0, 1]
+    assert [label for *_, label in source.iter_images("validation")] == labels
+    assert [label for *_, label in source.iter_images("train")] == [0, 1]
     assert source.num_classes == 2 and source.class_names == ["cat", "dog"]
     assert ("gone" in lines) == bool(source.skipped)
 
@@ -388,7 +389,7 @@ def test_damaged_archives_are_counted(tmp_path):
     (tmp_path / "damaged.tar").write_bytes(damaged)
     (tmp_path / "text.tar").write_text("hello")
     source = FolderSource(tmp_path)
-    names = [name for name, _, _ in source.pictures("train")]
+    names = [name for name, _, _ in source.iter_images("train")]
     assert names == [
         "cut.tar/0.png",
         "damaged.tar/0.png",
@@ -397,7 +398,7 @@ def test_damaged_archives_are_counted(tmp_path):
     skipped_lines = " ".join(source.skipped.lines())
     assert all(f"{name}.tar (" in skipped_lines for name in ("cut", "damaged", "text"))
     (tmp_path / "whole.tar").write_bytes(whole[:600])
-    *_, (_, file, _) = source.pictures("train")
+    *_, (_, file, _) = source.iter_images("train")
     with pytest.raises(decode.Unreadable, match="archive is truncated"):
         decode.decode(file)
 
@@ -430,5 +431,5 @@ def test_relative_places_are_read_too(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("photos/1.png\n")
     monkeypatch.chdir(tmp_path)
     for location in ("photos", "list.txt", "photos/*", pathlib.Path("photos")):
-        (record,) = FolderSource(location).pictures("train")
+        (record,) = FolderSource(location).iter_images("train")
         assert decode.decode(record[1]).shape == (5, 6, 3)

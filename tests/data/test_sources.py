@@ -15,8 +15,8 @@ from PIL import Image
 from disco_jax.data import base, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position
-from disco_jax.data.chosen import ChosenSource
 from disco_jax.data.sources import TfdsSource
+from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
 
@@ -174,7 +174,7 @@ def test_labels_come_with_their_images(kind):
         assert batch.labels.dtype == np.int32 and batch.labels.shape == (7,)
         if source.name != "digits":
             np.testing.assert_array_equal(batch.labels, np.array(numbers(batch.views[0])) % 10)
-    stored = np.array([label for *_, label in source.pictures("train")])
+    stored = np.array([label for *_, label in source.iter_images("train")])
     whole = train(source, source.count("train") // 7)
     read = np.bincount(np.concatenate([batch.labels for batch in whole]), minlength=10)
     for batch in whole:
@@ -283,9 +283,9 @@ def test_a_sample_of_a_large_split_is_drawn_from_a_part(data_dir, monkeypatch, n
     assert all(source.count(part) == 5 for part in parts) and len(set(parts)) > 1
     assert source.part("train", source.count("train"), 0) == "train"
     assert source.part("train[10:25]", 5, 0) == "train[10:25]"
-    some = ChosenSource(source, parts[0], [1, 3])
-    whole = list(source.pictures(parts[0]))
-    assert list(some.pictures(parts[0])) == [whole[1], whole[3]]
+    some = SubsetSource(source, parts[0], [1, 3])
+    whole = list(source.iter_images(parts[0]))
+    assert list(some.iter_images(parts[0])) == [whole[1], whole[3]]
     assert some.part("train", 5, 1) == parts[1]
 
 
@@ -300,7 +300,7 @@ def test_rules_of_pictures_hold_for_prepared_data_sets(data_dir, name):
 def test_parts_of_a_split_are_read(data_dir, name):
     source = TfdsSource(name, data_dir)
     assert source.count("train[10:25]") == 15
-    stored = list(source.pictures("train[10:25]"))
+    stored = list(source.iter_images("train[10:25]"))
     assert [label for _, _, label in stored] == [i % 10 for i in range(10, 25)]
     assert stored[0][0].startswith(f"{name}-train.") and stored[0][0].endswith("__10")
 
@@ -318,22 +318,22 @@ def test_records_are_picked_out_in_any_order_by_any_host(
     if not small:
         monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource(name, data_dir, cache=cache, process_index=hosts - 1, process_count=hosts)
-    whole = list(source.pictures("train"))
+    whole = list(source.iter_images("train"))
     selected = [7, 40, 0, 7, len(whole) - 1, 23]
     for rows in (selected, selected[::-1], selected):
-        assert list(source.chosen("train", rows)) == [whole[row] for row in rows]
+        assert list(source.take("train", rows)) == [whole[row] for row in rows]
 
 
 def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
     monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     for name in ("plain", "at_will"):
         source = TfdsSource(name, data_dir, subset={"train": [f"{i}.jpg" for i in (3, 5, 40)]})
-        whole = list(source.pictures("train"))
-        assert list(source.chosen("train", [2, 0])) == [whole[2], whole[0]]
+        whole = list(source.iter_images("train"))
+        assert list(source.take("train", [2, 0])) == [whole[2], whole[0]]
     source = TfdsSource("at_will", data_dir)
-    assert [label for *_, label in source.chosen("train[10:25]", [4, 0])] == [4, 0]
+    assert [label for *_, label in source.take("train[10:25]", [4, 0])] == [4, 0]
     with pytest.raises(UserError, match="The split of at_will"):
-        source.chosen("trian", ())
+        source.take("trian", ())
 
 
 def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data_dir, monkeypatch):
@@ -348,9 +348,9 @@ def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data
 def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
     """The other member is the next record; only the records of a batch are read."""
     monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
-    read, real = [], records.Rows.chosen
+    read, real = [], records.Rows.take
     monkeypatch.setattr(
-        records.Rows, "chosen", lambda self, rows: read.append(len(rows)) or real(self, rows)
+        records.Rows, "take", lambda self, rows: read.append(len(rows)) or real(self, rows)
     )
     after = Bags(neighbours=((np.arange(COUNT)[:, None] + 1) % COUNT).astype(np.int32))
     whole_picture = {0: crop(scale=(1.0, 1.0)), 1: crop(scale=(1.0, 1.0))}

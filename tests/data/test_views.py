@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disco_jax.data import stacks, views
+from disco_jax.data import presets, views
 from disco_jax.errors import UserError
 from disco_jax.ops import augment
 
 MANY = 8192
 EVERYTHING = {
-    **stacks.STACKS["moco_v2"],
+    **presets.PRESETS["moco_v2"],
     "order": ("flip", "jitter", "grey", "blur", "solarize"),
     "solarize_prob": 0.2,
 }
@@ -62,12 +62,12 @@ def near(share, expected):
     return abs(share - expected) < 5 * (expected * (1 - expected) / MANY) ** 0.5
 
 
-def test_stacks_build():
-    for name, stack in stacks.STACKS.items():
-        recipe = views.build(stack, count=2)
+def test_presets_build():
+    for name, preset in presets.PRESETS.items():
+        recipe = views.build(preset, count=2)
         assert recipe.sizes == (224,) * 2, name
         assert len(recipe.photometric_ops) == 2
-        assert recipe.crops[0].scale == stack["scale"]
+        assert recipe.crops[0].scale == preset["scale"]
 
 
 # Scale, operations in order, jitter strengths and probability, and the probabilities of grey, blur
@@ -112,10 +112,10 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize("name", stacks.STACKS)
-def test_stacks_are_those_of_the_official_code(name):
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_those_of_the_official_code(name):
     scale, order, jitter, grey, blur, solarize = PAPERS[name]
-    recipe = views.build(stacks.STACKS[name])
+    recipe = views.build(presets.PRESETS[name])
     for view, (crop, ops) in enumerate(zip(recipe.crops, recipe.photometric_ops, strict=True)):
         assert crop.scale == scale
         assert crop.interpolation == ("bicubic" if name == "dino" else "bilinear")
@@ -127,22 +127,24 @@ def test_stacks_are_those_of_the_official_code(name):
         assert ops.std == ((0.228, 0.224, 0.225) if name == "swav" else (0.229, 0.224, 0.225))
 
 
-@pytest.mark.parametrize("name", stacks.LOCALS)
+@pytest.mark.parametrize("name", presets.LOCALS)
 def test_local_views_differ_in_what_is_named_alone(name):
-    local = stacks.LOCALS[name]
-    recipe = views.build(stacks.STACKS[name], 2, local)
+    local = presets.LOCALS[name]
+    recipe = views.build(presets.PRESETS[name], 2, local)
     assert recipe.sizes == (224, 224) + (96,) * local["count"]
     assert len(recipe.photometric_ops) == len(recipe.crops)
     crop, ops = recipe.crops[-1], recipe.photometric_ops[-1]
     assert crop.scale == local["scale"] and crop.ratio == recipe.crops[0].ratio
     assert crop.interpolation == recipe.crops[0].interpolation
     assert (ops.blur_prob, ops.solarize_prob) == (0.5, 0.0)
-    assert ops.jitter == recipe.photometric_ops[0].jitter and ops.std == stacks.STACKS[name]["std"]
+    assert (
+        ops.jitter == recipe.photometric_ops[0].jitter and ops.std == presets.PRESETS[name]["std"]
+    )
 
 
 def test_no_local_views_leave_the_recipe_as_it_is():
-    stack = stacks.STACKS["moco_v2"]
-    assert views.build(stack, 2, stacks.NO_LOCALS) == views.build(stack)
+    preset = presets.PRESETS["moco_v2"]
+    assert views.build(preset, 2, presets.NO_LOCALS) == views.build(preset)
 
 
 @pytest.mark.parametrize(
@@ -158,15 +160,15 @@ def test_no_local_views_leave_the_recipe_as_it_is():
     ],
 )
 def test_settings_of_views_name_themselves(changes, local, message):
-    stack = {**stacks.STACKS["moco_v2"], **changes}
+    preset = {**presets.PRESETS["moco_v2"], **changes}
     with pytest.raises(UserError, match=message):
-        views.build(stack, 2, {**stacks.LOCALS["swav"], **local})
+        views.build(preset, 2, {**presets.LOCALS["swav"], **local})
 
 
 def test_a_config_dict_builds_the_same_recipe():
-    config = ml_collections.ConfigDict(stacks.STACKS["moco_v2"])
+    config = ml_collections.ConfigDict(presets.PRESETS["moco_v2"])
     config.jitter = list(config.jitter)
-    assert views.build(config) == views.build(stacks.STACKS["moco_v2"])
+    assert views.build(config) == views.build(presets.PRESETS["moco_v2"])
     hash(views.build(config))
 
 
@@ -281,8 +283,8 @@ def test_jitter_of_no_strength_is_not_compiled():
     assert "cond" not in traced(off)
 
 
-def test_the_weak_stack_compiles_a_flip_alone():
-    weak = views.build(stacks.STACKS["weak"]).photometric_ops[0]
+def test_the_weak_preset_compiles_a_flip_alone():
+    weak = views.build(presets.PRESETS["weak"]).photometric_ops[0]
     assert weak.active == ("flip",)
     primitives = traced(weak)
     assert "dot_general" not in primitives and "cond" not in primitives

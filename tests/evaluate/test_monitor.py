@@ -74,13 +74,13 @@ def test_the_images_that_are_scored_are_of_all_classes_and_follow_the_seed():
     asked.monitor.images = 24
     some, split = monitor.sample(asked, source)
     assert split == "test"
-    images = [image for _, image, _ in some.pictures("test")]
-    assert np.bincount([label for *_, label in some.pictures("test")]).tolist() == [8, 8, 8]
+    images = [image for _, image, _ in some.iter_images("test")]
+    assert np.bincount([label for *_, label in some.iter_images("test")]).tolist() == [8, 8, 8]
     assert some.count("test") == 24
-    again = [image for _, image, _ in monitor.sample(asked, source)[0].pictures("test")]
+    again = [image for _, image, _ in monitor.sample(asked, source)[0].iter_images("test")]
     np.testing.assert_array_equal(images, again)
     asked.seed += 1
-    other = [image for _, image, _ in monitor.sample(asked, source)[0].pictures("test")]
+    other = [image for _, image, _ in monitor.sample(asked, source)[0].iter_images("test")]
     assert (np.array(images) != np.array(other)).any()
     asked.monitor.images = 90
     assert monitor.sample(asked, source)[0] is source  # all of it: nothing is drawn

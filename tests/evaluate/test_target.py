@@ -61,7 +61,7 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     given = data(dir=str(tmp_path / "pictures"), subset=str(listed))
     aimed, source = target.opened(target.aimed(trained, given))
     assert (source.count("train"), source.count("validation")) == (3, 8)
-    assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
+    assert [name.rsplit("/")[-1] for name, _, _ in source.iter_images("train")] == names
     found = features.of_split(aimed, source, "train", 4, ("features",))
     assert found.labels.tolist() == [0, 0, 1]
 

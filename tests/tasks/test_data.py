@@ -74,7 +74,7 @@ def test_images_of_one_size_are_copied_for_a_machine_without_tensorflow(tmp_path
     source = ArraySource.from_npz(copy)
     by_label = [grey[0], grey[2], grey[4], grey[1], grey[3], grey[5]]
     images, labels = zip(
-        *((image, label) for _, image, label in source.pictures("train")), strict=True
+        *((image, label) for _, image, label in source.iter_images("train")), strict=True
     )
     np.testing.assert_array_equal(images, np.squeeze(by_label))
     assert labels == (0, 0, 0, 1, 1, 1)

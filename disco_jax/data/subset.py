@@ -12,12 +12,12 @@ from disco_jax.data.encoded import EncodedSource, Record
 _UNLIMITED = 2**31  # any number of unreadable records is tolerated
 
 
-def labels(source: base.Source, split: str) -> np.ndarray:
+def read_labels(source: base.Source, split: str) -> np.ndarray:
     """Returns i32[N], the labels of a split in the stored order; reads every record once."""
-    return np.array([label for _, _, label in source.pictures(split)], np.int32)
+    return np.array([label for _, _, label in source.iter_images(split)], np.int32)
 
 
-class ChosenSource:
+class SubsetSource:
     """A `base.Source` that restricts one split to selected records; other splits are unchanged."""
 
     def __init__(
@@ -43,7 +43,7 @@ class ChosenSource:
         self.unreadable, self.skipped = source.unreadable, source.skipped
         self.class_names = source.class_names
         selected = set(map(int, rows))
-        records = [r for i, r in enumerate(source.pictures(split)) if i in selected]
+        records = [r for i, r in enumerate(source.iter_images(split)) if i in selected]
         self._few = _few(split, records, source, process_index, process_count)
 
     @property
@@ -59,13 +59,13 @@ class ChosenSource:
         """Returns a fingerprint of the images of a split; see `base.Source`."""
         return self._of(split).fingerprint(split)
 
-    def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
+    def iter_images(self, split: str) -> Iterator[tuple[str, Any, int]]:
         """Yields every record of a split; see `base.Source`."""
-        return self._of(split).pictures(split)
+        return self._of(split).iter_images(split)
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
         """Yields selected records of a split in the order of `rows`; see `base.Source`."""
-        return self._of(split).chosen(split, rows)
+        return self._of(split).take(split, rows)
 
     def part(self, split: str, count: int, seed: int) -> str:
         """Returns the split to sample from; see `base.Source`."""

@@ -40,7 +40,7 @@ _MOCO_V2 = {
     "blur_prob": 0.5,
 }
 
-STACKS = {
+PRESETS = {
     "weak": _PLAIN,
     "weak02": {**_PLAIN, "scale": (0.2, 1.0)},  # SimReg; ReSSL's key view
     "linear": _PLAIN,  # training crops of linear probes
