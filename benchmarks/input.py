@@ -38,12 +38,12 @@ with contextlib.suppress(AttributeError):  # only Linux can pin a process to a c
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from disco_jax.data import decode, folders, sources, stacks, views
+from disco_jax.data import decode, folders, presets, sources, views
 from disco_jax.data.base import Position
 from disco_jax.data.crops import boxes, uniforms
 
 SIZE, BATCH = 224, 32
-RECIPE = views.build(stacks.STACKS["moco_v2"])
+RECIPE = views.build(presets.PRESETS["moco_v2"])
 
 
 def main():
@@ -132,7 +132,7 @@ def torchvision(encoded, blur):
             ),
             T.RandomHorizontalFlip(),
             T.ToTensor(),
-            T.Normalize(stacks.IMAGENET_MEAN, stacks.IMAGENET_STD),
+            T.Normalize(presets.IMAGENET_MEAN, presets.IMAGENET_STD),
         ]
     )
     for picture in itertools.cycle(encoded):
@@ -191,7 +191,9 @@ def augmented(rng, image):
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     values = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
-    mean, std = (np.float32(x)[:, None, None] for x in (stacks.IMAGENET_MEAN, stacks.IMAGENET_STD))
+    mean, std = (
+        np.float32(x)[:, None, None] for x in (presets.IMAGENET_MEAN, presets.IMAGENET_STD)
+    )
     return (values - mean) / std
 
 
@@ -205,7 +207,7 @@ def hue_jittered(image, rng):
 
 def crops(source, split, antialias):
     """Yields the batch sizes of a source that makes two crops per image."""
-    recipe = views.build({**stacks.STACKS["moco_v2"], "antialias": antialias})
+    recipe = views.build({**presets.PRESETS["moco_v2"], "antialias": antialias})
     batches = source.train(split, dict(enumerate(recipe.crops)), BATCH, 0, Position.start(), 100)
     for batch in batches:
         yield len(batch.views[0])

@@ -11,8 +11,9 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax.data import base, chosen
+from disco_jax.data import base
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
 from disco_jax.evaluate.classifier import Classifier, ProbeState
@@ -86,7 +87,7 @@ def train_online(
       UserError: see `train` and `online.train`.
     """
     pairs, split = _pairs(config), trained.config.data.train_split
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
     feature_stats = online.feature_stats_of(config, trained, source)
     unit_config = _with_unit_rate(config)
@@ -107,7 +108,7 @@ def train_online(
         {"feature_stats": feature_stats, "network": trained.variables},
     )
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    held_out_source = chosen.ChosenSource(source, split, np.flatnonzero(held_out), **hosts)
+    held_out_source = SubsetSource(source, split, np.flatnonzero(held_out), **hosts)
     encoded = features.of_split(
         trained, held_out_source, split, config.extract_batch_size, (config.output,), config.blocks
     )

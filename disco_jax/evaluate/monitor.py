@@ -8,8 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import chosen
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, knn, subsets
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.encoder import Encoder
@@ -59,12 +59,12 @@ def sample(config: ConfigDict, source: Source) -> tuple[Source, str]:
     if not max_images or max_images >= source.count(split):
         return source, split
     split = source.part(split, _POOL_FACTOR * max_images, config.seed)
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
     rows = subsets.even(labels, max_images, config.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return chosen.ChosenSource(source, split, rows, **hosts), split
+    return SubsetSource(source, split, rows, **hosts), split
 
 
 def knn_of(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
-from disco_jax.data.stacks import STACKS
+from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
@@ -223,7 +223,7 @@ def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
 def views_of(trained: TrainedModel) -> views.Recipe:
     """Builds the recipe of random crops and flips, with the network's normalization."""
     augment = trained.config.augment
-    settings = {**STACKS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
+    settings = {**PRESETS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
     return views.build(settings, 1)
 
 

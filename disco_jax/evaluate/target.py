@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from disco_jax import errors
-from disco_jax.data import chosen, pipeline
+from disco_jax.data import pipeline
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import TrainedModel
 
@@ -89,7 +90,7 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
         )
     if not labelled.percent and not labelled.per_class:
         return source
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
     if labelled.percent:
@@ -97,7 +98,7 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
     else:
         rows = subsets.balanced(labels, labelled.per_class, labelled.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return chosen.ChosenSource(source, split, rows, **hosts)
+    return SubsetSource(source, split, rows, **hosts)
 
 
 def check_labels(source: Source, train_split: str, eval_split: str, thorough: bool) -> None:
@@ -114,7 +115,7 @@ def check_labels(source: Source, train_split: str, eval_split: str, thorough: bo
       UserError: if images have no label, or a tested class is never trained.
     """
     splits = (train_split, eval_split) if thorough else (eval_split,)
-    by_split = {split: chosen.labels(source, split) for split in splits}
+    by_split = {split: read_labels(source, split) for split in splits}
     for split, labels in by_split.items():
         if (labels < 0).any():
             raise features.unlabelled(source, split)

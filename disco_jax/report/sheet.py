@@ -57,7 +57,7 @@ def sheet(config: ConfigDict, source: Source) -> np.ndarray:
 
 def _images(source: Source, split: str):
     """Yields decoded images of a split; skips unreadable ones."""
-    for _, picture, _ in source.pictures(split):
+    for _, picture, _ in source.iter_images(split):
         try:
             image = picture if isinstance(picture, np.ndarray) else decode.decode(picture)
         except decode.Unreadable:

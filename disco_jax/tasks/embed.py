@@ -69,7 +69,7 @@ def run(
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
     skipped = skips.Skipped()
-    files = [folder / name for name in tree.pictures(str(folder), skipped)]
+    files = [folder / name for name in tree.list_images(str(folder), skipped)]
     for line in skipped.lines():
         _LOG.info("%s: skipped: %s", images, line)
     if not files:

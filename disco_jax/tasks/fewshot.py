@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import chosen
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
 from disco_jax.report import build
 
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
     data = trained.config.data
-    labels = chosen.labels(source, data.train_split)
+    labels = read_labels(source, data.train_split)
     if (labels < 0).any():
         raise features.unlabelled(source, data.train_split)
     drawn = {
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     }
     rows = np.unique(np.concatenate([row for seeds in drawn.values() for row in seeds]))
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    few = chosen.ChosenSource(source, data.train_split, rows, **hosts)
+    few = SubsetSource(source, data.train_split, rows, **hosts)
     train = _extract(config, trained, few, data.train_split)
     test = _extract(config, trained, source, data.eval_split)
     if len(train.labels) != len(rows):

@@ -8,7 +8,7 @@ from typing import Any
 
 from disco_jax import flags
 from disco_jax.configs import common
-from disco_jax.data import stacks
+from disco_jax.data import presets
 from disco_jax.nested import flatten
 
 _HEAD = """# Settings
@@ -51,7 +51,7 @@ _NONE = object()
 def comments() -> dict[str, dict[str, str]]:
     """Returns the comments in `configs/common.py`: function -> field -> comment."""
     lines, tree = _read(pathlib.Path(common.__file__))
-    presets = _preset_comments()
+    preset_notes = _preset_comments()
     out = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
@@ -101,8 +101,8 @@ def _file_comments(path: pathlib.Path) -> dict[str, str]:
 
 
 def _preset_comments() -> dict[str, str]:
-    """Returns the comments on the augmentation presets of `data/stacks.py`."""
-    lines, tree = _read(pathlib.Path(stacks.__file__))
+    """Returns the comments on the augmentation presets of `data/presets.py`."""
+    lines, tree = _read(pathlib.Path(presets.__file__))
     reader = _Comments(lines)
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):

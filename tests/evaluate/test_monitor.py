@@ -74,19 +74,19 @@ def test_the_images_that_are_scored_are_of_all_classes_and_follow_the_seed():
     monitored.monitor.images = 24
     sampled, split = monitor.sample(monitored, source)
     assert split == "test"
-    images = [image for _, image, _ in sampled.pictures("test")]
-    assert np.bincount([label for *_, label in sampled.pictures("test")]).tolist() == [8, 8, 8]
+    images = [image for _, image, _ in sampled.iter_images("test")]
+    assert np.bincount([label for *_, label in sampled.iter_images("test")]).tolist() == [8, 8, 8]
     assert sampled.count("test") == 24
-    again = [image for _, image, _ in monitor.sample(monitored, source)[0].pictures("test")]
+    again = [image for _, image, _ in monitor.sample(monitored, source)[0].iter_images("test")]
     np.testing.assert_array_equal(images, again)
     monitored.seed += 1
-    other = [image for _, image, _ in monitor.sample(monitored, source)[0].pictures("test")]
+    other = [image for _, image, _ in monitor.sample(monitored, source)[0].iter_images("test")]
     assert (np.array(images) != np.array(other)).any()
     monitored.monitor.images = 90
     assert monitor.sample(monitored, source)[0] is source  # the whole split needs no sampling
 
 
-def test_noise_is_not_told_apart():
+def test_noise_is_not_iter_named():
     """The first 24 stored images belong to one class, for which kNN is always correct."""
     source, monitored = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     monitored.monitor.images = 24

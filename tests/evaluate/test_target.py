@@ -63,7 +63,7 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     data_fields = data(dir=str(tmp_path / "pictures"), subset=str(listed))
     retargeted, source = target.opened(target.with_eval_data(trained, data_fields))
     assert (source.count("train"), source.count("validation")) == (3, 8)
-    assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
+    assert [name.rsplit("/")[-1] for name, _, _ in source.iter_images("train")] == names
     encoded = features.of_split(retargeted, source, "train", 4, ("features",))
     assert encoded.labels.tolist() == [0, 0, 1]
 

@@ -10,8 +10,8 @@ import pytest
 import helpers
 from disco_jax import flags
 from disco_jax.convert import pickles
-from disco_jax.data import chosen
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features, online, saved, target
 from disco_jax.tasks import importing, knn, linear
@@ -129,9 +129,9 @@ def splits():
 def test_the_same_few_of_every_class_are_read(run):
     source = ArraySource(splits())
     rows = [3, 17, 40]
-    some = chosen.ChosenSource(source, "train", rows)
+    some = SubsetSource(source, "train", rows)
     assert some.count("train") == 3 and some.count("test") == 60
-    labels = [label for *_, label in some.pictures("train")]
+    labels = [label for *_, label in some.iter_images("train")]
     assert labels == few()["train_labels"][rows].tolist()
     result = linear.run(
         quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run

@@ -40,7 +40,7 @@ class Images:
     def count(self, split):
         return self._count
 
-    def chosen(self, split, rows):
+    def take(self, split, rows):
         return iter(())
 
 
