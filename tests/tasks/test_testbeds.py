@@ -129,7 +129,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
 @pytest.mark.parametrize(
     "recipe, changes, message",
     [
-        ("swav", {"student.prototypes": ()}, r"config\.student\.prototypes=\(\): set for instance"),
+        ("swav", {"student.prototypes": ()}, r"config\.student\.prototypes=\(\)\. Set for example"),
         ("dino", {"student.prototypes": (4, 4)}, r"reads the scores of one set of prototypes"),
         ("dino", {"momentum.follow": "afer"}, "Did you mean 'after'"),
         (
