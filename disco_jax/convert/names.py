@@ -1,8 +1,7 @@
-"""How the PyTorch world names the weights of our backbones: one function a layout.
+"""Maps the weights' names in PyTorch code bases to this package's: one function per layout.
 
-Each walks a backbone of ours and yields, module by module, their name and ours, so that a table
-reads a checkpoint and writes one. `LAYOUTS`, at the end, lists them with the key that gives each
-away, to recognise by.
+Each function walks a backbone and yields its modules under both names, so that one table serves
+reading and writing. `LAYOUTS` lists the functions with the keys that identify each layout.
 """
 
 import re
@@ -14,32 +13,32 @@ import numpy as np
 from disco_jax.models import efficientnet
 
 
-class Name(NamedTuple):
-    """One module in both worlds.
+class ModuleMap(NamedTuple):
+    """One module under its PyTorch and its Flax name.
 
     Attributes:
-      theirs: dotted, relative to the backbone.
-      ours: path in the variables, with slashes.
-      kind: a key of `LEAVES`.
+      torch: its name with dots, relative to the backbone.
+      flax: its path in the variables, with slashes.
+      kind: a key of `PARAM_MAPS`.
     """
 
-    theirs: str
-    ours: str
+    torch: str
+    flax: str
     kind: str
 
 
-class Leaf(NamedTuple):
-    """One array of a module in both worlds.
+class ParamMap(NamedTuple):
+    """One array of a module under its PyTorch and its Flax name.
 
     Attributes:
-      theirs: its name behind the module's; "" where the module is the array.
-      ours: (collection, name).
-      load: their array -> ours.
-      save: back.
+      torch: its name relative to the module's; "" if the module is the array.
+      flax: (collection, name).
+      load: converts an array from PyTorch's layout to Flax's.
+      save: the inverse of `load`.
     """
 
-    theirs: str
-    ours: tuple[str, str]
+    torch: str
+    flax: tuple[str, str]
     load: Callable[[np.ndarray], np.ndarray]
     save: Callable[[np.ndarray], np.ndarray]
 
@@ -52,12 +51,12 @@ def _transposed(x: np.ndarray) -> np.ndarray:
     return x.T
 
 
-_BIAS = Leaf("bias", ("params", "bias"), _same, _same)
-_SCALE = Leaf("weight", ("params", "scale"), _same, _same)
-LEAVES = {
+_BIAS = ParamMap("bias", ("params", "bias"), _same, _same)
+_SCALE = ParamMap("weight", ("params", "scale"), _same, _same)
+PARAM_MAPS = {
     "conv": (
-        # OIHW <-> HWIO; of a depthwise one I is 1.
-        Leaf(
+        # OIHW <-> HWIO; in a depthwise convolution I is 1.
+        ParamMap(
             "weight",
             ("params", "kernel"),
             lambda x: x.transpose(2, 3, 1, 0),
@@ -65,10 +64,10 @@ LEAVES = {
         ),
         _BIAS,
     ),
-    "linear": (Leaf("weight", ("params", "kernel"), _transposed, _transposed), _BIAS),
-    # A linear layer of ours that is a 1x1 convolution there.
+    "linear": (ParamMap("weight", ("params", "kernel"), _transposed, _transposed), _BIAS),
+    # A 1x1 convolution in PyTorch, a linear layer in Flax.
     "linear1x1": (
-        Leaf(
+        ParamMap(
             "weight",
             ("params", "kernel"),
             lambda x: x.reshape(x.shape[:2]).T,
@@ -79,217 +78,223 @@ LEAVES = {
     "batch_norm": (
         _SCALE,
         _BIAS,
-        Leaf("running_mean", ("batch_stats", "mean"), _same, _same),
-        Leaf("running_var", ("batch_stats", "var"), _same, _same),
+        ParamMap("running_mean", ("batch_stats", "mean"), _same, _same),
+        ParamMap("running_var", ("batch_stats", "var"), _same, _same),
     ),
     "layer_norm": (_SCALE, _BIAS),
-    "array": (Leaf("", ("params", ""), _same, _same),),
+    "array": (ParamMap("", ("params", ""), _same, _same),),
 }
 
 
-def torchvision_resnet(net: Any) -> Iterator[Name]:
-    """torchvision's and timm's ResNets, and all that are made of them."""
-    yield Name("conv1", "conv1", "conv")
-    yield Name("bn1", "bn1", "batch_norm")
-    for stage, i, ours, convs, shortcut in _residual_blocks(net):
+def torchvision_resnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of torchvision's and timm's ResNets and of their derivatives."""
+    yield ModuleMap("conv1", "conv1", "conv")
+    yield ModuleMap("bn1", "bn1", "batch_norm")
+    for stage, i, flax, convs, shortcut in _residual_blocks(net):
         block = f"layer{stage + 1}.{i}"
         for n in range(1, convs + 1):
-            yield Name(f"{block}.conv{n}", f"{ours}/conv{n}", "conv")
-            yield Name(f"{block}.bn{n}", f"{ours}/bn{n}", "batch_norm")
+            yield ModuleMap(f"{block}.conv{n}", f"{flax}/conv{n}", "conv")
+            yield ModuleMap(f"{block}.bn{n}", f"{flax}/bn{n}", "batch_norm")
         if shortcut:
-            yield Name(f"{block}.downsample.0", f"{ours}/downsample_conv", "conv")
-            yield Name(f"{block}.downsample.1", f"{ours}/downsample_bn", "batch_norm")
+            yield ModuleMap(f"{block}.downsample.0", f"{flax}/downsample_conv", "conv")
+            yield ModuleMap(f"{block}.downsample.1", f"{flax}/downsample_bn", "batch_norm")
 
 
-def lightly_resnet(net: Any) -> Iterator[Name]:
-    """Lightly's: torchvision's children in a row, counted with the activation and the pool."""
-    place = {"conv1": "0", "bn1": "1", **{f"layer{n}": str(n + 3) for n in range(1, 5)}}
-    for name in torchvision_resnet(net):
-        first, dot, rest = name.theirs.partition(".")
-        yield name._replace(theirs=f"{place[first]}{dot}{rest}")
+def lightly_resnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of Lightly's ResNets.
+
+    They are torchvision's children as one sequence, which counts the activation and the pool.
+    """
+    index = {"conv1": "0", "bn1": "1", **{f"layer{n}": str(n + 3) for n in range(1, 5)}}
+    for module in torchvision_resnet(net):
+        first, dot, rest = module.torch.partition(".")
+        yield module._replace(torch=f"{index[first]}{dot}{rest}")
 
 
-def sequential_resnet(net: Any) -> Iterator[Name]:
-    """SSLight's: the same under another name."""
-    for name in lightly_resnet(net):
-        yield name._replace(theirs=f"encoder.{name.theirs}")
+def sequential_resnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of SSLight's ResNets: Lightly's under `encoder`."""
+    for module in lightly_resnet(net):
+        yield module._replace(torch=f"encoder.{module.torch}")
 
 
-def tensorflow_resnet(net: Any) -> Iterator[Name]:
-    """SimCLR's, ported: convolutions counted through, the shortcut of a stage first."""
+def tensorflow_resnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of SimCLR's ResNets, ported from TensorFlow.
+
+    Convolutions are numbered consecutively, and the shortcut of a stage precedes its first block.
+    """
     count = 0
 
-    def pair(conv: str, norm: str) -> Iterator[Name]:
+    def pair(conv: str, norm: str) -> Iterator[ModuleMap]:
         nonlocal count
         suffix = f"_{count}" if count else ""
-        yield Name(f"conv2d{suffix}", conv, "conv")
-        yield Name(f"batch_normalization{suffix}", norm, "batch_norm")
+        yield ModuleMap(f"conv2d{suffix}", conv, "conv")
+        yield ModuleMap(f"batch_normalization{suffix}", norm, "batch_norm")
         count += 1
 
     yield from pair("conv1", "bn1")
-    for _, _, ours, convs, shortcut in _residual_blocks(net):
+    for _, _, flax, convs, shortcut in _residual_blocks(net):
         if shortcut:
-            yield from pair(f"{ours}/downsample_conv", f"{ours}/downsample_bn")
+            yield from pair(f"{flax}/downsample_conv", f"{flax}/downsample_bn")
         for n in range(1, convs + 1):
-            yield from pair(f"{ours}/conv{n}", f"{ours}/bn{n}")
+            yield from pair(f"{flax}/conv{n}", f"{flax}/bn{n}")
 
 
-def detectron2_resnet(net: Any) -> Iterator[Name]:
-    """Detectron2's: norms belong to their convolutions."""
-    yield Name("stem.conv1", "conv1", "conv")
-    yield Name("stem.conv1.norm", "bn1", "batch_norm")
-    for stage, i, ours, convs, shortcut in _residual_blocks(net):
+def detectron2_resnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of Detectron2's ResNets, where norms belong to their convolutions."""
+    yield ModuleMap("stem.conv1", "conv1", "conv")
+    yield ModuleMap("stem.conv1.norm", "bn1", "batch_norm")
+    for stage, i, flax, convs, shortcut in _residual_blocks(net):
         block = f"res{stage + 2}.{i}"
         for n in range(1, convs + 1):
-            yield Name(f"{block}.conv{n}", f"{ours}/conv{n}", "conv")
-            yield Name(f"{block}.conv{n}.norm", f"{ours}/bn{n}", "batch_norm")
+            yield ModuleMap(f"{block}.conv{n}", f"{flax}/conv{n}", "conv")
+            yield ModuleMap(f"{block}.conv{n}.norm", f"{flax}/bn{n}", "batch_norm")
         if shortcut:
-            yield Name(f"{block}.shortcut", f"{ours}/downsample_conv", "conv")
-            yield Name(f"{block}.shortcut.norm", f"{ours}/downsample_bn", "batch_norm")
+            yield ModuleMap(f"{block}.shortcut", f"{flax}/downsample_conv", "conv")
+            yield ModuleMap(f"{block}.shortcut.norm", f"{flax}/downsample_bn", "batch_norm")
 
 
-def timm_inverted(net: Any) -> Iterator[Name]:
-    """timm's EfficientNets and MobileNets, DisCo's among them."""
-    yield Name("conv_stem", "stem_conv", "conv")
-    yield Name("bn1", "stem_bn", "batch_norm")
-    for s, i, ours, expands, squeeze in _inverted_blocks(net):
+def timm_inverted(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of timm's EfficientNets and MobileNets, which DisCo uses."""
+    yield ModuleMap("conv_stem", "stem_conv", "conv")
+    yield ModuleMap("bn1", "stem_bn", "batch_norm")
+    for s, i, flax, expands, squeeze in _inverted_blocks(net):
         block = f"blocks.{s}.{i}"
         project = "conv_pwl" if expands else "conv_pw"
         parts = [("conv_dw", "depthwise"), (project, "project")]
         if expands:
             parts.insert(0, ("conv_pw", "expand"))
         for n, (conv, part) in enumerate(parts, 1):
-            yield Name(f"{block}.{conv}", f"{ours}/{part}_conv", "conv")
-            yield Name(f"{block}.bn{n}", f"{ours}/{part}_bn", "batch_norm")
+            yield ModuleMap(f"{block}.{conv}", f"{flax}/{part}_conv", "conv")
+            yield ModuleMap(f"{block}.bn{n}", f"{flax}/{part}_bn", "batch_norm")
         if squeeze:
-            yield Name(f"{block}.se.conv_reduce", f"{ours}/squeeze/reduce", "linear1x1")
-            yield Name(f"{block}.se.conv_expand", f"{ours}/squeeze/expand", "linear1x1")
+            yield ModuleMap(f"{block}.se.conv_reduce", f"{flax}/squeeze/reduce", "linear1x1")
+            yield ModuleMap(f"{block}.se.conv_expand", f"{flax}/squeeze/expand", "linear1x1")
     if getattr(net, "tail_linear", False):
         last = f"blocks.{len(net.blocks())}.0"
-        yield Name(f"{last}.conv", "tail_conv", "conv")
-        yield Name(f"{last}.bn1", "tail_bn", "batch_norm")
-        yield Name("conv_head", "tail_linear", "linear1x1")
+        yield ModuleMap(f"{last}.conv", "tail_conv", "conv")
+        yield ModuleMap(f"{last}.bn1", "tail_bn", "batch_norm")
+        yield ModuleMap("conv_head", "tail_linear", "linear1x1")
     else:
-        yield Name("conv_head", f"{_tail(net)}_conv", "conv")
-        yield Name("bn2", f"{_tail(net)}_bn", "batch_norm")
+        yield ModuleMap("conv_head", f"{_tail(net)}_conv", "conv")
+        yield ModuleMap("bn2", f"{_tail(net)}_bn", "batch_norm")
 
 
-def lukemelas_efficientnet(net: Any) -> Iterator[Name]:
-    """The port of TensorFlow's that SEED and BINGO take."""
-    yield Name("_conv_stem", "stem_conv", "conv")
-    yield Name("_bn0", "stem_bn", "batch_norm")
-    for n, (_, _, ours, expands, _) in enumerate(_inverted_blocks(net)):
+def lukemelas_efficientnet(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of the TensorFlow port that SEED and BINGO use."""
+    yield ModuleMap("_conv_stem", "stem_conv", "conv")
+    yield ModuleMap("_bn0", "stem_bn", "batch_norm")
+    for n, (_, _, flax, expands, _) in enumerate(_inverted_blocks(net)):
         block = f"_blocks.{n}"
         if expands:
-            yield Name(f"{block}._expand_conv", f"{ours}/expand_conv", "conv")
-            yield Name(f"{block}._bn0", f"{ours}/expand_bn", "batch_norm")
-        yield Name(f"{block}._depthwise_conv", f"{ours}/depthwise_conv", "conv")
-        yield Name(f"{block}._bn1", f"{ours}/depthwise_bn", "batch_norm")
-        yield Name(f"{block}._se_reduce", f"{ours}/squeeze/reduce", "linear1x1")
-        yield Name(f"{block}._se_expand", f"{ours}/squeeze/expand", "linear1x1")
-        yield Name(f"{block}._project_conv", f"{ours}/project_conv", "conv")
-        yield Name(f"{block}._bn2", f"{ours}/project_bn", "batch_norm")
-    yield Name("_conv_head", "head_conv", "conv")
-    yield Name("_bn1", "head_bn", "batch_norm")
+            yield ModuleMap(f"{block}._expand_conv", f"{flax}/expand_conv", "conv")
+            yield ModuleMap(f"{block}._bn0", f"{flax}/expand_bn", "batch_norm")
+        yield ModuleMap(f"{block}._depthwise_conv", f"{flax}/depthwise_conv", "conv")
+        yield ModuleMap(f"{block}._bn1", f"{flax}/depthwise_bn", "batch_norm")
+        yield ModuleMap(f"{block}._se_reduce", f"{flax}/squeeze/reduce", "linear1x1")
+        yield ModuleMap(f"{block}._se_expand", f"{flax}/squeeze/expand", "linear1x1")
+        yield ModuleMap(f"{block}._project_conv", f"{flax}/project_conv", "conv")
+        yield ModuleMap(f"{block}._bn2", f"{flax}/project_bn", "batch_norm")
+    yield ModuleMap("_conv_head", "head_conv", "conv")
+    yield ModuleMap("_bn1", "head_bn", "batch_norm")
 
 
-def torchvision_inverted(net: Any) -> Iterator[Name]:
-    """torchvision's EfficientNets and MobileNetV3: features.N(.i).block.k."""
+def torchvision_inverted(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of torchvision's EfficientNets and MobileNetV3: features.N(.i).block.k."""
     yield from _conv_bn("features.0", "stem")
-    nested = hasattr(net, "repeats")  # EfficientNet groups blocks by stage
-    flat = list(_inverted_blocks(net))
-    for n, (s, i, ours, expands, squeeze) in enumerate(flat):
+    nested = hasattr(net, "repeats")  # torchvision's EfficientNet groups blocks by stage
+    blocks = list(_inverted_blocks(net))
+    for n, (s, i, flax, expands, squeeze) in enumerate(blocks):
         block = f"features.{s + 1}.{i}.block" if nested else f"features.{n + 1}.block"
-        k = 0
+        layer = 0
         if expands:
-            yield from _conv_bn(f"{block}.0", f"{ours}/expand")
-            k = 1
-        yield from _conv_bn(f"{block}.{k}", f"{ours}/depthwise")
+            yield from _conv_bn(f"{block}.0", f"{flax}/expand")
+            layer = 1
+        yield from _conv_bn(f"{block}.{layer}", f"{flax}/depthwise")
         if squeeze:
-            k += 1
-            yield Name(f"{block}.{k}.fc1", f"{ours}/squeeze/reduce", "linear1x1")
-            yield Name(f"{block}.{k}.fc2", f"{ours}/squeeze/expand", "linear1x1")
-        yield from _conv_bn(f"{block}.{k + 1}", f"{ours}/project")
-    last = len(net.blocks()) if nested else len(flat)
+            layer += 1
+            yield ModuleMap(f"{block}.{layer}.fc1", f"{flax}/squeeze/reduce", "linear1x1")
+            yield ModuleMap(f"{block}.{layer}.fc2", f"{flax}/squeeze/expand", "linear1x1")
+        yield from _conv_bn(f"{block}.{layer + 1}", f"{flax}/project")
+    last = len(net.blocks()) if nested else len(blocks)
     yield from _conv_bn(f"features.{last + 1}", _tail(net))
     if getattr(net, "tail_linear", False):
-        yield Name("classifier.0", "tail_linear", "linear")
+        yield ModuleMap("classifier.0", "tail_linear", "linear")
 
 
-def torchvision_mobilenetv2(net: Any, first: str = "features") -> Iterator[Name]:
-    """torchvision's MobileNetV2, which CompRess and SimReg take too."""
-    yield from _conv_bn(f"{first}.0", "stem")
+def torchvision_mobilenetv2(net: Any, root: str = "features") -> Iterator[ModuleMap]:
+    """Yields the modules of torchvision's MobileNetV2, which CompRess and SimReg use too."""
+    yield from _conv_bn(f"{root}.0", "stem")
     flat = list(_inverted_blocks(net))
-    for n, (_, _, ours, expands, _) in enumerate(flat, 1):
-        block, k = f"{first}.{n}.conv", 0
+    for n, (_, _, flax, expands, _) in enumerate(flat, 1):
+        block, k = f"{root}.{n}.conv", 0
         if expands:
-            yield from _conv_bn(f"{block}.0", f"{ours}/expand")
+            yield from _conv_bn(f"{block}.0", f"{flax}/expand")
             k = 1
-        yield from _conv_bn(f"{block}.{k}", f"{ours}/depthwise")
-        yield Name(f"{block}.{k + 1}", f"{ours}/project_conv", "conv")
-        yield Name(f"{block}.{k + 2}", f"{ours}/project_bn", "batch_norm")
-    yield from _conv_bn(f"{first}.{len(flat) + 1}", "tail")
+        yield from _conv_bn(f"{block}.{k}", f"{flax}/depthwise")
+        yield ModuleMap(f"{block}.{k + 1}", f"{flax}/project_conv", "conv")
+        yield ModuleMap(f"{block}.{k + 2}", f"{flax}/project_bn", "batch_norm")
+    yield from _conv_bn(f"{root}.{len(flat) + 1}", "tail")
 
 
-def sslight_mobilenetv2(net: Any) -> Iterator[Name]:
-    """SSLight's: torchvision's under another name."""
+def sslight_mobilenetv2(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of SSLight's MobileNetV2: torchvision's under `encoder`."""
     return torchvision_mobilenetv2(net, "encoder")
 
 
-def seed_mobilenetv3(net: Any) -> Iterator[Name]:
-    """SEED's own MobileNetV3."""
+def seed_mobilenetv3(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of SEED's MobileNetV3."""
     yield from _conv_bn("features.0", "stem")
-    for n, (_, _, ours, expands, squeeze) in enumerate(_inverted_blocks(net), 1):
+    for n, (_, _, flax, expands, squeeze) in enumerate(_inverted_blocks(net), 1):
         block = f"features.{n}.conv"
         parts = {"expand": 0, "depthwise": 3, "project": 7} if expands else None
         for part, k in (parts or {"depthwise": 0, "project": 4}).items():
-            yield Name(f"{block}.{k}", f"{ours}/{part}_conv", "conv")
-            yield Name(f"{block}.{k + 1}", f"{ours}/{part}_bn", "batch_norm")
+            yield ModuleMap(f"{block}.{k}", f"{flax}/{part}_conv", "conv")
+            yield ModuleMap(f"{block}.{k + 1}", f"{flax}/{part}_bn", "batch_norm")
         if squeeze:
             k = 5 if expands else 3
-            yield Name(f"{block}.{k}.fc.0", f"{ours}/squeeze/reduce", "linear")
-            yield Name(f"{block}.{k}.fc.2", f"{ours}/squeeze/expand", "linear")
+            yield ModuleMap(f"{block}.{k}.fc.0", f"{flax}/squeeze/reduce", "linear")
+            yield ModuleMap(f"{block}.{k}.fc.2", f"{flax}/squeeze/expand", "linear")
     yield from _conv_bn("conv", "tail")
-    yield Name("classifier.0", "tail_linear", "linear")
+    yield ModuleMap("classifier.0", "tail_linear", "linear")
 
 
-def dino_vit(net: Any) -> Iterator[Name]:
-    """DINO's and timm's vision transformers."""
-    yield Name("cls_token", "cls_token", "array")
-    yield Name("pos_embed", "pos_embed", "array")
-    yield Name("patch_embed.proj", "patch_conv", "conv")
+def dino_vit(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of DINO's and timm's vision transformers."""
+    yield ModuleMap("cls_token", "cls_token", "array")
+    yield ModuleMap("pos_embed", "pos_embed", "array")
+    yield ModuleMap("patch_embed.proj", "patch_conv", "conv")
     for i in range(net.depth):
         yield from _attention(f"blocks.{i}", f"block{i}")
-    yield Name("norm", "norm", "layer_norm")
+    yield ModuleMap("norm", "norm", "layer_norm")
 
 
-def xcit(net: Any) -> Iterator[Name]:
-    """XCiT's own names; timm's are translated to them by `renamed`."""
-    yield Name("cls_token", "cls_token", "array")
+def xcit(net: Any) -> Iterator[ModuleMap]:
+    """Yields the modules of XCiT under its authors' names; `timm_xcit` translates timm's."""
+    yield ModuleMap("cls_token", "cls_token", "array")
     for i in range(int(np.log2(net.patch))):
-        yield Name(f"patch_embed.proj.{2 * i}.0", f"patch_conv{i}", "conv")
-        yield Name(f"patch_embed.proj.{2 * i}.1", f"patch_bn{i}", "batch_norm")
-    yield Name("pos_embeder.token_projection", "position", "linear1x1")
+        yield ModuleMap(f"patch_embed.proj.{2 * i}.0", f"patch_conv{i}", "conv")
+        yield ModuleMap(f"patch_embed.proj.{2 * i}.1", f"patch_bn{i}", "batch_norm")
+    yield ModuleMap("pos_embeder.token_projection", "position", "linear1x1")
     for i in range(net.depth):
-        theirs, ours = f"blocks.{i}", f"block{i}"
-        yield from _attention(theirs, ours)
-        yield Name(f"{theirs}.attn.temperature", f"{ours}/temperature", "array")
-        yield Name(f"{theirs}.norm3", f"{ours}/norm3", "layer_norm")
-        yield Name(f"{theirs}.local_mp.conv1", f"{ours}/local_conv1", "conv")
-        yield Name(f"{theirs}.local_mp.bn", f"{ours}/local_bn", "batch_norm")
-        yield Name(f"{theirs}.local_mp.conv2", f"{ours}/local_conv2", "conv")
+        torch, flax = f"blocks.{i}", f"block{i}"
+        yield from _attention(torch, flax)
+        yield ModuleMap(f"{torch}.attn.temperature", f"{flax}/temperature", "array")
+        yield ModuleMap(f"{torch}.norm3", f"{flax}/norm3", "layer_norm")
+        yield ModuleMap(f"{torch}.local_mp.conv1", f"{flax}/local_conv1", "conv")
+        yield ModuleMap(f"{torch}.local_mp.bn", f"{flax}/local_bn", "batch_norm")
+        yield ModuleMap(f"{torch}.local_mp.conv2", f"{flax}/local_conv2", "conv")
         for n in (1, 2, 3):
-            yield Name(f"{theirs}.gamma{n}", f"{ours}/gamma{n}", "array")
+            yield ModuleMap(f"{torch}.gamma{n}", f"{flax}/gamma{n}", "array")
     for i in range(net.class_blocks):
-        theirs, ours = f"cls_attn_blocks.{i}", f"cls_block{i}"
-        yield from _attention(theirs, ours)
+        torch, flax = f"cls_attn_blocks.{i}", f"cls_block{i}"
+        yield from _attention(torch, flax)
         for n in (1, 2):
-            yield Name(f"{theirs}.gamma{n}", f"{ours}/gamma{n}", "array")
-    yield Name("norm", "norm", "layer_norm")
+            yield ModuleMap(f"{torch}.gamma{n}", f"{flax}/gamma{n}", "array")
+    yield ModuleMap("norm", "norm", "layer_norm")
 
 
 def timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict in timm's XCiT names in the original ones: class attention's parts joined."""
+    """Translates timm's XCiT names to the authors' and joins q, k and v of class attention."""
     parts = re.compile(r"(.*cls_attn_blocks\.\d+\.attn)\.([qkv])\.(weight|bias)")
     renamed: dict[str, np.ndarray] = {}
     split: dict[str, dict[str, np.ndarray]] = {}
@@ -299,15 +304,15 @@ def timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             key = key.replace("pos_embed.token_projection", "pos_embeder.token_projection")
             renamed[key] = value
-    for key, found in split.items():
-        fit = len({part.shape[1:] for part in found.values() if part.ndim}) == 1
-        if set(found) == set("qkv") and fit and all(part.ndim for part in found.values()):
-            renamed[key] = np.concatenate([found[part] for part in "qkv"])
+    for key, thirds in split.items():
+        fit = len({third.shape[1:] for third in thirds.values() if third.ndim}) == 1
+        if set(thirds) == set("qkv") and fit and all(third.ndim for third in thirds.values()):
+            renamed[key] = np.concatenate([thirds[part] for part in "qkv"])
     return renamed
 
 
 def to_timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The reverse of `timm_xcit`."""
+    """Translates the authors' XCiT names to timm's: the inverse of `timm_xcit`."""
     renamed = {}
     for key, value in state.items():
         key = key.replace("pos_embeder.token_projection", "pos_embed.token_projection")
@@ -319,20 +324,20 @@ def to_timm_xcit(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _attention(theirs: str, ours: str) -> Iterator[Name]:
-    """Attention and MLP of one block."""
-    yield Name(f"{theirs}.norm1", f"{ours}/norm1", "layer_norm")
-    yield Name(f"{theirs}.attn.qkv", f"{ours}/qkv", "linear")
-    yield Name(f"{theirs}.attn.proj", f"{ours}/proj", "linear")
-    yield Name(f"{theirs}.norm2", f"{ours}/norm2", "layer_norm")
-    yield Name(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1", "linear")
-    yield Name(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", "linear")
+def _attention(torch: str, flax: str) -> Iterator[ModuleMap]:
+    """Yields attention and MLP of one block."""
+    yield ModuleMap(f"{torch}.norm1", f"{flax}/norm1", "layer_norm")
+    yield ModuleMap(f"{torch}.attn.qkv", f"{flax}/qkv", "linear")
+    yield ModuleMap(f"{torch}.attn.proj", f"{flax}/proj", "linear")
+    yield ModuleMap(f"{torch}.norm2", f"{flax}/norm2", "layer_norm")
+    yield ModuleMap(f"{torch}.mlp.fc1", f"{flax}/mlp/fc1", "linear")
+    yield ModuleMap(f"{torch}.mlp.fc2", f"{flax}/mlp/fc2", "linear")
 
 
-def _conv_bn(theirs: str, ours: str) -> Iterator[Name]:
-    """A sequence of a convolution and its BatchNorm."""
-    yield Name(f"{theirs}.0", f"{ours}_conv", "conv")
-    yield Name(f"{theirs}.1", f"{ours}_bn", "batch_norm")
+def _conv_bn(torch: str, flax: str) -> Iterator[ModuleMap]:
+    """Yields a sequence of a convolution and its BatchNorm."""
+    yield ModuleMap(f"{torch}.0", f"{flax}_conv", "conv")
+    yield ModuleMap(f"{torch}.1", f"{flax}_bn", "batch_norm")
 
 
 def _tail(net: Any) -> str:
@@ -340,7 +345,7 @@ def _tail(net: Any) -> str:
 
 
 def _residual_blocks(net: Any) -> Iterator[tuple[int, int, str, int, bool]]:
-    """(stage, block of it, our name, convolutions, has a shortcut) of a ResNet."""
+    """Yields (stage, index in it, Flax name, convolutions, has a shortcut) per ResNet block."""
     convs = 3 if net.block == "bottleneck" else 2
     for stage, size in enumerate(net.stage_sizes):
         for i in range(size):
@@ -349,7 +354,7 @@ def _residual_blocks(net: Any) -> Iterator[tuple[int, int, str, int, bool]]:
 
 
 def _inverted_blocks(net: Any) -> Iterator[tuple[int, int, str, bool, bool]]:
-    """(stage, block of it, our name, expands, squeezes) of a network of inverted residuals."""
+    """Yields (stage, index in it, Flax name, expands, squeezes) per inverted residual block."""
     width = getattr(net, "stem_width", efficientnet.STEM)
     for s, blocks in enumerate(net.blocks()):
         for i, block in enumerate(blocks):
@@ -358,20 +363,20 @@ def _inverted_blocks(net: Any) -> Iterator[tuple[int, int, str, bool, bool]]:
 
 
 class Layout(NamedTuple):
-    """A way to name the weights of a family of backbones.
+    """A naming of the weights of a family of backbones.
 
     Attributes:
       name: for manifests and messages.
-      signature: keys that a state dict in this layout has, relative to the backbone.
-      names: a backbone of ours -> its modules in both worlds.
+      signature: keys that every state dict in this layout has, relative to the backbone.
+      modules: yields the modules of a backbone under both names.
     """
 
     name: str
     signature: tuple[str, ...]
-    names: Callable[[Any], Iterator[Name]]
+    modules: Callable[[Any], Iterator[ModuleMap]]
 
 
-# The first whose signature is there is taken, so the more telling stand first.
+# Searched in order: the first layout whose signature is present is used.
 LAYOUTS = (
     Layout("torchvision_resnet", ("conv1.weight", "layer1.0.conv1.weight"), torchvision_resnet),
     Layout(

@@ -1,4 +1,4 @@
-"""Which backbone of ours a state dict holds, from the shapes of its arrays."""
+"""Infers the backbone in a state dict from the shapes of its arrays."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from disco_jax.convert.names import Layout
 
 State = Mapping[str, np.ndarray]
 
-# ResNets by blocks a stage and whether a block has three convolutions.
+# (blocks per stage, whether blocks have three convolutions) -> ResNet.
 _RESNETS = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -25,25 +25,25 @@ _RESNETS = {
 
 
 def backbone_spec(state: State, layout: Layout, source: str) -> dict[str, Any]:
-    """backbone, width, stem and grid of a backbone's state dict.
+    """Returns the config fields backbone, width, stem and grid of a backbone's state dict.
 
     Raises:
-      UserError: when it is none of ours.
+      UserError: no backbone in `models.BACKBONES` has these shapes.
     """
     if layout.name.endswith("resnet"):
-        found = _resnet(state, layout)
+        spec = _resnet(state, layout)
     elif layout.name == "vit":
-        found = _vit(state)
+        spec = _vit(state)
     elif layout.name == "xcit":
-        found = _xcit(state)
+        spec = _xcit(state)
     else:
-        found = _inverted(state, layout)
-    if found is None:
+        spec = _inverted(state, layout)
+    if spec is None:
         raise errors.UserError(
             f"{source} holds a backbone in the layout {layout.name} that is none of "
             f"{', '.join(models.BACKBONES)}."
         )
-    return {"width": 0, "stem": "", "grid": 0, **found}
+    return {"width": 0, "stem": "", "grid": 0, **spec}
 
 
 def _resnet(state: State, layout: Layout) -> dict[str, Any] | None:
@@ -53,41 +53,41 @@ def _resnet(state: State, layout: Layout) -> dict[str, Any] | None:
         if count != 53:
             return None
         return _wide("resnet50", width)
-    stage, first = {
+    prefix, first_stage = {
         "sequential_resnet": ("encoder.", 4),
         "lightly_resnet": ("", 4),
         "detectron2_resnet": ("res", 2),
     }.get(layout.name, ("layer", 1))
-    sizes = tuple(n for n in (_count(state, f"{stage}{first + i}") for i in range(4)) if n)
+    sizes = tuple(n for n in (_count(state, f"{prefix}{first_stage + i}") for i in range(4)) if n)
     stem = state[layout.signature[0]]
-    name = _RESNETS.get((sizes, f"{stage}{first}.0.conv3.weight" in state))
+    name = _RESNETS.get((sizes, f"{prefix}{first_stage}.0.conv3.weight" in state))
     if name is None:
         return None
-    found = _wide(name, len(stem))
-    table_stem = models.BACKBONES[found["backbone"]][1]["stem"]
-    own = "small" if stem.shape[-1] == 3 else "imagenet"
-    return {**found, "stem": "" if own == table_stem else own}
+    spec = _wide(name, len(stem))
+    default = models.BACKBONES[spec["backbone"]][1]["stem"]
+    kind = "small" if stem.shape[-1] == 3 else "imagenet"
+    return {**spec, "stem": "" if kind == default else kind}
 
 
 def _wide(name: str, width: int) -> dict[str, Any]:
-    """The variant of a ResNet with `width` channels in its first stage."""
-    wide = f"{name}w{width // 64}"
+    """Returns the ResNet variant with `width` channels in its first stage."""
+    wider = f"{name}w{width // 64}"
     if width == models.BACKBONES[name][1]["width"]:
         return {"backbone": name}
-    if wide in models.BACKBONES and models.BACKBONES[wide][1]["width"] == width:
-        return {"backbone": wide}
+    if wider in models.BACKBONES and models.BACKBONES[wider][1]["width"] == width:
+        return {"backbone": wider}
     return {"backbone": name, "width": width}
 
 
 def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
-    fixed = {
+    only_variant = {
         "sslight_mobilenetv2": "mobilenetv2",
         "torchvision_mobilenetv2": "mobilenetv2",
         "seed_mobilenetv3": "mobilenetv3_large_seed",
         "torchvision_mobilenetv3": "mobilenetv3_large_tv",
     }
-    if layout.name in fixed:
-        return {"backbone": fixed[layout.name]}
+    if layout.name in only_variant:
+        return {"backbone": only_variant[layout.name]}
     if layout.name == "timm_inverted" and "bn2.weight" not in state:
         return {"backbone": "mobilenetv3_large"}
     if layout.name == "timm_inverted" and not any(".se." in key for key in state):
@@ -110,40 +110,40 @@ def _inverted(state: State, layout: Layout) -> dict[str, Any] | None:
 def _vit(state: State) -> dict[str, Any] | None:
     if any(np.ndim(state.get(key, 0)) != 3 for key in ("cls_token", "pos_embed")):
         return None
-    wanted = {
+    fields = {
         "width": state["cls_token"].shape[-1],
         "patch": state["patch_embed.proj.weight"].shape[-1],
         "depth": _count(state, "blocks"),
     }
     grid = round(max(state["pos_embed"].shape[1] - 1, 0) ** 0.5)
-    return _matching("vit", {"patch": 16, "depth": 12}, wanted, grid)
+    return _matching("vit", {"patch": 16, "depth": 12}, fields, grid)
 
 
 def _xcit(state: State) -> dict[str, Any] | None:
     if np.ndim(state.get("cls_token", 0)) != 3:
         return None
     convs = len([k for k in state if re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", k)])
-    wanted = {
+    fields = {
         "width": state["cls_token"].shape[-1],
         "patch": 2**convs,
         "depth": _count(state, "blocks"),
     }
-    return _matching("xcit", {"patch": 16, "depth": 12}, wanted)
+    return _matching("xcit", {"patch": 16, "depth": 12}, fields)
 
 
 def _matching(
-    family: str, defaults: dict[str, Any], wanted: dict[str, Any], grid: int = 0
+    family: str, defaults: dict[str, Any], fields: dict[str, Any], grid: int = 0
 ) -> dict[str, Any] | None:
-    """The variant of a family with the fields `wanted`."""
-    for name, (_, fields) in models.BACKBONES.items():
-        fields = {**defaults, **fields}
-        if name.startswith(family) and all(fields[k] == v for k, v in wanted.items()):
-            own = grid in (0, fields.get("grid", 14))
-            return {"backbone": name, "grid": 0 if own else grid}
+    """Returns the first variant of a family that has these fields; None if there is none."""
+    for name, (_, variant) in models.BACKBONES.items():
+        variant = {**defaults, **variant}
+        if name.startswith(family) and all(variant[k] == v for k, v in fields.items()):
+            is_default = grid in (0, variant.get("grid", 14))
+            return {"backbone": name, "grid": 0 if is_default else grid}
     return None
 
 
 def _count(state: Iterable[str], root: str) -> int:
-    """How many numbered children stand under `root`."""
+    """Returns the number of numbered children under `root`."""
     pattern = re.compile(re.escape(root) + r"\.(\d+)\.")
     return len({match[1] for key in state if (match := pattern.match(key))})

@@ -1,4 +1,4 @@
-"""Every family of checkpoints is known by its keys, under its own prefixes and heads."""
+"""Families of checkpoints, each recognised by its keys under its own prefixes and heads."""
 
 import functools
 
@@ -13,9 +13,9 @@ from disco_jax.errors import UserError
 
 
 def arrays(backbone, layout, prefix="", **fields):
-    """A state dict of zeros for a network in a layout, without a head."""
-    made = _zeros(backbone, layout, tuple(fields.items()))
-    return {prefix + key: value for key, value in made.items()}
+    """Returns a state dict of zeros for a network in a layout, without a head."""
+    zeros = _zeros(backbone, layout, tuple(fields.items()))
+    return {prefix + key: value for key, value in zeros.items()}
 
 
 @functools.cache
@@ -23,13 +23,13 @@ def _zeros(backbone, layout, fields):
     encoder = models.build_encoder(helpers.encoder_spec(backbone, head="none", **dict(fields)))
     like = jax.eval_shape(lambda: encoder.create(0, 224))
     variables = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)
-    made, _ = save._arrays(encoder, variables, layout, recognise.Place(""), recognise.Head())
-    return made
+    arrays, _ = save._arrays(encoder, variables, layout, recognise.Prefix(""), recognise.Head())
+    return arrays
 
 
 def linear(name, width, fan_in, bias=True):
-    made = {f"{name}.weight": np.zeros((width, fan_in), np.float32)}
-    return {**made, f"{name}.bias": np.zeros(width, np.float32)} if bias else made
+    layer = {f"{name}.weight": np.zeros((width, fan_in), np.float32)}
+    return {**layer, f"{name}.bias": np.zeros(width, np.float32)} if bias else layer
 
 
 def norm(name, width):
@@ -37,16 +37,16 @@ def norm(name, width):
     return {f"{name}.{leaf}": np.ones(width, np.float32) for leaf in leaves}
 
 
-def mlp(root, sizes, norms=(), places=None):
-    """Linear layers of the widths `sizes` under `root`, BatchNorms at the places `norms`."""
-    places = places or (0, 2) if len(sizes) == 3 else places
-    made = {}
-    for place, fan_in, width in zip(places, sizes[:-1], sizes[1:], strict=True):
-        made |= linear(f"{root}{place}", width, fan_in)
-    for place in norms:
-        before = max(p for p in places if p < place)
-        made |= norm(f"{root}{place}", sizes[places.index(before) + 1])
-    return made
+def mlp(root, sizes, norms=(), numbers=None):
+    """Returns linear layers of the widths `sizes` under `root`, and BatchNorms numbered `norms`."""
+    numbers = numbers or (0, 2) if len(sizes) == 3 else numbers
+    layers = {}
+    for number, fan_in, width in zip(numbers, sizes[:-1], sizes[1:], strict=True):
+        layers |= linear(f"{root}{number}", width, fan_in)
+    for number in norms:
+        before = max(n for n in numbers if n < number)
+        layers |= norm(f"{root}{number}", sizes[numbers.index(before) + 1])
+    return layers
 
 
 def r18(prefix="", layout=names.torchvision_resnet):
@@ -203,9 +203,9 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_known_by_its_keys(name):
     state, family, fields = FAMILIES[name]()
-    found = convert.from_mapping(state)
-    assert found.family == family
-    assert {key: found.spec[key] for key in fields} == fields
+    imported = convert.from_mapping(state)
+    assert imported.family == family
+    assert {key: imported.spec[key] for key in fields} == fields
 
 
 def test_the_recorded_checkpoints_are_known():
@@ -222,8 +222,8 @@ def test_the_recorded_checkpoints_are_known():
     }
     for name, (family, backbone, head) in expected.items():
         state = helpers.recorded_state(name)[2]
-        found = recognise.recognise(state, name)
-        assert (found.family, found.spec["backbone"], found.spec["head"]) == (
+        recognised = recognise.recognise(state, name)
+        assert (recognised.family, recognised.spec["backbone"], recognised.spec["head"]) == (
             family,
             backbone,
             head,
@@ -231,7 +231,7 @@ def test_the_recorded_checkpoints_are_known():
 
 
 def test_simclrs_flat_names_put_the_shortcut_first():
-    """In the port the first convolution of a stage widens the shortcut: 64 -> 256 channels."""
+    """Checks that the first convolution of a stage widens the shortcut: 64 -> 256 channels."""
     state = arrays("resnet50", names.tensorflow_resnet, width=8)
     shapes = {n: state[f"conv2d_{n}.weight"].shape for n in (1, 2, 3, 4, 5, 11, 13, 24, 43, 52)}
     assert shapes == {
@@ -246,17 +246,17 @@ def test_simclrs_flat_names_put_the_shortcut_first():
         43: (256, 128, 1, 1),
         52: (256, 64, 1, 1),
     }
-    found = convert.from_mapping(state | linear("fc", 1000, 256))
-    assert found.family == "simclr" and found.spec["width"] == 8
-    assert found.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    imported = convert.from_mapping(state | linear("fc", 1000, 256))
+    assert imported.family == "simclr" and imported.spec["width"] == 8
+    assert imported.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_byol_cannot_be_told_from_its_keys_and_pads_as_tensorflow_does():
     state = arrays("resnet50", names.torchvision_resnet)
     assert recognise.recognise(state, "it").spec["backbone"] == "resnet50"
-    found = convert.from_mapping(state, family="byol")
-    assert found.spec["backbone"] == "resnet50_same"
-    assert found.encoder.backbone.padding == "same"
+    imported = convert.from_mapping(state, family="byol")
+    assert imported.spec["backbone"] == "resnet50_same"
+    assert imported.encoder.backbone.padding == "same"
 
 
 def test_swavs_own_normalisation_is_kept():
@@ -281,14 +281,14 @@ def test_usual_names_of_architectures_are_understood():
     state = arrays("efficientnet_b0", names.timm_inverted)
     for arch in ("tf_efficientnet_b0", "efficientnet_b0"):
         assert recognise.recognise(state, "it", arch=arch).spec["backbone"] == arch
-    found = convert.from_mapping(state, arch="tf_efficientnet_b0")
-    assert found.encoder.backbone == models.backbone("tf_efficientnet_b0").backbone
+    imported = convert.from_mapping(state, arch="tf_efficientnet_b0")
+    assert imported.encoder.backbone == models.backbone("tf_efficientnet_b0").backbone
 
 
 def test_usual_names_of_families_are_understood():
     state = r18("module.")
-    for family, ours in (("MoCo", "moco_v2"), ("SeLa-v2", "deepcluster_v2"), ("byol", "byol")):
-        assert recognise.recognise(state, "it", family=family).family == ours
+    for family, expected in (("MoCo", "moco_v2"), ("SeLa-v2", "deepcluster_v2"), ("byol", "byol")):
+        assert recognise.recognise(state, "it", family=family).family == expected
 
 
 def test_aliases_lead_to_names_that_exist():
