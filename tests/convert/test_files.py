@@ -254,7 +254,7 @@ def test_a_whole_model_says_to_save_its_state_dict(tmp_path):
 
 
 def test_a_great_many_objects_are_refused_before_they_cost_time(tmp_path):
-    """Refuses over 100,000 objects: half a million took 14 s, and checkpoints have a few thousand."""
+    """Refuses over 100,000 objects: 500,000 took 14 s, and checkpoints have a few thousand."""
     some, many = (
         b"csome_package\nThing\nq\x000(" + b"h\0)\x81" * count + b"l"
         for count in (1000, machine._MAX_STUBS + 1)
