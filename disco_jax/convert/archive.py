@@ -126,7 +126,7 @@ def tensor(
       Refused: the tensor reaches beyond its storage or has more elements than it.
     """
     if storage.ndim != 1 or not (are_sizes(size) and are_sizes(stride) and are_sizes((offset,))):
-        raise Refused("is damaged: a tensor has no proper shape.")
+        raise Refused("is damaged: a tensor has an invalid shape.")
     dims, count = list(zip(size, stride, strict=True)), math.prod(size)
     if count == 0:
         return np.zeros(tuple(size), storage.dtype)
