@@ -91,7 +91,7 @@ def _convert(
     """
     values = heads.defaults(state, network.prefix.head or network.prefix.root, network.head)
     arrays, keys, problems = {}, {}, []
-    for entry in entries(encoder, network.layout, network.prefix, network.head):
+    for entry in entries(encoder, network.layout.modules, network.prefix, network.head):
         shape = shapes.get(entry.flax)
         if shape is None:
             continue

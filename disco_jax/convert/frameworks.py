@@ -77,12 +77,11 @@ def _without_classifier(framework: str, model: str):
     import torchvision
 
     network = torchvision.models.get_model(model)
-    if model.startswith("mobilenet_v3"):
-        network.classifier[3] = torch.nn.Identity()  # the layers before it belong to the backbone
-    elif hasattr(network, "fc"):
-        network.fc = torch.nn.Identity()
-    else:
-        network.classifier = torch.nn.Identity()
+    # Only the last linear layer: earlier ones of a classifier belong to the backbone here.
+    layers = network.named_modules()
+    last = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)][-1]
+    parent, _, child = last.rpartition(".")
+    setattr(network.get_submodule(parent), child, torch.nn.Identity())
     return network
 
 

@@ -15,8 +15,8 @@ import disco_jax.convert.containers as containers
 import disco_jax.convert.safetensors_file as safetensors_file
 import disco_jax.convert.shards as shards
 from disco_jax import models
+from disco_jax.convert.backbones import FAMILIES
 from disco_jax.convert.fill import SIDE, check_numbers, fill
-from disco_jax.convert.names import timm_xcit
 from disco_jax.convert.pickles import read as read_pickle
 from disco_jax.convert.recognise import State, recognise
 from disco_jax.convert.shards import locate
@@ -116,7 +116,9 @@ def from_mapping(
       UserError: no known network is there; or keys are missing, left over or of the wrong shape
         (the message lists them); or weights are not finite numbers.
     """
-    state = timm_xcit({key: np.asarray(value) for key, value in state.items()})
+    state = {key: np.asarray(value) for key, value in state.items()}
+    for declared in FAMILIES:
+        state = declared.translate(state)
     network = recognise(state, source, family, arch, prefix, allow)
     encoder = _build(network.spec)
     variables, keys, unused_keys = fill(encoder, state, network, tuple(allow), source)

@@ -3,19 +3,18 @@
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import disco_jax.convert.heads as heads
 from disco_jax import errors, models
+from disco_jax.convert.backbones import FAMILIES as BACKBONE_FAMILIES
+from disco_jax.convert.backbones import LAYOUTS
+from disco_jax.convert.family import Layout, State
 from disco_jax.convert.heads import Head
-from disco_jax.convert.names import LAYOUTS, Layout
-from disco_jax.convert.shapes import backbone_spec
 from disco_jax.convert.text import listed, shown
-
-State = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +60,7 @@ _TRAINING_MODULES = re.compile(
     r"bn|(\w+_)?(momentum|ema|target|teacher|student|online|predictor|prediction_head|encoder_[qk]"
     r"|criterion|loss\w*|queue\w*|memory\w*|metrics?|data_preprocessor|normalizer)(_\w+)?"
 )
-# Layouts that only one family uses.
-_FAMILY_OF_LAYOUT = {
-    "sequential_resnet": "sslight",
-    "lightly_resnet": "lightly",
-    "sslight_mobilenetv2": "sslight",
-    "seed_mobilenetv3": "seed",
-    "tensorflow_resnet": "simclr",
-}
-
+# Families of checkpoints: the code bases that write them.
 FAMILIES = (
     "moco_v1",
     "moco_v2",
@@ -103,30 +94,12 @@ _NORMALISATION = {
     "simclr": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 # Other names of architectures.
-_ALIASES = {
-    "mobilenet_v2": "mobilenetv2",
-    "mobilenetv2_100": "mobilenetv2",
-    "mobilenet_v3_large": "mobilenetv3_large",
-    "mobilenetv3_large_100": "mobilenetv3_large",
-    "rn50w2": "resnet50w2",
-    "rn50w4": "resnet50w4",
-    "rn50w5": "resnet50w5",
-    "resnet50x2": "resnet50w2",
-    "resnet50x4": "resnet50w4",
-    "vit_tiny": "vit_tiny_p16",
-    "vit_small": "vit_small_p16",
-    "vit_base": "vit_base_p16",
-    "vits16": "vit_small_p16",
-    "vits8": "vit_small_p8",
-    "vitb16": "vit_base_p16",
-    "vitb8": "vit_base_p8",
-    "deit_tiny": "vit_tiny_p16",
-    "deit_tiny_p16": "vit_tiny_p16",
-    "deit_small": "vit_small_p16",
-    "deit_small_p16": "vit_small_p16",
-    "xcit_tiny": "xcit_tiny_12_p16",
-    "xcit_small": "xcit_small_12_p16",
+_ALIASES = {alias: name for family in BACKBONE_FAMILIES for alias, name in family.aliases.items()}
+# Backbone -> the one of equal shapes that `recognise` returns unless `arch` says otherwise.
+_VARIANT_OF = {
+    name: base for family in BACKBONE_FAMILIES for name, base in family.variant_of.items()
 }
+# Other names of families.
 _FAMILY_ALIASES = {
     "moco": "moco_v2",
     "mocov1": "moco_v1",
@@ -198,14 +171,11 @@ def recognise(
     if known_family and known_family not in FAMILIES:
         raise errors.unknown("family", family, FAMILIES)
     where, layout = _find_network(state, source, prefix)
-    backbone = entries_under(state, where.root + where.backbone)
-    spec = backbone_spec(backbone, layout, source)
+    layout, spec = _describe(entries_under(state, where.root + where.backbone), layout, source)
     spec.update(_check_arch(arch, spec["backbone"], source))
     head = _head(state, where, layout)
     family = known_family or _family(state, where, layout, head)
-    if family == "byol" and spec["backbone"] == "resnet50":
-        spec["backbone"] = "resnet50_same"
-    _check_attention(spec["backbone"], family, source)
+    spec["backbone"] = _of_code_base(family, spec["backbone"], source)
     network = entries_under(state, where.head or where.root)
     if reason := heads.problem(network, head, family):
         head = _leave_out(network, where, head, allow, source, reason)
@@ -278,44 +248,60 @@ def _find_network(state: State, source: str, prefix: str | None) -> tuple[Prefix
     examples = listed(sorted(state)) or "none"
     raise errors.UserError(
         f"{source} does not hold a known network: {len(state)} arrays, among them {examples}. "
-        f"Known layouts: {', '.join(layout.name for layout in LAYOUTS)}."
+        f"Known layouts: {', '.join(dict.fromkeys(layout.name for layout in LAYOUTS))}."
     )
 
 
-def _check_attention(backbone: str, family: str, source: str) -> None:
-    """Refuses a ViT with another number of attention heads than the backbone here."""
-    if family == "moco_v3" and backbone.startswith("vit_small"):
-        raise errors.UserError(
-            f"{source} holds MoCo-v3's ViT-S, which has 12 attention heads, and {backbone} has 6: "
-            "the weights would compute other features here."
-        )
+def _describe(state: State, layout: Layout, source: str) -> tuple[Layout, dict[str, Any]]:
+    """Returns the layout, of those with this name, whose shapes fit, and the config fields.
+
+    Raises:
+      UserError: no backbone in `models.BACKBONES` has these shapes.
+    """
+    for candidate in LAYOUTS:
+        spec = candidate.spec(state) if candidate.name == layout.name else None
+        if spec is not None:
+            return candidate, {"width": 0, "stem": "", "grid": 0, **spec}
+    raise errors.UserError(
+        f"{source} holds a backbone in the layout {layout.name} that is none of "
+        f"{', '.join(models.BACKBONES)}."
+    )
+
+
+def _of_code_base(family: str, backbone: str, source: str) -> str:
+    """Returns the backbone that computes what a family's code does; refuses what none computes."""
+    for declared in BACKBONE_FAMILIES:
+        backbone = declared.by_code_base.get((family, backbone), backbone)
+        if reason := declared.refused.get((family, backbone)):
+            raise errors.UserError(f"{source} {reason}")
+    return backbone
 
 
 def _family(state: State, prefix: Prefix, layout: Layout, head: Head) -> str:
     """Returns the family that wrote the checkpoint; the likeliest if several fit."""
-    if prefix.family or layout.name in _FAMILY_OF_LAYOUT:
-        return prefix.family or _FAMILY_OF_LAYOUT[layout.name]
+    if prefix.family or layout.only:
+        return prefix.family or layout.only
     if family := _family_of_head(state, prefix, head):
         return family
     if any(key.startswith("module.teacher_encoder_q.") for key in state):
         return "disco"
     if prefix.root.endswith("encoder_q."):
-        if layout.name == "lukemelas_efficientnet":
-            # BINGO's second encoder is its teacher, which has another architecture.
+        if layout.encoder_q:
+            equal, different = layout.encoder_q
             other = networks(state).get("module.encoder_k.", layout.name)
-            return "bingo" if other != layout.name else "seed"
+            return equal if other == layout.name else different
         return "moco_v2" if len(head.linear) > 1 else "moco_v1"
     if any("prototypes.prototypes" in key for key in state):
         return "deepcluster_v2"
     if head.root == "projection_head":
         return "swav"
-    if any(key.endswith("last_layer.weight_v") for key in state) or layout.name == "xcit":
+    if any(key.endswith("last_layer.weight_v") for key in state):
         return "dino"
+    if layout.authors:
+        return layout.authors
     if prefix.root == "module." and "fc" not in head.classifiers:
         return "compress"
-    if layout.name == "vit":
-        return "timm" if "head.weight" in state else "dino"
-    return "timm" if layout.name == "timm_inverted" else "torchvision"
+    return layout.default(state)
 
 
 def _check_arch(arch: str, recognised: str, source: str) -> dict[str, str]:
@@ -327,13 +313,10 @@ def _check_arch(arch: str, recognised: str, source: str) -> dict[str, str]:
     if name not in models.BACKBONES:
         raise errors.unknown("arch", arch, models.BACKBONES)
     # Variants of one architecture differ in names, padding and epsilon, not in shapes.
-    if _without_variant(name) != _without_variant(recognised):
+    base = _VARIANT_OF.get(recognised, recognised)
+    if _VARIANT_OF.get(name, name) != base:
         raise errors.UserError(f"{source} holds a {recognised}, not a {arch}.")
-    return {"backbone": name if name != _without_variant(recognised) else recognised}
-
-
-def _without_variant(name: str) -> str:
-    return re.sub(r"^tf_|_(seed|tv|same)$", "", name)
+    return {"backbone": name if name != base else recognised}
 
 
 def _family_of_head(state: State, prefix: Prefix, head: Head) -> str:
@@ -357,11 +340,8 @@ def _family_of_head(state: State, prefix: Prefix, head: Head) -> str:
 def _head(state: State, prefix: Prefix, layout: Layout) -> Head:
     if prefix.head:
         return heads.sequence(entries_under(state, prefix.head), "")
-    own = {
-        "seed_mobilenetv3": (f"{prefix.backbone}classifier.0.",),
-        "torchvision_mobilenetv3": (f"{prefix.backbone}classifier.0.",),
-    }
-    return heads.find(entries_under(state, prefix.root), prefix.backbone, own.get(layout.name, ()))
+    own = tuple(prefix.backbone + key for key in layout.own)
+    return heads.find(entries_under(state, prefix.root), prefix.backbone, own)
 
 
 def _leave_out(

@@ -1,12 +1,12 @@
 """Lists every array of a network under its PyTorch and Flax names, for reading and writing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from disco_jax.convert.heads import Head
-from disco_jax.convert.names import PARAM_MAPS, Layout, ModuleMap, ParamMap
+from disco_jax.convert.names import PARAM_MAPS, ModuleMap, ParamMap
 from disco_jax.convert.recognise import Prefix
 from disco_jax.models.encoder import Encoder
 
@@ -34,12 +34,20 @@ _PROTOTYPES = {
 }
 
 
-def entries(encoder: Encoder, layout: Layout, prefix: Prefix, head: Head) -> Iterator[Entry]:
+def entries(
+    encoder: Encoder, modules: Callable[[Any], Iterator[ModuleMap]], prefix: Prefix, head: Head
+) -> Iterator[Entry]:
     """Yields every array that a state dict can hold for `encoder`.
 
     Includes biases that the network may lack.
+
+    Args:
+      encoder: the network.
+      modules: yields the modules of its backbone under both names.
+      prefix: of the keys.
+      head: the names of the head's layers.
     """
-    for module in layout.modules(encoder.backbone):
+    for module in modules(encoder.backbone):
         yield from _module(prefix.root + prefix.backbone, module, "backbone")
     for module in _head_modules(encoder, head):
         yield from _module(prefix.head or prefix.root, module, "head")

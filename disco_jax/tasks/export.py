@@ -168,7 +168,7 @@ def _state_dict(
     images = _images(size, opened)
     output = "embedding" if with_head else "features"
     # Several backbones share one naming, so the file alone does not identify the backbone.
-    again = convert.read_network(str(path), arch=_arch(opened.backbone, saved.model))
+    again = convert.read_network(str(path), arch=saved.backbone)
     expected = np.asarray(opened(images, output))
     with jax.default_matmul_precision("highest"):
         encoded = again.encoder.apply(again.variables, images, norm="running")
@@ -187,17 +187,6 @@ def _native(opened: Opened, size: int) -> int:
     """Returns the size at which both frameworks agree: timm resizes ViT positions differently."""
     backbone = opened.encoder.backbone
     return backbone.patch * backbone.grid if hasattr(backbone, "grid") else size
-
-
-def _arch(backbone: str, model: str) -> str:
-    """Returns the backbone here that computes what the written weights are for."""
-    if model.startswith("mobilenetv3"):
-        return "mobilenetv3_large"
-    if model == "mobilenet_v3_large":
-        return "mobilenetv3_large_tv"
-    if model.startswith("tf_"):
-        return model
-    return backbone
 
 
 def _program(

@@ -87,7 +87,7 @@ def test_state_dicts_come_back_as_they_were(naming, backbone, fields):
     if backbone.startswith("resnet"):
         read["backbone",] = headless
     for parts, saved in read.items():
-        imported = convert.from_mapping(saved.arrays, arch=export._arch(backbone, saved.model))
+        imported = convert.from_mapping(saved.arrays, arch=saved.backbone)
         for part in parts:
             for collection in ("params", "batch_stats"):
                 assert_equal(
