@@ -56,7 +56,7 @@ def comments() -> dict[str, dict[str, str]]:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             notes = _Comments(lines).of(node)
-            out[node.name] = {**presets, **notes} if node.name == "pretrain" else notes
+            out[node.name] = {**preset_notes, **notes} if node.name == "pretrain" else notes
     return out
 
 
