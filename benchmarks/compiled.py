@@ -28,8 +28,8 @@ import numpy as np
 from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.methods.base import Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import encode
+from disco_jax.models.layers import folding
 from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train.state import axes
@@ -169,7 +169,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
         variables = jax.eval_shape(lambda n=network: n.encoder.create(0, recipe.sizes[0]))
         if name == "teacher" and config.fast.teacher:
             variables = jax.eval_shape(
-                lambda v, n=network: fold.still(n, v, recipe.sizes[0]), variables
+                lambda v, n=network: folding.still(n, v, recipe.sizes[0]), variables
             )
 
         def forward(variables, images, network=network, wanted=wanted):

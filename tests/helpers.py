@@ -18,7 +18,7 @@ import reference_weights
 from disco_jax import flags, methods, models
 from disco_jax.data import views
 from disco_jax.models.encoder import Encoded
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import state, teacher
 from disco_jax.train.checkpoint import Checkpoints

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disco_jax.models import efficientnet
+from disco_jax.models.backbones import efficientnet
 
 
 class Name(NamedTuple):

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from disco_jax import errors
-from disco_jax.models import efficientnet, heads, mobilenet, resnet, vit, xcit
+from disco_jax.models import heads
+from disco_jax.models.backbones import efficientnet, mobilenet, resnet, vit, xcit
 from disco_jax.models.encoder import Encoder, Network, rescaling
-from disco_jax.models.norm import MODES
+from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import EXCHANGES
 
 FAMILIES: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
@@ -125,7 +126,7 @@ def by_shifts(encoder: Encoder, config: Any) -> Encoder:
 
 
 def plain_stem(encoder: Encoder) -> Encoder:
-    """`encoder` without `stem.by_pairs`, where its family has that."""
+    """`encoder` without `space_to_depth.by_pairs`, where its family has that."""
     return _with(encoder, pairs=False)
 
 

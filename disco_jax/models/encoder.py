@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.maps import COLLECTION, by_size
-from disco_jax.models.norm import MODES
+from disco_jax.models.layers.feature_maps import COLLECTION, by_size
+from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import shuffle, unshuffle
 
 Variables = Mapping[str, Any]

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.init import (
+from disco_jax.models.backbones.inverted import ACTIVATIONS
+from disco_jax.models.layers.initializers import (
     narrow,
     narrower,
     ones,
@@ -16,8 +17,7 @@ from disco_jax.models.init import (
     unit_columns,
     zeros,
 )
-from disco_jax.models.inverted import ACTIVATIONS
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.losses import unit
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from disco_jax import methods
 from disco_jax.data import views
 from disco_jax.data.targets import KEY
-from disco_jax.models import fold
+from disco_jax.models.layers import folding
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
 
@@ -190,7 +190,7 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
     if taught and config.fast.teacher:
         network = method.networks["teacher"]
         frozen = jax.eval_shape(
-            lambda: {"teacher": fold.still(network, encoder.create(0, size), size)}
+            lambda: {"teacher": folding.still(network, encoder.create(0, size), size)}
         )
     if taught and config.teacher.cache:
         frozen, aux[KEY] = {}, _kept(method.teacher_outputs(record), shape)

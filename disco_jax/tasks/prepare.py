@@ -14,8 +14,8 @@ from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import Variables
+from disco_jax.models.layers import folding
 from disco_jax.nested import flatten
 from disco_jax.tasks import cached
 from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
@@ -61,7 +61,7 @@ class Prepared:
         if not self.config.fast.teacher:
             return {"teacher": variables}
         network, size = self.method.networks["teacher"], self.config.augment.size
-        return {"teacher": fold.still(network, jax.tree.map(np.asarray, variables), size)}
+        return {"teacher": folding.still(network, jax.tree.map(np.asarray, variables), size)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 from disco_jax import models
-from disco_jax.models import vit
+from disco_jax.models.backbones import vit
 from disco_jax.models.encoder import Encoder, Network, encode
 from disco_jax.models.heads import Identity
 from disco_jax.ops.collectives import AXIS

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disco_jax.models.columns import packed, unpacked
 from disco_jax.models.encoder import Encoded, Network, encode
-from disco_jax.models.norm import BatchNorm, Product
+from disco_jax.models.layers.norm import BatchNorm, Product
+from disco_jax.models.layers.packing import packed, unpacked
 from disco_jax.ops.collectives import AXIS
 
 REPLICAS, BATCH = 4, 6

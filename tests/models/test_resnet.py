@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 from disco_jax import models
-from disco_jax.models.resnet import ResNet
+from disco_jax.models.backbones.resnet import ResNet
 
 
 def build(backbone, **fields):

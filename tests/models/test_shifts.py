@@ -13,7 +13,7 @@ from disco_jax import methods, models
 from disco_jax.evaluate import cost, features
 from disco_jax.models.encoder import Encoder
 from disco_jax.models.heads import Identity
-from disco_jax.models.shifts import by_shifts, max_pool
+from disco_jax.models.layers.shifts import by_shifts, max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SHAPES = {  # images, kernel

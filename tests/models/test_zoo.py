@@ -8,7 +8,8 @@ import pytest
 import helpers
 from disco_jax import models
 from disco_jax.errors import UserError
-from disco_jax.models import efficientnet, heads, inverted
+from disco_jax.models import heads
+from disco_jax.models.backbones import efficientnet, inverted
 from disco_jax.models.encoder import Network, encode
 from disco_jax.ops.collectives import AXIS
 

@@ -6,8 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.columns import packed, unpacked
-from disco_jax.models.inverted import (
+from disco_jax.models.backbones.inverted import (
     ACTIVATIONS,
     Block,
     InvertedResidual,
@@ -16,9 +15,10 @@ from disco_jax.models.inverted import (
     conv,
     shrink,
 )
-from disco_jax.models.maps import keep as keep_map
-from disco_jax.models.shifts import by_shifts
-from disco_jax.models.stem import by_pairs
+from disco_jax.models.layers.feature_maps import keep as keep_map
+from disco_jax.models.layers.packing import packed, unpacked
+from disco_jax.models.layers.shifts import by_shifts
+from disco_jax.models.layers.space_to_depth import by_pairs
 
 # Stage and block that take columns side by side, the last ones: further on depthwise convolutions
 # as dense ones cost more than the lanes that stay empty.
@@ -34,9 +34,9 @@ class InvertedStages(nn.Module):
       stem: "imagenet"; or "small" for 16 to 64 px: strides 1 in the stem and the first
         strided stage, a quarter of the reduction, as the small ResNets have it.
       norm_group: see `BatchNorm.group`.
-      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`.
+      pairs: the first convolution takes columns by pairs, see `space_to_depth.by_pairs`.
       columns: that lie side by side in the channels of the first layers, which fill a part of a
-        TPU's lanes at the start; see `columns.packed`. 1, or images have another width: none do.
+        TPU's lanes at the start; see `packing.packed`. 1, or images have another width: none do.
       shifts: convolutions behind the first are made as CPUs are quick at them, see
         `shifts.by_shifts`.
       dtype: of the computation; parameters stay float32.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.columns import pooled, tiled
-from disco_jax.models.init import constant, ones, zeros
+from disco_jax.models.layers.initializers import constant, ones, zeros
+from disco_jax.models.layers.packing import pooled, tiled
 from disco_jax.ops.collectives import pmean, replicas
 
 # "shuffle" is "local" on images that `encode` traded between replicas first.
@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
     the collection `batch_stats` is mutable, stored <- momentum * stored + (1 - momentum) * batch,
     with the unbiased variance and, for "local", the mean over the groups. Statistics are float32
     whatever the compute dtype. Without a scale among the parameters the layer before has taken
-    the rest in (`fold.still`), and the bias is added. Only "local" with group=0 depends on the
+    the rest in (`folding.still`), and the bias is added. Only "local" with group=0 depends on the
     number of devices.
 
     Attributes:
@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
       momentum: the share of the old statistics kept; PyTorch's 0.1 is 0.9 here.
       scale: initial value of the scale; 0 makes a residual branch start as the identity.
       dtype: of the output; None keeps the input's.
-      columns: that lie side by side in the channels, see `columns.packed`.
+      columns: that lie side by side in the channels, see `packing.packed`.
       by_product: statistics of the result y = x W of a 1x1 convolution that has more channels
         than x come from x: E[y] = E[x] W and Var[y] = diag(W' Cov[x] W), which are W's and x's
         alone, so that y is normalised while it is made. Not in mode "sync", whose replicas would

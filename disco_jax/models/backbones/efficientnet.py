@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.drop import dropout
-from disco_jax.models.inverted import Block, Style, batch_norm, conv
-from disco_jax.models.inverted_stages import InvertedStages
+from disco_jax.models.backbones.inverted import Block, Style, batch_norm, conv
+from disco_jax.models.backbones.inverted_stages import InvertedStages
+from disco_jax.models.layers.dropout import dropout
 
 STEM, FEATURES = 32, 1280
 # Table 1: kernel, stride, expansion, channels of a stage.

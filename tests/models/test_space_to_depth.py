@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 from disco_jax import methods
-from disco_jax.models.stem import by_pairs
+from disco_jax.models.layers.space_to_depth import by_pairs
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

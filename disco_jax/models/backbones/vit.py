@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disco_jax.models.attention import Mlp, layer_norm, linear, split_heads
-from disco_jax.models.drop import drop_path
-from disco_jax.models.init import narrow, torch_bias, torch_kernel
+from disco_jax.models.layers.attention import Mlp, layer_norm, linear, split_heads
+from disco_jax.models.layers.dropout import drop_path
+from disco_jax.models.layers.initializers import narrow, torch_bias, torch_kernel
 
 
 class ViT(nn.Module):

@@ -12,10 +12,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.drop import dropout
-from disco_jax.models.init import he_fan_out, narrower, zeros
-from disco_jax.models.inverted import ACTIVATIONS, Block, Style, batch_norm, conv, divisible
-from disco_jax.models.inverted_stages import InvertedStages
+from disco_jax.models.backbones.inverted import (
+    ACTIVATIONS,
+    Block,
+    Style,
+    batch_norm,
+    conv,
+    divisible,
+)
+from disco_jax.models.backbones.inverted_stages import InvertedStages
+from disco_jax.models.layers.dropout import dropout
+from disco_jax.models.layers.initializers import he_fan_out, narrower, zeros
 
 FEATURES = 1280
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.init import narrow, ones, zeros
+from disco_jax.models.layers.initializers import narrow, ones, zeros
 
 gelu = functools.partial(nn.gelu, approximate=False)
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from disco_jax.models.columns import ColumnConv
 from disco_jax.models.encoder import Network, Variables
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
+from disco_jax.models.layers.packing import ColumnConv
 
 Path = tuple[str, ...]
 

@@ -12,9 +12,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.columns import ColumnConv, pooled, tiled
-from disco_jax.models.drop import drop_path
-from disco_jax.models.init import (
+from disco_jax.models.layers.dropout import drop_path
+from disco_jax.models.layers.initializers import (
     he_fan_out,
     he_fan_out_depthwise,
     narrower,
@@ -22,7 +21,8 @@ from disco_jax.models.init import (
     torch_kernel,
     zeros,
 )
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
+from disco_jax.models.layers.packing import ColumnConv, pooled, tiled
 
 PADDINGS = ("symmetric", "same", "static")
 Activation = Callable[[Array], Array]
@@ -95,7 +95,7 @@ class InvertedResidual(nn.Module):
       norm_group: see `BatchNorm.group`.
       drop: probability that the branch of an image is left out while training.
       dtype: of the computation.
-      columns: that come in side by side in the channels, see `columns.packed`; 1 / stride of them
+      columns: that come in side by side in the channels, see `packing.packed`; 1 / stride of them
         leave.
       convolve: computes convolutions in place of XLA's own.
     """
@@ -166,7 +166,7 @@ class SqueezeExcite(nn.Module):
       gate: after them.
       start: see `Style.start`.
       dtype: of the computation.
-      columns: of a channel, see `columns.packed`.
+      columns: of a channel, see `packing.packed`.
     """
 
     width: int

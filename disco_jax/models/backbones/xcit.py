@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disco_jax.models.attention import Mlp, gelu, layer_norm, linear, split_heads
-from disco_jax.models.drop import drop_path
-from disco_jax.models.init import constant, narrow, ones, torch_bias, torch_kernel
-from disco_jax.models.norm import BatchNorm
-from disco_jax.models.shifts import by_shifts
+from disco_jax.models.layers.attention import Mlp, gelu, layer_norm, linear, split_heads
+from disco_jax.models.layers.dropout import drop_path
+from disco_jax.models.layers.initializers import constant, narrow, ones, torch_bias, torch_kernel
+from disco_jax.models.layers.norm import BatchNorm
+from disco_jax.models.layers.shifts import by_shifts
 
 # Of the Fourier code: frequencies an axis and its longest wavelength.
 _FREQUENCIES, _TEMPERATURE = 32, 10_000.0

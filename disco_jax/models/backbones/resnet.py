@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.columns import ColumnConv, packed, unpacked
-from disco_jax.models.init import he_fan_out
-from disco_jax.models.maps import keep as keep_map
-from disco_jax.models.norm import BatchNorm, Product
-from disco_jax.models.shifts import Pads, by_shifts, max_pool
-from disco_jax.models.stem import by_pairs
+from disco_jax.models.layers.feature_maps import keep as keep_map
+from disco_jax.models.layers.initializers import he_fan_out
+from disco_jax.models.layers.norm import BatchNorm, Product
+from disco_jax.models.layers.packing import ColumnConv, packed, unpacked
+from disco_jax.models.layers.shifts import Pads, by_shifts, max_pool
+from disco_jax.models.layers.space_to_depth import by_pairs
 
 STEMS = ("imagenet", "small")
 
@@ -35,10 +35,10 @@ class ResNet(nn.Module):
         weights ported from there expect.
       zero_init_residual: the last BatchNorm of a branch starts at 0, as in timm (disagreement M4).
       norm_group: see `BatchNorm.group`.
-      pairs: the first convolution takes columns by pairs, see `stem.by_pairs`, and the max-pool
+      pairs: the first convolution takes columns by pairs, see `space_to_depth.by_pairs`, and the max-pool
         comes before the normalisation, see `BatchNorm`.
       columns: that lie side by side in the channels of the first stage, whose 64 fill half of a
-        TPU's lanes; see `columns.packed`. 1, or maps have another width: none do.
+        TPU's lanes; see `packing.packed`. 1, or maps have another width: none do.
       by_product: see `BatchNorm.by_product`.
       shifts: convolutions behind the first and the max-pool are made as CPUs are quick at them,
         see `shifts.by_shifts`.

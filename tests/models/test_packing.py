@@ -8,11 +8,11 @@ import pytest
 import helpers
 from disco_jax import methods, models
 from disco_jax.errors import UserError
-from disco_jax.models.columns import ColumnConv, packed, unpacked
 from disco_jax.models.encoder import Encoder, Network, encode
-from disco_jax.models.fold import still
 from disco_jax.models.heads import ProjectionHead
-from disco_jax.models.init import he_fan_out
+from disco_jax.models.layers.folding import still
+from disco_jax.models.layers.initializers import he_fan_out
+from disco_jax.models.layers.packing import ColumnConv, packed, unpacked
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

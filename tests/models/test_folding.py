@@ -10,7 +10,7 @@ import pytest
 import helpers
 from disco_jax import models
 from disco_jax.models.encoder import Network, encode
-from disco_jax.models.fold import still
+from disco_jax.models.layers.folding import still
 
 SIZE = 32
 # Networks without repetitions, and their heads.
