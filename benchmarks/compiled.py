@@ -167,9 +167,9 @@ def components(config: Any, batch: int) -> dict[str, Part]:
     for name, wanted in method.plan.items():
         network = method.networks[name]
         variables = jax.eval_shape(lambda n=network: n.encoder.create(0, recipe.sizes[0]))
-        if name == "teacher" and config.fast.teacher:
+        if name == "teacher":
             variables = jax.eval_shape(
-                lambda v, n=network: folding.still(n, v, recipe.sizes[0]), variables
+                lambda v, n=network: folding.fold_batch_norm(n, v, recipe.sizes[0]), variables
             )
 
         def forward(variables, images, network=network, wanted=wanted):
@@ -190,7 +190,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
         network, view = method.networks["momentum"], method.plan["momentum"][0]
 
         def exchange(rows):
-            sent = rows.astype(network.carried)
+            sent = rows.astype(network.shuffle_dtype)
             return shuffle(jax.random.key(0), sent, network.exchange)[0]
 
         found["exchange"] = Part(exchange, (images[view],), everywhere=True)

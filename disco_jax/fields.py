@@ -208,7 +208,7 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.resnet:STEMS")),
+    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.base:STEMS")),
     "head": one_of("auto", "models:HEADS"),
     "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from disco_jax import errors, models
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Source
-from disco_jax.models.backbones.vit import ViT
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import checkpoint, workdir
@@ -90,7 +89,8 @@ def untrained(config: ConfigDict) -> Trained:
 
 
 def _encoder(config: ConfigDict) -> Encoder:
-    return models.by_shifts(models.build_encoder(config.student, config.dtype), config)
+    compute = models.Compute(models.compute_dtype(config.dtype)).for_inference(config)
+    return models.build_encoder(config.student, compute)
 
 
 def extract(
@@ -252,8 +252,7 @@ def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> 
                 f"config.output='hidden', but the head ({spec.head}, hidden={spec.hidden}) has no "
                 "hidden layer. Set --config.output=features or embedding."
             )
-    depth = getattr(trained.encoder.backbone, "depth", 1)
-    most = depth if isinstance(trained.encoder.backbone, ViT) else 1
+    most = trained.encoder.backbone.readable_blocks
     if not 1 <= blocks <= most:
         raise errors.UserError(
             f"config.blocks={blocks}: {spec.backbone} has {most} to read"

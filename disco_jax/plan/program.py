@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax import methods
+from disco_jax import methods, models
 from disco_jax.data import views
 from disco_jax.data.targets import KEY
 from disco_jax.models.layers import folding
@@ -27,13 +27,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def as_on_tpus(config: Any) -> None:
-    """Gives those choices of a config that ask where they are the values that TPUs take."""
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
-    taken = {"exchange": "all_to_all", "columns": "on", "statistics": "on", "shifts": "off"}
-    for choice, value in taken.items():
-        if config.fast.get(choice, "auto") == "auto":
-            config.fast[choice] = value
+    """Replaces every "auto" of a config by its value on TPUs, in place."""
+    models.resolve_config(config, "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +182,10 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
     }
     begin = state.dealt_shapes(begin, replicas)
     frozen = {"teacher": taught} if taught else {}
-    if taught and config.fast.teacher:
+    if taught:
         network = method.networks["teacher"]
         frozen = jax.eval_shape(
-            lambda: {"teacher": folding.still(network, encoder.create(0, size), size)}
+            lambda: {"teacher": folding.fold_batch_norm(network, encoder.create(0, size), size)}
         )
     if taught and config.teacher.cache:
         frozen, aux[KEY] = {}, _kept(method.teacher_outputs(record), shape)

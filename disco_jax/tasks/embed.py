@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import errors, flags, models
+from disco_jax import errors, flags
 from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
@@ -79,8 +79,9 @@ def run(
     opened = open_network(checkpoint, network)
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
+    compute = opened.encoder.compute.for_inference(opened.config)
     found = features.extract(
-        models.by_shifts(opened.encoder, opened.config),
+        opened.encoder.with_compute(compute),
         opened.variables,
         crops,
         views.build(opened.config.augment, opened.config.views),

@@ -181,8 +181,7 @@ def _state_dict(
 
 def _native(opened: Opened, size: int) -> int:
     """The size at which both worlds agree: timm's ViTs do not resize their positions as we do."""
-    backbone = opened.encoder.backbone
-    return backbone.patch * backbone.grid if hasattr(backbone, "grid") else size
+    return opened.encoder.backbone.nominal_size or size
 
 
 def _arch(backbone: str, model: str) -> str:

@@ -58,10 +58,9 @@ class Prepared:
         if self.teacher is None or self.period:
             return {}
         variables = self.teacher.variables
-        if not self.config.fast.teacher:
-            return {"teacher": variables}
         network, size = self.method.networks["teacher"], self.config.augment.size
-        return {"teacher": folding.still(network, jax.tree.map(np.asarray, variables), size)}
+        arrays = jax.tree.map(np.asarray, variables)
+        return {"teacher": folding.fold_batch_norm(network, arrays, size)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_noise_is_not_told_apart():
     """The first 24 images in the stored order are of one class, on which kNN is always right."""
     source, asked = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     asked.monitor.images = 24
-    encoder = features.models.build_encoder(asked.student, asked.dtype)
+    encoder = features.untrained(asked).encoder
     state = types.SimpleNamespace(student=encoder.create(0, 16))
     found = monitor.knn_of(asked, encoder, source)(1, state)
     assert found["knn/top1"] < 80

@@ -276,14 +276,14 @@ def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, m
     target, seen, extract = tmp_path / "found.npz", [], embed.features.extract
 
     def watched(encoder, *rest):
-        seen.append(encoder.backbone.shifts)
+        seen.append(encoder.compute.shift_and_add)
         return extract(encoder, *rest)
 
     monkeypatch.setattr(embed.features, "extract", watched)
     result = embed.run(
         str(run), images=str(photos), output=str(target), with_head=True, size=16, batch_size=4
     )
-    assert seen == [True] and not open_network(str(run)).encoder.backbone.shifts
+    assert seen == [True] and not open_network(str(run)).encoder.compute.shift_and_add
     assert result["images"] == 4 and result["unreadable"] == [str(photos / "b2.png")]
     with np.load(target, allow_pickle=False) as found:
         assert list(found["files"]) == ["a.png", "b.jpg", "more/c.bmp", "more/d é.webp"]

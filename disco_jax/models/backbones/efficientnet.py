@@ -1,23 +1,26 @@
-"""EfficientNets B0 and B1 (arXiv:1905.11946), in the layouts of two code bases.
+"""EfficientNets B0 and B1 (arXiv:1905.11946) in the layouts of three code bases.
 
-timm's, which DisCo takes: symmetric padding, BatchNorm's epsilon 1e-5. SEED's own and BINGO's
-(a port of TensorFlow's): padding fixed for the nominal image size, epsilon 1e-3, momentum 0.99,
-dropout and stochastic depth while training. And timm's `tf_` form of the same weights, whose
-padding follows the input.
+- timm's, which DisCo uses: symmetric padding, BatchNorm's epsilon 1e-5.
+- The port of TensorFlow's that SEED and BINGO use: padding for the nominal image size, epsilon
+  1e-3, momentum 0.99, dropout and stochastic depth while training.
+- timm's `tf_` form of TensorFlow's weights, whose padding follows the input.
 """
 
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.backbones.inverted import Block, Style, batch_norm, conv
-from disco_jax.models.backbones.inverted_stages import InvertedStages
+from disco_jax.models.backbones.inverted import (
+    Block,
+    InvertedNetwork,
+    Style,
+    without_first_stride,
+)
 from disco_jax.models.layers.dropout import dropout
 
 STEM, FEATURES = 32, 1280
-# Table 1: kernel, stride, expansion, channels of a stage.
+# Table 1: kernel, stride, expansion and channels of each stage.
 _STAGES = (
     (3, 1, 1, 16),
     (3, 2, 6, 24),
@@ -29,13 +32,13 @@ _STAGES = (
 )
 
 
-class EfficientNet(InvertedStages, kw_only=True):
-    """EfficientNet up to the global average pool; further attributes in `InvertedStages`.
+class EfficientNet(InvertedNetwork, kw_only=True):
+    """EfficientNet up to the global average pool; see `InvertedNetwork` for further attributes.
 
     Attributes:
       repeats: blocks of each of the seven stages.
       nominal: image size in px that "static" padding assumes.
-      drop_path: stochastic depth of the last block; grows linearly from 0 at the first.
+      drop_path: stochastic depth of the last block; grows linearly from 0 at the first block.
     """
 
     repeats: tuple[int, ...]
@@ -43,44 +46,35 @@ class EfficientNet(InvertedStages, kw_only=True):
     drop_path: float = 0.0
 
     def blocks(self) -> list[list[Block]]:
-        """The table of stages, written out block by block."""
+        """Returns the blocks of each stage."""
         stages: list[list[Block]] = []
         width = STEM
-        spared = 1 if self.stem == "small" else 0
         for (kernel, stride, expansion, channels), count in zip(_STAGES, self.repeats, strict=True):
-            if stride == 2 and spared:
-                stride, spared = 1, spared - 1
             stages.append([])
             for i in range(count):
-                stages[-1].append(
-                    Block(
-                        kernel,
-                        stride if i == 0 else 1,
-                        width * expansion,
-                        channels,
-                        squeeze=width // 4,  # of the input, not of the expanded channels
-                        activation="swish",
-                    )
+                block = Block(
+                    kernel,
+                    stride if i == 0 else 1,
+                    width * expansion,
+                    channels,
+                    squeeze=width // 4,  # a quarter of the input, not of the expanded channels
+                    activation="swish",
                 )
+                stages[-1].append(block)
                 width = channels
-        return stages
+        return without_first_stride(stages) if self.stem == "small" else stages
 
     @property
     def out_features(self) -> int:
-        """D of its features."""
+        """Number of features."""
         return FEATURES
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
-        """float[B, H, W, 3] -> features f32[B, 1280] after the global average pool."""
-        x = self._staged(images, norm, STEM, "swish", self.blocks(), self.nominal, self.drop_path)
-        head = conv(
-            self.style, FEATURES, 1, 1, 0, False, self.dtype, name="head_conv",
-            convolve=self._convolve,
-        )  # fmt: skip
-        x = batch_norm(self.style, self.norm_group, self.dtype, name="head_bn")(head(x), norm=norm)
-        x = jnp.mean(nn.swish(x).astype(jnp.float32), axis=(1, 2))
-        return dropout(self, x, self.dropout)
+        """Maps float[B, H, W, 3] to f32[B, 1280]."""
+        x = self._stages(images, norm, STEM, "swish", self.nominal, self.drop_path)
+        x = self._last_conv(x, FEATURES, norm, "head").map(nn.swish)
+        return dropout(self, x.global_average(), self.dropout)
 
 
 _B0 = (1, 2, 2, 3, 3, 4, 1)
@@ -92,6 +86,7 @@ _PORT: dict[str, Any] = dict(
 )
 _TF: dict[str, Any] = dict(style=Style(padding="same", epsilon=1e-3, momentum=0.99))
 
+FAMILY = EfficientNet
 VARIANTS: dict[str, dict[str, Any]] = {
     "efficientnet_b0": dict(repeats=_B0),
     "efficientnet_b1": dict(repeats=_B1),

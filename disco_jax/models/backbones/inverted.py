@@ -1,18 +1,21 @@
-"""The inverted residual block that EfficientNets and MobileNets are made of, and its parts.
+"""Inverted residuals: the block, and the network of stages of EfficientNets and MobileNets.
 
-One module for the layouts of several code bases: where the squeeze-and-excitation stands, how
-the convolutions pad and what BatchNorm adds to the variance are fields of `Style`.
+One module serves the layouts of several code bases. The place of squeeze-and-excitation, the
+padding of convolutions and BatchNorm's epsilon are fields of `Style`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.models.backbones.base import Backbone
+from disco_jax.models.layers.activations import ACTIVATIONS, Activation
+from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path
+from disco_jax.models.layers.feature_maps import FeatureMap, record_stage
 from disco_jax.models.layers.initializers import (
     he_fan_out,
     he_fan_out_depthwise,
@@ -21,36 +24,26 @@ from disco_jax.models.layers.initializers import (
     torch_kernel,
     zeros,
 )
-from disco_jax.models.layers.norm import BatchNorm
-from disco_jax.models.layers.packing import ColumnConv, pooled, tiled
 
 PADDINGS = ("symmetric", "same", "static")
-Activation = Callable[[Array], Array]
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": nn.relu,
-    "relu6": nn.relu6,
-    "swish": nn.swish,
-    "hard_swish": nn.hard_swish,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-}
 GATES: dict[str, Activation] = {"sigmoid": nn.sigmoid, "hard_sigmoid": nn.hard_sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What a code base decides for all of its blocks.
+    """Conventions of a code base, shared by all of its blocks.
 
     Attributes:
-      padding: "symmetric", (k - 1) / 2 on both sides; "same", TensorFlow's, which follows from
-        the size of the input; "static", TensorFlow's for the network's nominal size, whatever the
-        input.
-      epsilon: of BatchNorm.
-      momentum: of BatchNorm, the share of the old statistics kept.
-      gate: what ends the squeeze-and-excitation.
-      squeeze_activation: between its two layers; "": the block's own.
-      squeeze_first: it stands before the activation of the depthwise convolution, not after it,
-        where the block expands.
-      start: how layers start: "timm", "torchvision", "seed" or "torch" (its defaults).
+      padding: "symmetric", (k - 1) / 2 on all sides; "same", TensorFlow's, which follows from the
+        size of the input; "static", TensorFlow's for the nominal size of the network, whatever
+        the input.
+      epsilon: BatchNorm's epsilon.
+      momentum: BatchNorm's momentum, the weight of the old statistics.
+      gate: last activation of squeeze-and-excitation, a key of `GATES`.
+      squeeze_activation: activation between its two layers; "": that of the block.
+      squeeze_first: whether it precedes the activation of the depthwise convolution in blocks that
+        expand.
+      start: initial values: "timm", "torchvision", "seed" or "torch" (PyTorch's defaults).
     """
 
     padding: str = "symmetric"
@@ -61,17 +54,43 @@ class Style:
     squeeze_first: bool = False
     start: str = "timm"
 
+    def conv_bn_options(
+        self, kernel: int = 1, stride: int = 1, size: int = 0, depthwise: bool = False
+    ) -> dict[str, Any]:
+        """Returns the arguments of `Compute.conv_bn` that the code base decides.
+
+        Args:
+          kernel: side of the kernel.
+          stride: stride of the convolution.
+          size: nominal size of its input in px, for "static" padding.
+          depthwise: whether the convolution is depthwise.
+        """
+        pads: Any = self.padding
+        if self.padding == "static":
+            pads = static_padding(kernel, stride, size)
+        return dict(
+            padding=pads,
+            kernel_init=self._kernel_init(depthwise),
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+        )
+
+    def _kernel_init(self, depthwise: bool):
+        if self.start == "torch":
+            return torch_kernel
+        return he_fan_out_depthwise if depthwise and self.start == "timm" else he_fan_out
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block of an architecture table.
+    """A row of an architecture table.
 
     Attributes:
       kernel: side of the depthwise convolution.
-      stride: of it.
-      expanded: its channels; those of the input for no expansion.
-      channels: that leave the block.
-      squeeze: width inside the squeeze-and-excitation; 0: there is none.
+      stride: stride of the depthwise convolution.
+      expanded: channels of the depthwise convolution; those of the input for no expansion.
+      channels: channels of the output.
+      squeeze: width inside squeeze-and-excitation; 0: the block has none.
       activation: a key of `ACTIVATIONS`.
     """
 
@@ -84,57 +103,61 @@ class Block:
 
 
 class InvertedResidual(nn.Module):
-    """Expand (1x1) - depthwise - squeeze-and-excitation - project (1x1), beside the identity.
+    """Expand (1x1), depthwise, squeeze-and-excitation, project (1x1), beside the identity.
 
     MobileNetV2 (arXiv:1801.04381) fig. 4 and MobileNetV3 (arXiv:1905.02244) fig. 4.
 
     Attributes:
-      block: its shape.
-      style: of the code base.
-      nominal: side of the input that "static" padding assumes, in px.
-      norm_group: see `BatchNorm.group`.
-      drop: probability that the branch of an image is left out while training.
-      dtype: of the computation.
-      columns: that come in side by side in the channels, see `packing.packed`; 1 / stride of them
-        leave.
-      convolve: computes convolutions in place of XLA's own.
+      block: shape of the block.
+      style: conventions of the code base.
+      nominal: nominal size of the input in px, for "static" padding.
+      drop: probability that the branch of an image is dropped while training.
+      compute: how layers are computed.
     """
 
     block: Block
     style: Style
-    nominal: int = 0
-    norm_group: int = 0
-    drop: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    columns: int = 1
-    convolve: Callable[..., Array] | None = None
+    nominal: int
+    drop: float
+    compute: Compute
 
     @nn.compact
-    def __call__(self, images: Array, *, norm: str) -> Array:
-        """float[B, H, W, C] -> float[B, ceil(H / stride), ceil(W / stride), channels]."""
-        left = max(self.columns // self.block.stride, 1)
-        block, style, x = self.block, self.style, images
-        act = ACTIVATIONS[block.activation]
-        channels = images.shape[-1] // self.columns
-        if block.expanded != channels:
-            x = self._conv(block.expanded, 1, 1, "expand_conv", self.columns)(x)
-            x = act(self._batch_norm("expand_bn", self.columns)(x, norm=norm))
-        x = self._conv(
-            block.expanded, block.kernel, block.stride, "depthwise_conv", self.columns, True
-        )(x)
-        x = self._batch_norm("depthwise_bn", left)(x, norm=norm)
-        squeeze = functools.partial(self._squeeze, columns=left)
-        squeeze_first = style.squeeze_first and block.expanded != channels
-        steps: tuple[Activation, ...] = (squeeze, act) if squeeze_first else (act, squeeze)
-        for step in steps:
-            x = step(x)
-        x = self._conv(block.channels, 1, 1, "project_conv", left)(x)
-        x = self._batch_norm("project_bn", left)(x, norm=norm)
-        if block.stride == 1 and channels == block.channels:
-            x = images + drop_path(self, x, self.drop)
+    def __call__(self, inputs: FeatureMap, *, norm: str) -> FeatureMap:
+        """Maps float[B, H, W, C] to float[B, H / stride, W / stride, channels], rounded up."""
+        block, x = self.block, inputs
+        activation = ACTIVATIONS[block.activation]
+        expands = block.expanded != inputs.channels
+        if expands:
+            x = self._conv_bn(x, block.expanded, norm, "expand").map(activation)
+        x = self._conv_bn(
+            x, block.expanded, norm, "depthwise", block.kernel, block.stride, depthwise=True
+        )
+        if expands and self.style.squeeze_first:
+            x = self._squeeze(x).map(activation)
+        else:
+            x = self._squeeze(x.map(activation))
+        x = self._conv_bn(x, block.channels, norm, "project")
+        if block.stride == 1 and inputs.channels == block.channels:
+            x = inputs + x.map(lambda branch: drop_path(self, branch, self.drop))
         return x
 
-    def _squeeze(self, x: Array, columns: int) -> Array:
+    def _conv_bn(
+        self,
+        x: FeatureMap,
+        features: int,
+        norm: str,
+        name: str,
+        kernel: int = 1,
+        stride: int = 1,
+        depthwise: bool = False,
+    ) -> FeatureMap:
+        return self.compute.conv_bn(
+            x, features, kernel, stride, norm=norm, names=(f"{name}_conv", f"{name}_bn"),
+            depthwise=depthwise,
+            **self.style.conv_bn_options(kernel, stride, self.nominal, depthwise),
+        )  # fmt: skip
+
+    def _squeeze(self, x: FeatureMap) -> FeatureMap:
         if not self.block.squeeze:
             return x
         return SqueezeExcite(
@@ -142,48 +165,35 @@ class InvertedResidual(nn.Module):
             ACTIVATIONS[self.style.squeeze_activation or self.block.activation],
             GATES[self.style.gate],
             self.style.start,
-            self.dtype,
-            columns,
+            self.compute,
             name="squeeze",
         )(x)
 
-    def _conv(self, features, kernel, stride, name, columns, depthwise=False) -> nn.Module:
-        return conv(
-            self.style, features, kernel, stride, self.nominal, depthwise, self.dtype, name=name,
-            convolve=self.convolve, columns=columns,
-        )  # fmt: skip
-
-    def _batch_norm(self, name: str, columns: int) -> BatchNorm:
-        return batch_norm(self.style, self.norm_group, self.dtype, name=name, columns=columns)
-
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by what two linear layers make of their means (arXiv:1709.01507).
+    """Scales channels by a function of their means: two linear layers (arXiv:1709.01507).
 
     Attributes:
-      width: between the two layers.
-      activation: between them.
-      gate: after them.
-      start: see `Style.start`.
-      dtype: of the computation.
-      columns: of a channel, see `packing.packed`.
+      width: width between the two layers.
+      activation: activation between the two layers.
+      gate: activation after the second layer.
+      start: initial values, see `Style.start`.
+      compute: how layers are computed.
     """
 
     width: int
     activation: Activation
     gate: Activation
     start: str
-    dtype: jnp.dtype
-    columns: int = 1
+    compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """float[B, H, W, C] -> the same shape."""
-        means = pooled(jnp.mean(x.astype(jnp.float32), axis=(1, 2)), self.columns)
-        means = means.astype(self.dtype)
-        inner = self.activation(self._linear(self.width, means.shape[-1], "reduce")(means))
-        gate = self.gate(self._linear(means.shape[-1], self.width, "expand")(inner))
-        return x * tiled(gate, self.columns)[:, None, None, :]
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """Scales float[B, H, W, C]."""
+        means = x.global_average().astype(self.compute.dtype)
+        hidden = self.activation(self._linear(self.width, means.shape[-1], "reduce")(means))
+        gate = self.gate(self._linear(means.shape[-1], self.width, "expand")(hidden))
+        return x.scale_channels(gate)
 
     def _linear(self, width: int, fan_in: int, name: str) -> nn.Dense:
         kernel, bias = {
@@ -192,89 +202,103 @@ class SqueezeExcite(nn.Module):
             "seed": (narrower, zeros),
             "torch": (torch_kernel, torch_bias(fan_in)),
         }[self.start]
-        return nn.Dense(width, kernel_init=kernel, bias_init=bias, dtype=self.dtype, name=name)
-
-
-def conv(
-    style: Style,
-    features: int,
-    kernel: int,
-    stride: int,
-    nominal: int,
-    depthwise: bool,
-    dtype: jnp.dtype,
-    *,
-    name: str,
-    bias: bool = False,
-    convolve: Callable[..., Array] | None = None,
-    columns: int = 1,
-) -> nn.Module:
-    """A convolution padded and initialised as the code base does it.
-
-    Args:
-      style: of the code base.
-      features: channels that leave it.
-      kernel: its side.
-      stride: of it.
-      nominal: side of the input that "static" padding assumes.
-      depthwise: one filter a channel.
-      dtype: of the computation.
-      name: of the module.
-      bias: whether it has one.
-      convolve: computes it in place of XLA's own convolution.
-      columns: that come in side by side in the channels; 1 / stride of them leave, see
-        `columns.ColumnConv`.
-    """
-    padding = _padding(style.padding, kernel, stride, nominal)
-    draw = _conv_init(style.start, depthwise)
-    if columns > 1:
-        left = columns // stride
-        return ColumnConv(
-            features, kernel, stride, left, padding, depthwise, draw, dtype, name=name
+        return nn.Dense(
+            width, kernel_init=kernel, bias_init=bias, dtype=self.compute.dtype, name=name
         )
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        (stride, stride),
-        padding=padding,
-        feature_group_count=features if depthwise else 1,
-        use_bias=bias,
-        kernel_init=draw,
-        bias_init=zeros,
-        dtype=dtype,
-        conv_general_dilated=convolve,
-        name=name,
-    )
 
 
-def batch_norm(
-    style: Style, group: int, dtype: jnp.dtype, *, name: str, columns: int = 1
-) -> BatchNorm:
-    """The code base's BatchNorm; `group` and `columns` as in `BatchNorm`."""
-    return BatchNorm(group, style.epsilon, style.momentum, dtype=dtype, columns=columns, name=name)
+class InvertedNetwork(Backbone):
+    """Base class: a first convolution and stages of inverted residuals.
+
+    Attributes:
+      style: conventions of the code base.
+      dropout: dropout rate of the features.
+      stem: "imagenet"; or "small" for 16 to 64 px, with stride 1 in the stem and in the first
+        strided stage, a quarter of the reduction, as in ResNets.
+      compute: how layers are computed.
+    """
+
+    style: Style = Style()
+    dropout: float = 0.0
+    stem: str = "imagenet"
+    compute: Compute = Compute()
+
+    def blocks(self) -> list[list[Block]]:
+        """Returns the blocks of each stage."""
+        raise NotImplementedError
+
+    def _stages(
+        self,
+        images: Array,
+        norm: str,
+        width: int,
+        activation: str,
+        nominal: int = 0,
+        drop_path: float = 0.0,
+    ) -> FeatureMap:
+        """Computes the first convolution and all blocks.
+
+        Args:
+          images: float[B, H, W, 3], normalized.
+          norm: mode of BatchNorm.
+          width: channels of the first convolution.
+          activation: activation after the first convolution, a key of `ACTIVATIONS`.
+          nominal: image size in px that "static" padding assumes.
+          drop_path: stochastic depth of the last block; grows linearly from 0 at the first block.
+        """
+        stride = 1 if self.stem == "small" else 2
+        x = self.compute.stem(
+            images, width, 3, stride, norm=norm, names=("stem_conv", "stem_bn"),
+            activation=ACTIVATIONS[activation],
+            **self.style.conv_bn_options(3, stride, nominal),
+        )  # fmt: skip
+        stages = self.blocks()
+        size, index, count = strided_size(nominal, stride), 0, sum(map(len, stages))
+        for stage, blocks in enumerate(stages):
+            for i, block in enumerate(blocks):
+                residual = InvertedResidual(
+                    block,
+                    self.style,
+                    size,
+                    drop_path * index / count,
+                    self.compute,
+                    name=f"block{stage}_{i}",
+                )
+                x = residual(x, norm=norm)
+                size, index = strided_size(size, block.stride), index + 1
+            record_stage(self, stage, x)
+        return x
+
+    def _last_conv(self, x: FeatureMap, width: int, norm: str, name: str) -> FeatureMap:
+        """Computes the last 1x1 convolution and its BatchNorm."""
+        return self.compute.conv_bn(
+            x, width, 1, norm=norm, names=(f"{name}_conv", f"{name}_bn"),
+            **self.style.conv_bn_options(),
+        )  # fmt: skip
+
+
+def without_first_stride(stages: Sequence[Sequence[Block]]) -> list[list[Block]]:
+    """Returns stages whose first block of stride 2 has stride 1 instead, for small stems."""
+    first = next((block for blocks in stages for block in blocks if block.stride == 2), None)
+    return [
+        [dataclasses.replace(block, stride=1) if block is first else block for block in blocks]
+        for blocks in stages
+    ]
 
 
 def divisible(channels: float, by: int = 8) -> int:
-    """`channels` rounded to a multiple of `by`, never down by more than a tenth."""
+    """Rounds `channels` to a multiple of `by`, never down by more than a tenth."""
     rounded = max(by, int(channels + by / 2) // by * by)
     return rounded + by if rounded < 0.9 * channels else rounded
 
 
-def shrink(nominal: int, stride: int) -> int:
-    """The side that TensorFlow's padding leaves of `nominal` px after a stride."""
-    return -(-nominal // stride)
+def strided_size(size: int, stride: int) -> int:
+    """Returns the output size of a convolution with TensorFlow's padding."""
+    return -(-size // stride)
 
 
-def _padding(padding: str, kernel: int, stride: int, nominal: int):
-    if padding == "same":
-        return "SAME"
-    if padding == "symmetric":
-        return (kernel - 1) // 2
-    total = max((shrink(nominal, stride) - 1) * stride + kernel - nominal, 0)
-    return ((total // 2, total - total // 2),) * 2
-
-
-def _conv_init(start: str, depthwise: bool):
-    if start == "torch":
-        return torch_kernel
-    return he_fan_out_depthwise if depthwise and start == "timm" else he_fan_out
+def static_padding(kernel: int, stride: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns TensorFlow's padding of an input of `size` px: ((top, bottom), (left, right))."""
+    total = max((strided_size(size, stride) - 1) * stride + kernel - size, 0)
+    low = total // 2
+    return (low, total - low), (low, total - low)

@@ -1,39 +1,39 @@
-"""XCiT (arXiv:2106.09681): attention between channels instead of tokens, as its code runs it."""
+"""XCiT (arXiv:2106.09681): attention between channels instead of tokens, as in its code."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.layers.attention import Mlp, gelu, layer_norm, linear, split_heads
+from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path
+from disco_jax.models.layers.feature_maps import FeatureMap
 from disco_jax.models.layers.initializers import constant, narrow, ones, torch_bias, torch_kernel
-from disco_jax.models.layers.norm import BatchNorm
-from disco_jax.models.layers.shifts import by_shifts
 
-# Of the Fourier code: frequencies an axis and its longest wavelength.
+# Fourier features of positions: frequencies per axis and the longest wavelength.
 _FREQUENCIES, _TEMPERATURE = 32, 10_000.0
 
 
-class XCiT(nn.Module):
-    """Channel attention, then class attention; features are the class token.
+class XCiT(Backbone):
+    """Channel attention, then class attention; the features are the class token.
 
     Attributes:
-      width: of a token.
-      heads: of each attention.
+      width: width of a token.
+      heads: heads of each attention layer.
       depth: blocks of channel attention.
-      patch: 16 or 8 px, by 4 or 3 convolutions of stride 2.
-      layer_scale: initial scale of every branch; 1e-5 where there are 24 blocks.
-      tokens_norm: the class-attention blocks normalise all tokens, not the class token alone.
+      patch: side of a patch, 16 or 8 px, reached by 4 or 3 convolutions of stride 2.
+      layer_scale: initial scale of every branch; 1e-5 for 24 blocks.
+      tokens_norm: whether class-attention blocks normalize all tokens, not the class token alone.
       class_blocks: blocks of class attention.
       drop_path: stochastic depth, the same in every block of channel attention.
-      norm_group: see `BatchNorm.group`.
-      shifts: depthwise convolutions are made as CPUs are quick at them, see `shifts.by_shifts`.
-      dtype: of the computation; parameters stay float32.
+      compute: how layers are computed.
     """
 
+    is_transformer: ClassVar[bool] = True
     width: int
     heads: int
     depth: int = 12
@@ -42,19 +42,38 @@ class XCiT(nn.Module):
     tokens_norm: bool = True
     class_blocks: int = 2
     drop_path: float = 0.0
-    norm_group: int = 0
-    shifts: bool = False
-    dtype: jnp.dtype = jnp.float32
+    compute: Compute = Compute()
 
     @property
     def out_features(self) -> int:
-        """D of its features."""
+        """Number of features."""
         return self.width
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
-        """float[B, H, W, 3], sides of at least `patch` px -> features f32[B, width]."""
-        x = images.astype(self.dtype)
+        """Maps float[B, H, W, 3], with sides of at least `patch` px, to f32[B, width]."""
+        x, rows = self._patches(images, norm)
+        for i in range(self.depth):
+            block = ChannelBlock(
+                self.heads, self.layer_scale, self.drop_path, self.compute, name=f"block{i}"
+            )
+            x = block(x, rows, norm=norm)
+        token = self.param("cls_token", narrow, (1, 1, self.width), jnp.float32)
+        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([token, x], axis=1)
+        for i in range(self.class_blocks):
+            x = ClassBlock(
+                self.heads, self.layer_scale, self.tokens_norm, self.compute, name=f"cls_block{i}"
+            )(x)
+        return layer_norm(self.compute, name="norm")(x)[:, 0].astype(jnp.float32)
+
+    def _patches(self, images: Array, norm: str) -> tuple[Array, int]:
+        """Embeds patches with their positions.
+
+        Returns:
+          float[B, N, width] and the number of rows of patches.
+        """
+        x = images.astype(self.compute.dtype)
         steps = int(np.log2(self.patch))
         for i in range(steps):
             x = nn.Conv(
@@ -64,32 +83,15 @@ class XCiT(nn.Module):
                 padding=1,
                 use_bias=False,
                 kernel_init=torch_kernel,
-                dtype=self.dtype,
+                dtype=self.compute.dtype,
                 name=f"patch_conv{i}",
             )(x)
-            x = BatchNorm(self.norm_group, dtype=self.dtype, name=f"patch_bn{i}")(x, norm=norm)
+            x = self.compute.batch_norm(name=f"patch_bn{i}")(x, norm=norm)
             x = gelu(x) if i + 1 < steps else x
         rows, columns = x.shape[1:3]
-        code = _linear_conv(self.width, self.dtype, "position")(_fourier(rows, columns))
+        code = _position_layer(self.width, self.compute)(_fourier_features(rows, columns))
         x = x.reshape(x.shape[0], rows * columns, -1) + code.reshape(1, rows * columns, -1)
-        for i in range(self.depth):
-            x = ChannelBlock(
-                self.heads,
-                self.layer_scale,
-                self.drop_path,
-                self.norm_group,
-                self.dtype,
-                self.shifts,
-                name=f"block{i}",
-            )(x, rows, norm=norm)
-        first = self.param("cls_token", narrow, (1, 1, self.width), jnp.float32)
-        first = jnp.broadcast_to(first.astype(self.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([first, x], axis=1)
-        for i in range(self.class_blocks):
-            x = ClassBlock(
-                self.heads, self.layer_scale, self.tokens_norm, self.dtype, name=f"cls_block{i}"
-            )(x)
-        return layer_norm(self.dtype, name="norm")(x)[:, 0].astype(jnp.float32)
+        return x, rows
 
 
 class ChannelBlock(nn.Module):
@@ -98,145 +100,134 @@ class ChannelBlock(nn.Module):
     Attributes:
       heads: groups of channels that attend to each other.
       layer_scale: initial scale of the branches.
-      drop: probability that a branch of an image is left out while training.
-      norm_group: see `BatchNorm.group`.
-      dtype: of the computation.
-      shifts: see `XCiT.shifts`.
+      drop: probability that a branch of an image is dropped while training.
+      compute: how layers are computed.
     """
 
     heads: int
     layer_scale: float
     drop: float
-    norm_group: int
-    dtype: jnp.dtype
-    shifts: bool = False
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Array, rows: int, *, norm: str) -> Array:
-        """float[B, N, D] of `rows` rows of patches -> float[B, N, D]."""
+        """Maps float[B, N, D], N patches in `rows` rows, to float[B, N, D]."""
         gamma = [_gamma(self, f"gamma{i}", self.layer_scale, x) for i in (1, 2, 3)]
-        y = self._attend(layer_norm(self.dtype, name="norm1")(x))
+        y = self._attention(layer_norm(self.compute, name="norm1")(x))
         x = x + drop_path(self, gamma[0] * y, self.drop)
-        y = self._interact(layer_norm(self.dtype, name="norm3")(x), rows, norm)
+        y = self._interaction(layer_norm(self.compute, name="norm3")(x), rows, norm)
         x = x + drop_path(self, gamma[2] * y, self.drop)
-        y = Mlp(self.dtype, name="mlp")(layer_norm(self.dtype, name="norm2")(x))
+        y = Mlp(self.compute, name="mlp")(layer_norm(self.compute, name="norm2")(x))
         return x + drop_path(self, gamma[1] * y, self.drop)
 
-    def _attend(self, x: Array) -> Array:
-        """Equation 5: softmax(K^T Q / tau) over channels, queries and keys unit along tokens."""
-        query, key, value = split_heads(
-            linear(3 * x.shape[-1], self.dtype, name="qkv")(x), self.heads
-        )
-        scale = self.param("temperature", ones, (self.heads, 1, 1), jnp.float32)
-        query, key = _unit_tokens(query), _unit_tokens(key)
-        scores = jnp.einsum("bnhi,bnhj->bhij", query, key).astype(jnp.float32)
-        weights = nn.softmax(scores * scale[None], axis=-1).astype(self.dtype)
-        y = jnp.einsum("bhij,bnhj->bnhi", weights, value).reshape(x.shape)
-        return linear(x.shape[-1], self.dtype, name="proj")(y)
-
-    def _interact(self, x: Array, rows: int, norm: str) -> Array:
-        """Two depthwise 3x3 convolutions on the grid of patches."""
+    def _attention(self, x: Array) -> Array:
+        """Computes eq. 5: softmax(K^T Q / tau) over channels, Q and K normalized along tokens."""
         width = x.shape[-1]
-        y = x.reshape(x.shape[0], rows, -1, width)
-        y = gelu(self._depthwise(width, "local_conv1")(y))
-        y = BatchNorm(self.norm_group, dtype=self.dtype, name="local_bn")(y, norm=norm)
-        return self._depthwise(width, "local_conv2")(y).reshape(x.shape)
+        query, key, value = split_heads(linear(self.compute, 3 * width, name="qkv")(x), self.heads)
+        scale = self.param("temperature", ones, (self.heads, 1, 1), jnp.float32)
+        query, key = _normalize_tokens(query), _normalize_tokens(key)
+        scores = jnp.einsum("bnhi,bnhj->bhij", query, key).astype(jnp.float32)
+        weights = nn.softmax(scores * scale[None], axis=-1).astype(self.compute.dtype)
+        y = jnp.einsum("bhij,bnhj->bnhi", weights, value).reshape(x.shape)
+        return linear(self.compute, width, name="proj")(y)
 
-    def _depthwise(self, width: int, name: str) -> nn.Conv:
-        return nn.Conv(
-            width,
-            (3, 3),
-            padding=1,
-            feature_group_count=width,
-            kernel_init=torch_kernel,
+    def _interaction(self, x: Array, rows: int, norm: str) -> Array:
+        """Applies two depthwise 3x3 convolutions to the grid of patches."""
+        y = FeatureMap(x.reshape(x.shape[0], rows, -1, x.shape[-1]))
+        batch_norm = self.compute.batch_norm(name="local_bn")
+        y = self._depthwise(y, "local_conv1").map(gelu)
+        y = self._depthwise(y.map(lambda y: batch_norm(y, norm=norm)), "local_conv2")
+        return y.x.reshape(x.shape)
+
+    def _depthwise(self, x: FeatureMap, name: str) -> FeatureMap:
+        return self.compute.conv(
+            x, x.channels, 3, name=name, depthwise=True, kernel_init=torch_kernel,
             bias_init=torch_bias(9),
-            dtype=self.dtype,
-            conv_general_dilated=by_shifts if self.shifts else None,
-            name=name,
-        )
+        )  # fmt: skip
 
 
 class ClassBlock(nn.Module):
-    """The class token attends to all tokens (CaiT, arXiv:2103.17239), in XCiT's reading.
+    """Attention of the class token to all tokens (CaiT, arXiv:2103.17239), as XCiT's code has it.
 
-    The code normalises before the MLP what it then adds the MLP to, so the residual path carries
-    the normalised token, and with `tokens_norm` the patch tokens come out doubled. Weights were
-    trained that way.
+    The code adds the MLP to its normalized input, so the residual path carries the normalized
+    token, and with `tokens_norm` the patch tokens are doubled. Weights were trained that way.
 
     Attributes:
-      heads: of the attention.
+      heads: heads of the attention layer.
       layer_scale: initial scale of the branches.
-      tokens_norm: normalise all tokens, not the class token alone.
-      dtype: of the computation.
+      tokens_norm: whether to normalize all tokens, not the class token alone.
+      compute: how layers are computed.
     """
 
     heads: int
     layer_scale: float
     tokens_norm: bool
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """float[B, 1 + N, D] -> float[B, 1 + N, D]."""
+        """Maps float[B, 1 + N, D] to float[B, 1 + N, D]."""
         gamma = [_gamma(self, f"gamma{i}", self.layer_scale, x) for i in (1, 2)]
-        x = x + gamma[0] * self._attend(layer_norm(self.dtype, name="norm1")(x))
-        normalise = layer_norm(self.dtype, name="norm2")
+        x = x + gamma[0] * self._attention(layer_norm(self.compute, name="norm1")(x))
+        normalize = layer_norm(self.compute, name="norm2")
         if self.tokens_norm:
-            x = normalise(x)
+            x = normalize(x)
         else:
-            x = jnp.concatenate([normalise(x[:, :1]), x[:, 1:]], axis=1)
-        first = gamma[1] * Mlp(self.dtype, name="mlp")(x[:, :1])
-        return x + jnp.concatenate([first, x[:, 1:]], axis=1)
+            x = jnp.concatenate([normalize(x[:, :1]), x[:, 1:]], axis=1)
+        token = gamma[1] * Mlp(self.compute, name="mlp")(x[:, :1])
+        return x + jnp.concatenate([token, x[:, 1:]], axis=1)
 
-    def _attend(self, x: Array) -> Array:
-        """The class token's attention; the other tokens as they came."""
+    def _attention(self, x: Array) -> Array:
+        """Replaces the class token by its attention to all tokens; keeps the other tokens."""
         batch, _, width = x.shape
-        query, key, value = split_heads(linear(3 * width, self.dtype, name="qkv")(x), self.heads)
+        query, key, value = split_heads(linear(self.compute, 3 * width, name="qkv")(x), self.heads)
         scores = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key).astype(jnp.float32)
         scores = scores * (width // self.heads) ** -0.5
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.softmax(scores, axis=-1).astype(self.compute.dtype)
         y = jnp.einsum("bhn,bnhd->bhd", weights, value).reshape(batch, 1, width)
-        first = linear(width, self.dtype, name="proj")(y)
-        return jnp.concatenate([first, x[:, 1:]], axis=1)
+        token = linear(self.compute, width, name="proj")(y)
+        return jnp.concatenate([token, x[:, 1:]], axis=1)
 
 
 def _gamma(module: nn.Module, name: str, scale: float, like: Array) -> Array:
+    """Returns the learned scale of a branch, broadcast to the tokens `like`."""
     gamma = module.param(name, constant(scale), (like.shape[-1],), jnp.float32)
     return gamma.astype(like.dtype)[None, None]
 
 
-def _unit_tokens(x: Array) -> Array:
-    """float[B, N, H, D] with unit length along the tokens."""
+def _normalize_tokens(x: Array) -> Array:
+    """Scales float[B, N, H, D] to length 1 along the tokens."""
     length = jnp.linalg.norm(x.astype(jnp.float32), axis=1, keepdims=True)
     return (x / jnp.maximum(length, 1e-12)).astype(x.dtype)
 
 
-def _linear_conv(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    """A 1x1 convolution on constant input, which is a linear layer; starts as torch starts it."""
+def _position_layer(width: int, compute: Compute) -> nn.Dense:
+    """Returns XCiT's 1x1 convolution of Fourier features, which is a linear layer."""
     return nn.Dense(
         width,
         kernel_init=torch_kernel,
         bias_init=torch_bias(2 * _FREQUENCIES),
-        dtype=dtype,
-        name=name,
+        dtype=compute.dtype,
+        name="position",
     )
 
 
-def _fourier(rows: int, columns: int) -> np.ndarray:
-    """f32[rows, columns, 64]: sines and cosines of the place, rows first."""
+def _fourier_features(rows: int, columns: int) -> np.ndarray:
+    """Returns f32[rows, columns, 64]: sines and cosines of the position, that of the row first."""
     powers = _TEMPERATURE ** (2 * (np.arange(_FREQUENCIES) // 2) / _FREQUENCIES)
 
-    def code(count: int) -> np.ndarray:
-        place = np.arange(1, count + 1) / (count + 1e-6) * 2 * np.pi
-        angles = place[:, None] / powers
+    def encode(count: int) -> np.ndarray:
+        position = np.arange(1, count + 1) / (count + 1e-6) * 2 * np.pi
+        angles = position[:, None] / powers
         waves = np.stack([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=-1)
         return waves.reshape(count, _FREQUENCIES)
 
-    across = np.broadcast_to(code(columns)[None], (rows, columns, _FREQUENCIES))
-    down = np.broadcast_to(code(rows)[:, None], (rows, columns, _FREQUENCIES))
-    return np.concatenate([down, across], axis=-1).astype(np.float32)
+    horizontal = np.broadcast_to(encode(columns)[None], (rows, columns, _FREQUENCIES))
+    vertical = np.broadcast_to(encode(rows)[:, None], (rows, columns, _FREQUENCIES))
+    return np.concatenate([vertical, horizontal], axis=-1).astype(np.float32)
 
 
+FAMILY = XCiT
 VARIANTS: dict[str, dict[str, Any]] = {
     "xcit_tiny_12_p16": dict(width=192, heads=4),
     "xcit_small_12_p16": dict(width=384, heads=8),

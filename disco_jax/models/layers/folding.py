@@ -1,4 +1,4 @@
-"""A network that is never trained: BatchNorm inside the layers before it, kernels in half."""
+"""Folding for networks without updates: BatchNorm into the layer before, kernels in half."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,54 +10,59 @@ from flax import traverse_util
 
 from disco_jax.models.encoder import Network, Variables
 from disco_jax.models.layers.norm import BatchNorm
-from disco_jax.models.layers.packing import ColumnConv
+from disco_jax.models.layers.packing import PackedConv
 
 Path = tuple[str, ...]
 
 
-def still(network: Network, variables: Variables, size: int) -> Variables:
-    """What `network` computes with, where its variables do not change.
+def fold_batch_norm(network: Network, variables: Variables, size: int) -> Variables:
+    """Returns variables of a network that never changes, prepared for speed.
 
-    Kernels have the dtype of the computation, which every step would cast them to. On stored
-    statistics ("running") BatchNorm is a factor and an offset: the layer before it takes the
-    factor in, and a bias is left, which is how `BatchNorm` tells.
+    Kernels get the dtype of the computation, to which every step would cast them. On stored
+    statistics ("running") BatchNorm is a factor and an offset: the layer before takes the factor,
+    and only a bias remains, by which `BatchNorm` recognizes the case. Returns `variables` as they
+    are if the network's `Compute.fold_frozen` is off.
 
     Args:
-      network: encodes with `variables`; of its parts the prototypes are left as they are.
-      variables: {"params", "batch_stats"}, NumPy arrays or tracers.
-      size: of the images in px.
+      network: the network; its prototypes are not changed.
+      variables: {"params", "batch_stats"} of NumPy arrays or tracers.
+      size: size of the images in px.
 
     Returns:
-      {"params", "batch_stats"}; the same embeddings, up to rounding where BatchNorm went.
+      {"params", "batch_stats"} with which the network computes the same embeddings, up to rounding
+      if BatchNorm has been folded.
     """
+    compute = network.encoder.backbone.compute
+    if not compute.fold_frozen:
+        return variables
     if network.norm == "running":
-        variables = _folded(variables, _before(network, variables, size))
-    dtype = network.encoder.backbone.dtype
+        variables = _fold(variables, _foldable(network, variables, size))
 
-    def stored(path: Any, leaf: Any) -> Any:
-        # Convolutions and linear layers; prototypes, in float32 always, have other names.
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+    def cast(path: Any, leaf: Any) -> Any:
+        # Convolutions and linear layers. Prototypes, always in float32, have other names.
+        return leaf.astype(compute.dtype) if path[-1].key == "kernel" else leaf
 
-    params = jax.tree_util.tree_map_with_path(stored, variables["params"])
+    params = jax.tree_util.tree_map_with_path(cast, variables["params"])
     return {**variables, "params": params}
 
 
-def _before(
+def _foldable(
     network: Network, variables: Variables, size: int
 ) -> dict[Path, tuple[Path, BatchNorm]]:
-    """BatchNorm's path -> that of the layer whose output it gets, and itself."""
-    made: list[tuple[Any, Path]] = []  # what layers returned, kept so that no identity comes twice
-    found: dict[Path, tuple[Path, BatchNorm]] = {}
+    """Returns {path of a BatchNorm: (path of the layer whose output it normalizes, itself)}."""
+    # Outputs are kept alive, so that no other object can have their identity.
+    outputs: list[tuple[Any, Path]] = []
+    foldable: dict[Path, tuple[Path, BatchNorm]] = {}
 
     def watch(call, arguments, keywords, context):
         module = context.module
         if isinstance(module, BatchNorm):
-            path = next((path for out, path in made if out is arguments[0]), None)
-            if path:  # else what BatchNorm gets is no layer's output, and it stays
-                found[module.path] = path, module
+            path = next((path for out, path in outputs if out is arguments[0]), None)
+            if path:  # otherwise its input is not the output of a layer, and it is not folded
+                foldable[module.path] = path, module
         out = call(*arguments, **keywords)
-        if isinstance(module, (nn.Conv, nn.Dense, ColumnConv)):
-            made.append((out, module.path))
+        if isinstance(module, (nn.Conv, nn.Dense, PackedConv)):
+            outputs.append((out, module.path))
         return out
 
     def run(variables):
@@ -66,15 +71,16 @@ def _before(
             return network.encoder.apply(variables, images, norm="running")
 
     jax.eval_shape(run, variables)
-    return found
+    return foldable
 
 
-def _folded(
-    variables: Variables, before: Mapping[Path, tuple[Path, BatchNorm]]
+def _fold(
+    variables: Variables, foldable: Mapping[Path, tuple[Path, BatchNorm]]
 ) -> dict[str, dict[str, Any]]:
+    """Moves the factor and the mean of each BatchNorm into kernel and bias of its layer."""
     params = traverse_util.flatten_dict(variables["params"])
     stats = traverse_util.flatten_dict(variables["batch_stats"])
-    for path, (layer, norm) in before.items():
+    for path, (layer, norm) in foldable.items():
         mean, var = stats.pop((*path, "mean")), stats.pop((*path, "var"))
         factor = params.pop((*path, "scale")) / (var + norm.epsilon) ** 0.5
         offset = params[(*path, "bias")] - mean * factor
