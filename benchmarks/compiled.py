@@ -29,8 +29,8 @@ import numpy as np
 from disco_jax import flags, methods
 from disco_jax.data import views
 from disco_jax.methods.base import Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import encode
+from disco_jax.models.layers import folding
 from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train.state import axes
@@ -172,9 +172,9 @@ def components(config: Any, batch: int) -> dict[str, Part]:
     for name, passes in method.plan.items():
         network = method.networks[name]
         variables = jax.eval_shape(lambda n=network: n.encoder.create(0, recipe.sizes[0]))
-        if name == "teacher" and config.fast.teacher:
+        if name == "teacher":
             variables = jax.eval_shape(
-                lambda v, n=network: fold.still(n, v, recipe.sizes[0]), variables
+                lambda v, n=network: folding.fold_batch_norm(n, v, recipe.sizes[0]), variables
             )
 
         def forward(variables, images, network=network, passes=passes):
@@ -196,7 +196,7 @@ def components(config: Any, batch: int) -> dict[str, Part]:
         network, view = method.networks["momentum"], method.plan["momentum"][0]
 
         def exchange(rows):
-            sent = rows.astype(network.carried)
+            sent = rows.astype(network.shuffle_dtype)
             return shuffle(jax.random.key(0), sent, network.exchange)[0]
 
         parts["exchange"] = Part(exchange, (images[view],), everywhere=True)

@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax import models
 from disco_jax.ops import augment
 from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import unit
 
-TAPS = 11  # on each side of a blurred pixel
+TAPS = 11  # of the blur, on each side of a pixel
 
 
 def turn_off(config: Any) -> None:
-    """Disables all optimizations of `config.fast`."""
-    config.fast.update(losses=False, half_queue=False, exchange="gather")
-    config.fast.update(stem=False, columns="off", statistics="off", shifts="off", teacher=False)
+    """Switches every optimization of `config.fast` off."""
+    config.fast.update(losses=False, half_queue=False, **models.PLAIN)
 
 
 def replace(parts: dict[str, Any], config: Any) -> None:
-    """Replaces parts of `compiled.components` by those of the baseline."""
+    """Replaces components of `compiled.components` by those of the baseline, in place."""
     parts["augmentation"] = parts["augmentation"]._replace(function=_augmentation(config.augment))
     terms = {"contrast": contrast, "similarity": similarity}
     for name in terms.keys() & parts.keys():

@@ -392,14 +392,18 @@ def self_distill(config: ConfigDict, arg: ConfigDict, prototypes: int) -> None:
 
 def is_transformer(backbone: str) -> bool:
     """Whether DINO trains it with AdamW and a head without BatchNorm."""
-    return backbone.startswith(("vit", "xcit"))
+    from disco_jax import models  # which imports JAX
+
+    return models.is_transformer(backbone)
 
 
 def small_patches(network: ConfigDict, arg: ConfigDict, size: int) -> None:
     """Patches of 4 px for a transformer on small images of `size` px."""
     if not is_large(arg) and is_transformer(network.backbone):
+        from disco_jax import models  # which imports JAX
+
         network.update(patch=4, stem="")
-        network.grid = size // 4 if network.backbone.startswith("vit") else 0
+        network.grid = size // 4 if "grid" in models.options(network.backbone) else 0
 
 
 def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> None:

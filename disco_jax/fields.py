@@ -211,9 +211,9 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.resnet:STEMS")),
+    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.base:STEMS")),
     "head": one_of("auto", "models:HEADS"),
-    "norm": one_of("models.norm:MODES"),
+    "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),
     "grid": whole(0, 1024),
     "patch": whole(0, 1024),

@@ -1,5 +1,6 @@
 """Cost of a network: parameters, multiply-adds and CPU latency."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -13,8 +14,6 @@ from disco_jax import models
 from disco_jax.models.encoder import Encoder
 
 _WARM_UP = 3
-# Config fields that select the convolutions that are fast on CPUs.
-_CPU_CONFIG = {"fast": {"shifts": "on"}}
 
 
 def multiply_adds(encoder: Encoder, size: int) -> int:
@@ -26,7 +25,8 @@ def multiply_adds(encoder: Encoder, size: int) -> int:
       encoder: the network.
       size: side of the image, px.
     """
-    encoder = models.plain(encoder)  # faster variants also multiply zeros, or use sums
+    # Optimized layers multiply zeros too, or add shifted maps instead of convolving.
+    encoder = encoder.with_compute(encoder.compute.plain())
     variables = jax.eval_shape(lambda: encoder.create(0, size))
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return _count(jax.make_jaxpr(lambda v, x: _features(encoder, v, x))(variables, image).jaxpr)
@@ -46,7 +46,7 @@ def latency(encoder: Encoder, size: int, repeats: int = 30, seed: int = 0) -> di
     """
     cpu = jax.local_devices(backend="cpu")[0]
     image = np.random.default_rng(seed).normal(size=(1, size, size, 3)).astype(np.float32)
-    encoder = models.by_shifts(encoder, _CPU_CONFIG)
+    encoder = encoder.with_compute(dataclasses.replace(encoder.compute, shift_and_add=True))
     variables, image = jax.device_put((encoder.create(seed, size), image), cpu)
     apply = jax.jit(lambda v, x: _features(encoder, v, x))
     times = []

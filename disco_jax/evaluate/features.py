@@ -14,7 +14,6 @@ from disco_jax import errors, models
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Source
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
-from disco_jax.models.vit import ViT
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import checkpoint, workdir
 from disco_jax.train.state import everywhere
@@ -100,7 +99,8 @@ def untrained(config: ConfigDict) -> TrainedModel:
 
 
 def _encoder(config: ConfigDict) -> Encoder:
-    return models.by_shifts(models.build_encoder(config.student, config.dtype), config)
+    compute = models.Compute(models.compute_dtype(config.dtype)).for_inference(config)
+    return models.build_encoder(config.student, compute)
 
 
 def extract(
@@ -267,8 +267,7 @@ def check_outputs(trained: TrainedModel, outputs: Sequence[str], blocks: int = 1
                 f"config.output='hidden', but the head ({spec.head}, hidden={spec.hidden}) has no "
                 "hidden layer. Set --config.output=features or embedding."
             )
-    depth = getattr(trained.encoder.backbone, "depth", 1)
-    max_blocks = depth if isinstance(trained.encoder.backbone, ViT) else 1
-    if not 1 <= blocks <= max_blocks:
-        allowed = f"1 to {max_blocks}" if max_blocks > 1 else "only 1, as it is not a ViT"
+    most = trained.encoder.backbone.readable_blocks
+    if not 1 <= blocks <= most:
+        allowed = f"1 to {most}" if most > 1 else "only 1, as it is not a ViT"
         raise errors.UserError(f"config.blocks={blocks}, but {spec.backbone} allows {allowed}.")

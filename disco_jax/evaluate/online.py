@@ -19,7 +19,7 @@ from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
-from disco_jax.models.norm import MODES
+from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import positions
 from disco_jax.train import optimizer, unreadable, workdir
 from disco_jax.train.checkpoint import Checkpoints

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax import methods
+from disco_jax import methods, models
 from disco_jax.data import views
 from disco_jax.data.targets import KEY
-from disco_jax.models import fold
+from disco_jax.models.layers import folding
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
 
@@ -27,13 +27,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def as_on_tpus(config: Any) -> None:
-    """Sets config fields that are "auto" to the values that they resolve to on TPUs."""
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
-    resolved = {"exchange": "all_to_all", "columns": "on", "statistics": "on", "shifts": "off"}
-    for choice, value in resolved.items():
-        if config.fast.get(choice, "auto") == "auto":
-            config.fast[choice] = value
+    """Replaces every "auto" of a config by its value on TPUs, in place."""
+    models.resolve_config(config, "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +186,7 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
     if teacher_shapes and config.fast.teacher:
         network = method.networks["teacher"]
         frozen = jax.eval_shape(
-            lambda: {"teacher": fold.still(network, encoder.create(0, size), size)}
+            lambda: {"teacher": folding.fold_batch_norm(network, encoder.create(0, size), size)}
         )
     if teacher_shapes and config.teacher.cache:
         frozen, aux[KEY] = {}, _cached_shapes(method.teacher_outputs(record), shape)

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, models
+from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags
 from disco_jax.data.base import Source
@@ -83,7 +83,7 @@ def _encode(config: ConfigDict, source: Source) -> np.ndarray:
         -(-config.batch_size // devices) * devices,
     )
     recipe = views.build(augment, opened.config.views, opened.config.local)
-    encoder = models.by_shifts(opened.encoder, opened.config)
+    encoder = opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config))
     extracted = features.extract(encoder, opened.variables, batches, recipe)
     rows = getattr(extracted, config.output)
     if len(rows) != source.count(config.data.train_split):

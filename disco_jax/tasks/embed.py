@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import errors, flags, models
+from disco_jax import errors, flags
 from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
@@ -81,7 +81,7 @@ def run(
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     extracted = features.extract(
-        models.by_shifts(opened.encoder, opened.config),
+        opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config)),
         opened.variables,
         crops,
         views.build(opened.config.augment, opened.config.views),

@@ -66,16 +66,14 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
 
 def _needs(recipe: str) -> str:
     """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
-    from disco_jax import methods
+    from disco_jax import methods, models
     from disco_jax.train import teacher
 
     config = flags.load(recipe)
     if "objectives" not in config:
         return ""
     config.bags.file = config.bags.file or "bags.npz"  # not read here
-    # "auto" would initialize the devices.
-    config.dtype, config.fast.exchange = "float32", "gather"
-    config.fast.update(columns="off", statistics="off", shifts="off")
+    models.resolve_config(config, "cpu")  # "auto" would initialize accelerators
     config = teacher.resolve(config)
     method = methods.build(config, config.views, config.local.count)
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")

@@ -14,8 +14,8 @@ from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import Variables
+from disco_jax.models.layers import folding
 from disco_jax.nested import flatten
 from disco_jax.tasks import cached
 from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
@@ -58,10 +58,9 @@ class Prepared:
         if self.teacher is None or self.period:
             return {}
         variables = self.teacher.variables
-        if not self.config.fast.teacher:
-            return {"teacher": variables}
         network, size = self.method.networks["teacher"], self.config.augment.size
-        return {"teacher": fold.still(network, jax.tree.map(np.asarray, variables), size)}
+        arrays = jax.tree.map(np.asarray, variables)
+        return {"teacher": folding.fold_batch_norm(network, arrays, size)}
 
 
 @dataclasses.dataclass(frozen=True)

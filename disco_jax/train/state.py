@@ -18,7 +18,7 @@ from jax import Array
 
 from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Encoded, Network, Variables
-from disco_jax.models.maps import COLLECTION, by_size
+from disco_jax.models.layers.feature_maps import COLLECTION, by_size
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import hosts

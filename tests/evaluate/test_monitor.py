@@ -86,11 +86,11 @@ def test_the_images_that_are_scored_are_of_all_classes_and_follow_the_seed():
     assert monitor.sample(monitored, source)[0] is source  # the whole split needs no sampling
 
 
-def test_noise_is_not_iter_named():
+def test_noise_is_not_classified():
     """The first 24 stored images belong to one class, for which kNN is always correct."""
     source, monitored = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     monitored.monitor.images = 24
-    encoder = features.models.build_encoder(monitored.student, monitored.dtype)
+    encoder = features.untrained(monitored).encoder
     state = types.SimpleNamespace(student=encoder.create(0, 16))
     metrics = monitor.knn_of(monitored, encoder, source)(1, state)
     assert metrics["knn/top1"] < 80

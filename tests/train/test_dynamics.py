@@ -172,7 +172,7 @@ def test_swavs_states_follow_the_official_train_function(replicas):
     settings = meta["params"]
     encoder = Encoder(
         Vectors(),
-        ProjectionHead(0, settings["dim"], unit=True),
+        ProjectionHead(0, settings["dim"], l2_normalized=True),
         prototypes=Prototypes((settings["prototypes"],)),
     )
     swapped = Swapped(

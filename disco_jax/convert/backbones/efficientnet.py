@@ -6,7 +6,7 @@ from typing import Any
 from disco_jax.convert.backbones import inverted
 from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.efficientnet import STEM, EfficientNet
+from disco_jax.models.backbones.efficientnet import STEM, EfficientNet
 
 _STAGES = 7
 _BLOCKS_OF_PORT = {16: "efficientnet_b0_seed", 23: "efficientnet_b1_seed"}
@@ -42,7 +42,7 @@ def torchvision(net: EfficientNet) -> Iterator[ModuleMap]:
     """Yields the modules of torchvision's EfficientNets: features.STAGE.INDEX.block.LAYER."""
     yield from inverted.conv_bn("features.0", "stem")
     for residual in inverted.residuals(net, STEM):
-        block = f"features.{residual.stage + 1}.{residual.index}.block"
+        block = f"features.{residual.stage + 1}.{residual.position}.block"
         yield from inverted.torchvision_block(block, residual)
     yield from inverted.conv_bn(f"features.{len(net.blocks()) + 1}", "head")
 

@@ -1,8 +1,8 @@
 """MobileNetV2 (arXiv:1801.04381) and MobileNetV3-Large (arXiv:1905.02244).
 
-V2 in torchvision's layout. V3 in three: timm's, which DisCo takes (squeeze-and-excitation after
-the activation, epsilon 1e-5); SEED's own port (before the activation where a block expands;
-dropout); torchvision's (epsilon 1e-3).
+V2 has torchvision's layout. V3 has three: timm's, which DisCo uses (squeeze-and-excitation after
+the activation, epsilon 1e-5); SEED's own port (squeeze-and-excitation before the activation in
+blocks that expand; dropout); torchvision's (epsilon 1e-3).
 """
 
 import functools
@@ -12,23 +12,29 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.drop import dropout
-from disco_jax.models.init import he_fan_out, narrower, zeros
-from disco_jax.models.inverted import ACTIVATIONS, Block, Style, batch_norm, conv, divisible
-from disco_jax.models.inverted_stages import InvertedStages
+from disco_jax.models.backbones.inverted import (
+    Block,
+    InvertedNetwork,
+    Style,
+    divisible,
+    without_first_stride,
+)
+from disco_jax.models.layers.activations import ACTIVATIONS
+from disco_jax.models.layers.dropout import dropout
+from disco_jax.models.layers.initializers import he_fan_out, narrower, zeros
 
 FEATURES = 1280
 
 
-class MobileNet(InvertedStages, kw_only=True):
-    """Inverted residuals up to the features that a classifier reads; see `InvertedStages`.
+class MobileNet(InvertedNetwork, kw_only=True):
+    """MobileNet up to the input of the classifier; see `InvertedNetwork` for further attributes.
 
     Attributes:
       stages: blocks by stage: (kernel, stride, expansion, channels, has squeeze, activation).
       stem_width: channels of the first convolution.
-      tail_width: channels of the last one (1x1).
-      tail_linear: V3: a linear layer to 1280 and a hard swish after the pool, not a convolution.
-      activation: of the stem and the tail.
+      tail_width: channels of the last convolution (1x1).
+      tail_linear: whether a linear layer to 1280 and the activation follow the pool (V3).
+      activation: activation of the stem and the tail.
     """
 
     stages: tuple[tuple[tuple, ...], ...]
@@ -38,49 +44,48 @@ class MobileNet(InvertedStages, kw_only=True):
     activation: str
 
     def blocks(self) -> list[list[Block]]:
-        """The table of stages with every width worked out."""
+        """Returns the blocks of each stage, with all widths computed."""
         stages: list[list[Block]] = []
         width = self.stem_width
-        spared = 1 if self.stem == "small" else 0
         for rows in self.stages:
             stages.append([])
             for kernel, stride, expansion, channels, squeeze, activation in rows:
-                if stride == 2 and spared:
-                    stride, spared = 1, spared - 1
                 expanded = divisible(width * expansion)
                 squeezed = divisible(expanded // 4) if squeeze else 0
                 stages[-1].append(Block(kernel, stride, expanded, channels, squeezed, activation))
                 width = channels
-        return stages
+        return without_first_stride(stages) if self.stem == "small" else stages
 
     @property
     def out_features(self) -> int:
-        """D of its features."""
+        """Number of features."""
         return FEATURES
 
     @nn.compact
     def __call__(self, images: Array, *, norm: str) -> Array:
-        """float[B, H, W, 3] -> features f32[B, 1280]."""
-        style, act = self.style, ACTIVATIONS[self.activation]
-        x = self._staged(images, norm, self.stem_width, self.activation, self.blocks())
-        tail = conv(
-            style, self.tail_width, 1, 1, 0, False, self.dtype, name="tail_conv",
-            convolve=self._convolve,
-        )  # fmt: skip
-        x = act(batch_norm(style, self.norm_group, self.dtype, name="tail_bn")(tail(x), norm=norm))
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        """Maps float[B, H, W, 3] to f32[B, 1280]."""
+        activation = ACTIVATIONS[self.activation]
+        x = self._stages(images, norm, self.stem_width, self.activation)
+        x = self._last_conv(x, self.tail_width, norm, "tail").map(activation)
+        features = x.global_average()
         if self.tail_linear:
-            draw = narrower if style.start in ("seed", "torchvision") else he_fan_out
-            dense = nn.Dense(
-                FEATURES, kernel_init=draw, bias_init=zeros, dtype=self.dtype, name="tail_linear"
-            )
-            x = act(dense(x)).astype(jnp.float32)
-        return dropout(self, x, self.dropout)
+            features = activation(self._tail_linear()(features)).astype(jnp.float32)
+        return dropout(self, features, self.dropout)
+
+    def _tail_linear(self) -> nn.Dense:
+        kernel_init = narrower if self.style.start in ("seed", "torchvision") else he_fan_out
+        return nn.Dense(
+            FEATURES,
+            kernel_init=kernel_init,
+            bias_init=zeros,
+            dtype=self.compute.dtype,
+            name="tail_linear",
+        )
 
 
 def _v2_stages() -> tuple[tuple[tuple, ...], ...]:
-    """Table 2 of the paper: expansion, channels, blocks, stride."""
-    table = (
+    """Returns the stages of MobileNetV2, written out from table 2 of the paper."""
+    table = (  # expansion, channels, blocks, stride
         (1, 16, 1, 1),
         (6, 24, 2, 2),
         (6, 32, 3, 2),
@@ -90,12 +95,14 @@ def _v2_stages() -> tuple[tuple[tuple, ...], ...]:
         (6, 320, 1, 1),
     )
     return tuple(
-        tuple((3, s if i == 0 else 1, t, c, False, "relu6") for i in range(n))
-        for t, c, n, s in table
+        tuple(
+            (3, stride if i == 0 else 1, expansion, channels, False, "relu6") for i in range(count)
+        )
+        for expansion, channels, count, stride in table
     )
 
 
-# Table 1 of the paper, grouped by stage.
+# Table 1 of the paper, grouped by stage: the columns are those of `MobileNet.stages`.
 _V3_STAGES = (
     ((3, 1, 1, 16, False, "relu"),),
     ((3, 2, 4, 24, False, "relu"), (3, 1, 3, 24, False, "relu")),
@@ -129,6 +136,7 @@ _V3: dict[str, Any] = dict(
 )
 _v3_style = functools.partial(Style, gate="hard_sigmoid", squeeze_activation="relu")
 
+FAMILY = MobileNet
 VARIANTS: dict[str, dict[str, Any]] = {
     "mobilenetv2": dict(**_V2, style=Style(start="torchvision")),
     "mobilenetv3_large": dict(**_V3, style=_v3_style()),

@@ -1,9 +1,9 @@
-"""Initial values, drawn on the host with NumPy so that nothing has to be compiled.
+"""Initializers that draw on the host with NumPy, so that nothing has to be compiled.
 
-`module.lazy_init` infers shapes without computing the network and calls these with a concrete
-key; jitted random draws would compile one small program a shape (23 s for 20 layers on two
-cores). Under `jit` or `eval_shape`, where the key is a tracer, `jax.random` draws from the same
-distribution, not the same numbers.
+`module.lazy_init` infers shapes without computing the network and calls initializers with a
+concrete key. Jitted random draws would compile one small program per shape (23 s for 20 layers on
+two cores). Under `jit` or `eval_shape`, where the key is a tracer, `jax.random` draws other numbers
+from the same distribution.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Initializer = Callable[..., Array]
 
 
 def normal(stddev: Callable[[Sequence[int]], float]) -> Initializer:
-    """Gaussian draws of mean 0 with the standard deviation `stddev(shape)`."""
+    """Returns an initializer from a Gaussian of mean 0 and standard deviation `stddev(shape)`."""
 
     def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
         if isinstance(key, jax.core.Tracer):
@@ -29,7 +29,7 @@ def normal(stddev: Callable[[Sequence[int]], float]) -> Initializer:
 
 
 def uniform(bound: Callable[[Sequence[int]], float]) -> Initializer:
-    """Uniform draws between -`bound(shape)` and `bound(shape)`."""
+    """Returns an initializer from the uniform distribution on +-`bound(shape)`."""
 
     def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
         limit = bound(shape)
@@ -42,7 +42,7 @@ def uniform(bound: Callable[[Sequence[int]], float]) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """The same value everywhere."""
+    """Returns an initializer that fills arrays with `value`."""
     return lambda key, shape, dtype=jnp.float32: jnp.asarray(np.full(shape, value), dtype)
 
 
@@ -51,11 +51,11 @@ def _fan_out(shape: Sequence[int]) -> float:
     return float(np.prod(window)) * features
 
 
-# He et al. (arXiv:1502.01852) eq. 10 with the fan-out: torchvision's convolutions before a ReLU.
+# He et al. (arXiv:1502.01852), eq. 10 with the fan-out: torchvision's for convolutions before ReLU.
 he_fan_out = normal(lambda shape: np.sqrt(2 / _fan_out(shape)))
-# Its grouped form, which timm takes: a filter of a depthwise convolution feeds one channel.
+# timm's form for depthwise convolutions, in which a filter feeds one channel.
 he_fan_out_depthwise = normal(lambda shape: np.sqrt(2 / np.prod(shape[:-2])))
-# Transformers: torch's truncated normal of deviation 0.02, whose bounds of 2 are never met.
+# Transformers: torch's truncated normal of deviation 0.02, whose bounds of 2 are never reached.
 narrow = normal(lambda shape: 0.02)
 narrower = normal(lambda shape: 0.01)
 # torch's default for the kernel of a convolution or a linear layer.
@@ -64,16 +64,16 @@ zeros, ones = constant(0.0), constant(1.0)
 
 
 def unit_columns(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
-    """`torch_kernel` with columns of length 1, as SwAV scales its prototypes before every step."""
+    """Draws `torch_kernel` and scales columns to length 1, as SwAV scales its prototypes."""
     kernel = torch_kernel(key, shape, jnp.float32)
     if isinstance(key, jax.core.Tracer):
         return (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)).astype(dtype)
-    made = np.asarray(kernel)
-    return jnp.asarray(made / np.linalg.norm(made, axis=0, keepdims=True), dtype)
+    columns = np.asarray(kernel)
+    return jnp.asarray(columns / np.linalg.norm(columns, axis=0, keepdims=True), dtype)
 
 
 def torch_bias(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a bias beside `torch_kernel`.
+    """Returns torch's default initializer of a bias: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     Args:
       fan_in: inputs of one output.
