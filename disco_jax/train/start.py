@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 # Values of `config.student.start`; "all" loads head, adapter and prototypes too.
 PARTS = ("backbone", "all")
-# Fields that determine the shapes of a backbone's weights, and of those after it.
+# Fields that determine the shapes of the backbone's weights, and of all other weights.
 _BACKBONE_FIELDS = "width", "stem", "grid", "patch"
 _HEAD_FIELDS = "adapter", "head", "hidden", "layers", "dim", "prototypes"
 
@@ -91,8 +91,10 @@ def load(config: Any, encoder: Encoder) -> Variables:
     if pretrained.normalisation != configured:
         _LOG.warning(
             "The student starts from weights trained on images normalised by mean %s and std %s, "
-            "but config.augment.mean and .std are %s and %s.", *pretrained.normalisation, *configured
-        )  # fmt: skip
+            "but config.augment.mean and .std are %s and %s.",
+            *pretrained.normalisation,
+            *configured,
+        )
     return loaded
 
 

@@ -178,7 +178,7 @@ def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
       setting: name of the config field, for messages.
 
     Raises:
-      UserError: the path does not exist or contains no weights.
+      UserError: the path does not exist, or is a folder with the files of several networks.
     """
     path = epath.Path(weights)
     if not path.exists():
