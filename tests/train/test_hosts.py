@@ -63,10 +63,7 @@ def free_port():
 
 
 def config_of(recipe, processes):
-    """Returns the settings of a run; "disco" shards its queues between several processes.
-
-    "dino" does not, because SwAV's queue cannot be sharded.
-    """
+    """Returns the settings of a run; several processes shard their queues, except with "dino"."""
     shared = SHARED if recipe == "disco" and processes > 1 else {}
     return {**CONFIG, **OF_RECIPE[recipe], **shared}
 

@@ -1,4 +1,4 @@
-"""Resuming: a run that is killed at any time and restarted ends bit-identical to one that is not."""
+"""Resuming: runs that are killed and restarted end bit-identical to uninterrupted runs."""
 
 import json
 import os
