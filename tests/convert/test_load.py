@@ -70,7 +70,7 @@ def test_a_teacher_described_otherwise_is_refused(file):
         (dict(head="mlp_unit"), "config.teacher.head='mlp_unit', but the weights have 'mlp'"),
     ):
         config = spec(file, **{"head": "mlp", **changes})
-        with pytest.raises(UserError, match="not the one described") as error:
+        with pytest.raises(UserError, match="not the one in the config") as error:
             teacher.load(config, models.build_encoder(config), 32)
         assert message in str(error.value)
 
