@@ -197,9 +197,15 @@ def _code_and_message(error: Exception) -> tuple[int, str]:
 
 
 def _storage_message(error: Exception) -> str:
-    """Returns the user message for a full or read-only disk, or ''."""
+    """Returns the user message for a full or read-only disk or an unreachable bucket, or ''."""
     from disco_jax import files
 
+    if reason := files.bucket_error(error):
+        return (
+            f"A bucket cannot be used: {reason}. Check its name, the network and the credentials "
+            "(`gcloud auth application-default login`), and start again. Files saved before are "
+            "complete."
+        )
     reason = files.refusal(error)
     return reason and (
         f"Nothing more can be written: {reason}. Files saved before are complete. Free some space "

@@ -160,9 +160,22 @@ def test_storage_that_refuses_is_told_and_other_errors_are_not_hidden(number, en
         raise OSError(number, "x", "RUN/metrics.jsonl")
 
     code, message = ends(refused)
-    assert code == 1 and f"RUN/metrics.jsonl: {os.strerror(number)}. What was saved" in message
+    assert code == 1 and f"RUN/metrics.jsonl: {os.strerror(number)}. Files saved" in message
     for other in (OSError(errno.EPIPE, "x"), ValueError("RESOURCE_EXHAUSTED: of the device")):
         assert not files.refusal(other)
+
+
+def test_a_bucket_that_cannot_be_used_is_named_in_one_message(ends):
+    errors_impl = pytest.importorskip("tensorflow").errors
+    reason = "Could not resolve host: x\n\t when reading metadata of gs://bucket/run"
+
+    def fails():
+        raise errors_impl.FailedPreconditionError(None, None, reason)
+
+    code, message = ends(fails)
+    assert code == 1 and "Traceback" not in message
+    assert "Could not resolve host: x when reading metadata of gs://bucket/run. Check" in message
+    assert not files.bucket_error(errors_impl.ResourceExhaustedError(None, None, "no memory"))
 
 
 def test_a_trace_is_written_of_the_steps_asked_for(finished):
