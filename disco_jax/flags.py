@@ -277,7 +277,7 @@ def prepare_jax(distributed: Mapping[str, Any] | None = None, workdir: str = "")
     from disco_jax.plan import topology
 
     if distributed is not None:
-        from disco_jax.train import hosts
+        from disco_jax.run import hosts
 
         hosts.meet(**distributed)
     topology.quiet()

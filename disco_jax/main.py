@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             print(f"disco-jax {argv[0]}: {message}", file=sys.stderr)
-        if hosts := sys.modules.get("disco_jax.train.hosts"):
+        if hosts := sys.modules.get("disco_jax.run.hosts"):
             hosts.leave(code)
         return code
     return 0
@@ -181,7 +181,7 @@ def _report_stop(task: str, error: BaseException) -> int:
         "again to continue.",
         file=sys.stderr,
     )
-    if hosts := sys.modules.get("disco_jax.train.hosts"):
+    if hosts := sys.modules.get("disco_jax.run.hosts"):
         hosts.leave(kind.exit_code)
     return kind.exit_code
 
@@ -190,7 +190,7 @@ def _code_and_message(error: Exception) -> tuple[int, str]:
     """Returns exit code and message of an error; "" for a bug, which needs a traceback."""
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error)
-    hosts = sys.modules.get("disco_jax.train.hosts")
+    hosts = sys.modules.get("disco_jax.run.hosts")
     if hosts and (message := hosts.lost(error)):
         return hosts.LOST, message
     return 1, _storage_message(error)

@@ -19,7 +19,7 @@ import disco_jax
 import helpers
 from disco_jax import files, programs
 from disco_jax.errors import UserError
-from disco_jax.train import hosts, workdir
+from disco_jax.run import hosts, workdir
 
 SCRIPT = pathlib.Path(sys.executable).with_name("disco-jax")
 TINY = (

@@ -15,7 +15,7 @@ from disco_jax.data import pipeline, views
 from disco_jax.data.base import Source
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import checkpoint, workdir
+from disco_jax.run import checkpoint, workdir
 from disco_jax.train.state import everywhere
 
 

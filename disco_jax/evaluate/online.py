@@ -21,9 +21,10 @@ from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import positions
-from disco_jax.train import optimizer, unreadable, workdir
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
+from disco_jax.run import unreadable, workdir
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
+from disco_jax.train import optimizer
 from disco_jax.train.state import apart
 
 LAYERS = ("classifier", "all")

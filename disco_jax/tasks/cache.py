@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
+from disco_jax.run import hosts, lease, unreadable, workdir
 from disco_jax.tasks import cached, pretrain
 from disco_jax.tasks.prepare import Prepared, check, prepare
-from disco_jax.train import hosts, lease, state, step, unreadable, workdir
+from disco_jax.train import state, step
 
 
 def main(argv: Sequence[str]) -> None:

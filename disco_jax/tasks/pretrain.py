@@ -15,12 +15,13 @@ from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
+from disco_jax.run import checkpoint, unreadable
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Logger
+from disco_jax.run.workdir import ANEW, begin_anew, claim
 from disco_jax.tasks import report
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, loop, state, step, unreadable
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import ANEW, begin_anew, claim
+from disco_jax.train import health, loop, state, step
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
+from disco_jax.run import hosts, lease, workdir
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
-from disco_jax.train import hosts, lease, teacher, workdir
+from disco_jax.train import teacher
 from disco_jax.train.joint import Diverged
 
 # Evaluation recipe -> its task.

@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import jax
 
 from disco_jax.errors import Interrupted, Preempted
-from disco_jax.train import hosts, replicas
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Progress, check_state, summarise
+from disco_jax.run import hosts
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Progress
+from disco_jax.train import replicas
 from disco_jax.train.state import whole
+from disco_jax.train.summary import check_state, summarise
 
 # Steps that may be enqueued on the device before the host waits: enough to hide the host's work,
 # few enough that enqueued batches do not fill the device's memory.

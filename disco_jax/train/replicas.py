@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from disco_jax.errors import NumericError
-from disco_jax.train import hosts
+from disco_jax.run import hosts
 from disco_jax.train.state import copied
 
 

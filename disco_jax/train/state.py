@@ -21,7 +21,7 @@ from disco_jax.models.encoder import Encoded, Network, Variables
 from disco_jax.models.layers.feature_maps import COLLECTION, by_size
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
-from disco_jax.train import hosts
+from disco_jax.run import hosts
 
 Tree = TypeVar("Tree")
 

@@ -15,9 +15,10 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
 from disco_jax.plan import budget
+from disco_jax.run import hosts, lease
 from disco_jax.tasks import cache, joint, pretrain
 from disco_jax.tasks.prepare import prepare
-from disco_jax.train import hosts, lease, step, teacher
+from disco_jax.train import step, teacher
 from disco_jax.train.state import everywhere
 
 STEPS = 5  # per epoch: 1437 images in batches of 256

@@ -10,7 +10,8 @@ import pytest
 
 from disco_jax import main
 from disco_jax.errors import Interrupted, Preempted
-from disco_jax.train import hosts, loop
+from disco_jax.run import hosts
+from disco_jax.train import loop
 
 SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 

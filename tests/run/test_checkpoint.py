@@ -12,8 +12,8 @@ import pytest
 
 import helpers
 from disco_jax.errors import StorageError, UserError
-from disco_jax.train import checkpoint, stored
-from disco_jax.train.checkpoint import Checkpoints
+from disco_jax.run import checkpoint, stored
+from disco_jax.run.checkpoint import Checkpoints
 
 # When one read of a damaged checkpoint fails, Orbax closes its event loop. Reads that still run in
 # TensorStore's threads then call back into the closed loop, which Python sometimes reports as

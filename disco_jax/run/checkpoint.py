@@ -23,7 +23,7 @@ from etils import epath
 
 from disco_jax import files
 from disco_jax.errors import StorageError, UserError
-from disco_jax.train import hosts, stored
+from disco_jax.run import hosts, stored
 
 _LOG = logging.getLogger(__name__)
 

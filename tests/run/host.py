@@ -99,7 +99,7 @@ def main():
     import helpers
     from disco_jax import flags
     from disco_jax import main as command
-    from disco_jax.train import hosts
+    from disco_jax.run import hosts
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if "DISCO_JAX_COORDINATOR" in os.environ:

@@ -17,8 +17,8 @@ import pytest
 
 import helpers
 from disco_jax.data.arrays import ArraySource
+from disco_jax.run import hosts
 from disco_jax.tasks import prepare, pretrain
-from disco_jax.train import hosts
 
 TESTS = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # total over all processes
@@ -91,7 +91,7 @@ def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_
             }
         started.append(
             subprocess.Popen(
-                [sys.executable, TESTS / "train" / "host.py", task, workdir, words],
+                [sys.executable, TESTS / "run" / "host.py", task, workdir, words],
                 env={**environment, **place},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -34,7 +34,7 @@ from disco_jax import files, programs
 from disco_jax.errors import UserError, did_you_mean
 from disco_jax.files import is_free, whole
 from disco_jax.nested import flatten
-from disco_jax.train import checkpoint, hosts, lease, metrics, upgrades
+from disco_jax.run import checkpoint, hosts, lease, metrics, upgrades
 from disco_jax.version import __version__
 
 _LOG = logging.getLogger(__name__)
