@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             print(f"disco-jax {argv[0]}: {message}", file=sys.stderr)
         if hosts := sys.modules.get("disco_jax.run.hosts"):
-            hosts.leave(code)
+            hosts.exit_all(code)
         return code
     return 0
 
@@ -182,7 +182,7 @@ def _report_stop(task: str, error: BaseException) -> int:
         file=sys.stderr,
     )
     if hosts := sys.modules.get("disco_jax.run.hosts"):
-        hosts.leave(kind.exit_code)
+        hosts.exit_all(kind.exit_code)
     return kind.exit_code
 
 
@@ -191,7 +191,7 @@ def _code_and_message(error: Exception) -> tuple[int, str]:
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error)
     hosts = sys.modules.get("disco_jax.run.hosts")
-    if hosts and (message := hosts.lost(error)):
+    if hosts and (message := hosts.peer_lost_message(error)):
         return hosts.LOST, message
     return 1, _storage_message(error)
 

@@ -103,7 +103,7 @@ def claim(
     """
     path = epath.Path(workdir)
     with contextlib.ExitStack() as lock:
-        hosts.first(lambda: _claim(path, config, allow_change, images, lock))
+        hosts.on_process_zero(lambda: _claim(path, config, allow_change, images, lock))
         programs.settle(path)
         yield path
 
@@ -119,7 +119,7 @@ def begin_anew(path: epath.Path) -> None:
             if (path / name).exists():
                 files.set_aside(path / name, "before")
 
-    hosts.first(rename)
+    hosts.on_process_zero(rename)
 
 
 def read_config(workdir: str) -> ConfigDict:

@@ -187,8 +187,8 @@ def _train(
             pretrain.show_views(run.config, run.source, paths[name], loggers[name], start)
         loop.run(
             step.parallel(joint_step),
-            state.everywhere(dict(begin)),
-            state.everywhere(first.frozen),
+            state.replicate(dict(begin)),
+            state.replicate(first.frozen),
             batches,
             pretrain.schedule(first, start, paths[next(iter(ready))]),
             logger,

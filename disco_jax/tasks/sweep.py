@@ -105,7 +105,9 @@ def run(
     path.mkdir(parents=True, exist_ok=True)
     programs.settle(path)
     with contextlib.ExitStack() as stack:
-        hosts.first(lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}")))
+        hosts.on_process_zero(
+            lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}"))
+        )
         _write_json(path / "sweep.json", json.loads(config.to_json_best_effort()))
         _train_teachers(teachers, path, evaluations, source, worker)
         if not teachers_only:
