@@ -120,7 +120,8 @@ def options(name: str) -> frozenset[str]:
     """Returns the optional fields of a config that a backbone has; none for unknown names."""
     if name not in BACKBONES:
         return frozenset()
-    return _OPTIONAL.keys() & {field.name for field in dataclasses.fields(BACKBONES[name][0])}
+    fields = {field.name for field in dataclasses.fields(BACKBONES[name][0])}
+    return frozenset(_OPTIONAL.keys() & fields)
 
 
 def is_transformer(name: str) -> bool:

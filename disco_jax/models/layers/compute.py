@@ -245,7 +245,7 @@ class Compute:
         """Returns the module of a convolution, and x in the layout that it takes."""
         too_wide = conv.depthwise and conv.features > _MAX_PACKED_DEPTHWISE
         if x.width_packing > 1 and (too_wide or conv.bias_init):
-            x = x.replace(x=x.unpacked(), width_packing=1)
+            x = dataclasses.replace(x, x=x.unpacked(), width_packing=1)
         algorithm = shift_and_add if self.shift_and_add else None
         return conv.module(name, self.dtype, x.width_packing, algorithm), x
 

@@ -1,5 +1,6 @@
 """Feature maps: their layout, and those of a backbone's stages for objectives that read them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class FeatureMap:
 
     def map(self, function: Callable[[Array], Array]) -> "FeatureMap":
         """Applies a function that is elementwise within each image."""
-        return self.replace(x=function(self.x))
+        return dataclasses.replace(self, x=function(self.x))
 
     def relu(self) -> "FeatureMap":
         """Applies max(x, 0)."""
