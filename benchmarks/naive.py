@@ -1,8 +1,8 @@
-"""Baseline of the benchmarks: a correct, straightforward training step in bfloat16.
+"""Baseline for `compiled.py`: a straightforward step, correct, in bfloat16, without optimizations.
 
-Losses are computed from float32 logits [B, K + 1], weights are float32, and all images are gathered
-to be shuffled. Each image draws the order of its color operations, and all operations are computed
-to select one. A blur is 23 shifted sums along each axis.
+Losses use float32 logits [B, K + 1], weights are float32, and the images are all-gathered to be
+shuffled. Each image draws the order of its colour operations; all operations are computed at each
+position and one is selected. A blur is a sum of 23 shifted images along each axis.
 """
 
 from typing import Any
@@ -34,11 +34,13 @@ def replace(parts: dict[str, Any], config: Any) -> None:
         )
 
 
-def logits(rows: Array, own: Array, bank: Array) -> Array:
-    """Computes f32[B, K + 1] from bfloat16 factors, with float32 sums."""
+def logits(rows: Array, positives: Array, bank: Array) -> Array:
+    """Computes f32[B, K + 1] logits with bfloat16 factors and float32 sums."""
     half = jnp.bfloat16
-    others = jnp.matmul(rows.astype(half), bank.T.astype(half), preferred_element_type=jnp.float32)
-    return jnp.concatenate([jnp.sum(rows * own, axis=-1, keepdims=True), others], axis=-1)
+    negatives = jnp.matmul(
+        rows.astype(half), bank.T.astype(half), preferred_element_type=jnp.float32
+    )
+    return jnp.concatenate([jnp.sum(rows * positives, axis=-1, keepdims=True), negatives], axis=-1)
 
 
 def contrast(student: Any, targets: Any, memory: Any, settings: Any):
@@ -47,10 +49,10 @@ def contrast(student: Any, targets: Any, memory: Any, settings: Any):
     for query_view, key_view in settings.pairs:
         key = unit(targets[settings.keys_from][key_view].embedding)
         queue = memory[f"view_{key_view}"]
-        scores = logits(unit(student[query_view].embedding), key, queue.vectors)
-        scaled = scores / settings.temperature
+        similarities = logits(unit(student[query_view].embedding), key, queue.vectors)
+        scaled = similarities / settings.temperature
         losses.append(jnp.mean(jax.nn.logsumexp(scaled, axis=-1) - scaled[:, 0]))
-        accuracies.append(jnp.mean(jnp.argmax(scores, axis=-1) == 0))
+        accuracies.append(jnp.mean(jnp.argmax(similarities, axis=-1) == 0))
         queues[f"view_{key_view}"] = queue.push(gather(key))
     return jnp.mean(jnp.stack(losses)), (queues, accuracies)
 
@@ -80,7 +82,7 @@ def similarity(student: Any, targets: Any, memory: Any, settings: Any):
 
 
 def with_gradient(term, settings):
-    """Returns a function of student, targets and memory that computes a loss and its gradient."""
+    """Builds a part's function (student, targets, memory) -> loss, memory and gradient."""
 
     def part(student, targets, memory):
         def loss(student):
@@ -103,7 +105,7 @@ def _augmentation(settings: Any):
 
 
 def photometric(crops: Array, key: Array, settings: Any) -> Array:
-    """Applies MoCo-v2's operations one by one: u8[B, H, W, 3] -> f32[B, H, W, 3]."""
+    """Applies MoCo-v2's operations one by one, u8[B, H, W, 3] -> f32[B, H, W, 3]."""
     count = len(crops)
     jitter_key, order_key, grey_key, blur_key, sigma_key, flip_key, act_key = jax.random.split(
         key, 7
@@ -129,9 +131,9 @@ def photometric(crops: Array, key: Array, settings: Any) -> Array:
 def _jitter(images: Array, factors: Array, orders: Array) -> Array:
     operations = [getattr(augment, name) for name in augment.JITTER]
     for position in range(4):
-        candidates = [operation(images, factors[:, i]) for i, operation in enumerate(operations)]
-        for i, candidate in enumerate(candidates):
-            images = _where(orders[:, position] == i, candidate, images)
+        results = [operation(images, factors[:, i]) for i, operation in enumerate(operations)]
+        for i, image in enumerate(results):
+            images = _where(orders[:, position] == i, image, images)
     return images
 
 
@@ -139,13 +141,12 @@ def _blur(images: Array, sigma: Array, axis: int) -> Array:
     offsets = jnp.arange(-TAPS, TAPS + 1, dtype=jnp.float32)[None]
     weights = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    around = [(TAPS, TAPS) if i == axis else (0, 0) for i in range(4)]
-    padded = jnp.pad(images, around, mode="reflect")
+    padding = [(TAPS, TAPS) if i == axis else (0, 0) for i in range(4)]
+    padded = jnp.pad(images, padding, mode="reflect")
     size = images.shape[axis]
     shifted = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * TAPS + 1))
     return sum(weights[:, i, None, None, None] * part for i, part in enumerate(shifted))
 
 
 def _where(mask: Array, images: Array, others: Array) -> Array:
-    """Selects images by a mask bool[B]."""
     return jnp.where(mask[:, None, None, None], images, others)

@@ -1,7 +1,7 @@
 """Networks by name: backbones, heads, and the encoders that a config describes."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -70,8 +70,9 @@ def build_encoder(
     _check_layers(spec, setting)
     compute = dataclasses.replace(compute, norm_group=spec.norm_group)
     cls, fields = BACKBONES[spec.backbone]
+    make: Callable[..., Backbone] = cls  # every subclass has a field `compute`
     return Encoder(
-        cls(**{**fields, **_optional_fields(spec, setting)}, compute=compute),
+        make(**{**fields, **_optional_fields(spec, setting)}, compute=compute),
         _head(spec, compute),
         heads.Adapter(spec.adapter, compute=compute) if spec.adapter else None,
         _prototypes(spec, setting),

@@ -78,8 +78,8 @@ class PackedConv(nn.Module):
         shape = (*sides, 1 if self.depthwise else channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         vertical, (pad_left, _) = self._pads((x.shape[1], x.shape[2] * packing_in))
-        reads, horizontal = _tap_selection(self.side, self.stride, pad_left, self.width_packing)
-        kernel, selection = kernel.astype(self.dtype), jnp.asarray(reads, self.dtype)
+        tap_mask, horizontal = _tap_selection(self.side, self.stride, pad_left, self.width_packing)
+        kernel, selection = kernel.astype(self.dtype), jnp.asarray(tap_mask, self.dtype)
         if self.depthwise:
             taps = jnp.einsum("htd,tpio->hpiod", kernel[:, :, 0], selection)
             diagonal = jnp.eye(self.features, dtype=self.dtype)

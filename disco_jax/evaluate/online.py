@@ -1,4 +1,4 @@
-"""Training with labels on images as they are read: probes with augmentation, and fine-tuning."""
+"""Supervised training on images as they are read: probes with augmentation, and fine-tuning."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Position, Source
-from disco_jax.data.stacks import STACKS
+from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import positions
 from disco_jax.train import optimizer, unreadable, workdir
@@ -27,44 +27,44 @@ from disco_jax.train.metrics import Logger
 from disco_jax.train.state import apart
 
 LAYERS = ("classifier", "all")
-# Settings that may change when a training goes on: they do not change what is learned.
-_FREE = (
+# Settings that may change when a training resumes, because they do not affect the weights.
+_CHANGEABLE = (
     "log_every_epochs",
     "checkpoint_every_epochs",
     "evaluate_every_epochs",
     "extract_batch_size",
     "report",
 )
-# Fields of `augment` that are the run's own, whatever the stack.
-_OF_RUN = ("size", "interpolation", "antialias", "mean", "std")
+# Fields of `augment` that come from the run instead of the preset.
+_RUN_FIELDS = ("size", "interpolation", "antialias", "mean", "std")
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A network with a trained layer, whose classes are taught.
+    """Network with a trained classifier, whose predictions are distilled.
 
     Attributes:
       trained: the network.
-      classifier: its layer.
-      output: what of the network the layer reads.
-      blocks: of a ViT, see `Encoder.read`.
+      classifier: its linear classifier.
+      output: network output that the classifier reads.
+      blocks: number of last ViT blocks, see `Encoder.read`.
     """
 
-    trained: Trained
+    trained: TrainedModel
     classifier: Classifier
     output: str
     blocks: int
 
 
-# (step, network, layer) -> metrics; see `train`.
-Look = Callable[[int, Trained, Classifier], Mapping[str, float]]
+# (step, network, classifier) -> metrics; see `train`.
+EvalFn = Callable[[int, TrainedModel, Classifier], Mapping[str, float]]
 
 
-def check(config: ConfigDict, trained: Trained) -> None:
-    """Refuses settings that would fail, or do nothing, after hours of reading.
+def check(config: ConfigDict, trained: TrainedModel) -> None:
+    """Checks settings that would fail, or have no effect, only after hours of training.
 
     Raises:
-      UserError: names the setting.
+      UserError: names the invalid setting.
     """
     if config.layers not in LAYERS:
         raise errors.unknown("config.layers", config.layers, LAYERS)
@@ -72,13 +72,13 @@ def check(config: ConfigDict, trained: Trained) -> None:
         raise errors.unknown("config.norm", config.norm, ("running", "sync", "local"))
     if config.layers == "classifier" and config.norm != "running":
         raise errors.UserError(
-            f"config.norm={config.norm!r}, but the network is frozen: set it to running, or "
-            "config.layers to all."
+            f"config.norm={config.norm!r} updates the network's statistics, but the network is "
+            "frozen: set config.norm=running or config.layers=all."
         )
     if config.layers == "all" and config.normalise:
         raise errors.UserError(
-            "config.normalise takes statistics of features that stay as they are; with "
-            "config.layers=all they do not. Set it to False."
+            "config.normalise needs fixed features, but config.layers=all changes them. Set "
+            "it to False."
         )
     classifier.check_distill(config.distill)
     features.check_outputs(trained, (config.output,), config.blocks)
@@ -86,37 +86,37 @@ def check(config: ConfigDict, trained: Trained) -> None:
 
 def train(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     folder: str | None,
     *,
     teacher: Teacher | None = None,
-    look: Look | None = None,
-    look_steps: int = 0,
-) -> tuple[Trained, Classifier]:
-    """Trains a layer on top of a network, or both together.
+    eval_fn: EvalFn | None = None,
+    eval_every_steps: int = 0,
+) -> tuple[TrainedModel, Classifier]:
+    """Trains a linear classifier on top of a network, or both together.
 
-    A training that was stopped goes on where it was if `folder` is the same.
+    An interrupted training resumes if it is started again with the same `folder`.
 
     Args:
       config: see `common.classification`.
-      trained: the network; its config says how images are read.
+      trained: the network; its config defines how images are read.
       source: labelled images.
-      folder: for config, metrics and checkpoints; None keeps nothing.
-      teacher: what teaches beside the labels, if `config.distill.weight` is set.
-      look: called every `look_steps` steps and at the end; None: never.
-      look_steps: 0: never.
+      folder: directory for config, metrics and checkpoints; None writes nothing.
+      teacher: distilled in addition to the labels, if `config.distill.weight` is set.
+      eval_fn: called every `eval_every_steps` steps and at the end; None: never.
+      eval_every_steps: interval of `eval_fn`; 0: never.
 
     Returns:
-      The network, fine-tuned with `config.layers="all"`, and the layer.
+      The network, fine-tuned with `config.layers="all"`, and the classifier.
 
     Raises:
-      UserError: an image has no label, or `folder` is of other settings.
+      UserError: if an image has no label, or `folder` belongs to other settings.
       NumericError, Preempted: see `loop.run`.
     """
     tx = optimizer.build(config.optimizer, plan(config, trained, source).rate)
     recipe = views_of(trained)
-    standard = standard_of(config, trained, source)
+    feature_stats = feature_stats_of(config, trained, source)
     step = classifier.make_step(
         tx,
         _forward(config, trained, recipe),
@@ -124,12 +124,12 @@ def train(
         distill=config.distill,
         teach=_teach(config, teacher, recipe),
     )
-    frozen: dict[str, Any] = {"standard": standard, "teacher": _frozen(teacher)}
+    frozen: dict[str, Any] = {"feature_stats": feature_stats, "teacher": _teacher_arrays(teacher)}
     if config.layers == "classifier":
         frozen["network"] = trained.variables
 
     def evaluate(step, state):
-        return look(step, network(trained, state), linear.layer(state, standard))
+        return eval_fn(step, network(trained, state), linear.layer(state, feature_stats))
 
     state = fit(
         config,
@@ -139,15 +139,15 @@ def train(
         step,
         _start(config, trained, features.classes(source, trained.config.data.train_split), tx),
         frozen,
-        evaluate=evaluate if look else None,
-        evaluate_steps=look_steps,
+        evaluate=evaluate if eval_fn else None,
+        evaluate_steps=eval_every_steps,
     )
-    return network(trained, state), linear.layer(state, standard)
+    return network(trained, state), linear.layer(state, feature_stats)
 
 
 def fit(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     folder: str | None,
     step: Any,
@@ -157,36 +157,38 @@ def fit(
     evaluate: linear.Evaluate | None = None,
     evaluate_steps: int = 0,
 ) -> ProbeState:
-    """`linear.fit` on labelled crops as they are read, from where it was stopped, if it was.
+    """Runs `linear.fit` on labelled crops as they are read; resumes an interrupted training.
 
     Args:
       config: see `common.classification`.
-      trained: its config says how images are read.
+      trained: its config defines how images are read.
       source: labelled images.
       folder: see `train`.
-      step: of one replica, on {"images", "labels", and what the source gives beside}.
+      step: step of one replica, on {"images", "labels", and further arrays from the source}.
       start: the state at step 0.
-      frozen: what the step reads and never changes.
+      frozen: input of the step that is never updated.
       evaluate: see `linear.fit`.
-      evaluate_steps: likewise.
+      evaluate_steps: see `linear.fit`.
     """
-    how = plan(config, trained, source)
+    probe_plan = plan(config, trained, source)
     recipe = views_of(trained)
-    with _kept(folder, config, trained, source) as checkpoints:
+    with _claimed_checkpoints(folder, config, trained, source) as checkpoints:
         if folder is not None:
             unreadable.keep(source, folder)
-        state, position = _resumed(checkpoints, start)
-        if int(state.step) >= config.total_epochs * how.steps_per_epoch:
+        state, position = _resume_or_start(checkpoints, start)
+        if int(state.step) >= config.total_epochs * probe_plan.steps_per_epoch:
             return state
         with (
             contextlib.closing(
                 Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
             ) as logger,
-            _reading(source, trained, recipe, how, config.seed, position) as batches,
+            _prefetched_crops(
+                source, trained, recipe, probe_plan, config.seed, position
+            ) as batches,
         ):
             return linear.fit(
                 config,
-                how,
+                probe_plan,
                 step,
                 state,
                 frozen,
@@ -199,34 +201,34 @@ def fit(
             )
 
 
-def _tensorboard(trained: Trained, folder: str | None) -> bool:
-    """As the run that is evaluated has it; in a bucket not, as that needs TensorFlow."""
+def _tensorboard(trained: TrainedModel, folder: str | None) -> bool:
+    """Returns the run's setting, but False in a bucket, where TensorBoard needs TensorFlow."""
     return trained.config.log.tensorboard and "://" not in str(folder)
 
 
-def plan(config: ConfigDict, trained: Trained, source: Source) -> linear.Plan:
-    """See `linear.plan`."""
+def plan(config: ConfigDict, trained: TrainedModel, source: Source) -> linear.Plan:
+    """Calls `linear.plan` for the run's training split."""
     count = source.count(trained.config.data.train_split)
     return linear.plan(config, count, jax.process_count())
 
 
-def network(trained: Trained, state: ProbeState) -> Trained:
-    """The network of a state: `trained` itself where it is frozen."""
+def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
+    """Returns the network of a state: `trained` itself if it is frozen."""
     if "network" not in state.params:
         return trained
     variables = {"params": state.params["network"], "batch_stats": state.stats}
     return dataclasses.replace(trained, variables=jax.device_get(variables))
 
 
-def views_of(trained: Trained) -> views.Recipe:
-    """Random crops and flips, prepared for the network."""
+def views_of(trained: TrainedModel) -> views.Recipe:
+    """Builds the recipe of random crops and flips, with the network's normalization."""
     augment = trained.config.augment
-    settings = {**STACKS["linear"], **{field: augment[field] for field in _OF_RUN}}
+    settings = {**PRESETS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
     return views.build(settings, 1)
 
 
-def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> ProbeState:
-    """The state at step 0, on the host."""
+def _start(config: ConfigDict, trained: TrainedModel, classes: int, tx: Any) -> ProbeState:
+    """Creates the state at step 0, on the host."""
     head = classifier.init(config.init, width(config, trained), classes, config.seed)
     params: dict[str, Any] = {"classifier": head}
     stats: Any = {}
@@ -236,19 +238,19 @@ def _start(config: ConfigDict, trained: Trained, classes: int, tx: Any) -> Probe
     return ProbeState(jnp.zeros((), jnp.int32), params, stats, jax.device_get(tx.init(params)))
 
 
-def width(config: ConfigDict, trained: Trained) -> int:
-    """F, the columns of what is asked of the network."""
+def width(config: ConfigDict, trained: TrainedModel) -> int:
+    """Returns F, the width of the network output that `config.output` selects."""
     size = trained.config.augment.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     read = _reader(trained, config.output, config.blocks)
     return jax.eval_shape(lambda v, x: read(v, x)[0], trained.variables, images).shape[-1]
 
 
-def _reader(trained: Trained, output: str, blocks: int) -> Callable[..., tuple[Array, Any]]:
-    """(variables, images, norm, rngs) -> what is asked of the network, new statistics."""
+def _reader(trained: TrainedModel, output: str, blocks: int) -> Callable[..., tuple[Array, Any]]:
+    """Builds (variables, images, norm, rngs) -> (output, updated BatchNorm statistics)."""
 
     def read(variables, images, norm="running", rngs=None):
-        made, new = trained.encoder.apply(
+        outputs, updated = trained.encoder.apply(
             variables,
             images,
             norm=norm,
@@ -258,42 +260,45 @@ def _reader(trained: Trained, output: str, blocks: int) -> Callable[..., tuple[A
             mutable=["batch_stats"],
             rngs=rngs or {},
         )
-        return made[output], new.get("batch_stats", variables["batch_stats"])
+        return outputs[output], updated.get("batch_stats", variables["batch_stats"])
 
     return read
 
 
-def rows_of(config: ConfigDict, trained: Trained) -> Callable[..., Array]:
-    """(state, frozen, batch) -> f32[B, F]: what the frozen network makes of this step's crops."""
+def rows_of(config: ConfigDict, trained: TrainedModel) -> Callable[..., Array]:
+    """Builds (state, frozen, batch) -> f32[B, F], the frozen network's output for this step."""
     read, recipe = _reader(trained, config.output, config.blocks), views_of(trained)
 
     def rows(state, frozen, batch):
-        images = _seen(recipe, state, batch, config.seed)
+        images = _augment(recipe, state, batch, config.seed)
         return jax.lax.stop_gradient(read(frozen["network"], images)[0])
 
     return rows
 
 
-def _forward(config: ConfigDict, trained: Trained, recipe: views.Recipe) -> classifier.Forward:
-    """Images -> logits, the network frozen or not."""
+def _forward(config: ConfigDict, trained: TrainedModel, recipe: views.Recipe) -> classifier.Forward:
+    """Builds the function images -> logits, with the network frozen or trained."""
     read = _reader(trained, config.output, config.blocks)
     frozen_rows = rows_of(config, trained)
 
     def forward(params, state, frozen, batch):
         if "network" in params:
-            images = _seen(recipe, state, batch, config.seed)
+            images = _augment(recipe, state, batch, config.seed)
             variables = {"params": params["network"], "batch_stats": state.stats}
             drops = {"dropout": jax.random.fold_in(jax.random.key(config.seed + 1), state.step)}
             rows, stats = read(variables, images, config.norm, drops)
         else:
             rows, stats = frozen_rows(state, frozen, batch), state.stats
-        return classifier.logits(params["classifier"], rows, frozen["standard"]), stats
+        return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), stats
 
     return forward
 
 
 def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) -> Any:
-    """The teacher's logits of the very crops that the student sees, normalised its own way."""
+    """Builds the function that computes the teacher's logits, or returns None without a teacher.
+
+    The teacher sees the same crops as the student, with its own normalization.
+    """
     if teacher is None:
         return None
     read = _reader(teacher.trained, teacher.output, teacher.blocks)
@@ -302,58 +307,67 @@ def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) ->
     recipe = views.Recipe(recipe.crops, (operations,))
 
     def teach(state, frozen, batch):
-        given = frozen["teacher"]
-        rows, _ = read(given["network"], _seen(recipe, state, batch, config.seed))
-        return classifier.logits(given["classifier"], rows, given["standard"])
+        teacher_arrays = frozen["teacher"]
+        rows, _ = read(teacher_arrays["network"], _augment(recipe, state, batch, config.seed))
+        return classifier.logits(
+            teacher_arrays["classifier"], rows, teacher_arrays["feature_stats"]
+        )
 
     return teach
 
 
-def _frozen(teacher: Teacher | None) -> dict[str, Any]:
+def _teacher_arrays(teacher: Teacher | None) -> dict[str, Any]:
     if teacher is None:
         return {}
     layer = teacher.classifier
     return {
         "network": teacher.trained.variables,
         "classifier": {"kernel": layer.kernel, "bias": layer.bias},
-        "standard": dict(layer.standard),
+        "feature_stats": dict(layer.feature_stats),
     }
 
 
-def _seen(recipe: views.Recipe, state: ProbeState, batch: Mapping[str, Array], seed: int) -> Array:
-    """f32[B, S, S, 3]: this step's images, mirrored or not; the same on any number of devices."""
+def _augment(
+    recipe: views.Recipe, state: ProbeState, batch: Mapping[str, Array], seed: int
+) -> Array:
+    """Returns this step's images, f32[B, S, S, 3], after random flips and normalization.
+
+    The result does not depend on the number of devices.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     images = batch["images"]
     return recipe.photometric({0: images}, key, positions(images.shape[0]))[0]
 
 
-def standard_of(config: ConfigDict, trained: Trained, source: Source) -> dict[str, np.ndarray]:
-    """`classifier.standard` of the training images, if `config.normalise` asks for it."""
+def feature_stats_of(
+    config: ConfigDict, trained: TrainedModel, source: Source
+) -> dict[str, np.ndarray]:
+    """Returns `classifier.feature_stats` of the training images, {} without `config.normalise`."""
     if not config.normalise:
         return {}
     split, output = trained.config.data.train_split, config.output
-    found = features.of_split(
+    extracted = features.of_split(
         trained, source, split, config.extract_batch_size, (output,), config.blocks
     )
-    return classifier.standard(getattr(found, output))
+    return classifier.feature_stats(getattr(extracted, output))
 
 
 @contextlib.contextmanager
-def _reading(source, trained, recipe, how, seed, position):
-    """Batches of labelled crops on the devices, read ahead."""
+def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
+    """Yields an iterator over batches of labelled crops on the devices, prefetched."""
     data, devices = trained.config.data, jax.local_device_count()
 
     def lay_out(batch):
         if (batch.labels < 0).any():
             raise features.unlabelled(source, data.train_split)
         tree = {"images": batch.views[0], "labels": batch.labels, **batch.aux}
-        where = (batch.position.epoch, batch.position.offset)
-        return apart(pipeline.to_devices(tree, devices)), where
+        position_in_data = (batch.position.epoch, batch.position.offset)
+        return apart(pipeline.to_devices(tree, devices)), position_in_data
 
     crops = source.train(
         data.train_split,
         dict(enumerate(recipe.crops)),
-        how.batch_size // jax.process_count(),
+        probe_plan.batch_size // jax.process_count(),
         seed,
         position,
         pipeline.unreadable_limit(data, source, data.train_split),
@@ -363,26 +377,30 @@ def _reading(source, trained, recipe, how, seed, position):
 
 
 @contextlib.contextmanager
-def _kept(folder: str | None, config: ConfigDict, trained: Trained, source: Source):
-    """The checkpoints in `folder`, which belongs to these settings of this network alone."""
+def _claimed_checkpoints(
+    folder: str | None, config: ConfigDict, trained: TrainedModel, source: Source
+):
+    """Claims `folder` for these settings of this network; yields its `Checkpoints`, or None."""
     if folder is None:
         yield None
         return
-    learned = ConfigDict({name: config[name] for name in config if name not in _FREE})
+    settings = ConfigDict({name: config[name] for name in config if name not in _CHANGEABLE})
     data = trained.config.data
-    whole = ConfigDict({"evaluation": learned, "step": trained.step, "data": data})
+    claimed = ConfigDict({"evaluation": settings, "step": trained.step, "data": data})
     images = functools.partial(source.fingerprint, data.train_split)
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(workdir.claim(folder, whole, images=images))
+            path = stack.enter_context(workdir.claim(folder, claimed, images=images))
         except errors.UserError as error:
-            hint = "Another --config.name takes another directory."
+            hint = "Set another --config.name to use another directory."
             raise errors.UserError(f"{error} {hint}") from None
         yield stack.enter_context(contextlib.closing(Checkpoints(str(path), keep=1)))
 
 
-def _resumed(checkpoints: Checkpoints | None, start: ProbeState) -> tuple[ProbeState, Position]:
-    """The newest good checkpoint and this host's place in the data, or the start."""
+def _resume_or_start(
+    checkpoints: Checkpoints | None, start: ProbeState
+) -> tuple[ProbeState, Position]:
+    """Returns the newest intact state and this host's place in the data, or the start."""
     restored = checkpoints and checkpoints.restore(start)
     if not restored:
         if checkpoints:
@@ -392,4 +410,4 @@ def _resumed(checkpoints: Checkpoints | None, start: ProbeState) -> tuple[ProbeS
     hosts = meta["position"]
     if len(hosts) == jax.process_count():
         return state, Position(*hosts[jax.process_index()])
-    return state, Position(max(epoch for epoch, _ in hosts), 0)  # other shards: the epoch anew
+    return state, Position(max(epoch for epoch, _ in hosts), 0)  # other shards: restart the epoch

@@ -1,7 +1,7 @@
 """Makes models of timm or torchvision with drawn weights: FOLDER/NAME.pth and FOLDER/NAME.npz.
 
-A program of its own, because PyTorch and TensorFlow do not get along in one process.
-Usage: python their_models.py FRAMEWORK FOLDER MODEL...
+A separate program, because PyTorch and TensorFlow cannot share a process.
+Usage: python framework_models.py FRAMEWORK FOLDER MODEL...
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import torch
 
 
 def scramble(model):
-    """Weights of ordinary size, and BatchNorm statistics that are not 0 and 1."""
+    """Draws weights of ordinary size and BatchNorm statistics that are neither 0 nor 1."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, value in (*model.named_parameters(), *model.named_buffers()):

@@ -1,6 +1,6 @@
-"""Named augmentation stacks as plain settings; what each does is in `views.py`.
+"""Named augmentation presets as plain settings, implemented in `views.py`.
 
-Kept free of imports so that configs, the help page and `disco-jax list` load it at no cost.
+Has no imports, so that configs, the help page and `disco-jax list` load it at no cost.
 Sources: the official releases of MoCo (`main_moco.py`), SwAV (`multicropdataset.py`), SEED
 (`tools/utils.py`), DINO (`main_dino.py`) and SimReg.
 """
@@ -8,14 +8,14 @@ Sources: the official releases of MoCo (`main_moco.py`), SwAV (`multicropdataset
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# SwAV's code normalises with another standard deviation.
+# SwAV's official code uses a different standard deviation.
 SWAV_STD = (0.228, 0.224, 0.225)
 
-# `order` lists the photometric operations in the order in which they act.
+# `order` lists the photometric operations in the order of application.
 _PLAIN = dict(
     size=224,
-    scale=(0.08, 1.0),  # share of the image's area that a crop covers
-    ratio=(3 / 4, 4 / 3),  # width over height of a crop
+    scale=(0.08, 1.0),  # fraction of the image area covered by a crop
+    ratio=(3 / 4, 4 / 3),  # width / height of a crop
     interpolation="bilinear",
     antialias="area",  # exact | area | none, see docs/data.md
     order=("flip",),
@@ -23,7 +23,7 @@ _PLAIN = dict(
     jitter=(0.0, 0.0, 0.0, 0.0),  # brightness, contrast, saturation, hue
     jitter_prob=0.0,
     grey_prob=0.0,
-    blur_prob=0.0,  # this and the other *_prob but flip's: a number, or one for each global view
+    blur_prob=0.0,  # every *_prob except flip_prob is a number, or one number per global view
     blur_sigma=(0.1, 2.0),  # in pixels
     solarize_prob=0.0,
     mean=IMAGENET_MEAN,
@@ -40,10 +40,10 @@ _MOCO_V2 = {
     "blur_prob": 0.5,
 }
 
-STACKS = {
+PRESETS = {
     "weak": _PLAIN,
-    "weak02": {**_PLAIN, "scale": (0.2, 1.0)},  # SimReg's, and ReSSL's of the key
-    "linear": _PLAIN,  # the training crops of linear probes
+    "weak02": {**_PLAIN, "scale": (0.2, 1.0)},  # SimReg; ReSSL's key view
+    "linear": _PLAIN,  # training crops of linear probes
     "moco_v1": {
         **_PLAIN,
         "scale": (0.2, 1.0),
@@ -60,7 +60,7 @@ STACKS = {
         "jitter": (0.8, 0.8, 0.8, 0.2),
         "std": SWAV_STD,
     },
-    "seed_swav": {**_MOCO_V2, "scale": (0.14, 1.0)},  # SEED's crops of SwAV, MoCo's colours
+    "seed_swav": {**_MOCO_V2, "scale": (0.14, 1.0)},  # SEED: SwAV's crops with MoCo's colours
     "dino": {
         **_MOCO_V2,
         "scale": (0.4, 1.0),
@@ -72,7 +72,7 @@ STACKS = {
     },
 }
 
-# What differs in the smaller, local views of multi-crop recipes; all else is as in the stack.
+# Settings in which the smaller local views of multi-crop recipes differ from the global views.
 _LOCAL = dict(count=6, size=96, scale=(0.05, 0.14), blur_prob=0.5, solarize_prob=0.0)
 LOCALS = {
     "swav": _LOCAL,
