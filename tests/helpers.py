@@ -104,7 +104,6 @@ class TinyBackbone(Backbone):
 
     width: int = 4
     stem: str = "small"
-    compute: models.Compute = models.Compute()
 
     @property
     def out_features(self):
