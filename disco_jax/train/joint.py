@@ -45,7 +45,7 @@ def summarise(
     Raises:
       Diverged: a value of some run is not finite.
     """
-    summary: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     problems: dict[str, str] = {}
     for name in window[-1]:
         try:
@@ -53,10 +53,10 @@ def summarise(
         except NumericError as error:
             problems[name] = str(error)
         else:
-            summary |= named(name, own)
+            metrics |= named(name, own)
     if problems:
         raise Diverged(problems)
-    return summary
+    return metrics
 
 
 def check_states(step: int, states: Mapping[str, TrainState]) -> None:
