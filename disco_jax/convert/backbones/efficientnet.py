@@ -79,6 +79,7 @@ def _exports_to_timm(name: str) -> dict[str, Export]:
 
 
 FAMILY = Family(
+    priority=2,
     layouts=(
         Layout(
             "timm_inverted",
