@@ -11,14 +11,14 @@ class Residual(NamedTuple):
 
     Attributes:
       stage: its stage.
-      index: its index in the stage.
+      position: its index in the stage.
       flax: its path in the variables.
       expands: whether it starts with an expansion.
       squeezes: whether it has squeeze-and-excitation.
     """
 
     stage: int
-    index: int
+    position: int
     flax: str
     expands: bool
     squeezes: bool
