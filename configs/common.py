@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from disco_jax.data.stacks import NO_LOCALS, STACKS
+from disco_jax.data.presets import NO_LOCALS, PRESETS
 from disco_jax.errors import UserError, unknown
 
 # name: source, splits, image size, what an evaluation resizes to first (0: straight to the size),
@@ -48,9 +48,9 @@ def join(arg: ConfigDict, without: str) -> str:
 
 
 def augment(config: ConfigDict, stack: str) -> None:
-    """Takes another of `STACKS`; the size of the images and their handedness stay."""
+    """Takes another of `PRESETS`; the size of the images and their handedness stay."""
     kept = ("size", "flip_prob")
-    config.augment.update({k: v for k, v in STACKS[stack].items() if k not in kept})
+    config.augment.update({k: v for k, v in PRESETS[stack].items() if k not in kept})
 
 
 def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
@@ -94,7 +94,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         max_unreadable_percent=1.0,  # and the share of the images that may be, if that is more
     )
     config.views = 2  # crops an image; the objectives number them from 0
-    config.augment = {**STACKS["moco_v2"], "size": known["size"]}
+    config.augment = {**PRESETS["moco_v2"], "size": known["size"]}
     # Further, smaller crops, numbered after those; all else is as in augment.
     config.local = dict(NO_LOCALS)
     # Views of one size go through a network in one pass and share batch statistics (SwAV, DINO,
@@ -335,11 +335,11 @@ def multicrop(config: ConfigDict, arg: ConfigDict, stack: str, **local) -> None:
       config: from `pretrain`, to be changed.
       arg: the recipe's arguments `data` and `smoke`; small images keep their handedness and get
         local views of half their size.
-      stack: a name of `STACKS`, for the global views.
+      stack: a name of `PRESETS`, for the global views.
       local: fields of `config.local`.
     """
     size, flip = config.augment.size, config.augment.flip_prob
-    config.augment = {**STACKS[stack], "size": size}
+    config.augment = {**PRESETS[stack], "size": size}
     config.local.update(local)
     config.group_views = True
     config.student.norm = config.momentum.norm = "sync"
@@ -392,14 +392,18 @@ def self_distill(config: ConfigDict, arg: ConfigDict, prototypes: int) -> None:
 
 def is_transformer(backbone: str) -> bool:
     """Whether DINO trains it with AdamW and a head without BatchNorm."""
-    return backbone.startswith(("vit", "xcit"))
+    from disco_jax import models  # which imports JAX
+
+    return models.is_transformer(backbone)
 
 
 def small_patches(network: ConfigDict, arg: ConfigDict, size: int) -> None:
     """Patches of 4 px for a transformer on small images of `size` px."""
     if not is_large(arg) and is_transformer(network.backbone):
+        from disco_jax import models  # which imports JAX
+
         network.update(patch=4, stem="")
-        network.grid = size // 4 if network.backbone.startswith("vit") else 0
+        network.grid = size // 4 if "grid" in models.options(network.backbone) else 0
 
 
 def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> None:
@@ -411,7 +415,7 @@ def sslight(config: ConfigDict, arg: ConfigDict, stack: str, per_256: float) -> 
     Args:
       config: from `pretrain`, to be changed.
       arg: the recipe's arguments.
-      stack: a name of `STACKS`.
+      stack: a name of `PRESETS`.
       per_256: the peak rate of convolutional networks at a batch of 256.
     """
     transformer = is_transformer(arg.student)

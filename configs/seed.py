@@ -18,7 +18,7 @@ crops change their scale too (disagreement S10).
 """
 
 from disco_jax.configs import common
-from disco_jax.data.stacks import LOCALS
+from disco_jax.data.presets import LOCALS
 
 PATCHES = range(1, 7)
 GROUPS = {

@@ -185,8 +185,7 @@ def _state_dict(
 
 def _native(opened: Opened, size: int) -> int:
     """Returns the size at which both frameworks agree: timm resizes ViT positions differently."""
-    backbone = opened.encoder.backbone
-    return backbone.patch * backbone.grid if hasattr(backbone, "grid") else size
+    return opened.encoder.backbone.nominal_size or size
 
 
 def _program(

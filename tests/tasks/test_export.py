@@ -278,14 +278,14 @@ def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, m
     target, shifts, extract = tmp_path / "found.npz", [], embed.features.extract
 
     def recording_extract(encoder, *rest):
-        shifts.append(encoder.backbone.shifts)
+        shifts.append(encoder.compute.shift_and_add)
         return extract(encoder, *rest)
 
     monkeypatch.setattr(embed.features, "extract", recording_extract)
     result = embed.run(
         str(run), images=str(photos), output=str(target), with_head=True, size=16, batch_size=4
     )
-    assert shifts == [True] and not open_network(str(run)).encoder.backbone.shifts
+    assert shifts == [True] and not open_network(str(run)).encoder.compute.shift_and_add
     assert result["images"] == 4 and result["unreadable"] == [str(photos / "b2.png")]
     with np.load(target, allow_pickle=False) as stored:
         assert list(stored["files"]) == ["a.png", "b.jpg", "more/c.bmp", "more/d é.webp"]
@@ -315,7 +315,7 @@ def test_features_go_into_parquet(run, photos, tmp_path):
     [
         (["--images={photos}", "--output=a.csv"], "should end in .npz or .parquet"),
         (["--images=nowhere", "--output=a.npz"], "is not a folder"),
-        (["--images={photos}/more/empty", "--output=a.npz"], "has no pictures"),
+        (["--images={photos}/more/empty", "--output=a.npz"], "has no images"),
         (["--images={photos}", "--output=no/a.npz"], "there is no folder"),
         (["--images={photos}", "--output=a.npz", "--batch-size=0"], "is below 1"),
         (["--images={photos}"], "--output"),

@@ -6,7 +6,7 @@ from typing import Any
 from disco_jax.convert.backbones import inverted
 from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.efficientnet import STEM, EfficientNet
+from disco_jax.models.backbones.efficientnet import STEM, EfficientNet
 
 _STAGES = 7
 _BLOCKS_OF_PORT = {16: "efficientnet_b0_seed", 23: "efficientnet_b1_seed"}

@@ -6,7 +6,7 @@ from typing import Any
 from disco_jax.convert.backbones import inverted
 from disco_jax.convert.family import Export, Family, Layout, State
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.mobilenet import MobileNet
+from disco_jax.models.backbones.mobilenet import MobileNet
 
 _V3_CLASSIFIER = ("classifier.0.",)  # torchvision's and SEED's classifiers start with the tail
 

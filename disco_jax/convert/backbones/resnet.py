@@ -7,7 +7,7 @@ from typing import Any
 from disco_jax import models
 from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.resnet import VARIANTS, ResNet
+from disco_jax.models.backbones.resnet import VARIANTS, ResNet
 
 _TENSORFLOW_CONVOLUTIONS = 53  # of a ResNet-50, the only size that was ported
 

@@ -9,7 +9,7 @@ from disco_jax import models
 from disco_jax.convert.backbones.transformer import attention_mlp
 from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.vit import VARIANTS, ViT
+from disco_jax.models.backbones.vit import VARIANTS, ViT
 
 
 def dino(net: ViT) -> Iterator[ModuleMap]:

@@ -9,7 +9,7 @@ import numpy as np
 from disco_jax.convert.backbones.transformer import attention_mlp
 from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
 from disco_jax.convert.names import ModuleMap
-from disco_jax.models.xcit import VARIANTS, XCiT
+from disco_jax.models.backbones.xcit import VARIANTS, XCiT
 
 
 def original(net: XCiT) -> Iterator[ModuleMap]:
