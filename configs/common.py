@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from disco_jax.configs import data, networks, training
-from disco_jax.data import stacks
+from disco_jax.data import presets
 from disco_jax.errors import UserError, unknown
 
 
@@ -68,10 +68,10 @@ def _views(config: ConfigDict, dataset: str) -> None:
     """Sets the fields for the views of an image: MoCo-v2's two."""
     size = data.properties(dataset)["size"]
     config.views = 2  # global crops of an image; objectives number them from 0
-    config.augment = {**stacks.STACKS["moco_v2"], "size": size}
+    config.augment = {**presets.PRESETS["moco_v2"], "size": size}
     # Additional smaller crops, numbered after the global ones. Fields that `local` does not have
     # are those of `augment`.
-    config.local = dict(stacks.NO_LOCALS)
+    config.local = dict(presets.NO_LOCALS)
     # true: views of one size go through a network in one pass and share batch statistics (SwAV,
     # DINO, SSLight); false: one pass a view (MoCo, DisCo, SEED).
     config.group_views = False
@@ -106,8 +106,8 @@ def _training(config: ConfigDict) -> None:
 
 
 def augment(config: ConfigDict, preset: str) -> None:
-    """Sets `config.augment` to one of `stacks.STACKS` and keeps the image size."""
-    config.augment = {**stacks.STACKS[preset], "size": config.augment.size}
+    """Sets `config.augment` to one of `presets.PRESETS` and keeps the image size."""
+    config.augment = {**presets.PRESETS[preset], "size": config.augment.size}
 
 
 def distill_elements(config: ConfigDict) -> None:
@@ -121,8 +121,10 @@ def distill_elements(config: ConfigDict) -> None:
 
 
 def is_transformer(backbone: str) -> bool:
-    """Returns whether a backbone is a ViT or XCiT, which DINO trains with AdamW."""
-    return backbone.startswith(("vit", "xcit"))
+    """Returns whether a backbone is a transformer, which DINO trains with AdamW."""
+    from disco_jax import models  # imports JAX
+
+    return models.is_transformer(backbone)
 
 
 def objectives() -> dict[str, dict[str, Any]]:

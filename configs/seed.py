@@ -13,7 +13,7 @@ R-50w2).
 """
 
 from disco_jax.configs import common, small
-from disco_jax.data.stacks import LOCALS
+from disco_jax.data.presets import LOCALS
 from disco_jax.errors import unknown
 
 PATCHES = range(1, 7)

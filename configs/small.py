@@ -185,9 +185,12 @@ def _local_views(config: ConfigDict) -> None:
 
 def _patches(config: ConfigDict) -> None:
     """Gives transformers patches of 4 px."""
+    from disco_jax import models  # imports JAX
+
     for network in (config.student, config.teacher):
         if common.is_transformer(network.backbone):
-            grid = config.augment.size // 4 if network.backbone.startswith("vit") else 0
+            has_grid = "grid" in models.options(network.backbone)
+            grid = config.augment.size // 4 if has_grid else 0
             network.update(patch=4, stem="", grid=grid)
 
 

@@ -10,7 +10,7 @@ ours not measured yet.
 """
 
 from disco_jax.configs import common, small, sslight_dino
-from disco_jax.data.stacks import IMAGENET_STD
+from disco_jax.data.presets import IMAGENET_STD
 
 
 def get_config(arg=None):

@@ -1,9 +1,9 @@
-"""Checkpoints with Orbax: asynchronous, atomic, verified, keep-last-N and keep-best.
+"""Checkpoints with Orbax: asynchronous, atomic, verified, with keep-last-N and keep-best.
 
-A checkpoint holds the whole state (weights, statistics, queues, optimizer), the step, where every
-host stands in the data, and checksums of all of it, so that a damaged file is noticed even where
-the storage format would not notice. Leaves are saved as host arrays without a device axis: any
-number of devices can read them. `stored.py` reads one.
+A checkpoint contains the whole state (weights, statistics, queues, optimizer), the step, the data
+position of every host, and checksums of all of these, which detect damage that the storage format
+does not detect. Leaves are saved as host arrays without a device axis, so a run can resume on any
+number of devices. `stored.py` reads a single checkpoint.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ _LOG = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints_damaged"
-# Notes the newest checkpoint that was ever complete, so that a start notices when all are gone.
+# Records the newest complete checkpoint, so that a start detects that all of them were lost.
 SAVED = "saved.json"
 _STEP = re.compile(r"0|[1-9]\d*")
-_UNFINISHED = "orbax-checkpoint-tmp"  # in names that Orbax gives to what it has not finished
+_UNFINISHED = "orbax-checkpoint-tmp"  # part of the names of Orbax's unfinished checkpoints
 _GOOD, _DAMAGED, _UNREADABLE, _OTHER_SHAPES = range(4)
 
 
 class Stepped(Protocol):
-    """A dataclass of trees of arrays and a step: `state.TrainState`, or that of a classifier."""
+    """A dataclass of array trees and a step: `state.TrainState`, or the state of a classifier."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -52,18 +52,18 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, workdir: str, keep: int = 3, best_metric: str = ""):
-        """Opens `workdir`/checkpoints, making it if need be.
+        """Opens `workdir`/checkpoints and creates it if necessary.
 
         Args:
           workdir: the run's directory, local or gs://.
-          keep: how many of the newest checkpoints stay.
-          best_metric: the checkpoint with the lowest value of this metric stays too; "": none.
+          keep: number of newest checkpoints to keep.
+          best_metric: also keep the checkpoint with the lowest value of this metric; "": none.
         """
         policy = ocp.checkpoint_managers
         self._workdir = _absolute(workdir)
         self._best = _Best()
         self._best_metric = best_metric
-        self._unnoted: int | None = None
+        self._unrecorded: int | None = None
         hosts.first(self._tidy)
         self._manager = ocp.CheckpointManager(
             self._workdir / FOLDER,
@@ -76,8 +76,8 @@ class Checkpoints:
         )
         if best_metric:
             for step in self.steps():
-                place = self._workdir / FOLDER / str(step)
-                self._best.values[step] = stored.metric_of(place, step, best_metric)
+                folder = self._workdir / FOLDER / str(step)
+                self._best.values[step] = stored.metric_of(folder, step, best_metric)
 
     def save(
         self,
@@ -86,17 +86,17 @@ class Checkpoints:
         position: Sequence[Sequence[int]],
         metrics: Mapping[str, float],
     ) -> None:
-        """Writes a checkpoint in the background; returns when the state has been copied.
+        """Copies the state to the host, then writes a checkpoint in the background.
 
         Args:
-          step: the state's.
-          state: of the run; finite, which the caller has checked.
+          step: the step of the state.
+          state: the state of the run; the caller has checked that it is finite.
           position: (epoch, offset) of each host's data.
-          metrics: of the last steps, for keep-best.
+          metrics: metrics of the last steps, for keep-best.
         """
         if step in self.steps():
             return
-        self._note()
+        self._record_saved()
         parts = _parts(jax.tree.map(np.asarray, jax.device_get(state)))
         metric = metrics[self._best_metric] if self._best_metric else None
         self._best.values[step] = metric
@@ -108,67 +108,67 @@ class Checkpoints:
                 **{stored.META: ocp.args.JsonSave(meta)},
             ),
         )
-        self._unnoted = step
+        self._unrecorded = step
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that there are, good or not."""
+        """Returns the steps of all checkpoints, valid or not."""
         return list(self._manager.all_steps())
 
     def restore(
         self, like: State, newest: int | None = None
     ) -> tuple[State, dict[str, Any]] | None:
-        """Returns the newest good checkpoint, or None if there is none at all.
+        """Restores the newest valid checkpoint; returns None if there are no checkpoints.
 
-        Every process reads the whole checkpoint, and what becomes of it is what all of them find.
-        One that all find damaged is passed over, and moved to `checkpoints_damaged` with a warning
-        as soon as an older one proves to be good. Nothing is moved otherwise.
+        Every process reads the whole checkpoint. If all processes find it damaged, they try the
+        next older one. Damaged checkpoints are moved to `checkpoints_damaged` with a warning once
+        an older checkpoint is valid; otherwise nothing is moved.
 
         Args:
           like: a state of the same shapes and dtypes.
-          newest: checkpoints of later steps are left alone; None: there are none such.
+          newest: ignore checkpoints of later steps; None: ignore none.
 
         Returns:
-          The state, as host arrays, and {"step", "position", ...}.
+          The state as host arrays, and the metadata {"step", "position", ...}.
 
         Raises:
-          UserError: if there are checkpoints and none of them is good, or the newest good one is
-            of a state of other shapes.
-          StorageError: the storage does not let one be read, or not all processes find the same.
+          UserError: all checkpoints are damaged, or the newest valid one contains a state of other
+            shapes.
+          StorageError: the storage cannot be read, or the processes disagree about a checkpoint.
         """
         parts = _parts(like)
         damaged: dict[int, str] = {}
         steps = sorted((s for s in self.steps() if newest is None or s <= newest), reverse=True)
         self._check_same(steps)
         for step in steps:
-            found, reason = self._read(step, parts)
-            if found is None:
+            checkpoint, reason = self._read(step, parts)
+            if checkpoint is None:
                 damaged[step] = reason
                 continue
             for other, why in damaged.items():
                 self._set_aside(other, why)
-            restored, meta = found
+            restored, meta = checkpoint
             return dataclasses.replace(like, **restored, step=jnp.int32(step)), meta
         if damaged:
             raise UserError(
-                f"No checkpoint in {self._workdir / FOLDER} can be read: "
+                f"All checkpoints in {self._workdir / FOLDER} are damaged: "
                 + "; ".join(f"{step}: {why}" for step, why in damaged.items())
-                + ". Nothing was moved. To start afresh, give another --workdir."
+                + ". Nothing was moved. To start from step 0, give another --workdir."
             )
         return None
 
     def check_none_lost(self) -> None:
-        """Refuses to begin a run anew in a directory that once had checkpoints and has none.
+        """Checks that a directory without checkpoints never had any.
 
         Raises:
-          UserError: there were some.
+          UserError: the directory had checkpoints and all of them are gone.
         """
         if not self.steps():
-            hosts.first(self._refuse_lost)
+            hosts.first(self._check_never_saved)
 
     def wait(self) -> None:
-        """Returns when everything asked for is on the disk."""
+        """Waits until all checkpoints are on the disk."""
         self._manager.wait_until_finished()
-        self._note()
+        self._record_saved()
 
     def close(self) -> None:
         """Waits, then releases the background threads."""
@@ -178,102 +178,106 @@ class Checkpoints:
             self._manager.close()
 
     def _check_same(self, steps: Sequence[int]) -> None:
-        """Refuses processes that see other checkpoints, as on disks of their own."""
-        seen = hosts.everyone(zlib.crc32(repr(list(steps)).encode()) % 2**31)
-        if len(set(map(int, seen))) > 1:
+        """Checks that all processes see the same steps; they do not if each has its own disk."""
+        checksums = hosts.everyone(zlib.crc32(repr(list(steps)).encode()) % 2**31)
+        if len(set(map(int, checksums))) > 1:
             raise UserError(
-                f"The processes see other checkpoints in {self._workdir / FOLDER}; this one sees "
-                f"steps {list(steps)}. --workdir must be a folder that all of them share."
+                f"The processes see different checkpoints in {self._workdir / FOLDER}; this one "
+                f"sees steps {list(steps)}. --workdir must be a folder that all processes share."
             )
 
     def _tidy(self) -> None:
-        """Tells of what is no checkpoint among them, and mends what Orbax cannot read."""
+        """Warns about entries that are not checkpoints, and repairs files for Orbax."""
         folder = self._workdir / FOLDER
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; it must be the folder of a run's checkpoints.")
         for entry in folder.iterdir() if folder.exists() else ():
             if entry.name.isdecimal() and not entry.is_dir():
-                self._set_aside_here(entry.name, "a file in its place")
+                self._set_aside_locally(entry.name, "a file instead of a folder")
             elif not _STEP.fullmatch(entry.name) and _UNFINISHED not in entry.name:
-                _LOG.warning("%s is no checkpoint by its name, and is passed over.", entry)
-        self._mend_old_metrics()
+                _LOG.warning("%s is ignored: its name is not that of a checkpoint.", entry)
+        self._repair_old_metrics()
 
-    def _mend_old_metrics(self) -> None:
-        """Replaces damaged metrics in checkpoints of earlier versions, which Orbax reads at once.
+    def _repair_old_metrics(self) -> None:
+        """Empties damaged metrics files in checkpoints of earlier versions.
 
-        They decide about keep-best alone.
+        Orbax reads these files when it opens the folder. Only keep-best uses them.
         """
         folder = self._workdir / FOLDER
-        for place in folder.iterdir() if folder.exists() else ():
-            file = place / stored.OLD_METRICS
+        for entry in folder.iterdir() if folder.exists() else ():
+            file = entry / stored.OLD_METRICS
             try:
                 if file.exists():
                     files.read_json(file)
             except UserError as error:
-                _LOG.warning("%s It is taken as empty: keep-best passes it over.", error)
+                _LOG.warning("%s It was emptied; keep-best ignores this checkpoint.", error)
                 with files.whole(file) as empty:
                     empty.write_text("{}")
 
     def _read(
         self, step: int, parts: Mapping[str, Any]
     ) -> tuple[tuple[dict[str, Any], dict[str, Any]] | None, str]:
-        """Returns a checkpoint; None and the reason where all processes find it damaged."""
-        found, reason, verdict = None, "", _GOOD
-        refused: Exception | None = None
+        """Reads a checkpoint; returns None and the reason if all processes find it damaged."""
+        checkpoint, reason, verdict = None, "", _GOOD
+        failure: Exception | None = None
         try:
-            found = stored.read(self._workdir / FOLDER, step, parts)
+            checkpoint = stored.read(self._workdir / FOLDER, step, parts)
         except stored.Damaged as error:
             verdict, reason = _DAMAGED, str(error)
         except UserError as error:
-            verdict, refused = _OTHER_SHAPES, error
-        except Exception as error:  # of the storage; told when all know of it
-            verdict, refused = _UNREADABLE, error
+            verdict, failure = _OTHER_SHAPES, error
+        except Exception as error:  # of the storage; raised after all processes know of it
+            verdict, failure = _UNREADABLE, error
         verdicts = [int(one) for one in hosts.everyone(verdict)]
         if verdicts.count(verdict) < len(verdicts) or verdict == _UNREADABLE:
-            raise self._unread(step, verdicts, refused) from refused
-        if refused is not None:
-            raise refused
-        return found, reason
+            raise self._storage_error(step, verdicts, failure) from failure
+        if failure is not None:
+            raise failure
+        return checkpoint, reason
 
-    def _unread(self, step: int, verdicts: Sequence[int], error: Exception | None) -> StorageError:
-        """Returns the error of a checkpoint that is neither good nor damaged for all."""
+    def _storage_error(
+        self, step: int, verdicts: Sequence[int], error: Exception | None
+    ) -> StorageError:
+        """Returns the error for an unreadable checkpoint or for verdicts that differ."""
         words = {_GOOD: "good", _DAMAGED: "damaged", _UNREADABLE: "cannot be read"}
         if len(verdicts) > 1:
-            told = [f"process {i}: {words.get(v, 'other shapes')}" for i, v in enumerate(verdicts)]
-            reason = ", ".join(told) + (f" ({stored.first_line(error)})" if error else "")
+            by_process = [
+                f"process {i}: {words.get(v, 'other shapes')}" for i, v in enumerate(verdicts)
+            ]
+            reason = ", ".join(by_process) + (f" ({stored.first_line(error)})" if error else "")
         else:
             assert error is not None
             reason = stored.first_line(error)
         return StorageError(
             f"Checkpoint {step} in {self._workdir / FOLDER} could not be read: {reason}. It was "
-            "left where it is. Start again when the storage answers; to go on from an older one, "
-            f"move {step} out of the folder."
+            "not moved. Start again when the storage is available, or move "
+            f"{step} out of the folder to resume from an older checkpoint."
         )
 
     def _set_aside(self, step: int, reason: str) -> None:
-        hosts.first(lambda: self._set_aside_here(str(step), reason))
+        hosts.first(lambda: self._set_aside_locally(str(step), reason))
         self._best.values.pop(step, None)
         self._manager.reload()
 
-    def _set_aside_here(self, name: str, reason: str) -> None:
+    def _set_aside_locally(self, name: str, reason: str) -> None:
         target = self._workdir / DAMAGED / name
         target.parent.mkdir(parents=True, exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + "_again")
         (self._workdir / FOLDER / name).rename(target)
         _LOG.warning(
-            "Checkpoint %s is damaged (%s); moved to %s. The one before is taken.",
+            "Checkpoint %s is damaged (%s) and was moved to %s. The one before it is used.",
             name,
             reason,
             target,
         )
 
-    def _note(self) -> None:
-        """Notes the last checkpoint that was begun, which is complete now.
+    def _record_saved(self) -> None:
+        """Waits for the last checkpoint and records it in saved.json.
 
-        Orbax waits for one checkpoint before it begins the next.
+        This costs no extra time, since Orbax waits for one checkpoint before it begins the next.
         """
-        step, self._unnoted = self._unnoted, None
+        step, self._unrecorded = self._unrecorded, None
         if step is None:
             return
         self._manager.wait_until_finished()
@@ -284,39 +288,39 @@ class Checkpoints:
         with files.whole(self._workdir / SAVED) as file:
             file.write_text(json.dumps({"newest": step}) + "\n")
 
-    def _refuse_lost(self) -> None:
-        noted = files.read_or_set_aside(self._workdir / SAVED)
-        aside = self._workdir / DAMAGED
-        if noted is None and not (aside.exists() and any(aside.iterdir())):
+    def _check_never_saved(self) -> None:
+        saved = files.read_or_set_aside(self._workdir / SAVED)
+        damaged = self._workdir / DAMAGED
+        if saved is None and not (damaged.exists() and any(damaged.iterdir())):
             return
-        newest = f", the newest of step {noted.get('newest')}" if noted else ""
+        newest = f" (the newest was step {saved.get('newest')})" if saved else ""
         raise UserError(
-            f"--workdir={self._workdir} has had checkpoints{newest}, and none is left in "
-            f"{FOLDER}/. Bring them back (damaged ones are in {DAMAGED}/), give another directory, "
-            f"or begin anew at step 1: a pretraining with --allow-change={FOLDER}, an evaluation "
-            "with another --config.name."
+            f"--workdir={self._workdir} had checkpoints{newest}, but {FOLDER}/ has none now. "
+            f"Restore them (damaged ones are in {DAMAGED}/), give another directory, or start "
+            f"again at step 1: for a pretraining run with --allow-change={FOLDER}, for an "
+            "evaluation with another --config.name."
         )
 
 
 class _Best:
-    """Preserves the checkpoint with the lowest metric.
+    """A preservation policy that keeps the checkpoint with the lowest metric.
 
     Attributes:
-      values: step -> the metric, as far as it is known.
+      values: step -> the metric, or None if it is unknown.
     """
 
     def __init__(self) -> None:
         self.values: dict[int, float | None] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """See Orbax's `PreservationPolicy`."""
-        known = {c.step: v for c in checkpoints if (v := self.values.get(c.step)) is not None}
-        best = min(known, key=lambda step: (known[step], -step), default=None)
+        """Implements Orbax's `PreservationPolicy`."""
+        metrics = {c.step: v for c in checkpoints if (v := self.values.get(c.step)) is not None}
+        best = min(metrics, key=lambda step: (metrics[step], -step), default=None)
         return [c.step == best for c in checkpoints]
 
 
 def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
-    """Returns one part of the newest good checkpoint of a run; changes nothing on the disk.
+    """Loads one part of the newest valid checkpoint of a run; changes nothing on the disk.
 
     Args:
       workdir: the run's directory.
@@ -327,7 +331,7 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
       The tree, as host arrays, and its step.
 
     Raises:
-      UserError: if no checkpoint there can be read.
+      UserError: the run has no readable checkpoint.
     """
     folder = _absolute(workdir) / FOLDER
     steps = sorted(ocp.path.step.checkpoint_steps(folder), reverse=True)
@@ -338,13 +342,13 @@ def load(workdir: str, part: str, like: Any) -> tuple[Any, int]:
             _LOG.warning("Checkpoint %d is damaged: %s", step, error)
             continue
         return restored[part], step
-    raise UserError(f"{folder} holds no readable checkpoint (found steps: {steps or 'none'}).")
+    raise UserError(f"{folder} has no readable checkpoint (steps on disk: {steps or 'none'}).")
 
 
 def has(workdir: str, part: str) -> bool:
-    """Whether the newest checkpoint of a run holds a part, e.g. "momentum".
+    """Returns whether the newest checkpoint of a run contains a part, e.g. "momentum".
 
-    True where there is no checkpoint: that is for `load` to complain about.
+    Returns true if there is no checkpoint, so that `load` reports the error.
     """
     folder = _absolute(workdir) / FOLDER
     steps = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
@@ -352,12 +356,12 @@ def has(workdir: str, part: str) -> bool:
 
 
 def _absolute(workdir: str) -> epath.Path:
-    """Orbax takes no relative paths; an object store's have no other form."""
+    """Makes a local path absolute, as Orbax requires; returns URLs unchanged."""
     path = epath.Path(workdir)
     return path if "://" in str(workdir) else epath.Path(os.path.abspath(path))
 
 
 def _parts(state: Stepped) -> dict[str, Any]:
-    """The fields of a state that hold arrays, but for the step, which the metadata keeps."""
+    """Returns the fields of a state that contain arrays, without the step (see the metadata)."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: tree for name, tree in fields.items() if name != "step" and jax.tree.leaves(tree)}

@@ -1,9 +1,9 @@
-"""That one start at a time writes to a directory.
+"""Locks and leases that give one process at a time write access to a directory.
 
-A local directory is held by a lock of the file system, which ends with the process, however it
-ends. Where there are no locks (buckets, NFS without its lock service, some of Lustre) a file says
-who holds the directory, and is written anew every few seconds: a process that finds it unchanged
-for several times as long takes the directory over.
+A local directory is protected by a file-system lock, which the kernel releases when the process
+ends for any reason. Storage without locks (buckets, NFS without its lock service, some Lustre) uses
+a lease file instead. It names the holder, which rewrites it every few seconds. A process that sees
+an unchanged lease for several times this period takes over the directory.
 """
 
 import contextlib
@@ -27,26 +27,26 @@ from disco_jax.files import LEASE, LOCK, is_running, whole
 
 _LOG = logging.getLogger(__name__)
 
-# Seconds between two signs of life, and how many of them may be missed.
+# Seconds between two heartbeats, and the number of missed heartbeats after which a lease expires.
 BEAT_S = 10.0
-_MISSED = 3
-# Seconds after which a new holder looks whether another one wrote at the same moment.
+_MAX_MISSED = 3
+# Seconds after which a new holder checks whether another one wrote the lease at the same time.
 SETTLE_S = 1.0
-# What a file system without locks answers.
+# Errors of a file system without locks.
 _NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL
 
 
 @contextlib.contextmanager
 def held(path: epath.Path, name: str = LOCK) -> Iterator[None]:
-    """Holds a directory against other starts, for as long as the context lasts.
+    """Locks a directory while the context lasts.
 
     Args:
-      path: the directory, which exists.
-      name: of the lock, where several starts may share a directory.
+      path: an existing directory.
+      name: name of the lock; processes with different names may share a directory.
 
     Raises:
-      UserError: another start holds it.
-      OSError: it cannot be written.
+      UserError: another process holds the lock.
+      OSError: the directory cannot be written.
     """
     if "://" in str(path):
         with _leased(path, name):
@@ -56,13 +56,13 @@ def held(path: epath.Path, name: str = LOCK) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _taken(path) from None
+            raise _in_use(path) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             _LOG.warning(
-                "The file system of %s has no locks (%s): %s tells other starts that the "
-                "directory is in use.",
+                "The file system of %s does not support locks (%s); %s is used instead to mark "
+                "the directory as in use.",
                 path,
                 error.strerror,
                 LEASE,
@@ -73,92 +73,94 @@ def held(path: epath.Path, name: str = LOCK) -> Iterator[None]:
         yield
 
 
-def _taken(path: epath.Path, by: str = "") -> UserError:
+def _in_use(path: epath.Path, holder: str = "") -> UserError:
     return UserError(
-        f"Another run is writing to --workdir={path}{by}. Wait for it or give another."
+        f"Another run is writing to --workdir={path}{holder}. Wait for it to end or give another "
+        "--workdir."
     )
 
 
 @contextlib.contextmanager
 def _leased(path: epath.Path, name: str) -> Iterator[None]:
     file = path / (LEASE if name == LOCK else f"{name}.{LEASE}")
-    _wait_until_left(path, file)
-    me = uuid.uuid4().hex
-    _renew(file, me)
+    _wait_until_expired(path, file)
+    owner = uuid.uuid4().hex
+    _renew(file, owner)
     time.sleep(SETTLE_S)
-    other = _read(file)
-    if other.get("owner") != me:
-        raise _taken(path, _by(other))
-    done = threading.Event()
-    thread = threading.Thread(target=_keep, args=(file, me, done), daemon=True)
+    lease = _read(file)
+    if lease.get("owner") != owner:
+        raise _in_use(path, _holder(lease))
+    stop = threading.Event()
+    thread = threading.Thread(target=_renew_until, args=(file, owner, stop), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stop.set()
         thread.join()
-        if _read(file).get("owner") == me:
+        if _read(file).get("owner") == owner:
             file.unlink(missing_ok=True)
 
 
-def _wait_until_left(path: epath.Path, file: epath.Path) -> None:
-    """Returns when nobody holds the directory; refuses it where somebody shows that they do."""
-    first = _read(file)
-    if not first or _has_ended(first):
+def _wait_until_expired(path: epath.Path, file: epath.Path) -> None:
+    """Waits until a lease is released or expires; raises UserError if its holder renews it."""
+    initial = _read(file)
+    if not initial or _has_ended(initial):
         return
-    # The clocks of two machines may differ: what counts is whether the file changes.
-    end = time.monotonic() + _MISSED * BEAT_S
-    _LOG.info("%s was in use%s; looking whether it still is.", path, _by(first))
+    # Only changes of the file count, because the clocks of two machines may differ.
+    end = time.monotonic() + _MAX_MISSED * BEAT_S
+    _LOG.info("%s was in use%s; checking whether it still is.", path, _holder(initial))
     while time.monotonic() < end:
         time.sleep(BEAT_S / 4)
-        now = _read(file)
-        if not now:
+        current = _read(file)
+        if not current:
             return
-        if now != first:
-            raise _taken(path, _by(now))
+        if current != initial:
+            raise _in_use(path, _holder(current))
 
 
 def _has_ended(lease: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is gone."""
+    """Returns whether the holder was a process of this machine that has ended."""
     if lease.get("host") != socket.gethostname() or not isinstance(lease.get("pid"), int):
         return False
     return not is_running(lease["pid"])
 
 
-def _keep(file: epath.Path, me: str, done: threading.Event) -> None:
-    """Shows signs of life until `done`; ends the process when another one took over."""
+def _renew_until(file: epath.Path, owner: str, stop: threading.Event) -> None:
+    """Renews the lease until `stop` is set; ends the process if another one has taken over."""
     beat = 0
-    while not done.wait(BEAT_S):
+    while not stop.wait(BEAT_S):
         beat += 1
         try:
-            other = _read(file)
-            if other and other.get("owner") != me:
+            lease = _read(file)
+            if lease and lease.get("owner") != owner:
                 print(
-                    f"disco-jax: {file.parent} was taken over{_by(other)}, as this process gave "
-                    "no sign of life for too long. It ends here, and writes nothing more.",
+                    f"disco-jax: {file.parent} was taken over{_holder(lease)}, because this "
+                    "process did not renew its lease in time. This process ends and writes "
+                    "nothing more.",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(1)
-            _renew(file, me, beat)
-        except OSError as error:  # of a network that may come back
+            _renew(file, owner, beat)
+        except OSError as error:  # the network may recover
             _LOG.warning("%s cannot be renewed: %s", file, error)
 
 
-def _renew(file: epath.Path, me: str, beat: int = 0) -> None:
-    lease = {"owner": me, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
-    with whole(file) as place:
-        place.write_text(json.dumps(lease) + "\n")
+def _renew(file: epath.Path, owner: str, beat: int = 0) -> None:
+    lease = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
+    with whole(file) as unfinished:
+        unfinished.write_text(json.dumps(lease) + "\n")
 
 
 def _read(file: epath.Path) -> dict[str, Any]:
-    """Returns the lease; {} where there is none that can be understood."""
+    """Reads the lease; returns {} if it is missing or damaged."""
     try:
-        found = json.loads(file.read_text())
+        lease = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return lease if isinstance(lease, dict) else {}
 
 
-def _by(lease: dict[str, Any]) -> str:
+def _holder(lease: dict[str, Any]) -> str:
     return f" (process {lease.get('pid')} on {lease.get('host')})" if lease else ""

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and a progress line."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
 import contextlib
 import datetime
@@ -22,23 +22,25 @@ from disco_jax.train.health import PREFIX, STD, effective_rank
 _LOG = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-_REMEDY = "A lower config.learning_rate.per_256 or config.dtype=float32 may help."
+_REMEDY = "Try a lower config.learning_rate.per_256 or config.dtype=float32."
 
 
 class Logger:
-    """Writes a run's metrics; only process 0 writes.
+    """A writer of a run's metrics; only process 0 writes.
 
-    The JSON-lines file is there always, TensorBoard's only if asked for. In a bucket that is
-    written by clu, which imports TensorFlow; on a disk by `events.Events`, which does not.
+    It always writes the JSON-lines file, and TensorBoard event files on request. Event files in a
+    bucket are written by clu, which imports TensorFlow; those on a local disk by `events.Events`,
+    which does not.
     """
 
     def __init__(self, workdir: str | None, *, tensorboard: bool, step: int = 0):
         """Opens the files.
 
         Args:
-          workdir: the run's directory; None writes nowhere.
-          tensorboard: whether to write for it too.
-          step: the run goes on from here; later lines, of work that was lost, are dropped.
+          workdir: the run's directory; None: nothing is written.
+          tensorboard: whether to write event files for TensorBoard.
+          step: the step from which the run resumes. Lines of later steps are dropped, because
+            these steps were lost.
         """
         self._file: epath.Path | None = None
         self._lines: list[str] = []
@@ -46,7 +48,7 @@ class Logger:
         self._clu = None
         if workdir is not None and jax.process_index() == 0:
             self._file = path = epath.Path(workdir) / FILE
-            self._take_over(path, step)
+            self._copy_earlier_lines(path, step)
             if tensorboard and "://" not in str(workdir):
                 self._events = events.Events(path.with_name(_events_name()))
             elif tensorboard:
@@ -54,22 +56,25 @@ class Logger:
 
                 self._clu = metric_writers.create_default_writer(workdir, asynchronous=False)
 
-    def _take_over(self, path: epath.Path, step: int) -> None:
-        """Keeps the lines of earlier starts up to `step`; one that is damaged is told of."""
+    def _copy_earlier_lines(self, path: epath.Path, step: int) -> None:
+        """Keeps the lines of earlier starts up to `step`, and warns about damaged ones."""
         if path.exists():
             lines, damaged = read(path)
             if damaged:
-                kept = path.with_name(f"{path.name}.damaged")
-                kept.write_bytes(path.read_bytes())
+                backup = path.with_name(f"{path.name}.damaged")
+                backup.write_bytes(path.read_bytes())
                 _LOG.warning(
-                    "%d lines of %s are damaged and left out; %s has them.", damaged, path, kept
+                    "%d lines of %s are damaged and were dropped; %s contains them.",
+                    damaged,
+                    path,
+                    backup,
                 )
             self._lines = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         with whole(path) as file:
             file.write_text("".join(self._lines))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds the scalars of `step`; they are on the disk when this returns."""
+        """Adds the scalars of `step`, and waits until they are on the disk."""
         if self._file is None:
             return
         line = json.dumps({"step": step, **{key: float(v) for key, v in scalars.items()}}) + "\n"
@@ -88,7 +93,7 @@ class Logger:
             self._clu.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Shows u8[H, W, 3] in TensorBoard, if that is written."""
+        """Adds an image, u8[H, W, 3], to the event files if they are written."""
         if self._events is not None:
             self._events.image(step, name, image)
         if self._clu is not None:
@@ -96,7 +101,7 @@ class Logger:
             self._clu.flush()
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes the event files."""
         if self._events is not None:
             self._events.close()
         if self._clu is not None:
@@ -104,30 +109,33 @@ class Logger:
 
 
 def _events_name() -> str:
-    """Of a new file, behind those of earlier starts."""
+    """Returns the name of a new event file, which sorts after those of earlier starts."""
     return f"{events.PREFIX}{time.time_ns() // 1000}.{os.getpid()}"
 
 
 def read(path: epath.PathLike) -> tuple[list[dict[str, float]], int]:
-    """Returns the lines of a metrics file, and how many others are damaged.
+    """Reads the lines of a metrics file and counts damaged ones.
 
-    The last line may be half of one, written as a process was killed: that is no damage.
+    An incomplete last line does not count as damaged, because a killed process may leave one.
 
     Args:
-      path: of the file, which may be missing.
+      path: path of the file, which may be missing.
+
+    Returns:
+      The metrics of the valid lines, and the number of damaged lines.
     """
     path = epath.Path(path)
     if not path.exists():
         return [], 0
     *texts, rest = path.read_bytes().split(b"\n")
-    lines = [line for text in texts if (line := _parsed(text))]
+    lines = [line for text in texts if (line := _parse(text))]
     damaged = len(texts) - len(lines) + (b"\0" in rest)
-    last = _parsed(rest)
+    last = _parse(rest)
     return lines + ([last] if last else []), damaged
 
 
-def _parsed(text: bytes) -> dict[str, float]:
-    """Returns a line's metrics; {} where it is none."""
+def _parse(text: bytes) -> dict[str, float]:
+    """Parses a line; returns {} if it is invalid."""
     try:
         line = json.loads(text)
         return {**line, "step": int(line["step"])}
@@ -136,16 +144,16 @@ def _parsed(text: bytes) -> dict[str, float]:
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:
-    """The mean of each metric over the last steps, and the newest signals of health among them.
+    """Averages each metric over the last steps, and adds the newest health signals.
 
-    Of these a Gram matrix becomes its effective rank; see `health.measured`.
+    The Gram matrix among these signals is reduced to its effective rank; see `health.measured`.
 
     Args:
-      window: metrics of consecutive steps, still on the device, the last one that of `step`.
-      step: of the newest of them.
+      window: metrics of consecutive steps, still on the device, up to those of `step`.
+      step: number of the last step.
 
     Raises:
-      NumericError: when a value is not finite; names the terms and the first step.
+      NumericError: a value is not finite; names the metrics and the first such step.
     """
     fetched = jax.device_get([_without_health(metrics) for metrics in window])
     for i, metrics in enumerate(fetched):
@@ -161,11 +169,13 @@ def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str,
 
 
 def check_state(step: int, state: Any) -> None:
-    """Refuses to save a state that is not finite: the losses of its step were of the one before.
+    """Checks that all arrays of a state are finite before it is saved.
+
+    Finite losses do not imply a finite state, since they were computed before the update.
 
     Args:
-      step: after which it is.
-      state: of arrays.
+      step: number of the step that returned the state.
+      state: a tree of arrays.
 
     Raises:
       NumericError: names the first arrays that are not finite.
@@ -187,14 +197,14 @@ def _without_health(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _newest_health(window: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """The signals of the last step that measured them; {} if none of the window did."""
-    measured = jax.device_get([metrics.get(STD, np.nan) for metrics in window])
-    there = np.flatnonzero(np.isfinite(measured))
-    if not len(there):
+    """Returns the signals of the last step that measured them; {} if no step in `window` did."""
+    stds = jax.device_get([metrics.get(STD, np.nan) for metrics in window])
+    measured = np.flatnonzero(np.isfinite(stds))
+    if not len(measured):
         return {}
-    newest = window[there[-1]]
-    found = jax.device_get({k: value for k, value in newest.items() if k.startswith(PREFIX)})
-    return {k: effective_rank(v) if np.ndim(v) else float(v) for k, v in found.items()}
+    newest = window[measured[-1]]
+    signals = jax.device_get({k: value for k, value in newest.items() if k.startswith(PREFIX)})
+    return {k: effective_rank(v) if np.ndim(v) else float(v) for k, v in signals.items()}
 
 
 class Progress:
@@ -207,7 +217,7 @@ class Progress:
         self._rate: float | None = None
 
     def measure(self, step: int, waited_s: float) -> dict[str, float]:
-        """Figures since the last call: steps and images a second, share of time without data."""
+        """Computes rates since the last call: steps and images per second, share of data wait."""
         now = time.monotonic()
         elapsed = max(now - self._last_time, 1e-9)
         self._rate = rate = (step - self._last_step) / elapsed
@@ -223,23 +233,23 @@ class Progress:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is done inside does not count as training time."""
+        """Excludes the time inside the context from the rates."""
         began = time.monotonic()
         yield
         self._last_time += time.monotonic() - began
 
     def line(self, step: int, scalars: Mapping[str, float]) -> str:
-        """One line: where the run is, how fast, how long still, and the losses."""
-        left = (self._total - step) / self._rate if self._rate else 0.0
+        """Formats the progress line: step, epoch, speed, remaining time and losses."""
+        remaining_s = (self._total - step) / self._rate if self._rate else 0.0
         losses = " ".join(
             f"{key.removesuffix('/loss')} {value:.4f}"
             for key, value in scalars.items()
-            # Of students that train together ("NAME/contrast/loss") only the sum.
+            # Of jointly trained students ("NAME/contrast/loss"), only the total losses.
             if key == "loss" or (key.endswith("/loss") and key.count("/") == 1)
         )
         return (
             f"step {step}/{self._total}  epoch {scalars['epoch']:.2f}"
             f"/{self._total / self._steps_per_epoch:.0f}  {scalars['images_per_s']:.0f} images/s"
             f"  data wait {100 * scalars['data_wait_share']:.0f} %"
-            f"  eta {datetime.timedelta(seconds=round(left))}  {losses}"
+            f"  eta {datetime.timedelta(seconds=round(remaining_s))}  {losses}"
         )

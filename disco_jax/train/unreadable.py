@@ -1,4 +1,4 @@
-"""The names of images that could not be decoded, kept beside a run over its restarts."""
+"""A file in the run directory with the names of images that could not be decoded."""
 
 import jax
 from etils import epath
@@ -7,14 +7,15 @@ from disco_jax.data.base import Source
 
 
 def keep(source: Source, workdir: epath.PathLike) -> None:
-    """Counts what earlier starts of a run could not decode, and notes what this one cannot.
+    """Stores the names of unreadable images of `source` in the run directory.
 
-    Process 0 has unreadable.jsonl, process 1 unreadable_1.jsonl and so on: each reads other
-    images. Nothing is written while all can be decoded.
+    The images that earlier starts could not decode are counted too. Process 0 writes
+    unreadable.jsonl, process 1 unreadable_1.jsonl and so on, because each process reads other
+    images. No file is written if all images can be decoded.
 
     Args:
-      source: of the run.
-      workdir: of the run, which this process has claimed.
+      source: the images of the run.
+      workdir: the run directory, which this process has claimed.
     """
     number = f"_{jax.process_index()}" if jax.process_index() else ""
     source.unreadable.keep_in(epath.Path(workdir) / f"unreadable{number}.jsonl")

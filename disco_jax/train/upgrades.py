@@ -1,7 +1,7 @@
-"""Configs of runs that began with an earlier version of this package.
+"""Upgrades of configs written by earlier versions of this package.
 
-A field that came later is given the value that computes what runs did before it; one that went is
-dropped with a line. So a run goes on after an upgrade, and is evaluated and exported like others.
+New fields get the value that preserves the earlier behaviour; removed fields are dropped with a log
+line. Runs can therefore be resumed, evaluated and exported after an upgrade.
 """
 
 import logging
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 _LOG = logging.getLogger(__name__)
 
-# Fields that came after version 0.1.0 -> the value that changes nothing
-# (lists for tuples, as JSON has them).
+# Fields added after version 0.1.0 -> the value that preserves the earlier behaviour (with lists
+# instead of tuples, as in JSON).
 ADDED: dict[str, Any] = {
     "data.splits": "",
     "data.labels": "",
@@ -31,30 +31,32 @@ ADDED: dict[str, Any] = {
 }
 
 
-def completed(old: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flat config of an earlier start with the fields of today, and tells of both.
+def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flat config of an earlier start, upgraded to the fields of this version.
+
+    Logs the fields that were added or dropped.
 
     Args:
-      old: field -> value, as the earlier start wrote it.
-      known: field -> value of today's config; only the names count.
+      old: field -> value, as written by the earlier start.
+      current: field -> value of this version's config; only the names are used.
     """
-    added = {name: ADDED[name] for name in known if name not in old and name in ADDED}
-    gone = [name for name in old if name not in known]
+    added = {name: ADDED[name] for name in current if name not in old and name in ADDED}
+    removed = [name for name in old if name not in current]
     if added:
-        told = ", ".join(f"config.{name}={value!r}" for name, value in added.items())
-        _LOG.info("Settings that are new since this run began, taken as before: %s.", told)
-    if gone:
-        told = ", ".join(f"config.{name}={old[name]!r}" for name in gone)
-        _LOG.warning("Settings of this run that there are no more, dropped: %s.", told)
-    return {name: value for name, value in old.items() if name in known} | added
+        settings = ", ".join(f"config.{name}={value!r}" for name, value in added.items())
+        _LOG.info("Settings added since this run began keep its behaviour: %s.", settings)
+    if removed:
+        settings = ", ".join(f"config.{name}={old[name]!r}" for name in removed)
+        _LOG.warning("Settings of this run that no longer exist were dropped: %s.", settings)
+    return {name: value for name, value in old.items() if name in current} | added
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """Gives a config of an earlier version the fields that came later; returns it.
+    """Adds the fields of later versions to a config and returns it.
 
     Args:
-      config: changed in place. Where it lacks a whole group of fields it is none of a run's, and
-        that group is left out.
+      config: changed in place. If it lacks a whole group of fields, it belongs to another command
+        and the group is not added.
     """
     for name, value in ADDED.items():
         *groups, field = name.split(".")

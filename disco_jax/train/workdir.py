@@ -1,17 +1,17 @@
-"""The run directory: whose it is, what made it, and that one run at a time writes to it.
+"""The run directory: its ownership, its provenance, and exclusive access for one run at a time.
 
 config.json       the resolved config
-environment.json  versions, devices, git revision, command, seed, of every start
-data.json         how many images the run reads, and a checksum over their names and sizes
-saved.json        the newest checkpoint that was complete
-metrics.jsonl     one line a log step
-goodput.json      where the time went, over all starts
+environment.json  versions, devices, git revision, command and seed of every start
+data.json         number of images and a checksum of their names and sizes
+saved.json        the newest complete checkpoint
+metrics.jsonl     one line per log step
+goodput.json      how the time was spent, over all starts
 xla_cache/        compiled programs
-profile/          traces that were asked for
+profile/          requested traces
 checkpoints/      see `checkpoint.py`
-report.html       what the run came to, with figures/; see `report/build.py`
+report.html       the results of the run, with figures/; see `report/build.py`
 
-`docs/rundir.md` draws all of it.
+`docs/rundir.md` lists all files.
 """
 
 import contextlib
@@ -42,12 +42,13 @@ _LOG = logging.getLogger(__name__)
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 DATA = "data.json"
-# What --allow-change takes beside fields of the config: other images, and a start at step 1 where
-# there were checkpoints and none is left.
+# Values of --allow-change besides config fields: other images, and a start at step 1 in a directory
+# that lost its checkpoints.
 IMAGES, ANEW = "data", checkpoint.FOLDER
-# Versions whose change between two starts is told: they may compute another last bit.
-_TOLD = ("disco_jax", "jax", "jaxlib", "flax", "optax")
-# Settings that may change between two starts of a run: they do not change what is learned.
+# Packages whose change between two starts causes a warning, because results may differ in the last
+# bits.
+_NUMERIC_PACKAGES = ("disco_jax", "jax", "jaxlib", "flax", "optax")
+# Settings that may change between two starts of a run, because they do not affect training.
 FREE = (
     "log.",
     "monitor.",
@@ -79,34 +80,38 @@ def claim(
     allow_change: Sequence[str] = (),
     images: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Iterator[epath.Path]:
-    """Makes `workdir` this run's, for as long as the context lasts.
+    """Claims `workdir` for this run while the context lasts.
 
-    Writes config.json and data.json and appends to environment.json. Of several processes the
-    first does it.
+    Writes config.json and data.json and appends to environment.json. With several processes, only
+    process 0 does this.
 
     Args:
       workdir: the directory.
-      config: of the run.
-      allow_change: fields, or the beginnings of several ("optimizer."), that may differ from what
-        the run began with; "data": the images, too; "checkpoints": they may be gone.
-      images: returns what tells the images of the run from others; see `Source.fingerprint`.
-        None: it reads none.
+      config: the config of the run.
+      allow_change: fields, or common prefixes of fields ("optimizer."), that may differ from the
+        config with which the run began; "data" allows other images; "checkpoints" allows a start
+        at step 1 although checkpoints were lost.
+      images: returns a fingerprint of the run's images, see `Source.fingerprint`; None: the run
+        reads no images.
+
+    Yields:
+      The path of the directory.
 
     Raises:
-      UserError: when the directory belongs to a run of another config or of other images, holds
-        something else, cannot be written, or another run is writing to it.
+      UserError: the directory belongs to a run with another config or other images, contains
+        something else, cannot be written, or is in use by another run.
     """
     path = epath.Path(workdir)
-    with contextlib.ExitStack() as held:
-        hosts.first(lambda: _take(path, config, allow_change, images, held))
+    with contextlib.ExitStack() as lock:
+        hosts.first(lambda: _claim(path, config, allow_change, images, lock))
         programs.settle(path)
         yield path
 
 
 def begin_anew(path: epath.Path) -> None:
-    """Renames what earlier starts have left of a run whose checkpoints are gone, to NAME.before.
+    """Renames files of earlier starts to NAME.before, for a run whose checkpoints are lost.
 
-    Of several processes the first does it.
+    With several processes, only process 0 does this.
     """
 
     def rename() -> None:
@@ -118,10 +123,10 @@ def begin_anew(path: epath.Path) -> None:
 
 
 def read_config(workdir: str) -> ConfigDict:
-    """Returns the config of the run in `workdir`, with the fields that came since it began.
+    """Reads the config of the run in `workdir`, completed with fields of later versions.
 
     Raises:
-      UserError: when there is no run, or its config is damaged.
+      UserError: the directory contains no run, or its config is damaged.
     """
     file = epath.Path(workdir) / CONFIG
     if not file.exists():
@@ -130,12 +135,12 @@ def read_config(workdir: str) -> ConfigDict:
         return upgrades.complete(ConfigDict(files.read_json(file)))
     except UserError as error:
         raise UserError(
-            f"{error} Start the run again with its settings: that writes it anew."
+            f"{error} Start the run again with its settings to write a new {CONFIG}."
         ) from error
 
 
 def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -> list[str]:
-    """Returns a line "config.field: old -> new" for every field that differs and may not."""
+    """Returns a line "config.field: old -> new" for every changed field that must not change."""
     before, after = (flatten(json.loads(config.to_json_best_effort())) for config in (old, new))
     before = upgrades.completed(before, after)
     return [
@@ -146,14 +151,14 @@ def differences(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -
 
 
 def check_free(path: epath.Path, missing: str = "") -> None:
-    """Refuses a directory that holds what this package did not put there.
+    """Checks that a directory contains no files of other programs.
 
     Args:
-      path: the directory, which need not exist.
-      missing: for the message: what else it would have to hold.
+      path: the directory; it may be missing.
+      missing: part of the message that says what a valid directory would contain.
 
     Raises:
-      UserError: it is not free, or a file.
+      UserError: the directory contains other files, or is a file.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={path} is a file; give a directory.")
@@ -161,29 +166,29 @@ def check_free(path: epath.Path, missing: str = "") -> None:
         raise UserError(f"--workdir={path} is not empty{missing}. Give another directory.")
 
 
-def _take(
+def _claim(
     path: epath.Path,
     config: ConfigDict,
     allow_change: Sequence[str],
     images: Callable[[], Mapping[str, Any]] | None,
-    held: contextlib.ExitStack,
+    lock: contextlib.ExitStack,
 ) -> None:
-    known = [*flatten(config), IMAGES, ANEW]
+    fields = [*flatten(config), IMAGES, ANEW]
     for field in allow_change:
-        if not any(key.startswith(field) for key in known):
+        if not any(key.startswith(field) for key in fields):
             raise UserError(
-                f"--allow-change={field} is no field of the config.{did_you_mean(field, known)}"
+                f"--allow-change={field} is not a field of the config.{did_you_mean(field, fields)}"
             )
     try:
         _check_owner(path, config, allow_change)
         path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lease.held(path))
+        lock.enter_context(lease.held(path))
         files.remove_unfinished(path)
-        _check_owner(path, config, allow_change)  # another start may have been before this one
+        _check_owner(path, config, allow_change)  # again: another start may have been faster
         _check_images(path, images, allow_change)
         with whole(path / CONFIG) as file:
             file.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
-        _note_environment(path, config)
+        _record_environment(path, config)
     except OSError as error:
         raise UserError(f"--workdir={path} cannot be written: {error}.") from error
 
@@ -197,8 +202,8 @@ def _check_owner(path: epath.Path, config: ConfigDict, allow_change: Sequence[st
         old = ConfigDict(files.read_json(path / CONFIG))
     except UserError as error:
         _LOG.warning(
-            "%s The settings given now are taken to be those that the run began with; the damaged "
-            "file is kept as %s.",
+            "%s The current settings are assumed to be those with which the run began; the damaged "
+            "file was renamed to %s.",
             error,
             files.set_aside(path / CONFIG).name,
         )
@@ -206,15 +211,15 @@ def _check_owner(path: epath.Path, config: ConfigDict, allow_change: Sequence[st
     changed = differences(old, config, allow_change)
     if changed:
         raise UserError(
-            f"--workdir={path} belongs to a run of another config. Changed since:\n  "
+            f"--workdir={path} belongs to a run with another config. Changed fields:\n  "
             + "\n  ".join(changed)
-            + "\nGive the old values to go on with that run, another --workdir, or, if this is "
-            "meant, --allow-change=FIELD[,FIELD...]."
+            + "\nGive the old values to resume that run, give another --workdir, or confirm the "
+            "change with --allow-change=FIELD[,FIELD...]."
         )
 
 
 def _is_run(path: epath.Path) -> bool:
-    """Whether a directory without a config is a run's all the same, whose config was damaged."""
+    """Returns whether a directory without a config belongs to a run whose config was damaged."""
     return any(path.glob(f"{CONFIG}.damaged*"))
 
 
@@ -223,34 +228,34 @@ def _check_images(
     images: Callable[[], Mapping[str, Any]] | None,
     allow_change: Sequence[str],
 ) -> None:
-    """Refuses other images than those that the run began with, and notes those of now."""
+    """Checks that the images are those with which the run began, and records their fingerprint."""
     if images is None:
         return
-    now = dict(images())
+    current = dict(images())
     before = files.read_or_set_aside(path / DATA)
     changed = [
-        f"{name}: {before[name]} -> {now.get(name, '(absent)')}"
+        f"{name}: {before[name]} -> {current.get(name, '(absent)')}"
         for name in before or ()
-        if before[name] != now.get(name)
+        if before[name] != current.get(name)
     ]
     if changed and IMAGES in allow_change:
-        _LOG.warning("The images are others than before: %s.", "; ".join(changed))
+        _LOG.warning("The images differ from those of the last start: %s.", "; ".join(changed))
     elif changed:
         raise UserError(
-            f"--workdir={path} belongs to a run of other images. Changed since it began:\n  "
+            f"--workdir={path} belongs to a run with other images. Changed since it began:\n  "
             + "\n  ".join(changed)
-            + "\nBring the old ones back, give another --workdir, or, if this is meant, "
+            + "\nRestore the old images, give another --workdir, or confirm the change with "
             f"--allow-change={IMAGES}."
         )
     if changed or before is None:
         with whole(path / DATA) as file:
-            file.write_text(json.dumps(now, indent=2) + "\n")
+            file.write_text(json.dumps(current, indent=2) + "\n")
 
 
-def _note_environment(path: epath.Path, config: ConfigDict) -> None:
+def _record_environment(path: epath.Path, config: ConfigDict) -> None:
     file = path / ENVIRONMENT
     starts = files.read_or_set_aside(file, list) or []
-    now: dict[str, Any] = {
+    current: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": config.get("seed"),
@@ -263,25 +268,29 @@ def _note_environment(path: epath.Path, config: ConfigDict) -> None:
         "packages": {name: v for name in _PACKAGES if (v := _installed(name))},
     }
     if starts:
-        _tell_versions(starts[-1], now)
-    starts.append(now)
+        _warn_of_versions(starts[-1], current)
+    starts.append(current)
     with whole(file) as unfinished:
         unfinished.write_text(json.dumps(starts, indent=2) + "\n")
 
 
-def _tell_versions(before: Any, now: Mapping[str, Any]) -> None:
-    """Warns where a start has other versions than the one before it."""
+def _warn_of_versions(before: Any, current: Mapping[str, Any]) -> None:
+    """Logs a warning if package versions have changed since the last start."""
 
     def versions(start: Any) -> dict[str, Any]:
         packages = start.get("packages") if isinstance(start, dict) else None
         return {**packages, "disco_jax": start.get("disco_jax")} if packages else {}
 
-    old, new = versions(before), versions(now)
-    changed = [f"{n} {old[n]} -> {new.get(n)}" for n in _TOLD if n in old and old[n] != new.get(n)]
+    old, new = versions(before), versions(current)
+    changed = [
+        f"{name} {old[name]} -> {new.get(name)}"
+        for name in _NUMERIC_PACKAGES
+        if name in old and old[name] != new.get(name)
+    ]
     if changed:
         _LOG.warning(
-            "Other versions than at the last start: %s. The run goes on; its last bits may be "
-            "others.",
+            "Package versions have changed since the last start: %s. The run continues; its "
+            "results may differ in the last bits.",
             ", ".join(changed),
         )
 
@@ -294,12 +303,13 @@ def _installed(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout that this package runs from, "-dirty" with changes in it.
+    """Returns the git revision of this package, with "-dirty" if it has uncommitted changes.
 
-    Where it was installed from an archive of a commit, $DISCO_JAX_COMMIT says of which.
+    $DISCO_JAX_COMMIT overrides it, for installations from an archive of a commit. Returns None if
+    the package is not in a git checkout.
     """
-    if given := os.environ.get("DISCO_JAX_COMMIT"):
-        return given
+    if commit := os.environ.get("DISCO_JAX_COMMIT"):
+        return commit
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

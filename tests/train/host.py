@@ -1,4 +1,4 @@
-"""One process of a run of several, for `test_hosts.py`: python host.py TASK WORKDIR SETTINGS."""
+"""One process of a multi-process run for `test_hosts.py`: python host.py TASK WORKDIR SETTINGS."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Shared:
-    """The digits, of which each process reads its rows of the batch that one process would read."""
+    """The digits; each process reads its rows of the batch that a single process would read."""
 
     def __init__(self, inner, host, hosts):
         self._inner, self._host, self._hosts = inner, host, hosts
@@ -25,22 +25,22 @@ class Shared:
         whole = batch_size * self._hosts
         rows = slice(self._host * batch_size, (self._host + 1) * batch_size)
         for batch in self._inner.train(split, views, whole, seed, begin, max_unreadable):
-            mine = {view: images[rows] for view, images in batch.views.items()}
+            views_here = {view: images[rows] for view, images in batch.views.items()}
             epoch, offset = batch.position.epoch, batch.position.offset
             after = base.Position(epoch, offset // self._hosts)
-            yield base.HostBatch(mine, {}, after, batch.labels[rows], batch.rows[rows])
+            yield base.HostBatch(views_here, {}, after, batch.labels[rows], batch.rows[rows])
 
 
 class Disturbed(Shared):
-    """The same, until something happens to one process at the start of a step of this start."""
+    """The same, with a failure in one process before a given step, counted from this start."""
 
     def __init__(self, *args, event, at, process):
         super().__init__(*args)
-        self._event, self._at, self._mine = event, at, process == args[1]
+        self._event, self._at, self._is_victim = event, at, process == args[1]
 
     def train(self, *args):
         for step, batch in enumerate(super().train(*args), start=1):
-            if self._mine and step == self._at:
+            if self._is_victim and step == self._at:
                 if self._event == "hang":
                     time.sleep(600)
                 if self._event == "no room":
@@ -50,7 +50,7 @@ class Disturbed(Shared):
 
 
 def differ(state):
-    """A state of which the second device has another queue."""
+    """Changes the last leaf of a state on the last device of the last process."""
     import jax
 
     leaves, treedef = jax.tree.flatten(state)
@@ -78,8 +78,8 @@ def work(task, workdir, settings):
     here = jax.process_index(), jax.process_count()
     inner = ArraySource(helpers.digits_splits())
     if task == "knn":
-        mine = ArraySource(helpers.digits_splits(), process_index=here[0], process_count=here[1])
-        return knn.run(flags.load("knn"), workdir, mine)
+        part = ArraySource(helpers.digits_splits(), process_index=here[0], process_count=here[1])
+        return knn.run(flags.load("knn"), workdir, part)
     config = helpers.tiny_config(settings.pop("recipe"), **settings.pop("config"))
     if task == "replicas":
         _, begin, _, _ = helpers.smoke(config, 1)
@@ -105,7 +105,7 @@ def main():
     if "DISCO_JAX_COORDINATOR" in os.environ:
         hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]
-    flags.prepare_jax(workdir=workdir)  # a next start of the run takes over what this one compiled
+    flags.prepare_jax(workdir=workdir)  # later starts of the run reuse the compiled programs
     command._start = lambda *_: print(
         json.dumps(work(task, workdir, json.loads(settings))), flush=True
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: whole, verified, kept, and fallen back from when damaged."""
+"""Checkpoints: complete, verified, kept, and replaced by older ones if they are damaged."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ from disco_jax.errors import StorageError, UserError
 from disco_jax.train import checkpoint, stored
 from disco_jax.train.checkpoint import Checkpoints
 
-# When one read of a damaged checkpoint fails, Orbax closes its event loop; reads still under way in
-# TensorStore's threads then call back into the closed loop, which Python reports as "Exception
-# ignored in: None" (RuntimeError: Event loop is closed), now and then and to no harm.
+# When one read of a damaged checkpoint fails, Orbax closes its event loop. Reads that still run in
+# TensorStore's threads then call back into the closed loop, which Python sometimes reports as
+# "Exception ignored in: None" (RuntimeError: Event loop is closed). This is harmless.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
 )
@@ -29,7 +29,7 @@ def state():
 
 
 def at(state, step):
-    """The state with values that tell the step."""
+    """Returns the state with values that depend on the step."""
     scaled = jax.tree.map(lambda x: x + x.dtype.type(step), state)
     return type(state)(**{**vars(scaled), "step": np.int32(step)})
 
@@ -78,8 +78,8 @@ def test_nothing_there_is_none(tmp_path, state):
 def test_keeps_the_newest_and_the_best_also_after_a_restart(tmp_path, state):
     save(tmp_path, state, [1, 2, 3], losses=[3.0, 1.0, 2.0], keep=2, best="loss")
     save(tmp_path, state, [4, 5, 6], losses=[4.0, 5.0, 6.0], keep=2, best="loss")
-    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
-    assert kept == {2, 5, 6}
+    steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert steps == {2, 5, 6}
 
 
 @pytest.mark.parametrize("how", ["flipped bytes", "truncated", "missing file", "empty folder"])
@@ -106,8 +106,8 @@ def test_no_good_checkpoint_is_an_error_that_moves_nothing(tmp_path, state):
     save(tmp_path, state, [1, 2])
     damage(tmp_path, 1)
     damage(tmp_path, 2)
-    for _ in range(2):  # and the next start says the same
-        with pytest.raises(UserError, match=r"No checkpoint in .* can be read: 2: .*; 1: "):
+    for _ in range(2):  # the next start raises the same error
+        with pytest.raises(UserError, match=r"All checkpoints in .* are damaged: 2: .*; 1: "):
             helpers.restore(tmp_path, state)
     assert kept(tmp_path) == ["1", "2"] and not (tmp_path / "checkpoints_damaged").exists()
 
@@ -167,10 +167,10 @@ def test_what_is_no_checkpoint_is_told(tmp_path, state, caplog):
         (folder / name).mkdir()
     assert helpers.restore(tmp_path, state)[1]["step"] == 1
     assert (tmp_path / "checkpoints_damaged" / "2").read_text() == "x"
-    said = " ".join(r.getMessage() for r in caplog.records if r.name.startswith("disco_jax"))
-    words = "Checkpoint 2 is damaged", "003 is no", "old is no", "4.orbax"
-    told = [word for word in words if word in said]
-    assert told == ["Checkpoint 2 is damaged", "003 is no", "old is no"]
+    messages = " ".join(r.getMessage() for r in caplog.records if r.name.startswith("disco_jax"))
+    words = "Checkpoint 2 is damaged", "003 is ignored", "old is ignored", "4.orbax"
+    logged = [word for word in words if word in messages]
+    assert logged == ["Checkpoint 2 is damaged", "003 is ignored", "old is ignored"]
     shutil.rmtree(folder)
     folder.write_text("x")
     with pytest.raises(UserError, match="checkpoints is a file"):
@@ -178,7 +178,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path, state, caplog):
 
 
 def test_an_error_that_passes_is_no_damage(tmp_path, state, monkeypatch):
-    """As of a file that is being moved while it is read."""
+    """An error may be transient, for example if the file is being moved during the read."""
     save(tmp_path, state, [1])
     real, errors = stored.ocp.Checkpointer.restore, [ValueError("NOT_FOUND: student/d/0")]
 
@@ -191,19 +191,19 @@ def test_an_error_that_passes_is_no_damage(tmp_path, state, monkeypatch):
     assert helpers.restore(tmp_path, state)[1]["step"] == 1
 
 
-@pytest.mark.parametrize("theirs", ["good", "damaged", "gone"])
-def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, theirs, monkeypatch):
-    """`hosts.everyone` answers as with a second process, which finds checkpoint 2 as `theirs`."""
+@pytest.mark.parametrize("second", ["good", "damaged", "gone"])
+def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, second, monkeypatch):
+    """Simulates a second process whose verdict on checkpoint 2 is `second`."""
     save(tmp_path, state, [1, 2])
     damage(tmp_path, 2)
 
     def everyone(value):
-        if theirs == "gone":
+        if second == "gone":
             raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset")
-        return [value, 0 if value == 1 and theirs == "good" else value]
+        return [value, 0 if value == 1 and second == "good" else value]
 
     monkeypatch.setattr(checkpoint.hosts, "everyone", everyone)
-    if theirs == "damaged":
+    if second == "damaged":
         assert helpers.restore(tmp_path, state)[1]["step"] == 1
         assert kept(tmp_path) == ["1"]
         return
@@ -211,7 +211,7 @@ def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, thei
         "good": (StorageError, "process 0: damaged, process 1: good"),
         "gone": (jax.errors.JaxRuntimeError, "Gloo"),
     }
-    with pytest.raises(expected[theirs][0], match=expected[theirs][1]):
+    with pytest.raises(expected[second][0], match=expected[second][1]):
         helpers.restore(tmp_path, state)
     assert kept(tmp_path) == ["1", "2"]
 
@@ -219,7 +219,7 @@ def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, thei
 def test_processes_that_see_other_checkpoints_are_told(tmp_path, state, monkeypatch):
     save(tmp_path, state, [1])
     monkeypatch.setattr(checkpoint.hosts, "everyone", lambda value: [value, value + 1])
-    with pytest.raises(UserError, match=r"see other checkpoints in .* all of them share"):
+    with pytest.raises(UserError, match=r"see different checkpoints in .* all processes share"):
         helpers.restore(tmp_path, state)
 
 
@@ -228,12 +228,12 @@ def test_a_start_notices_that_all_checkpoints_are_gone(tmp_path, state):
         with contextlib.closing(Checkpoints(tmp_path)) as opened:
             opened.check_none_lost()
 
-    check()  # nothing was ever there
+    check()  # no checkpoint was ever saved
     save(tmp_path, state, [1, 2])
     check()
     shutil.rmtree(tmp_path / "checkpoints")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"has had checkpoints, the newest of step 2, and none"):
+        with pytest.raises(UserError, match=r"had checkpoints \(the newest was step 2\), but"):
             check()
     (tmp_path / "saved.json").unlink()
     check()
@@ -246,7 +246,7 @@ def test_the_best_stays_best_whatever_happens_to_its_metric(tmp_path, state):
     save(tmp_path, state, [1, 2, 3], losses=[1.0, 2.0, 3.0], keep=1, best="loss")
     assert kept(tmp_path) == ["1", "3"]
     meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
-    meta.write_text("")  # the metric is not known, the checkpoint is damaged: no reason to end
+    meta.write_text("")  # loses the metric of a damaged checkpoint, which must not end the run
     save(tmp_path, state, [4], losses=[4.0], keep=1, best="loss")
     assert kept(tmp_path) == ["3", "4"]
 

@@ -1,4 +1,4 @@
-"""A run directory: what a lost power supply, other images or another version leave of it."""
+"""Run directories after a power failure, with other images, or from another version."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from disco_jax.errors import UserError
 from disco_jax.tasks import pretrain
 from disco_jax.train import lease, upgrades, workdir
 
-# Written by version 0.1.0: its own checkpoint of step 2, and metrics of steps 1 to 4.
+# Written by version 0.1.0: a checkpoint of step 2 and metrics of steps 1 to 4.
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """Every run of this module takes the steps that the first of them compiled."""
-    made, real = [], pretrain.prepare
+    """The tiny backbone; all runs of this module share the step that the first one compiles."""
+    runs, real = [], pretrain.prepare
 
     def prepared(config, source):
-        made.append(real(config, source) if not made else made[0])
-        return dataclasses.replace(made[0], config=config, source=source)
+        runs.append(real(config, source) if not runs else runs[0])
+        return dataclasses.replace(runs[0], config=config, source=source)
 
     with helpers.tiny_backbone(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare", prepared)
@@ -39,7 +39,7 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog):
+def info_logs(caplog):
     caplog.set_level(logging.INFO, logger="disco_jax")
 
 
@@ -60,7 +60,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The old run, gone on with by the present code."""
+    """The old run, resumed by the current code, and its metrics before that."""
     path = tmp_path_factory.mktemp("old") / "run"
     with zipfile.ZipFile(OLD) as archive:
         archive.extractall(path)
@@ -71,7 +71,7 @@ def resumed(tmp_path_factory):
 
 @pytest.fixture
 def run(resumed, tmp_path):
-    """A copy of it, without its newest checkpoint."""
+    """A copy of the resumed run without its newest checkpoint."""
     path = pathlib.Path(shutil.copytree(resumed[0], tmp_path / "run"))
     shutil.rmtree(path / "checkpoints" / "4")
     return path
@@ -128,7 +128,7 @@ def test_small_files_that_are_damaged_are_set_aside(run, name, how, caplog):
     )
     pretrain.run(config(), str(run), source())
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
-    # A kill leaves half a last line; saved.json is read where checkpoints are gone alone.
+    # An incomplete last line is normal after a kill; saved.json is read only without checkpoints.
     quiet = name == "saved.json" or (name == "metrics.jsonl" and how in ("empty", "half"))
     if not quiet:
         assert "damaged" in caplog.text and list(run.glob(f"{name}.damaged*"))
@@ -143,25 +143,25 @@ def test_other_images_are_refused_unless_they_are_allowed(run, caplog):
     images, labels = helpers.digits_splits()["train"]
     others = source(train=(255 - images, labels))
     fewer = source(train=(images[:200], labels[:200]))
-    for changed, said in ((others, "pixels and labels"), (fewer, "images: 1437 -> 200")):
-        with pytest.raises(UserError, match=f"other images(.|\n)*{said}(.|\n)*-change=data"):
+    for changed, words in ((others, "pixels and labels"), (fewer, "images: 1437 -> 200")):
+        with pytest.raises(UserError, match=f"other images(.|\n)*{words}(.|\n)*-change=data"):
             pretrain.run(config(), str(run), changed)
     pretrain.run(config(), str(run), fewer, allow_change="data")
     assert "images: 1437 -> 200" in caplog.text
-    pretrain.run(config(), str(run), fewer)  # now they are the run's
+    pretrain.run(config(), str(run), fewer)  # the new fingerprint was recorded
 
 
 def test_fingerprints_of_a_folder_are_of_names_and_sizes(tmp_path):
-    def made(name, *contents):
+    def fingerprint(name, *contents):
         for i, content in enumerate(contents):
             file = tmp_path / name / "cats" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
         return FolderSource(tmp_path / name).fingerprint("train")
 
-    first = made("a", b"x", b"yy")
-    assert first["pictures"] == 2 and made("elsewhere", b"x", b"yy") == first
-    assert made("b", b"x", b"y") != first and made("c", b"x", b"yy", b"") != first
+    first = fingerprint("a", b"x", b"yy")
+    assert first["pictures"] == 2 and fingerprint("elsewhere", b"x", b"yy") == first
+    assert fingerprint("b", b"x", b"y") != first and fingerprint("c", b"x", b"yy", b"") != first
 
 
 def test_other_versions_are_told(run, caplog):
@@ -186,17 +186,17 @@ def test_a_run_without_its_checkpoints_begins_anew_only_if_told_to(run):
 
 
 def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
-    done = []
+    calls = []
     monkeypatch.setattr(
-        files, "sync", lambda path: done.append(("sync", files.os.path.basename(path)))
+        files, "sync", lambda path: calls.append(("sync", files.os.path.basename(path)))
     )
     real = files.os.replace
     monkeypatch.setattr(
-        files.os, "replace", lambda a, b: (done.append(("replace", b.name)), real(a, b))
+        files.os, "replace", lambda a, b: (calls.append(("replace", b.name)), real(a, b))
     )
     with files.whole(tmp_path / "x.json") as file:
         file.write_text("1")
-    assert done == [("sync", file.name), ("replace", "x.json"), ("sync", tmp_path.name)]
+    assert calls == [("sync", file.name), ("replace", "x.json"), ("sync", tmp_path.name)]
     files.sync_tree(tmp_path)
 
 
@@ -220,10 +220,10 @@ def no_locks(monkeypatch):
 
 def test_where_there_are_no_locks_a_lease_tells_two_starts_apart(tmp_path, no_locks, caplog):
     with lease.held(tmp_path):
-        assert "has no locks" in caplog.text
+        assert "does not support locks" in caplog.text
         with pytest.raises(UserError, match="Another run is writing"), lease.held(tmp_path):
             pass
-    with lease.held(tmp_path):  # it was given back
+    with lease.held(tmp_path):  # the first holder released it
         pass
     assert files.is_free(tmp_path)
 
@@ -231,8 +231,8 @@ def test_where_there_are_no_locks_a_lease_tells_two_starts_apart(tmp_path, no_lo
 @pytest.mark.parametrize("host", ["here", "elsewhere"])
 def test_a_lease_whose_holder_is_gone_is_taken_over(tmp_path, no_locks, host):
     name = lease.socket.gethostname() if host == "here" else "another"
-    left = {"owner": "x", "host": name, "pid": 2**22 + 1, "beat": 3}
-    (tmp_path / files.LEASE).write_text(json.dumps(left))
+    expired = {"owner": "x", "host": name, "pid": 2**22 + 1, "beat": 3}
+    (tmp_path / files.LEASE).write_text(json.dumps(expired))
     with lease.held(tmp_path):
         pass
 

@@ -1,4 +1,4 @@
-"""Runs of several processes that meet over the loopback: equal losses, one fate."""
+"""Runs of several processes on one machine: they have equal losses and end together."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from disco_jax.tasks import prepare, pretrain
 from disco_jax.train import hosts
 
 TESTS = pathlib.Path(__file__).parents[1]
-DEVICES = 4  # of all processes together
+DEVICES = 4  # total over all processes
 STEPS = 10
 CONFIG = {
     "batch_size": 64,
@@ -29,15 +29,15 @@ CONFIG = {
     "log.every_steps": 1,
     "checkpoint.every_steps": 5,
     "log.replicas_every_steps": 5,
-    # Sums over processes round in another order than sums over the devices of one. At the recipes'
-    # rates this tiny network makes a millionth of it after one step into 2e-5 after ten.
+    # Sums over processes round differently from sums over the devices of one process. At the
+    # recipes' rates, this tiny network amplifies a difference of 1e-6 to 2e-5 in ten steps.
     "learning_rate.per_256": 0.003,
 }
 OF_RECIPE = {
     # MoCo's, DisCo's and SEED's objectives, shuffled BatchNorm in one network.
     "disco": {"objectives.similarity.weight": 1.0},
-    # DINO's centre, SwAV's assignments and queue, and MoCo's, on synchronised BatchNorm; with
-    # earlier embeddings from the second step on.
+    # DINO's centre, SwAV's assignments and queue, and MoCo's queue, with synchronised BatchNorm;
+    # SwAV's queue is used from the second step on.
     "dino": {
         "objectives.contrast.weight": 1.0,
         "objectives.swapped.weight": 1.0,
@@ -45,14 +45,14 @@ OF_RECIPE = {
         "objectives.swapped.queue_epochs": 0,
     },
 }
-SHARED = {"fast.shard_queue": True}  # each process has the rows of its own devices alone
+SHARED = {"fast.shard_queue": True}  # each process stores only the rows of its own devices
 
 
-LOST = 134, -signal.SIGABRT  # which a shell shows as 134 too
+LOST = 134, -signal.SIGABRT  # a shell reports the signal as 134 too
 
 
-def told_of_loss(output):
-    """By JAX, or by a collective that noticed first."""
+def reports_loss(output):
+    """Returns whether JAX or a collective reported a lost process; either may be the first."""
     return "another task died" in output or "Another process of this run was lost" in output
 
 
@@ -63,13 +63,13 @@ def free_port():
 
 
 def config_of(recipe, processes):
-    """Queues are shared where there is more than one process, but in the recipe of SwAV's queue."""
+    """Returns the settings of a run; several processes shard their queues, except with "dino"."""
     shared = SHARED if recipe == "disco" and processes > 1 else {}
     return {**CONFIG, **OF_RECIPE[recipe], **shared}
 
 
 def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
-    """Starts the processes of a run on `DEVICES` devices; a list of Popen."""
+    """Starts the processes of a run on `DEVICES` devices; returns a list of Popen."""
     port = free_port()
     config = {**config_of(recipe, processes), **(changes or {})}
     words = json.dumps({"recipe": recipe, "config": config, **settings})
@@ -102,7 +102,7 @@ def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_
 
 
 def finish(processes, expected=0):
-    """Waits; every process must end with `expected`. Their outputs."""
+    """Waits until every process ends with exit code `expected`; returns their outputs."""
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     codes = [process.returncode for process in processes]
     assert codes == [expected] * len(processes), "\n---\n".join([str(codes), *outputs])
@@ -110,24 +110,24 @@ def finish(processes, expected=0):
 
 
 def lines(workdir):
-    """Step -> metrics; an evaluation's are in a line of their own."""
-    found = {}
+    """Returns step -> metrics; the metrics of an evaluation are in a separate line."""
+    metrics = {}
     for text in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
-        found.setdefault(line["step"], {}).update(line)
-    return found
+        metrics.setdefault(line["step"], {}).update(line)
+    return metrics
 
 
 def losses(workdir):
-    """f64[steps, losses]."""
-    found = lines(workdir)
-    assert list(found) == list(range(1, STEPS + 1))
-    keys = sorted(key for key in found[1] if key == "loss" or key.endswith("/loss"))
-    return np.array([[found[step][key] for key in keys] for step in found])
+    """Returns f64[steps, losses]."""
+    metrics = lines(workdir)
+    assert list(metrics) == list(range(1, STEPS + 1))
+    keys = sorted(key for key in metrics[1] if key == "loss" or key.endswith("/loss"))
+    return np.array([[metrics[step][key] for key in keys] for step in metrics])
 
 
 def ended(workdir):
-    """Checksums of every part of the last checkpoint, and the place in the data."""
+    """Returns the checksums of every part of the last checkpoint, and the data position."""
     folder = pathlib.Path(workdir) / "checkpoints" / str(STEPS)
     (file,) = (path for path in (folder / "meta").iterdir() if path.name == "metadata")
     meta = json.loads(file.read_text())
@@ -137,21 +137,21 @@ def ended(workdir):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Runs a config in this process, which has all devices; steps of a recipe compile once."""
-    made, real, parallel = {}, prepare.prepare, pretrain.step.parallel
+    """A function that trains in this process, which has all devices; compiles a recipe once."""
+    compiled, real, parallel = {}, prepare.prepare, pretrain.step.parallel
 
     def prepared(config, source):
-        if config.name not in made:
+        if config.name not in compiled:
             ready = real(config, source)
-            made[config.name] = ready, parallel(ready.built.train_step)
-        return made[config.name][0]
+            compiled[config.name] = ready, parallel(ready.built.train_step)
+        return compiled[config.name][0]
 
     def run(recipe, workdir):
         source = host.Shared(ArraySource(helpers.digits_splits()), 0, 1)
         config = helpers.tiny_config(recipe, **config_of(recipe, 1))
         with pytest.MonkeyPatch.context() as patch, helpers.tiny_backbone():
             patch.setattr(pretrain, "prepare", prepared)
-            patch.setattr(pretrain.step, "parallel", lambda _: made[config.name][1])
+            patch.setattr(pretrain.step, "parallel", lambda _: compiled[config.name][1])
             return pretrain.run(config, str(workdir), source, allow_change="fast.")
 
     return run
@@ -159,33 +159,33 @@ def alone():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, alone):
-    """(recipe, processes) -> workdir of a finished run."""
-    made = {}
+    """A function (recipe, processes) -> workdir of a finished run."""
+    workdirs = {}
 
     def run(recipe, processes):
-        if (recipe, processes) not in made:
+        if (recipe, processes) not in workdirs:
             workdir = tmp_path_factory.mktemp(recipe) / str(processes)
             if processes == 1:
                 alone(recipe, workdir)
             else:
                 finish(launch("pretrain", workdir, processes, recipe))
-            made[recipe, processes] = workdir
-        return made[recipe, processes]
+            workdirs[recipe, processes] = workdir
+        return workdirs[recipe, processes]
 
     return run
 
 
 def test_two_processes_that_share_queues_lose_and_save_what_one_with_whole_ones_does(runs):
-    """Replicas are compared on the way, but for these."""
+    """The run of two processes also compares replicas, without the sharded queues."""
     one, two = runs("disco", 1), runs("disco", 2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5, atol=1e-5)
     with helpers.tiny_backbone():
         like = helpers.smoke(helpers.tiny_config("disco", **config_of("disco", 1)), 1)[1]
-    theirs, ours = (helpers.restore(folder, like)[0].memory for folder in (one, two))
+    whole, sharded = (helpers.restore(folder, like)[0].memory for folder in (one, two))
     for objective, view in (("contrast", "view_1"), ("similarity", "view_0")):
-        mine, other = ours[objective][view], theirs[objective][view]
-        assert mine.pointer == other.pointer == 0 and mine.vectors.shape == (64, 16)
-        np.testing.assert_allclose(mine.vectors, other.vectors, atol=1e-4)
+        queue, expected = sharded[objective][view], whole[objective][view]
+        assert queue.pointer == expected.pointer == 0 and queue.vectors.shape == (64, 16)
+        np.testing.assert_allclose(queue.vectors, expected.vectors, atol=1e-4)
 
 
 def test_two_processes_lose_what_one_does_with_all_that_views_of_two_sizes_need(runs):
@@ -230,9 +230,9 @@ def test_a_mistake_is_told_by_every_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_end_together_in_every_way_and_the_next_start_changes_no_bit(runs, tmp_path):
-    """One run that is asked to stop, hangs, is killed and finds no room on one process' disk.
+    """Resumes a run after SIGTERM, a hang, a SIGKILL and a full disk, each in one process.
 
-    About 60 s: ten processes, of which the first two compile and the others take that over.
+    Takes about 60 s: ten processes, of which the first two compile and the others reuse that.
     """
     workdir = tmp_path / "run"
 
@@ -249,41 +249,41 @@ def test_two_processes_end_together_in_every_way_and_the_next_start_changes_no_b
     # SIGTERM to one process stops all at one step, which is saved.
     codes, outputs = start(str(int(signal.SIGTERM)), 1)
     assert codes == [75, 75], outputs
-    (step,) = {output.split("Asked to stop; step ")[1].split(" ")[0] for output in outputs}
+    (step,) = {output.split("Stopped on request; step ")[1].split(" ")[0] for output in outputs}
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [step]
     assert int(step) < 5
-    # A process hangs before its first step, where the other waits inside a collective. Both wait
-    # the same 15 s; the one that ends first may take the other with it.
+    # A process hangs before its first step while the other waits inside a collective. Both wait
+    # 15 s; the one that ends first may end the other too.
     codes, outputs = start("hang", 1, **{"log.hang_s": 15.0})
     assert 1 in codes and all(code == 1 or code in LOST for code in codes), (codes, outputs)
     for code, output in zip(codes, outputs, strict=True):
-        assert code != 1 or f"nothing has happened for 15 s after step {step}" in output
-    # Killed at step 8 or before, when step 5 is saved or not.
+        assert code != 1 or f"no progress for 15 s after step {step}" in output
+    # Killed at step 8 or earlier; step 5 may or may not be saved by then.
     codes, outputs = start(str(int(signal.SIGKILL)), 8 - int(step))
     assert codes[1] == -signal.SIGKILL and codes[0] in LOST, outputs
-    assert told_of_loss(outputs[0])
-    # A process that fails alone ends with its own code.
+    assert reports_loss(outputs[0])
+    # A process that fails alone ends with the exit code of its own error.
     codes, outputs = start("no room", 2, peer_timeout_s=10)
     assert codes[1] == 1 and codes[0] in LOST, outputs
     assert "/disk/of/process: No space left on device" in outputs[1]
-    assert told_of_loss(outputs[0])
+    assert reports_loss(outputs[0])
     finish(launch("pretrain", workdir, 2))
     np.testing.assert_array_equal(losses(workdir), losses(runs("disco", 2)))
     assert ended(workdir) == ended(runs("disco", 2))
 
 
 def test_errors_that_say_that_a_process_is_gone_are_told_apart(monkeypatch):
-    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    reset = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    assert not hosts.lost(gone)  # of one process, nobody can be gone
-    monkeypatch.setattr(hosts, "_alone", lambda: False)
-    assert "Another process of this run was lost" in hosts.lost(gone)
+    assert not hosts.lost(reset)  # a run of one process cannot lose another
+    monkeypatch.setattr(hosts, "_is_single_process", lambda: False)
+    assert "Another process of this run was lost" in hosts.lost(reset)
     assert not hosts.lost(other) and not hosts.lost(ValueError("Connection reset"))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
-    """The exit code of the documents, whichever is lost: the first is the one that all talk to."""
+    """Checks the documented exit code; process 0 is special because it runs the coordinator."""
     code = (
         "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
         "hosts.meet(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.everyone(me); "
@@ -305,12 +305,12 @@ MEETINGS = [
     (["--coordinator=localhost:1"], "missing: --processes, --process"),
     (["--coordinator=localhost:1", "--processes=2", "--process=2"], "is not one of 0..1"),
     (["--coordinator=localhost", "--processes=2", "--process=1"], "needs a port"),
-    (["--distributed"], "did not find one another"),
+    (["--distributed"], "could not connect"),
 ]
 
 
 def test_wrong_meetings_are_refused(tmp_path):
-    """In a process of their own, as a refused meeting may leave a mark on JAX."""
+    """Runs in a separate process, because a failed initialization may change the state of JAX."""
     code = (
         "import sys; from disco_jax import main\n"
         f"for words in {[words for words, _ in MEETINGS]!r}:\n"
@@ -318,8 +318,10 @@ def test_wrong_meetings_are_refused(tmp_path):
         f"'--workdir={tmp_path}', *words])\n"
         "    print('code', code, file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    said = done.stderr.split("code 2")
-    assert len(said) == len(MEETINGS) + 1, done.stderr
-    for (_, expected), message in zip(MEETINGS, said, strict=False):
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    messages = process.stderr.split("code 2")
+    assert len(messages) == len(MEETINGS) + 1, process.stderr
+    for (_, expected), message in zip(MEETINGS, messages, strict=False):
         assert expected in message

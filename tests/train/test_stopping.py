@@ -1,4 +1,4 @@
-"""Signals: a command ends in order wherever it is, and a training saves its last step first."""
+"""Signals: every command ends cleanly, and a training run saves its last step first."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 
 
 @pytest.fixture(autouse=True)
-def heeded():
-    """Signals as a terminal gives them: `nohup` and the background of a script ignore some."""
+def terminal_signals():
+    """The default handlers of a terminal; `nohup` and background jobs ignore some signals."""
     before = {
         signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -27,8 +27,8 @@ def heeded():
         signal.signal(number, handler)
 
 
-class Kept:
-    """Takes metrics and states, and notes the steps."""
+class Recorder:
+    """A logger and store that records the steps."""
 
     def __init__(self):
         self.logged, self.saved = [], []
@@ -43,8 +43,8 @@ class Kept:
         pass
 
 
-def looped(number, at, kept, checkpoints):
-    """Ten steps, in the course of one of which a signal comes."""
+def looped(number, at, logger, checkpoints):
+    """Runs ten steps and sends signal `number` during step `at`."""
 
     def batches():
         for step in range(1, 11):
@@ -57,18 +57,18 @@ def looped(number, at, kept, checkpoints):
         return state, {"loss": jnp.zeros(1)}
 
     schedule = loop.Schedule(0, 10, 10, 1, log_steps=1, checkpoint_steps=100, verbose=False)
-    return loop.run(step, {"x": jnp.zeros(1)}, {}, batches(), schedule, kept, checkpoints)
+    return loop.run(step, {"x": jnp.zeros(1)}, {}, batches(), schedule, logger, checkpoints)
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_loop_stops_after_the_step_and_saves_it(number, code, saves, capsys):
     before = signal.getsignal(number)
-    kept = Kept()
+    recorder = Recorder()
     with pytest.raises(Preempted) as stopped:
-        looped(number, 3, kept, kept if saves else None)
+        looped(number, 3, recorder, recorder if saves else None)
     assert stopped.value.exit_code == code
-    assert kept.logged == [1, 2, 3] and kept.saved == ([3] if saves else [])
+    assert recorder.logged == [1, 2, 3] and recorder.saved == ([3] if saves else [])
     assert ("step 3 is saved" in str(stopped.value)) == saves
     assert signal.getsignal(number) == before
     assert ("Ctrl-C again" in capsys.readouterr().err) == (number == signal.SIGINT)
@@ -106,8 +106,8 @@ def test_a_command_ends_in_order_where_there_is_nothing_to_save(number, code, mo
     before = signal.getsignal(number)
     monkeypatch.setattr(main, "_start", work)
     assert main.main(["pretrain"]) == code
-    said = capsys.readouterr().err
-    assert said.startswith("disco-jax pretrain: Asked to stop.") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("disco-jax pretrain: Asked to stop.") and message.count("\n") == 1
     assert cleared and signal.getsignal(number) == before
 
 

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: counted over restarts, and allowed as a share of all."""
+"""Images that cannot be decoded: counted over restarts, and allowed up to a share of all images."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from helpers import crop
 
 
 def pictures(folder, good, bad):
-    """So many that can be decoded and that cannot."""
+    """Writes `good` valid and `bad` invalid PNG files to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0)
     for i in range(good):
@@ -32,8 +32,8 @@ def pictures(folder, good, bad):
 
 
 def read(source, limit, batches=4):
-    made = source.train("train", {0: crop()}, 2, 0, Position.start(), limit)
-    return list(itertools.islice(made, batches))
+    iterator = source.train("train", {0: crop()}, 2, 0, Position.start(), limit)
+    return list(itertools.islice(iterator, batches))
 
 
 def test_names_of_earlier_starts_count(tmp_path):
@@ -47,10 +47,10 @@ def test_names_of_earlier_starts_count(tmp_path):
     again = FolderSource(tmp_path / "photos")
     unreadable.keep(again, tmp_path)
     assert again.unreadable == first.unreadable
-    read(again, limit=3)  # the same ones are no new ones
+    read(again, limit=3)  # known names are not counted again
     assert len(again.unreadable) == 2
 
-    for name in ("bad_0.png", "bad_1.png"):  # repaired; two others were damaged since
+    for name in ("bad_0.png", "bad_1.png"):  # repairs these and damages two others
         Image.new("RGB", (16, 16)).save(tmp_path / "photos" / name)
     for name in ("good_0.png", "good_1.png"):
         (tmp_path / "photos" / name).write_bytes(b"")
@@ -87,7 +87,7 @@ def test_evaluations_have_the_limit_of_their_split(tmp_path):
         list(FolderSource(folder, max_unreadable_percent=19).evaluate("train", 8, 0, "bilinear", 5))
 
 
-@pytest.mark.wiring  # what is said and kept beside a run is compared, no number of it
+@pytest.mark.wiring  # compares log lines and files, no numbers
 def test_a_run_tells_of_its_data_and_keeps_what_it_cannot_read(tmp_path, caplog):
     photos = pictures(tmp_path / "photos" / "train" / "cat", good=16, bad=1).parents[1]
     pictures(photos / "Test" / "cat", good=2, bad=0)
@@ -102,8 +102,8 @@ def test_a_run_tells_of_its_data_and_keeps_what_it_cannot_read(tmp_path, caplog)
     assert pipeline.unreadable_limit(config.data, source, "train") == 10
     with helpers.tiny_backbone(), caplog.at_level(logging.INFO):
         pretrain.run(config, str(tmp_path / "run"))
-    told = [m for m in caplog.messages if m.startswith(("photos: ", "The images of photos"))]
-    assert told[:3] == [
+    messages = [m for m in caplog.messages if m.startswith(("photos: ", "The images of photos"))]
+    assert messages[:3] == [
         "photos: images: test 2, train 17; 1 classes (cat).",
         "photos: not used: 1 with suffix .txt: train/notes.txt",
         "The images of photos are nearly black: the brightest value is 15 of 255. If they have 10 "
