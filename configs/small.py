@@ -75,7 +75,8 @@ SMALL_IMAGES: dict[str, dict[str, Any]] = {
     "bingo": {"objectives.bags.own_epochs": 2},
     "online_clusters": {"objectives.online_clusters.count": 64},
     # MoCo-v2's head and rates: in short runs of narrow networks the narrow initialisation of
-    # SSLight's head collapses to a few features, and LARS's thousandth hardly moves a kernel.
+    # SSLight's head collapses to a few features, and LARS, which moves a kernel by a thousandth of
+    # the rate, hardly changes it.
     "sslight_moco": {
         **_SSLIGHT,
         "student.head": "mlp",
