@@ -132,7 +132,7 @@ def test_settings_take_the_comments_beside_and_above_them():
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
     assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
-    assert notes["pretrain"]["monitor"].startswith("Whether it learns")
+    assert notes["pretrain"]["monitor"].startswith("kNN accuracy during training")
     assert "augment.count" not in notes["pretrain"]
     assert notes["classification"]["layers"] == "classifier | all"
     page = settings.markdown()

@@ -32,7 +32,7 @@ def train(
     classifier with that pair is then trained again, on all training images.
 
     Args:
-      config: see `common.classification`; `grid` has the learning rates (for a batch of 256, in
+      config: see `probes.classification`; `grid` has the learning rates (for a batch of 256, in
         place of `learning_rate.per_256`), the weight decays and the held-out percentage.
       rows: f32[N, F], features of the training images.
       labels: i32[N].

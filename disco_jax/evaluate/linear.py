@@ -43,7 +43,7 @@ def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
     """Computes the batch size and the learning rate schedule of a probe.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       count: number of training images.
       hosts: number of hosts that read disjoint shards; the smallest shard limits the batch size.
 
@@ -164,7 +164,7 @@ def fit(
     """Runs the training loop with the durations of an evaluation's config.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       probe_plan: see `plan`.
       step: step of one replica.
       start: the initial state.

@@ -100,7 +100,7 @@ def train(
     An interrupted training resumes if it is started again with the same `folder`.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       trained: the network; its config defines how images are read.
       source: labelled images.
       folder: directory for config, metrics and checkpoints; None writes nothing.
@@ -161,7 +161,7 @@ def fit(
     """Runs `linear.fit` on labelled crops as they are read; resumes an interrupted training.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       trained: its config defines how images are read.
       source: labelled images.
       folder: see `train`.

@@ -43,7 +43,7 @@ def expand(sweep: ConfigDict) -> list[Cell]:
     """Expands a sweep into all its cells, in the order of its axes.
 
     Args:
-      sweep: see `common.sweep`.
+      sweep: see `configs/sweeps/common.py`.
 
     Raises:
       UserError: if an axis, a recipe or a field does not exist, or two cells have the same name.

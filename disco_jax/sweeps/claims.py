@@ -53,7 +53,7 @@ def judge(
     """Evaluates all claims.
 
     Args:
-      claims: name -> `common.claim`.
+      claims: name -> `sweeps.common.claim`.
       rows: rows of the table.
       score: name of the compared evaluation.
 

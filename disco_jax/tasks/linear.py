@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     that reads images saves metrics and checkpoints in NAME/ and resumes from them.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       workdir: a pretraining run's directory.
       source: images; None opens the data of the run, changed by `config.data`.
 
@@ -75,7 +75,7 @@ def probe(
     """Trains a linear classifier on extracted features and returns it with its results.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       train: features of the training images, or a list that adds those of their mirror images.
       test: features of the test images.
       num_classes: number of classes; None for one more than the largest label.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs import data
 from disco_jax.tasks import settings
 from disco_jax.tasks.arguments import Parser
 
@@ -53,7 +53,7 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
         "heads": {name: _head(name) for name in models.HEADS},
         "data sets with built-in settings (any other TFDS name works too)": {
             name: f"{fields['size']} px, evaluated on {fields['eval_split']!r}"
-            for name, fields in common.DATA.items()
+            for name, fields in data.DATA.items()
         },
     }
     for title, rows in tables.items():

@@ -71,7 +71,7 @@ def run(
     """Trains and evaluates the remaining cells; a restart resumes where the sweep stopped.
 
     Args:
-      config: see `common.sweep`.
+      config: see `configs/sweeps/common.py`.
       folder: receives cells/NAME and teachers/NAME (run directories), status/, and the table.
       source: images for all cells; None opens the data of each cell.
       dry_run: only print the cells and their costs.

@@ -201,7 +201,7 @@ def test_the_contact_sheet_shows_the_views_themselves():
     config = helpers.smoke_config("moco_v2")
     config.views, config.local.count = 2, 1
     common.augment(config, "weak")
-    config.augment.update(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    config.augment.update(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_prob=0.0)
     config.local.update(size=4, scale=(1.0, 1.0), blur_prob=0.0)
     contact_sheet = sheet.sheet(config, source)
     tile, step = 64, 64 + sheet.GAP

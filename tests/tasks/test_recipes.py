@@ -5,7 +5,7 @@ import pytest
 
 import helpers
 from disco_jax import errors, fields, flags, methods
-from disco_jax.configs import common
+from disco_jax.configs import data as datasets
 from disco_jax.data import views
 from disco_jax.data.bags import Bags
 from disco_jax.tasks import plan, prepare, pretrain
@@ -54,7 +54,7 @@ def loaded(recipe, data, *further):
 def test_networks_objectives_and_optimizer_are_built(recipe, data):
     """Checks queue sizes, unused views and schedules."""
     config = loaded(recipe, data)
-    assert set(common.DATA) == set(IMAGES)
+    assert set(datasets.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
     problems = errors.Problems()
     fields.check(config, problems)

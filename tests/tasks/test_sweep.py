@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
 from disco_jax.run import lease
