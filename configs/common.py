@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from disco_jax.data.stacks import NO_LOCALS, STACKS
 from disco_jax.errors import UserError, unknown
+from disco_jax.methods import registry
 
 # name: source, splits, image size, what an evaluation resizes to first (0: straight to the size),
 # stem of the convolutional networks.
@@ -155,88 +156,7 @@ def pretrain(data: str = "imagenet2012", smoke: bool = False) -> ConfigDict:
         cache="",  # a folder of `disco-jax cache`: its outputs instead of a pass of the teacher
     )
 
-    config.objectives = dict(
-        contrast=dict(
-            weight=0.0,
-            pairs=((0, 1),),
-            keys_from="momentum",
-            temperature=0.2,
-            queue_size=65_536,
-            queue_init="teacher",  # the teacher's queue where it has one | random (disagreement D3)
-            local_queries=False,  # local views are queries too
-            global_share=-1.0,  # of pairs of global views, SSLight's alpha; -1: all pairs alike
-        ),
-        distill=dict(
-            weight=0.0,
-            views=(0, 1),
-            reduction="mean",
-            teacher_output="embedding",  # embedding | features
-            teacher_views=(),  # (): the same
-            teacher_unit=True,  # the teacher's output is scaled to length 1 too (disagreement W1)
-        ),
-        similarity=dict(
-            weight=0.0,
-            groups=(((0, 0),),),  # of (student view, teacher view); a queue a group
-            student_temperature=0.2,
-            teacher_temperature=0.01,  # 0: one-hot
-            queue_size=65_536,
-            queue_init="random",
-        ),
-        relations=dict(weight=0.0, view=0, distance=1.0, angle=1.0, group=0),
-        attention=dict(weight=0.0, view=0, layers="all", resize="none"),
-        compress=dict(
-            weight=0.0,
-            view=0,
-            bank="momentum",  # momentum | student | teacher
-            teacher_output="features",
-            temperature=0.04,
-            queue_size=128_000,
-        ),
-        bags=dict(
-            weight=0.0,
-            temperature=0.2,
-            queue_size=65_536,
-            queue_init="random",
-            cutmix=True,
-            own_epochs=11,  # of the image's own key alone
-        ),
-        consistency=dict(
-            weight=0.0,
-            query_view=0,
-            key_view=1,
-            student_temperature=0.1,
-            target_temperature=0.04,
-            queue_size=131_072,
-        ),
-        pseudo_labels=dict(weight=0.0, view=0),
-        online_clusters=dict(weight=0.0, view=0, count=4096, temperature=0.2, rate=0.9, idle=0.01),
-        binary_contrast=dict(
-            weight=0.0,
-            view=0,
-            temperature=0.07,
-            queue_size=65_536,
-        ),
-        swapped=dict(
-            weight=0.0,
-            assign=(0, 1),  # views whose assignments the others predict
-            temperature=0.1,
-            epsilon=0.05,  # of Sinkhorn's algorithm
-            iterations=3,  # likewise
-            queue_size=0,  # embeddings beside the batch when assigning; 0: none
-            queue_epochs=0,  # epochs before the queue starts to fill
-            global_share=-1.0,
-        ),
-        self_distill=dict(
-            weight=0.0,
-            targets=(0, 1),  # views that the momentum network encodes
-            student_temperature=0.1,
-            momentum_temperature=0.04,  # after the warm-up
-            warmup_temperature=0.04,
-            warmup_epochs=0,
-            centre_rate=0.9,
-            global_share=-1.0,
-        ),
-    )
+    config.objectives = registry.sections()
     # What makes a step quicker and leaves what is learned as it is, up to rounding.
     config.fast = dict(
         losses=True,  # queues are read in one pass, in the computation's dtype; false: float32

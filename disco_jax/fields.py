@@ -328,6 +328,21 @@ def rule(field: str, value: Any) -> Rule:
     return kinds.get(type(value), NOTHING)
 
 
+def rule_in(config: ConfigDict, field: str, value: Any) -> Rule:
+    """Returns the rule of a field in a config.
+
+    The fields of an objective outside this package are judged by their types: their names may be
+    those of other settings.
+    """
+    from disco_jax.methods.registry import CLASS
+
+    group, _, path = field.partition(".")
+    section, _, name = path.partition(".")
+    if group == "objectives" and name not in ("", "weight") and CLASS in config[group][section]:
+        return rule("", value)
+    return rule(field, value)
+
+
 def refusal(field: str, given: Any, allowed: Rule) -> str:
     """The message for a value that a field may not hold."""
     near = errors.did_you_mean(given, allowed.names()) if isinstance(given, str) else ""
@@ -337,7 +352,7 @@ def refusal(field: str, given: Any, allowed: Rule) -> str:
 def check(config: ConfigDict, problems: errors.Problems) -> None:
     """Notes every field that holds what it may not."""
     for field, value in flatten(config).items():
-        allowed = rule(field, value)
+        allowed = rule_in(config, field, value)
         if not allowed.fits(value):
             problems.add(refusal(field, value, allowed), field)
 

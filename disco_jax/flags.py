@@ -111,7 +111,7 @@ def _values(
             understood.append(word)
         except _REFUSALS as error:
             if overrides:  # of another type
-                allowed = fields.rule(name, flatten(config)[name])
+                allowed = fields.rule_in(config, name, flatten(config)[name])
                 problems.add(fields.refusal(name, given, allowed), name)
             else:
                 problems.add(f"{_sentence(error)} See disco-jax {task} --help.")

@@ -195,6 +195,7 @@ RECIPES = (
     "disco_seed:rkd=true",
     "squared_distance",
     "binary_contrast",
+    "barlow_twins",
     "online_clusters",
     "pseudo_labels",
     "simreg",

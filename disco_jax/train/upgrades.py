@@ -4,11 +4,14 @@ A field that came later is given the value that computes what runs did before it
 dropped with a line. So a run goes on after an upgrade, and is evaluated and exported like others.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from disco_jax.methods import registry
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ def completed(old: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
       old: field -> value, as the earlier start wrote it.
       known: field -> value of today's config; only the names count.
     """
-    added = {name: ADDED[name] for name in known if name not in old and name in ADDED}
+    values = {**ADDED, **_new_objectives(old)}
+    added = {name: values[name] for name in known if name not in old and name in values}
     gone = [name for name in old if name not in known]
     if added:
         told = ", ".join(f"config.{name}={value!r}" for name, value in added.items())
@@ -47,6 +51,17 @@ def completed(old: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
         told = ", ".join(f"config.{name}={old[name]!r}" for name in gone)
         _LOG.warning("Settings of this run that there are no more, dropped: %s.", told)
     return {name: value for name, value in old.items() if name in known} | added
+
+
+def _new_objectives(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields, with weight 0, of objectives that `old` has no section for."""
+    sections = json.loads(json.dumps(registry.sections()))
+    return {
+        f"objectives.{name}.{field}": value
+        for name, section in sections.items()
+        if not any(key.startswith(f"objectives.{name}.") for key in old)
+        for field, value in section.items()
+    }
 
 
 def complete(config: ConfigDict) -> ConfigDict:

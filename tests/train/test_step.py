@@ -31,6 +31,7 @@ FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passe
     "disco_seed:rkd=true": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "squared_distance": {"student": (0,), "teacher": (0,)},
     "binary_contrast": {"student": (0,), "teacher": (0,)},
+    "barlow_twins": {"student": (0,), "teacher": (0,)},
     "online_clusters": {"student": (0,), "teacher": (0,)},
     "pseudo_labels": {"student": (0,)},
     "simreg": {"student": (0,), "teacher": (0,)},
@@ -116,7 +117,7 @@ CASES = {
         "objectives.relations.group": 4,
         **{f"objectives.{name}.weight": 0.1 for name in (
             "compress", "consistency", "online_clusters", "binary_contrast", "similarity",
-            "relations")},
+            "relations", "cross_correlation")},
     }),
     # Two images of a bag and their CutMix, the classes of clusters, a head of SimReg, and
     # statistics of groups within a device.
