@@ -1,12 +1,12 @@
 """Self-supervised distillation of lightweight vision models in JAX.
 
-The tasks of the command line are functions of the same names:
+Each command of `disco-jax` is also a function of the same name:
 
     import disco_jax
     disco_jax.pretrain(config, "runs/disco")
     disco_jax.knn(config, "runs/disco")
 
-They are imported when first used, so that `import disco_jax` costs nothing.
+Their modules are imported at first use, which keeps `import disco_jax` fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m disco_jax TASK` is `disco-jax TASK`."""
+"""Entry point of `python -m disco_jax TASK`, the same as `disco-jax TASK`."""
 
 from disco_jax.main import console
 

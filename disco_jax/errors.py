@@ -1,4 +1,4 @@
-"""Errors that answer a person, the exit code of each, and what their messages share."""
+"""Exceptions with exit codes, and helpers that format their messages."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -6,50 +6,50 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-# Characters of a message that a given value, or the allowed ones, may take.
+# Most characters of a message that show the rejected value, or the allowed names.
 VALUE_LENGTH = 100
 NAMES_LENGTH = 300
 
 
 class UserError(ValueError):
-    """A setting, path or input that cannot work; the message says what would. Exit code 2."""
+    """An invalid setting, path or input; the message says what is allowed. Exit code 2."""
 
     exit_code = 2
 
 
 class NumericError(RuntimeError):
-    """A loss or a parameter stopped being finite. Exit code 3."""
+    """A loss or parameter that is NaN or infinite. Exit code 3."""
 
     exit_code = 3
 
 
 class StorageError(RuntimeError):
-    """The storage did not let something be read; starting again may help. Exit code 1."""
+    """A failed read from storage; a restart may succeed. Exit code 1."""
 
     exit_code = 1
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop and saved its state first. Exit code 75, "try again later"."""
+    """A stop by a signal, after the run saved its state. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class Interrupted(Preempted):
-    """The same after Ctrl-C. Exit code 130, as a shell gives it: 128 + SIGINT."""
+    """A stop by Ctrl-C, after the run saved its state. Exit code 130, the shells' 128 + SIGINT."""
 
     exit_code = 130
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP came where there is nothing to save. Exit code 75.
+    """SIGTERM or SIGHUP while there is nothing to save. Exit code 75.
 
-    No `Exception`, so that what goes on after a failure does not go on after this.
+    Derives from `BaseException`, so that code that continues after an `Exception` stops here.
     """
 
 
 class Problems:
-    """Collects what is wrong with a command, so that all of it is said at once."""
+    """Collects all mistakes of a command line, to report them in one message."""
 
     def __init__(self) -> None:
         self._messages: list[str] = []
@@ -59,11 +59,11 @@ class Problems:
         return bool(self._messages)
 
     def add(self, message: str, field: str = "") -> None:
-        """Notes a mistake once.
+        """Records a mistake, unless the same message was recorded before.
 
         Args:
-          message: for the user.
-          field: of the config that is wrong, e.g. "student.width"; "": none, or several.
+          message: text for the user.
+          field: the wrong config field, e.g. "student.width"; "" for none or several.
         """
         if field:
             self._fields.add(field)
@@ -73,16 +73,16 @@ class Problems:
     def attempt(
         self, check: Callable[..., Result], *args: Any, reads: Iterable[str] = ()
     ) -> Result | None:
-        """Calls `check(*args)` and notes the `UserError` that it raises.
+        """Calls `check(*args)` and records the `UserError` that it raises.
 
         Args:
           check: a function.
-          args: its arguments.
-          reads: fields and groups of the config that it reads; where one of them is wrong already
-            it is not called, as its answer would mean nothing.
+          args: its positional arguments.
+          reads: config fields and groups that `check` reads. If one of them is already recorded
+            as wrong, `check` is not called, since its outcome would be meaningless.
 
         Returns:
-          What `check` returned; None if it was not called or raised.
+          The return value of `check`; None if it raised or was not called.
         """
         groups = tuple(reads)
         if any(f"{field}.".startswith(f"{group}.") for field in self._fields for group in groups):
@@ -94,50 +94,50 @@ class Problems:
             return None
 
     def raise_any(self) -> None:
-        """Raises one `UserError` with everything that was noted, if anything was."""
+        """Raises one `UserError` with all recorded messages, if there are any."""
         if self._messages:
             raise UserError("\n  ".join(self._messages))
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: what is long is cut."""
+    """Returns `repr(value)`, truncated to `VALUE_LENGTH` characters."""
     text = repr(value)
     return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}... ({len(text)} long)"
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """The allowed value closest to `given`, or "" when none is close."""
-    given = str(given)[:VALUE_LENGTH]  # difflib takes seconds for what is long
-    close = difflib.get_close_matches(given, [str(a) for a in allowed], n=1, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Returns the allowed value most similar to `name`, or "" if none is similar."""
+    name = str(name)[:VALUE_LENGTH]  # difflib takes seconds for long strings
+    close = difflib.get_close_matches(name, [str(a) for a in allowed], n=1, cutoff=0.5)
     return close[0] if close else ""
 
 
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A sentence naming the allowed value closest to `given`, or "" when none is close."""
-    near = nearest(given, allowed)
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Returns a sentence with the allowed value most similar to `name`, or "" if none is."""
+    near = nearest(name, allowed)
     return f" Did you mean {near!r}?" if near else ""
 
 
 def unknown(
-    setting: str, given: Any, allowed: Iterable[str], see: str = "disco-jax list"
+    setting: str, name: Any, allowed: Iterable[str], see: str = "disco-jax list"
 ) -> UserError:
-    """The error for a name that is not in a table.
+    """Returns the error for a name that is not in a table.
 
     Args:
-      setting: where the name was given, e.g. "config.student.backbone".
-      given: the name.
-      allowed: every name that would do.
-      see: the command that shows them, for tables that are too long for a message.
+      setting: the flag or field that has the name, e.g. "config.student.backbone".
+      name: the unknown name.
+      allowed: all names of the table.
+      see: a command that lists them, for tables too long for a message.
     """
     names = sorted(str(a) for a in allowed)
     return UserError(
-        f"{setting}={shown(given)} is not known.{did_you_mean(given, names)} "
+        f"{setting}={shown(name)} is not known.{did_you_mean(name, names)} "
         f"Allowed: {listed(names, see)}."
     )
 
 
 def listed(names: Iterable[str], see: str = "disco-jax list") -> str:
-    """Names as a message lists them; of too many only some, and the command that shows all."""
+    """Joins names with commas; names beyond `NAMES_LENGTH` characters become "see `COMMAND`"."""
     names = [name or "''" for name in names]
     text = ", ".join(names)
     if len(text) <= NAMES_LENGTH:

@@ -1,7 +1,7 @@
-"""What every field of a config may hold: its type, its range, the names that are allowed.
+"""Validation rules of config fields: types, ranges and allowed names.
 
-A rule is found by the end of a field's name, the longest match first, so that it holds in every
-config that has the field. A field without one is judged by the type of its value.
+A rule applies to every field whose dotted name ends in the rule's key; the longest key wins. A
+field without a rule must keep the type of its value.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.nested import flatten
 
-MOST = 2**31 - 1  # steps are counted in 32 bits
-MOST_FLOAT = 3.4e38  # what a float32 can hold
+MOST = 2**31 - 1  # step counters are int32
+MOST_FLOAT = 3.4e38  # largest float32
 
 TEXT_LENGTH = 1000
-PART_BYTES = 255  # between two slashes of a path, on every usual file system
+PART_BYTES = 255  # longest path component of common file systems
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a field may hold.
+    """A constraint on the value of a field.
 
     Attributes:
-      fits: whether a value will do.
-      says: what will do, behind "must be".
-      names: the names that are allowed, for the nearest match.
+      fits: returns True for a valid value.
+      says: returns a description of valid values, to follow "must be" in a message.
+      names: returns the allowed names, to suggest the most similar one.
     """
 
     fits: Callable[[Any], bool]
@@ -40,7 +40,7 @@ class Rule:
 
 
 def whole(low: int, high: int = MOST) -> Rule:
-    """Whole numbers in a range, both ends included."""
+    """Accepts integers from `low` to `high`, both included."""
 
     def fits(value: Any) -> bool:
         return _is(value, numbers.Integral) and low <= value <= high
@@ -49,12 +49,12 @@ def whole(low: int, high: int = MOST) -> Rule:
 
 
 def number(low: float, high: float = MOST_FLOAT, *, above: bool = False) -> Rule:
-    """Finite numbers in a range.
+    """Accepts finite numbers in a range.
 
     Args:
-      low: the least.
-      high: the most, included.
-      above: whether `low` itself is excluded.
+      low: the smallest valid number.
+      high: the largest valid number.
+      above: exclude `low` itself.
     """
 
     def fits(value: Any) -> bool:
@@ -67,15 +67,18 @@ def number(low: float, high: float = MOST_FLOAT, *, above: bool = False) -> Rule
 
 
 def one_of(*names: str) -> Rule:
-    """Names; "module:TABLE" stands for those in a table of this package, imported when needed."""
+    """Accepts the given names; "module:TABLE" adds the keys of that table of this package.
+
+    The module is imported when the rule is first used.
+    """
 
     def allowed() -> tuple[str, ...]:
-        found: list[str] = []
+        choices: list[str] = []
         for name in names:
             module, _, table = name.partition(":")
             package = importlib.import_module(f"disco_jax.{module}") if table else None
-            found += getattr(package, table) if package else [name]
-        return tuple(found)
+            choices += getattr(package, table) if package else [name]
+        return tuple(choices)
 
     def fits(value: Any) -> bool:
         return isinstance(value, str) and value in allowed()
@@ -84,12 +87,12 @@ def one_of(*names: str) -> Rule:
 
 
 def several(rule: Rule, least: int = 0, most: int | None = None) -> Rule:
-    """Tuples (lists in what comes from JSON) of what `rule` takes.
+    """Accepts tuples, and lists from JSON, whose elements all fit `rule`.
 
     Args:
-      rule: for every element.
-      least: elements.
-      most: elements; None: any number.
+      rule: constraint on each element.
+      least: smallest number of elements.
+      most: largest number of elements; None for no limit.
     """
 
     def fits(value: Any) -> bool:
@@ -102,7 +105,7 @@ def several(rule: Rule, least: int = 0, most: int | None = None) -> Rule:
 
 
 def pair(first: Rule, second: Rule) -> Rule:
-    """Tuples of two."""
+    """Accepts tuples of two elements."""
 
     def fits(value: Any) -> bool:
         if not isinstance(value, tuple | list) or len(value) != 2:
@@ -113,7 +116,7 @@ def pair(first: Rule, second: Rule) -> Rule:
 
 
 def either(first: Rule, second: Rule) -> Rule:
-    """What one of two rules takes."""
+    """Accepts values that fit at least one of two rules."""
     return Rule(
         lambda value: first.fits(value) or second.fits(value),
         lambda: f"{first.says()}, or {second.says()}",
@@ -126,7 +129,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value could name a file."""
+    """Returns True for a string that could be a path: short and without control characters."""
     if not isinstance(value, str) or len(value) > TEXT_LENGTH:
         return False
     parts = value.encode("utf-8", "surrogateescape").split(b"/")
@@ -135,7 +138,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether a value is made of finite numbers, texts, truth values and tuples of them."""
+    """Returns True for finite numbers, strings, booleans and nested tuples of them."""
     if isinstance(value, tuple | list):
         return all(map(_is_literal, value))
     return any(rule.fits(value) for rule in (SWITCH, WHOLE, FINITE, TEXT))
@@ -166,7 +169,7 @@ VIEWS, PAIRS = several(VIEW, 1), several(several(VIEW, 2, 2), 1)
 CHANCE, NAMES = either(SHARE, several(SHARE, 1)), several(TEXT)
 CHOICE = one_of("auto", "on", "off")
 BACKBONE = one_of("models:BACKBONES")
-# Of sweeps: fields or axes and their values.
+# Fields or axes of a sweep with their values.
 CHANGES = several(pair(TEXT, VALUE))
 AXES = several(pair(TEXT, several(VALUE, 1)))
 
@@ -191,7 +194,7 @@ RULES = {
     **dict.fromkeys(("student.layers", "teacher.layers"), whole(0, 64)),
     "bags.sampling": one_of("data.bags:SAMPLING"),
     # Views.
-    "views": either(whole(1, 64), VIEWS),  # how many; those of an objective
+    "views": either(whole(1, 64), VIEWS),  # config.views is a count, an objective's views are ids
     "local.count": whole(0, 64),
     "augment.size": SIZE,
     "local.size": SIZE,
@@ -208,9 +211,9 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.resnet:STEMS")),
+    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.base:STEMS")),
     "head": one_of("auto", "models:HEADS"),
-    "norm": one_of("models.norm:MODES"),
+    "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),
     "grid": whole(0, 1024),
     "patch": whole(0, 1024),
@@ -261,7 +264,7 @@ RULES = {
     "iterations": whole(1, 10_000),
     "global_share": SHARE_OR_OFF,
     **dict.fromkeys(("own_epochs", "queue_epochs", "warmup_epochs", "frozen_epochs"), EPOCHS),
-    # How they learn.
+    # Optimisation.
     "fast.exchange": one_of("auto", "ops.collectives:EXCHANGES"),
     **dict.fromkeys(("fast.columns", "fast.statistics", "fast.shifts"), CHOICE),
     "optimizer.name": one_of("train.optimizer:NAMES"),
@@ -275,7 +278,7 @@ RULES = {
     "decay": one_of("train.optimizer:DECAYS"),
     "every": one_of("epoch", "step"),
     "milestones": several(EPOCHS),
-    # What is watched and kept.
+    # Logging, checkpoints and monitoring.
     **dict.fromkeys(("log.every_steps", "checkpoint.every_steps", "checkpoint.keep"), COUNT),
     **dict.fromkeys(("replicas_every_steps", "knn_every_steps"), whole(0)),
     "hang_s": number(0, 1e9),
@@ -288,7 +291,7 @@ RULES = {
     "output": one_of("models.encoder:OUTPUTS"),
     "blocks": whole(1, 64),
     "vote": one_of("evaluate.knn:VOTES"),
-    "layers": one_of("evaluate.streamed:LAYERS"),
+    "layers": one_of("evaluate.online:LAYERS"),
     "augment": one_of("tasks.linear:AUGMENT"),
     "init": one_of("evaluate.classifier:INITS"),
     "distill.reduction": one_of("evaluate.classifier:REDUCTIONS"),
@@ -319,11 +322,11 @@ RULES = {
 
 
 def rule(field: str, value: Any) -> Rule:
-    """The rule of a field, e.g. "student.width", or of its value's type if it has none."""
+    """Returns the rule of a field, e.g. "student.width", else the rule of its value's type."""
     words = field.split(".")
     for i in range(len(words)):
-        if found := RULES.get(".".join(words[i:])):
-            return found
+        if match := RULES.get(".".join(words[i:])):
+            return match
     kinds = {bool: SWITCH, int: WHOLE, float: FINITE, str: TEXT, tuple: LITERAL, list: LITERAL}
     return kinds.get(type(value), NOTHING)
 
@@ -331,10 +334,10 @@ def rule(field: str, value: Any) -> Rule:
 def rule_in(config: ConfigDict, field: str, value: Any) -> Rule:
     """Returns the rule of a field in a config.
 
-    The fields of an objective outside this package are judged by their types: their names may be
-    those of other settings.
+    The fields of an objective outside this package are checked by their types: their names may
+    equal those of other settings.
     """
-    from disco_jax.methods.registry import CLASS
+    from disco_jax.methods.registry import CLASS  # imports JAX
 
     group, _, path = field.partition(".")
     section, _, name = path.partition(".")
@@ -343,14 +346,14 @@ def rule_in(config: ConfigDict, field: str, value: Any) -> Rule:
     return rule(field, value)
 
 
-def refusal(field: str, given: Any, allowed: Rule) -> str:
-    """The message for a value that a field may not hold."""
-    near = errors.did_you_mean(given, allowed.names()) if isinstance(given, str) else ""
-    return f"config.{field}={errors.shown(given)} must be {allowed.says()}.{near}"
+def refusal(field: str, value: Any, allowed: Rule) -> str:
+    """Returns the error message for an invalid value of a field."""
+    near = errors.did_you_mean(value, allowed.names()) if isinstance(value, str) else ""
+    return f"config.{field}={errors.shown(value)} must be {allowed.says()}.{near}"
 
 
 def check(config: ConfigDict, problems: errors.Problems) -> None:
-    """Notes every field that holds what it may not."""
+    """Records every field with an invalid value in `problems`."""
     for field, value in flatten(config).items():
         allowed = rule_in(config, field, value)
         if not allowed.fits(value):
@@ -358,18 +361,18 @@ def check(config: ConfigDict, problems: errors.Problems) -> None:
 
 
 def check_complete(config: ConfigDict, like: ConfigDict, task: str) -> None:
-    """Refuses a config that lacks whole parts, as a recipe of another task does.
+    """Checks that a config has all top-level fields of `like`, i.e. belongs to the same task.
 
     Args:
-      config: of a recipe.
-      like: of a recipe that the task takes.
-      task: its name.
+      config: config of a recipe.
+      like: config of a recipe that the task accepts.
+      task: name of the task, for the message.
 
     Raises:
-      UserError: names what is missing.
+      UserError: fields are missing; the message names the first four.
     """
     if missing := [f"config.{name}" for name in like if name not in config]:
         raise errors.UserError(
-            f"The recipe is none for `disco-jax {task}`: it has no {', '.join(missing[:4])}. "
-            "`disco-jax list` shows all recipes."
+            f"The recipe cannot be used with `disco-jax {task}`: it has no "
+            f"{', '.join(missing[:4])}. `disco-jax list` shows all recipes."
         )

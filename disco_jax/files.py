@@ -1,4 +1,4 @@
-"""Files that are whole or not there, damaged ones, what a killed start may leave, full storage."""
+"""Atomic writes, handling of damaged and leftover files, and messages for full storage."""
 
 import contextlib
 import errno
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-LOCK = "lock"  # held while a run writes to its directory
-LEASE = "lease.json"  # the same, where the file system has no locks
-IMPORTING = "import_unfinished"  # there until an import is complete
-PROGRAMS = "xla_cache"  # compiled programs, for the next start
-# What a system answers where there is no room, or no right, to write.
+LOCK = "lock"  # locked while a run writes to its directory
+LEASE = "lease.json"  # replaces the lock on file systems without locks
+IMPORTING = "import_unfinished"  # exists until an import is complete
+PROGRAMS = "xla_cache"  # JAX's compilation cache
+# Error numbers of full or read-only storage.
 _REFUSALS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -32,11 +32,13 @@ _REFUSALS = (
     errno.EPERM,
     errno.EIO,
 )
-# TensorStore, which writes checkpoints, has the number in its words alone.
+# TensorStore, which writes checkpoints, reports the error number only in its message.
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
-_UNFINISHED = re.compile(r"\..+\.\d+")  # names that `whole` writes to
-# Those of files that only the holder of a directory writes.
-_OF_HOLDER = re.compile(
+# Module of TensorFlow's exceptions, compared by name because the import takes seconds.
+_TENSORFLOW_ERRORS = "tensorflow.python.framework.errors_impl"
+_UNFINISHED = re.compile(r"\..+\.\d+")  # temporary names of `whole`
+# Temporary names of files that only the process with the directory's lock writes.
+_LOCK_HOLDER_FILES = re.compile(
     r"\.(config|environment|data|saved|goodput|manifest|targets)\.json\.\d+"
     rf"|\.(metrics\.jsonl|{IMPORTING})\.\d+"
 )
@@ -45,13 +47,13 @@ _LOCKS = re.compile(rf"{LOCK}(_\w+)?(\.{LEASE})?|{LEASE}")
 
 @contextlib.contextmanager
 def whole(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path to write to, which becomes `path` when the context ends without an exception.
+    """Yields a temporary path and renames it to `path` if the context ends without an exception.
 
-    Until then a file that was there stays as it is; after an exception nothing new is left. What
-    was written survives a power failure once the context has ended.
+    An existing file stays unchanged until then. After an exception the temporary file is removed.
+    When the context has ended, the file is synced to disk and survives a power failure.
     """
     path = epath.Path(path)
-    if "://" in str(path):  # an object store shows no object before it is whole
+    if "://" in str(path):  # object stores publish an object only once it is complete
         yield path
         return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -66,9 +68,10 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def sync(path: epath.PathLike) -> None:
-    """Waits until a local file, or the entries of a directory, are on the disk itself.
+    """Calls fsync on a local file or directory.
 
-    File systems that cannot do this (some of networks refuse it for directories) are left alone.
+    Errors of file systems that do not support fsync are ignored; some network file systems refuse
+    it for directories.
     """
     with contextlib.suppress(FileNotFoundError):
         number = os.open(path, os.O_RDONLY)
@@ -82,7 +85,7 @@ def sync(path: epath.PathLike) -> None:
 
 
 def sync_tree(folder: epath.PathLike) -> None:
-    """Waits until a local directory with all that is below it is on the disk itself."""
+    """Calls fsync on a local directory, everything below it, and its parent."""
     for place, _, names in os.walk(folder):
         for name in names:
             sync(os.path.join(place, name))
@@ -91,18 +94,18 @@ def sync_tree(folder: epath.PathLike) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Returns True if a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of somebody else
+    except OSError:  # the process belongs to another user
         pass
     return True
 
 
 def set_aside(path: epath.Path, why: str = "damaged") -> epath.Path:
-    """Renames a file or folder to NAME.WHY, or NAME.WHY.2 and so on; returns the new path."""
+    """Renames a file or folder to NAME.WHY, or to NAME.WHY.2 etc.; returns the new path."""
     number, target = 1, path.with_name(f"{path.name}.{why}")
     while target.exists():
         number += 1
@@ -112,60 +115,60 @@ def set_aside(path: epath.Path, why: str = "damaged") -> epath.Path:
 
 
 def read_json(path: epath.PathLike, kind: type | tuple[type, ...] = dict) -> Any:
-    """Returns what a JSON file holds.
+    """Returns the content of a JSON file.
 
     Args:
       path: the file.
-      kind: that the outermost value must be of.
+      kind: required type of the outermost value.
 
     Raises:
-      UserError: the file is damaged: it holds no JSON, or a value of another kind.
-      OSError: it cannot be read.
+      UserError: the file is damaged: it is not valid JSON, or of another type.
+      OSError: the file cannot be read.
     """
     try:
         value = json.loads(epath.Path(path).read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it holds no JSON ({error}).") from error
+        raise UserError(f"{path} is damaged: it is not valid JSON ({error}).") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path} is damaged: it holds a {type(value).__name__}.")
+        raise UserError(f"{path} is damaged: it contains a {type(value).__name__}.")
     return value
 
 
 def read_or_set_aside(path: epath.Path, kind: type | tuple[type, ...] = dict) -> Any:
-    """Returns what a JSON file holds; None where there is no file, or it was damaged.
+    """Returns the content of a JSON file; None if the file is missing or damaged.
 
-    A damaged file is renamed with a warning, so that it is neither lost nor in the way.
+    A damaged file is renamed and a warning is logged.
     """
     if not path.exists():
         return None
     try:
         return read_json(path, kind)
     except UserError as error:
-        _LOG.warning("%s Kept as %s; a new one is begun.", error, set_aside(path).name)
+        _LOG.warning("%s Renamed to %s; starting a new file.", error, set_aside(path).name)
         return None
 
 
 def write_arrays(
     file: BinaryIO, arrays: "Mapping[str, np.ndarray]", compress: bool = False
 ) -> None:
-    """Writes an .npz, compressed or not.
+    """Writes arrays in NumPy's .npz format.
 
     Args:
-      file: open to write bytes.
-      arrays: by name; none is called "file" or "allow_pickle".
-      compress: with zlib.
+      file: binary file opened for writing.
+      arrays: name -> array; "file" and "allow_pickle" are not valid names.
+      compress: compress with zlib.
     """
     import numpy as np
 
     save = np.savez_compressed if compress else np.savez
-    save(file, **arrays)  # type: ignore[arg-type]  # which might name `allow_pickle`, says NumPy
+    save(file, **arrays)  # type: ignore[arg-type]  # a name could collide with `allow_pickle`
 
 
 def is_free(folder: epath.PathLike) -> bool:
-    """Whether a directory can be taken: it is not there yet, or holds nothing of anybody else.
+    """Returns True if a directory does not exist, or contains no foreign files.
 
-    What a start of this package leaves in a directory before it is the run's does not count: the
-    lock, compiled programs, and files that a killed process did not finish.
+    Files that a start of this package creates before it owns the directory do not count: the lock,
+    compiled programs, and unfinished files of killed processes.
     """
     folder = epath.Path(folder)
     if not folder.exists():
@@ -174,9 +177,9 @@ def is_free(folder: epath.PathLike) -> bool:
 
 
 def remove_unfinished(folder: epath.Path) -> None:
-    """Removes files that killed starts did not finish; for the holder of a directory alone."""
+    """Removes unfinished files of killed starts. The caller must hold the directory's lock."""
     for entry in folder.iterdir():
-        if _OF_HOLDER.fullmatch(entry.name):
+        if _LOCK_HOLDER_FILES.fullmatch(entry.name):
             entry.unlink()
 
 
@@ -187,15 +190,28 @@ def _is_remnant(name: str) -> bool:
 
 
 def refusal(error: BaseException) -> str:
-    """What the storage said, with the file, if that is why a file was not written; else "".
+    """Returns "FILE: reason" if an error was caused by full or read-only storage, else "".
 
     Args:
-      error: of anything that writes files.
+      error: an exception raised while writing files.
     """
     number, place = getattr(error, "errno", None), getattr(error, "filename", None)
     if not isinstance(error, OSError):
-        found = _NUMBER.search(str(error))
-        number, place = int(found[1]) if found else None, "a checkpoint"
+        match = _NUMBER.search(str(error))
+        number, place = int(match[1]) if match else None, "a checkpoint"
     if number not in _REFUSALS:
         return ""
     return f"{place or 'a file'}: {os.strerror(number)}"
+
+
+def bucket_error(error: BaseException) -> str:
+    """Returns the reason if a bucket could not be reached, read or written, else "".
+
+    Buckets are read through TensorFlow, whose exceptions state the address in their message.
+
+    Args:
+      error: an exception raised while reading or writing files.
+    """
+    if type(error).__module__ != _TENSORFLOW_ERRORS or "://" not in str(error):
+        return ""
+    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Flags of a task: --config with overrides, --workdir; every mistake in them told at once."""
+"""Flags of a task: --config with overrides, --workdir. Reports all mistakes in one error."""
 
 import importlib.util
 import os
@@ -15,11 +15,11 @@ from disco_jax import errors, fields
 from disco_jax.nested import flatten
 
 CONFIGS = "disco_jax.configs"
-FOLDERS = "", "sweeps", "miniature"  # of recipes: of single runs, then of sweeps
-PRETRAINING = "moco_v2"  # a recipe of those that `disco-jax pretrain` takes
+FOLDERS = "", "sweeps", "miniature"  # subfolders with recipes: single runs, then sweeps
+PRETRAINING = "moco_v2"  # an example of a recipe for `disco-jax pretrain`
 _OVERRIDE = "--config.", "-config."
-# What absl, ml_collections and Python's parser raise for a word that they do not understand.
-_REFUSALS = (
+# Exceptions of absl, ml_collections and Python's parser for an invalid argument.
+_PARSE_ERRORS = (
     absl_flags.Error,
     TypeError,
     ValueError,
@@ -43,31 +43,31 @@ def parse(
     like: str = PRETRAINING,
     check: Callable[[ConfigDict, errors.Problems], object] | None = None,
 ) -> absl_flags.FlagValues | None:
-    """The values of a task's flags.
+    """Parses the flags of a task.
 
     Args:
-      task: its name.
-      argv: the words after it.
-      help_line: what --help shows.
-      default_config: the recipe taken when --config is not given; "" if it must be.
-      config: instead of a file: the config that --config.x=y changes.
-      extra: called with the FlagValues, to define the task's own flags.
-      needs_workdir: whether --workdir must be given.
-      like: a recipe that the task takes; others must have all its groups and single fields.
-      check: notes what else is wrong with a config. Called only where a mistake was found already,
-        so that all are told at once: the task makes the same checks later.
+      task: name of the task.
+      argv: the command-line arguments after the task's name.
+      help_line: description for --help.
+      default_config: the default of --config; "" if the flag is required.
+      config: base config for --config.x=y overrides, used instead of a recipe file.
+      extra: called with the FlagValues to define the task's own flags.
+      needs_workdir: --workdir is required.
+      like: a recipe of the task; the config must have all its top-level fields.
+      check: records further mistakes in a config. It is called only if a mistake was found
+        already, to report all in one error; otherwise the task makes the same checks later.
 
     Returns:
-      The values, `config` and `workdir` among them; None when the help was asked for.
+      The flag values, including `config` and `workdir`; None if help was printed.
 
     Raises:
-      UserError: for anything in `argv` that is not known or does not fit.
+      UserError: `argv` has unknown flags or invalid values.
     """
 
     def defined() -> absl_flags.FlagValues:
         values = absl_flags.FlagValues()
         absl_flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-        _define_meeting(values)
+        _define_distributed(values)
         if extra is not None:
             extra(values)
         return values
@@ -98,26 +98,26 @@ def _values(
     defined: Callable[[], absl_flags.FlagValues],
     problems: errors.Problems,
 ) -> absl_flags.FlagValues:
-    """The values of words that stand for themselves; notes those that are not understood."""
+    """Parses arguments of the form --flag=value; records the invalid ones in `problems`."""
     try:
         return _read(config, argv, defined())
-    except _REFUSALS:
-        understood = []
+    except _PARSE_ERRORS:
+        valid = []
     for word in argv:
-        name, _, given = word.lstrip("-").removeprefix("config.").partition("=")
+        name, _, value = word.lstrip("-").removeprefix("config.").partition("=")
         overrides = word.startswith(_OVERRIDE)
         try:
             _read(_only(config, name) if overrides else ConfigDict(), [word], defined())
-            understood.append(word)
-        except _REFUSALS as error:
-            if overrides:  # of another type
+            valid.append(word)
+        except _PARSE_ERRORS as error:
+            if overrides:  # the value has another type than the field
                 allowed = fields.rule_in(config, name, flatten(config)[name])
-                problems.add(fields.refusal(name, given, allowed), name)
+                problems.add(fields.refusal(name, value, allowed), name)
             else:
                 problems.add(f"{_sentence(error)} See disco-jax {task} --help.")
     try:
-        return _read(config, understood, defined())
-    except _REFUSALS as error:  # of words that contradict one another
+        return _read(config, valid, defined())
+    except _PARSE_ERRORS as error:  # flags that contradict each other
         problems.add(f"{_sentence(error)} See disco-jax {task} --help.")
         return _read(config, (), defined())
 
@@ -125,7 +125,7 @@ def _values(
 def _read(
     config: ConfigDict, words: Sequence[str], values: absl_flags.FlagValues
 ) -> absl_flags.FlagValues:
-    """The values of a command line, a changed copy of `config` among them; or one of _REFUSALS."""
+    """Parses a command line with overrides of a copy of `config`; raises one of _PARSE_ERRORS."""
     line = ["disco-jax", *words]
     own = config.copy_and_resolve_references()
     config_flags.DEFINE_config_dict("config", own, "the recipe", flag_values=values, sys_argv=line)
@@ -135,7 +135,7 @@ def _read(
 
 
 def _only(config: ConfigDict, name: str) -> ConfigDict:
-    """A config with one field, as ml_collections prints a whole one again and again."""
+    """Returns a config with one field; ml_collections prints the whole config in its errors."""
     value = flatten(config)[name]
     for word in reversed(name.split(".")):
         value = {word: value}
@@ -143,14 +143,14 @@ def _only(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def load(reference: str) -> ConfigDict:
-    """The config of a recipe.
+    """Loads the config of a recipe.
 
     Args:
       reference: FILE or FILE:argument; FILE is a path, or the name of a shipped recipe, e.g.
         "configs/disco.py" or "disco" in any directory.
 
     Raises:
-      UserError: when there is no such recipe, it refuses its argument, or it is mistaken.
+      UserError: the recipe does not exist, rejects its argument, or raises an exception.
     """
     name, _, argument = reference.partition(":")
     path = _locate(name)
@@ -169,142 +169,145 @@ def load(reference: str) -> ConfigDict:
 
 
 def _mistake(path: pathlib.Path, error: Exception) -> str:
-    """Where and what went wrong in a recipe."""
+    """Returns the message for an exception raised by a recipe, with file and line."""
     if isinstance(error, SyntaxError):
-        place, what = f"{error.filename or path}:{error.lineno}", error.msg
+        place, reason = f"{error.filename or path}:{error.lineno}", error.msg
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        here = path.absolute()
-        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == here]
+        recipe = path.absolute()
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == recipe]
         place = ":".join(map(str, (path, *lines[-1:])))
-        what = (str(error).strip().splitlines() or [""])[0][: errors.NAMES_LENGTH]
+        reason = (str(error).strip().splitlines() or [""])[0][: errors.NAMES_LENGTH]
     return (
-        f"--config={path}: the recipe has a mistake, at {place}: {type(error).__name__}: {what} "
+        f"--config={path}: the recipe has a mistake, at {place}: {type(error).__name__}: {reason} "
         "(--debug shows the traceback)"
     )
 
 
 def recipes(folder: str = "") -> dict[str, pathlib.Path]:
-    """The shipped recipes: name -> file.
+    """Returns the shipped recipes of a folder as name -> file.
 
     Args:
-      folder: of `FOLDERS`.
+      folder: one of `FOLDERS`.
     """
-    found = importlib.util.find_spec(CONFIGS)
-    assert found is not None and found.origin is not None  # a package of this one
-    place = pathlib.Path(found.origin).parent / folder
+    spec = importlib.util.find_spec(CONFIGS)
+    assert spec is not None and spec.origin is not None  # a subpackage of this package
+    place = pathlib.Path(spec.origin).parent / folder
     return {
         str(pathlib.PurePosixPath(folder, path.stem)): path
         for path in sorted(place.glob("*.py"))
-        if path.stem not in ("__init__", "common")
+        if "\ndef get_config(" in path.read_text()  # others are modules that recipes share
     }
 
 
 def _known_overrides(
     config: ConfigDict, argv: Sequence[str], problems: errors.Problems
 ) -> list[str]:
-    """`argv` without the words --config.x.y=z of which x.y is no field, which are noted."""
-    known, kept = flatten(config), []
+    """Returns `argv` without overrides of unknown fields, which are recorded in `problems`."""
+    known_fields, valid = flatten(config), []
     for word in argv:
         if not word.startswith(_OVERRIDE):
-            kept.append(word)
+            valid.append(word)
             continue
         field = word.lstrip("-").split("=", 1)[0].removeprefix("config.")
-        if field in known:
-            kept.append(word)
+        if field in known_fields:
+            valid.append(word)
             continue
-        inside = [name for name in known if name.startswith(f"{field}.")]
-        near = errors.nearest(field, known)
+        inside = [name for name in known_fields if name.startswith(f"{field}.")]
+        near = errors.nearest(field, known_fields)
         if inside:
             hint = f"It is a group: give one of its fields, e.g. --config.{inside[0]}."
         elif near:
             hint = f"Did you mean {near!r}?"
         else:
-            hint = "`disco-jax list --settings` shows them all."
+            hint = "`disco-jax list --settings` shows all fields."
         name = field[: errors.VALUE_LENGTH]
         problems.add(f"--config.{name} is not a field of the config. {hint}", near or field)
-    return kept
+    return valid
 
 
 # Flags of single tasks: name -> help.
 FURTHER = {
     "profile": "FIRST:LAST, steps of this start to trace into WORKDIR/profile, e.g. 10:15",
-    "allow_change": "fields of the config, separated by commas, that may differ on a resume",
+    "allow_change": "comma-separated config fields that may differ when a run is resumed",
 }
 
 
 def define_further(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
-    """Defines flags of `FURTHER`, each a word."""
+    """Defines the string flags of `FURTHER` with the given names."""
     for name in names:
         absl_flags.DEFINE_string(name, "", FURTHER[name], flag_values=values)
 
 
-def meeting(values: absl_flags.FlagValues) -> dict[str, Any] | None:
-    """How to meet other processes, as `hosts.meet` takes it; None: there are none."""
-    given: dict[str, Any] = {
+def distributed_options(values: absl_flags.FlagValues) -> dict[str, Any] | None:
+    """Returns the arguments of `hosts.initialize`; None if there is a single process."""
+    settings: dict[str, Any] = {
         name: values[name].value for name in ("coordinator", "processes", "process")
     }
     environment = os.environ.get("DISCO_JAX_COORDINATOR")
-    if not (values.distributed or given["coordinator"] or environment):
-        if given["processes"] or given["process"] >= 0:
+    if not (values.distributed or settings["coordinator"] or environment):
+        if settings["processes"] or settings["process"] >= 0:
             raise errors.UserError("--processes and --process need --coordinator=HOST:PORT too.")
         return None
-    return {**given, "timeout_s": values.peer_timeout_s}
+    return {**settings, "timeout_s": values.peer_timeout_s}
 
 
-def meeting_of(argv: Sequence[str]) -> dict[str, Any] | None:
-    """`meeting` of a command line, before its other flags can be read."""
+def parse_distributed(argv: Sequence[str]) -> dict[str, Any] | None:
+    """Returns `distributed_options` for a command line, before its other flags can be parsed."""
     values = absl_flags.FlagValues()
-    _define_meeting(values)
+    _define_distributed(values)
     try:
         values(["disco-jax", *_joined(argv)], known_only=True)
     except absl_flags.Error as error:
         raise errors.UserError(_sentence(error)) from error
-    return meeting(values)
+    return distributed_options(values)
 
 
-def prepare_jax(others: Mapping[str, Any] | None = None, workdir: str = "") -> None:
-    """Joins the other processes if there are any, and keeps compiled programs between runs.
+def prepare_jax(distributed: Mapping[str, Any] | None = None, workdir: str = "") -> None:
+    """Connects to the other processes, if any, and enables the compilation cache.
 
     Args:
-      others: see `meeting`.
-      workdir: where programs are kept, see `programs`; "": in the user's cache.
+      distributed: see `distributed_options`.
+      workdir: directory of the compilation cache, see `programs`; "" for the user's cache.
 
     Raises:
-      UserError: the others are not found.
+      UserError: the other processes cannot be reached.
     """
     from disco_jax import programs
     from disco_jax.plan import topology
 
-    if others is not None:
-        from disco_jax.train import hosts
+    if distributed is not None:
+        from disco_jax.run import hosts
 
-        hosts.meet(**others)
+        hosts.initialize(**distributed)
     topology.quiet()
     programs.begin(workdir)
 
 
-def _define_meeting(values: absl_flags.FlagValues) -> None:
-    """The flags of runs of several processes."""
+def _define_distributed(values: absl_flags.FlagValues) -> None:
+    """Defines the flags of distributed runs."""
     absl_flags.DEFINE_bool(
-        "distributed", False, "several processes: meet the others first", flag_values=values
+        "distributed",
+        False,
+        "run in several processes, detected from the cluster",
+        flag_values=values,
     )
     absl_flags.DEFINE_string(
-        "coordinator", "", "HOST:PORT of process 0, where no cluster tells", flag_values=values
+        "coordinator", "", "HOST:PORT of process 0, if no cluster is detected", flag_values=values
     )
-    absl_flags.DEFINE_integer("processes", 0, "how many there are", flag_values=values)
-    absl_flags.DEFINE_integer("process", -1, "which this is, from 0", flag_values=values)
+    absl_flags.DEFINE_integer("processes", 0, "number of processes", flag_values=values)
+    absl_flags.DEFINE_integer("process", -1, "index of this process, from 0", flag_values=values)
     absl_flags.DEFINE_integer(
         "peer_timeout_s",
         100,
-        "a process silent for so long ends the run on all",
+        "seconds without a sign of life of a process after which the run ends on all",
         lower_bound=1,
         flag_values=values,
     )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`--flag value` as `--flag=value`, so that every word stands for itself."""
+    """Joins `--flag value` to `--flag=value`, so that each argument can be parsed alone."""
     joined, words = [], list(argv)
     while words:
         word = words.pop(0)
@@ -320,11 +323,11 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 def _take_config(argv: list[str], default: str) -> str:
     """Removes --config=... from `argv` and returns its value."""
-    given = [word for word in argv if word.lstrip("-").startswith("config=")]
-    for word in given:
+    matches = [word for word in argv if word.lstrip("-").startswith("config=")]
+    for word in matches:
         argv.remove(word)
-    if given:
-        return given[-1].partition("=")[2]
+    if matches:
+        return matches[-1].partition("=")[2]
     if not default:
         raise errors.UserError(
             "--config is missing: give a recipe, e.g. --config=configs/disco.py. `disco-jax list` "
@@ -334,7 +337,7 @@ def _take_config(argv: list[str], default: str) -> str:
 
 
 def _locate(name: str) -> pathlib.Path:
-    """The file of a recipe: a path, or a shipped one by its name."""
+    """Returns the file of a recipe, which is a path or the name of a shipped recipe."""
     path = pathlib.Path(name)
     if path.is_file():
         return path
@@ -349,9 +352,7 @@ def _locate(name: str) -> pathlib.Path:
 def _module(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise errors.UserError(
-            f"--config={path}: a recipe is a Python file, whose name ends in .py."
-        )
+        raise errors.UserError(f"--config={path} is not a recipe: give a Python file (.py).")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -361,7 +362,7 @@ def _module(path: pathlib.Path) -> ModuleType:
 
 def _help(task: str, line: str, default_config: str, values: absl_flags.FlagValues) -> None:
     print(f"disco-jax {task}: {line}\n\nFlags:")
-    print(f"  --config: the recipe (default: {default_config or 'none, it must be given'})")
+    print(f"  --config: the recipe (default: {default_config or 'none, required'})")
     print("  --config.FIELD: a field of it, e.g. --config.seed=1")
     for name in values:
         print(f"  --{name}: {values[name].help} (default: {values[name].value})")

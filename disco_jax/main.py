@@ -1,6 +1,6 @@
-"""`disco-jax TASK [flags]`: flags -> config -> one task. No logic of its own.
+"""Entry point of the command line, `disco-jax TASK [flags]`: parses flags and calls one task.
 
-A task is a module in `tasks/` with a `run` function and a line in `TASKS`.
+A task is a module in `tasks/` with a `run` function and an entry in `TASKS`.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from disco_jax.version import __version__
 
 
 class Task(NamedTuple):
-    """What is told of a task before its module is imported.
+    """Description of a task, available without importing its module.
 
     Attributes:
-      help: one line.
-      config: the recipe taken when --config is not given; "": it must be; None: the task reads
-        its flags itself.
-      module: in `tasks/`; "": of the task's name.
-      flags: of `flags.FURTHER`, given to the task's `run` by name.
-      check: in `tasks/`: a module whose `check` notes what is wrong with the config.
+      help: one line for `disco-jax --help`.
+      config: the default of --config; "" if the flag is required; None if the task parses its
+        flags itself.
+      module: name of the module in `tasks/`; "" for the task's name.
+      flags: names of `flags.FURTHER`, passed to the task's `run` as keyword arguments.
+      check: name of a module in `tasks/` whose `check` records mistakes in the config.
     """
 
     help: str
@@ -38,36 +38,38 @@ class Task(NamedTuple):
     check: str = ""
 
 
-# Told here so that the help and mistaken flags need no task's imports.
+# Declared here so that --help and flag errors do not import any task.
 TASKS = {
     "pretrain": Task(
-        "pretrain or distil a student: any method, from one config",
+        "pretrain or distil a student with any method, from one config",
         "",
         flags=("profile", "allow_change"),
         check="prepare",
     ),
-    "distill": Task("distil a student from your images and a teacher, settings chosen", None),
-    "sweep": Task("many runs from one config, and their table", None),
-    "cache": Task("keep what a teacher says, for students that come later", None),
-    "plan": Task("memory, speed and hours of a config on a TPU slice, without one", None),
+    "distill": Task("distil a student from your images and a teacher, with good defaults", None),
+    "sweep": Task("train and score many runs from one config, and write their table", None),
+    "cache": Task("save a teacher's outputs for later students", None),
+    "plan": Task("estimate memory, speed and hours of a config on a TPU slice", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
     "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
-    "bags": Task("images that a teacher finds alike: neighbours, clusters", "configs/bags.py"),
+    "bags": Task("find similar images with a teacher: neighbours, clusters", "configs/bags.py"),
     "semi": Task("classify with 1 % or 10 % of the labels", "configs/semi.py", "linear"),
-    "transfer": Task("classify another data set, linearly", "configs/transfer.py", "linear"),
+    "transfer": Task(
+        "train a linear classifier on another data set", "configs/transfer.py", "linear"
+    ),
     "finetune": Task("train all layers with labels", "configs/finetune.py", "linear"),
     "fewshot": Task("ridge regression on a few images of every class", "configs/fewshot.py"),
-    "plane": Task("the information plane along a fine-tuning", "configs/plane.py"),
-    "tsne": Task("draw ten classes as runs arrange them", "configs/tsne.py"),
-    "cost": Task("parameters, operations and latency beside accuracy", "configs/cost.py"),
-    "report": Task("one page of a run: curves, results, views, settings, time", None),
-    "compare": Task("several runs in one table and page", None),
+    "plane": Task("trace a fine-tuning in the information plane", "configs/plane.py"),
+    "tsne": Task("plot ten classes in the feature spaces of runs", "configs/tsne.py"),
+    "cost": Task("compare parameters, operations, latency and accuracy", "configs/cost.py"),
+    "report": Task("write one page about a run: curves, results, views, settings, time", None),
+    "compare": Task("compare several runs in one table and page", None),
     "data": Task("check a data set: counts, classes, sizes, unreadable images, speed", None),
-    "import": Task("a PyTorch checkpoint into a run directory", None, "importing"),
-    "export": Task("a network to PyTorch, Detectron2, ONNX, TFLite or StableHLO", None),
-    "embed": Task("features of a folder of images, with their file names", None),
-    "demo": Task("what the quick start runs: teacher, baseline and DisCo", "configs/demo.py"),
-    "list": Task("the recipes, networks, objectives and data sets there are", None),
+    "import": Task("import a PyTorch checkpoint into a run directory", None, "importing"),
+    "export": Task("export a network to PyTorch, Detectron2, ONNX, TFLite or StableHLO", None),
+    "embed": Task("write the features of a folder of images, with their file names", None),
+    "demo": Task("run the quick start: teacher, baseline and DisCo", "configs/demo.py"),
+    "list": Task("list the recipes, networks, objectives and data sets", None),
 }
 
 USAGE = """usage: disco-jax TASK [flags]
@@ -77,28 +79,28 @@ USAGE = """usage: disco-jax TASK [flags]
 Flags of most tasks:
   --config FILE[:key=value,...]   a recipe, e.g. configs/disco.py:student=resnet18
   --config.FIELD=VALUE            change any field of it
-  --workdir DIR                   where the run lives
-  --distributed                   several processes: meet the others first. TPU pods, SLURM and
-                                  Open MPI tell who they are; elsewhere give to each
+  --workdir DIR                   the run's directory
+  --distributed                   run in several processes. They are detected on TPU pods and under
+                                  SLURM and Open MPI; elsewhere pass to each process
                                   --coordinator HOST:PORT --processes N --process I
-  --debug                         tracebacks, and the warnings of libraries
+  --debug                         show tracebacks and the warnings of libraries
 
-`disco-jax TASK --help` shows a task's own; `disco-jax --version` the version.
-Exit codes: 0 done, 1 crash, 2 a setting or input, 3 not finite, 75 stopped by SIGTERM or SIGHUP,
-130 by Ctrl-C; a training saves its last step first (a second Ctrl-C ends it at once);
-134 another process of the run was lost. A reader of the output that ends first (`| head`, a closed
-terminal's pipe) changes none of them: the command goes on to its end, and what it says is dropped.
+`disco-jax TASK --help` shows all flags of a task, `disco-jax --version` the version.
+Exit codes: 0 success, 1 crash, 2 invalid setting or input, 3 loss or parameter not finite,
+75 stopped by SIGTERM or SIGHUP, 130 stopped by Ctrl-C, 134 another process of the run was lost.
+A training saves its last step before it stops (a second Ctrl-C stops it at once). A closed output
+(`| head`, a closed terminal) changes none of them: the command continues and discards its output.
 """
 
 
 def console() -> None:
-    """The console script."""
+    """Runs the console script `disco-jax`."""
     streams.protect()
     _set_up_logging(debug="--debug" in sys.argv)
     code = main(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError as error:  # a full disk, which Python would tell with a traceback
+    except OSError as error:  # a full disk; Python would print a traceback
         print(f"disco-jax: standard output: {error.strerror}", file=sys.stderr)
         code = code or 1
         sys.stdout = sys.__stdout__
@@ -106,10 +108,10 @@ def console() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one task; returns the exit code.
+    """Runs one task and returns the exit code.
 
     Args:
-      argv: the words after `disco-jax`.
+      argv: the command-line arguments after `disco-jax`.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, TASKS))
@@ -127,24 +129,25 @@ def main(argv: Sequence[str]) -> int:
         with _signals():
             _start(argv[0], [word for word in argv[1:] if word != "--debug"])
     except (KeyboardInterrupt, errors.Terminated) as error:
-        return _ended(argv[0], error)
+        return _report_stop(argv[0], error)
     except Exception as error:
-        code, said = _told(error)
-        if debug or not said:
+        code, message = _code_and_message(error)
+        if debug or not message:
             traceback.print_exc()
         else:
-            print(f"disco-jax {argv[0]}: {said}", file=sys.stderr)
-        if hosts := sys.modules.get("disco_jax.train.hosts"):
-            hosts.leave(code)
+            print(f"disco-jax {argv[0]}: {message}", file=sys.stderr)
+        if hosts := sys.modules.get("disco_jax.run.hosts"):
+            hosts.exit_all(code)
         return code
     return 0
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end a command in order, as Ctrl-C does.
+    """Raises `Terminated` on SIGTERM and SIGHUP inside the context.
 
-    Only the main thread hears signals. What is ignored, as SIGHUP under `nohup`, stays so.
+    Python delivers signals to the main thread only. Ignored signals, e.g. SIGHUP under `nohup`,
+    stay ignored.
     """
 
     def end(*_: Any) -> None:
@@ -152,54 +155,61 @@ def _signals() -> Iterator[None]:
 
     numbers = []
     if threading.current_thread() is threading.main_thread():
-        # Several processes that have met hear SIGTERM through JAX, and agree on a step.
-        numbers = [signal.SIGHUP] if _has_met() else [signal.SIGTERM, signal.SIGHUP]
-    before = {number: signal.getsignal(number) for number in numbers}
-    heard = {number: old for number, old in before.items() if old != signal.SIG_IGN}
-    for number in heard:
+        # In distributed runs JAX handles SIGTERM, so that all processes stop at the same step.
+        numbers = [signal.SIGHUP] if _is_distributed() else [signal.SIGTERM, signal.SIGHUP]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    replaced = {number: old for number, old in handlers.items() if old != signal.SIG_IGN}
+    for number in replaced:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number, old in heard.items():
+        for number, old in replaced.items():
             signal.signal(number, old)
 
 
-def _has_met() -> bool:
+def _is_distributed() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _ended(task: str, error: BaseException) -> int:
-    """Tells of a signal that came while there was nothing to save; returns the exit code."""
+def _report_stop(task: str, error: BaseException) -> int:
+    """Prints a message for a signal while there was nothing to save; returns the exit code."""
     kind = errors.Interrupted if isinstance(error, KeyboardInterrupt) else errors.Preempted
     print(
-        f"disco-jax {task}: Asked to stop. What was saved before is whole; start again to go on.",
+        f"disco-jax {task}: Asked to stop. Files saved before are complete; start the command "
+        "again to continue.",
         file=sys.stderr,
     )
-    if hosts := sys.modules.get("disco_jax.train.hosts"):
-        hosts.leave(kind.exit_code)
+    if hosts := sys.modules.get("disco_jax.run.hosts"):
+        hosts.exit_all(kind.exit_code)
     return kind.exit_code
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """Exit code and message of an error; no message of a defect, which needs a traceback."""
+def _code_and_message(error: Exception) -> tuple[int, str]:
+    """Returns exit code and message of an error; "" for a bug, which needs a traceback."""
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error)
-    hosts = sys.modules.get("disco_jax.train.hosts")
-    if hosts and (said := hosts.lost(error)):
-        return hosts.LOST, said
-    return 1, _of_storage(error)
+    hosts = sys.modules.get("disco_jax.run.hosts")
+    if hosts and (message := hosts.peer_lost_message(error)):
+        return hosts.LOST, message
+    return 1, _storage_message(error)
 
 
-def _of_storage(error: Exception) -> str:
-    """What to tell of a disk that is full or not to be written; "" if it is something else."""
+def _storage_message(error: Exception) -> str:
+    """Returns the user message for a full or read-only disk or an unreachable bucket, or ''."""
     from disco_jax import files
 
-    said = files.refusal(error)
-    return said and (
-        f"Nothing more can be written: {said}. What was saved before is whole. Make room, or let "
-        "it be written, and start again: a run goes on from its last checkpoint."
+    if reason := files.bucket_error(error):
+        return (
+            f"A bucket cannot be used: {reason}. Check its name, the network and the credentials "
+            "(`gcloud auth application-default login`), and start again. Files saved before are "
+            "complete."
+        )
+    reason = files.refusal(error)
+    return reason and (
+        f"Nothing more can be written: {reason}. Files saved before are complete. Free some space "
+        "or make the directory writable, and start again: a run resumes from its last checkpoint."
     )
 
 
@@ -225,17 +235,17 @@ def _start(name: str, argv: Sequence[str]) -> None:
         check=check if task.check else None,
     )
     if values is not None:
-        flags.prepare_jax(flags.meeting(values), values.workdir)
+        flags.prepare_jax(flags.distributed_options(values), values.workdir)
         further = {name: values[name].value for name in task.flags}
         importlib.import_module(module).run(values.config, values.workdir, **further)
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages from INFO on; those of libraries only if asked for."""
+    """Logs this package's messages from INFO on; those of libraries only with --debug."""
     absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.FATAL)
-    if not debug:  # nor what a thread of Orbax says a second time, in nobody's name
-        known = sys.unraisablehook
-        sys.unraisablehook = lambda told: known(told) if told.object is not None else None
+    if not debug:  # drops an exception that a thread of Orbax reports twice, without an object
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda event: hook(event) if event.object is not None else None
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logger = logging.getLogger("disco_jax")

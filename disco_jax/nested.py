@@ -1,11 +1,11 @@
-"""Nested settings as one level of dotted names."""
+"""Conversion of nested dicts to flat dicts with dotted keys."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; for dicts and ConfigDicts."""
+    """Flattens a nested dict or ConfigDict: {"a": {"b": 1}} becomes {"a.b": 1}."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -1,9 +1,9 @@
-"""Where compiled programs are kept, so that the next start need not compile them again.
+"""Location of JAX's persistent compilation cache.
 
-In $JAX_COMPILATION_CACHE_DIR if it is set, else in the run's directory, so that a machine that
-takes over has them too. JAX makes its folder when it compiles for the first time, which is before
-a directory is checked: programs go there once it is known to be the run's, until then to the
-user's cache. So a start that is refused leaves nothing in a directory that is not its own.
+It is $JAX_COMPILATION_CACHE_DIR if that is set, else the run's directory, so that another machine
+that resumes the run finds the programs too. JAX creates the folder at the first compilation,
+before the run's directory has been checked. Programs therefore go to the user's cache until the
+directory is known to belong to the run, and a refused start leaves no files in a foreign directory.
 """
 
 import contextlib
@@ -13,42 +13,42 @@ from etils import epath
 
 from disco_jax.files import PROGRAMS
 
-_awaited = ""  # the directory that the programs of this process go to, once it is the run's
+_pending_workdir = ""  # directory that receives the programs once `settle` confirms it
 
 
 def begin(workdir: str = "") -> None:
-    """Keeps programs in the user's cache, or where an earlier start of the run has left its own.
+    """Caches programs in the user's cache, or in `workdir` if it has a cache already.
 
     Args:
-      workdir: the run's directory, which `settle` may name later; "": there is none.
+      workdir: the run's directory, which `settle` may confirm later; "" for none.
     """
-    global _awaited
-    _awaited = ""
+    global _pending_workdir
+    _pending_workdir = ""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(cache, "disco_jax", "xla")
-    with contextlib.suppress(OSError):  # of a user without a home: compiled anew at every start
+    with contextlib.suppress(OSError):  # no home directory: every start compiles again
         os.makedirs(folder, exist_ok=True)
-        _keep(folder)
-    _awaited = workdir.rstrip("/")
-    with contextlib.suppress(OSError):  # which the task tells in its own words
+        _set_cache_dir(folder)
+    _pending_workdir = workdir.rstrip("/")
+    with contextlib.suppress(OSError):  # the task reports an unreadable directory itself
         if workdir and (epath.Path(workdir) / PROGRAMS).exists():
             settle(workdir)
 
 
 def settle(workdir: epath.PathLike) -> None:
-    """Keeps programs in `workdir` from now on, if it is the directory that `begin` was told of."""
-    global _awaited
-    if _awaited and epath.Path(workdir) == epath.Path(_awaited):
-        _keep(f"{_awaited}/{PROGRAMS}")
-        _awaited = ""
+    """Caches programs in `workdir` if it is the directory that was passed to `begin`."""
+    global _pending_workdir
+    if _pending_workdir and epath.Path(workdir) == epath.Path(_pending_workdir):
+        _set_cache_dir(f"{_pending_workdir}/{PROGRAMS}")
+        _pending_workdir = ""
 
 
-def _keep(folder: str) -> None:
+def _set_cache_dir(folder: str) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     if jax.config.values["jax_compilation_cache_dir"] != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # it may have opened the folder before
+        compilation_cache.reset_cache()  # JAX may have opened the previous folder

@@ -1,8 +1,8 @@
-"""Standard output and error of a command that goes on when nobody reads them any more.
+"""Standard output and error that survive a closed pipe or terminal.
 
-A pipe ends when its reader does: `disco-jax list | head -1`, or the terminal of a long training.
-The work is worth more than the words, and what counts of them stands in files, so the words are
-dropped and the command goes on to its end and its own exit code.
+A pipe breaks when its reader exits, e.g. `disco-jax list | head -1`, and so does the output of a
+training whose terminal was closed. All important output is also written to files, so further
+output is discarded and the command continues to its end and its own exit code.
 """
 
 import errno
@@ -14,27 +14,28 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What a system answers where a pipe has no reader, or a terminal was closed.
-_NOBODY = errno.EPIPE, errno.EIO
+# Error numbers of a write to a pipe without reader, or to a closed terminal.
+_NO_READER = errno.EPIPE, errno.EIO
 
 
 def protect() -> None:
-    """Makes the standard streams of this process such that a lost reader is no error."""
+    """Replaces stdout and stderr by streams that discard output after their reader is gone."""
     _fill_gaps()
     sys.stdout.flush()
     sys.stdout, sys.stderr = _protected(1, sys.stdout), _protected(2, sys.stderr)
 
 
 def _fill_gaps() -> None:
-    """Opens what the process was started without (`2>&-`), or the next file would be taken for it.
+    """Opens /dev/null for standard streams that were closed at the start (`2>&-`).
 
-    Python has no stream where it found none.
+    Otherwise the next file that is opened would get the stream's descriptor. Python sets
+    `sys.stderr` etc. to None for streams that were closed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, i.e. `number`
         if getattr(sys, name) is None:
             stream = io.FileIO(number, "w" if number else "r", closefd=False)
             buffered = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
@@ -42,23 +43,23 @@ def _fill_gaps() -> None:
 
 
 class _Forgiving(io.FileIO):
-    """Writes to where its number leads, and to nowhere once nobody reads there."""
+    """File that writes to a descriptor, and to /dev/null once the descriptor has no reader."""
 
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)
-        # Nothing is left to tell of an error of standard error.
+        # Errors of stderr cannot be reported anywhere, so all of them are ignored.
         self._any_error = number == 2
 
     def write(self, data: "Buffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _NOBODY and not self._any_error:
+            if error.errno not in _NO_READER and not self._any_error:
                 raise
-        # The number itself: libraries in C and child processes write to it, too.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        # Redirects the descriptor itself, since C libraries and child processes write to it too.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
         return memoryview(data).nbytes
 
 

@@ -1,15 +1,15 @@
-"""Compiles as users do, on four virtual devices; tests of wiring may compile quickly.
+"""Pytest configuration: four virtual CPU devices, and an optional fast compiler mode.
 
-A user sets no compiler flags, so neither do tests, except for the number of virtual devices.
-`--quick-compiler` switches LLVM's optimisations off, which compiles a step three times as fast,
-and accepts only tests marked `wiring`: those compare no number with an independent one, so a
-program that rounds or fuses differently proves the same.
+Tests compile with the default compiler flags, as users do, except for the number of virtual
+devices. `--quick-compiler` disables LLVM's optimisations, which compiles a step three times as
+fast. It accepts only tests marked `wiring`: they compare no numbers with independent references, so
+different rounding or fusion does not weaken them.
 """
 
 import os
 import pathlib
 
-# Tests need neither a GPU nor TensorFlow's log.
+# Tests run on the CPU and hide TensorFlow's log.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -18,17 +18,17 @@ import jax
 import pytest
 
 DEVICES = "--xla_force_host_platform_device_count=4"
-# The older code generator is the faster of the two where nothing is optimised.
+# The older code generator compiles faster when optimisations are off.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
-# A worker compiles hundreds of programs and once crashed while it kept one. Processes of their own
-# keep theirs as users' do; tests/test_console.py and tests/train/test_resume.py look at them.
+# A worker compiles hundreds of programs and once crashed while writing one to the cache. Child
+# processes use the cache as users do; see tests/test_console.py and tests/train/test_resume.py.
 jax.config.update("jax_enable_compilation_cache", False)
-# Rank promotion hides mistakes; no user's number depends on this setting.
+# Rank promotion hides mistakes. The setting changes no numbers.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PARITY = pathlib.Path(__file__).parent / "parity"
-MOST_BYTES = 3 * 2**30  # that a worker may hold after a module's tests
+MOST_BYTES = 3 * 2**30  # memory limit of a worker after a module's tests
 
 
 def pytest_addoption(parser):
@@ -47,7 +47,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Refuses to compare numbers of programs that no user runs."""
+    """Rejects tests that are not marked `wiring` when --quick-compiler is set."""
     if config.getoption("--quick-compiler"):
         wrong = [item.nodeid for item in items if not item.get_closest_marker("wiring")]
         if wrong:
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """Frees compiled programs, of which hundreds would hold many gigabytes in the end."""
+    """Frees compiled programs, which would otherwise accumulate to many gigabytes."""
     yield
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     if pages * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:

@@ -1,4 +1,4 @@
-"""What several tests need."""
+"""Helpers shared by several test modules."""
 
 import contextlib
 import functools
@@ -17,25 +17,26 @@ from ml_collections import ConfigDict
 import reference_weights
 from disco_jax import flags, methods, models
 from disco_jax.data import views
+from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.encoder import Encoded
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.workdir import claim
 from disco_jax.train import state, teacher
-from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import from_config
-from disco_jax.train.workdir import claim
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
 
 def fixture(name):
-    """(description, arrays) of a recorded case."""
+    """Returns (description, arrays) of a recorded case."""
     return reference_weights.load(str(PARITY), name)
 
 
 @functools.cache
 def recorded_state(name):
-    """(description, arrays, state dict) of a recorded network: the whole official checkpoint."""
+    """Returns (description, arrays, full official state dict) of a recorded network."""
     meta, arrays = fixture(f"models/{name}")
     weights = meta["weights"]
     state = reference_weights.make_state_dict(
@@ -45,14 +46,14 @@ def recorded_state(name):
 
 
 def recorded_images(case):
-    """NHWC images of a recorded case of a network."""
+    """Returns the NHWC images of a recorded case of a network."""
     spec = case["inputs"][0]
-    made = reference_weights.make_input(spec["seed"], spec["n"], spec["height"], spec["width"])
-    return jnp.asarray(made.transpose(0, 2, 3, 1))
+    images = reference_weights.make_input(spec["seed"], spec["n"], spec["height"], spec["width"])
+    return jnp.asarray(images.transpose(0, 2, 3, 1))
 
 
 def encoder_spec(backbone, **fields):
-    """A network's part of a config."""
+    """Returns the config section of a network."""
     spec = dict(
         width=0,
         stem="",
@@ -70,14 +71,14 @@ def encoder_spec(backbone, **fields):
     return ConfigDict({**spec, "backbone": backbone, **fields})
 
 
-def relative_error(ours, reference):
-    """Largest absolute difference over the largest absolute reference value."""
+def relative_error(actual, reference):
+    """Returns the largest absolute difference divided by the largest absolute reference value."""
     reference = np.asarray(reference, np.float64)
-    return np.max(np.abs(np.asarray(ours, np.float64) - reference)) / np.max(np.abs(reference))
+    return np.max(np.abs(np.asarray(actual, np.float64) - reference)) / np.max(np.abs(reference))
 
 
 def single(function, *args):
-    """Calls a function that uses collectives, compiled, as the only replica."""
+    """Calls a function that uses collectives, compiled, with a single replica."""
     add = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
     out = jax.jit(jax.vmap(function, axis_name=AXIS))(*add)
     return jax.tree.map(lambda x: x[0], out)
@@ -98,13 +99,11 @@ class TinyEncoder(nn.Module):
         return Encoded(x, nn.Dense(self.dim, name="fc")(x))
 
 
-class TinyBackbone(nn.Module):
-    """Four means of an image - Linear - BatchNorm - tanh: compiles in a moment, without ties."""
+class TinyBackbone(Backbone):
+    """Four mean colours - Linear - BatchNorm - tanh: compiles quickly and produces no ties."""
 
     width: int = 4
     stem: str = "small"
-    norm_group: int = 0
-    dtype: jnp.dtype = jnp.float32
 
     @property
     def out_features(self):
@@ -116,20 +115,20 @@ class TinyBackbone(nn.Module):
         images = jnp.pad(images, ((0, 0), (0, odd), (0, odd), (0, 0)))
         n, side = len(images), images.shape[1] // 2
         x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
-        x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)
-        x = jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
+        x = nn.Dense(self.width, use_bias=False, dtype=self.compute.dtype)(x)
+        x = jnp.tanh(BatchNorm(group=self.compute.norm_group)(x, norm=norm))
         return x.astype(jnp.float32)
 
 
 @contextlib.contextmanager
 def tiny_backbone():
-    """Lets configs name a `TinyBackbone` "tiny"."""
+    """Registers `TinyBackbone` as the backbone "tiny" inside the context."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
         yield
 
 
-# Of every building block of a network one or two, as narrow as may be.
+# One or two instances of each building block, as narrow as possible.
 _CUT = {
     "resnet": dict(stage_sizes=(1, 1), width=8),
     "efficientnet": dict(repeats=(1, 2, 1, 0, 0, 0, 0)),
@@ -139,18 +138,18 @@ _CUT = {
 
 
 def cut_backbone(name, **fields):
-    """A network of `models.BACKBONES` without the repetitions: all that depth does not change."""
-    made, variant = models.BACKBONES[name]
-    if "stages" in variant:  # MobileNets; the first block of the sixth stage has all there is
+    """Builds a shallow, narrow variant of a backbone that has all of its building blocks."""
+    family, variant = models.BACKBONES[name]
+    if "stages" in variant:  # MobileNets; the first block of the sixth stage has every feature
         stages = variant["stages"]
         cut = dict(stages=(stages[0], stages[1][:2], stages[5][:1]))
     else:
-        cut = next(cut for family, cut in _CUT.items() if family in name)
-    return made(**{**variant, **cut, **fields})
+        cut = next(cut for prefix, cut in _CUT.items() if prefix in name)
+    return family(**{**variant, **cut, **fields})
 
 
 def tiny_variables(arrays, prefix):
-    """The variables of a `TinyEncoder` from a recorded PyTorch state."""
+    """Converts a recorded PyTorch state to the variables of a `TinyEncoder`."""
     params, stats = {}, {}
     for key, value in arrays.items():
         if not key.startswith(prefix):
@@ -171,13 +170,13 @@ def tiny_variables(arrays, prefix):
 
 
 class Identity:
-    """A recipe that leaves its images alone."""
+    """A view recipe without photometric operations."""
 
     def photometric(self, views, key, positions):
         return views
 
 
-# Recipes of views of two sizes, and all.
+# Recipes with views of two sizes, and all recipes with their variants.
 MULTICROP = (
     "swav", "swav_disco", "dino", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino",
 )  # fmt: skip
@@ -214,16 +213,16 @@ _WITHOUT_TEACHER = (
 
 
 def has_teacher(recipe):
-    """Whether a recipe takes the argument `teacher`."""
+    """Returns True if a recipe takes the argument `teacher`."""
     return recipe.partition(":")[0] not in _WITHOUT_TEACHER
 
 
-QUIET = {}  # changes that a test makes to every smoke config
+QUIET = {}  # changes applied to every smoke config
 
 
 @contextlib.contextmanager
 def tiny_networks():
-    """Inside, "tiny" names a `TinyBackbone`, and smoke configs have no other network."""
+    """Makes all smoke configs use `TinyBackbone` inside the context."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKBONES, "tiny", (TinyBackbone, {}))
         for network in ("student", "teacher"):
@@ -233,12 +232,12 @@ def tiny_networks():
 
 @contextlib.contextmanager
 def programs_kept(folder):
-    """Inside, equal programs compile once: as the command line keeps them for the next start."""
+    """Enables the compilation cache in `folder` inside the context, as the command line does."""
 
-    def keep(**fields):
+    def update(**fields):
         for name, value in fields.items():
             jax.config.update(f"jax_{name}", value)
-        compilation_cache.reset_cache()  # it may have opened another folder before
+        compilation_cache.reset_cache()  # JAX may have opened the previous folder
 
     changes = {
         "enable_compilation_cache": True,
@@ -246,31 +245,31 @@ def programs_kept(folder):
         "persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: getattr(jax.config, f"jax_{name}") for name in changes}
-    keep(**changes)
+    update(**changes)
     try:
         yield
     finally:
-        keep(**before)
+        update(**before)
 
 
 def smoke_config(recipe, **changes):
-    """A shipped recipe with numbers so small that its step compiles in seconds."""
-    name, _, given = recipe.partition(":")
+    """Returns the config of a shipped recipe, shrunk so that its step compiles in seconds."""
+    name, _, extra = recipe.partition(":")
     arg = "student=resnet8,smoke=true,data=digits"
     if has_teacher(name):
         arg += ",teacher=resnet8"
-    config = flags.load(f"{name}:{arg}" + (f",{given}" if given else ""))
+    config = flags.load(f"{name}:{arg}" + (f",{extra}" if extra else ""))
     config.augment.size, config.local.size = 16, 8
     config.student.width = config.teacher.width = 4
     if config.bags.sampling == "clusters" or config.objectives.bags.weight:
-        config.bags.file = "bags.npz"  # which is not read before a run starts
-    config.log.report = False  # which has tests of its own
+        config.bags.file = "bags.npz"  # not read before a run starts
+    config.log.report = False  # reports are tested in tests/report
     config.update_from_flattened_dict({**QUIET, **changes})
     return teacher.resolve(config)
 
 
 def tiny_config(recipe, **changes):
-    """`smoke_config` within `tiny_backbone`, of which a step compiles in a few seconds."""
+    """Returns a `smoke_config` with `tiny_backbone`, whose step compiles in a few seconds."""
     changes = {"student.backbone": "tiny", **changes}
     if has_teacher(recipe):
         changes["teacher.backbone"] = "tiny"
@@ -278,39 +277,43 @@ def tiny_config(recipe, **changes):
 
 
 def only_cropped(config):
-    """A config without what acts on pixels, which is half of what a tiny step compiles."""
+    """Disables photometric augmentation, which is half of the work of compiling a tiny step."""
     for part in (config.augment, config.local):
-        with part.ignore_type():  # some recipes have a number for each view
+        with part.ignore_type():  # some recipes have a tuple with a number per view
             part.update({name: 0.0 for name in part if name.endswith("_prob")})
     return config
 
 
 def compile_once(monkeypatch):
-    """From now on runs share what the first of them prepared, and so the compiled step."""
+    """Lets all later runs reuse the first run's `Prepared`, and so its compiled step."""
     from disco_jax.tasks import pretrain
 
-    made, real = [], pretrain.prepare
-    monkeypatch.setattr(
-        pretrain, "prepare", lambda *args: made[0] if made else made.append(real(*args)) or made[0]
-    )
+    cache, prepare = [], pretrain.prepare
+
+    def prepare_once(*args):
+        if not cache:
+            cache.append(prepare(*args))
+        return cache[0]
+
+    monkeypatch.setattr(pretrain, "prepare", prepare_once)
     monkeypatch.setattr(pretrain.step, "parallel", functools.cache(pretrain.step.parallel))
 
 
 def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):
-    """The directory of a run whose student has only begun, on the images of an .npz file."""
+    """Creates a run directory with an untrained student, on the images of an .npz file."""
     config = smoke_config(recipe, **changes)
     config.data.source, config.data.dir, config.seed = "npz", str(data_file), seed
     encoder = models.build_encoder(config.student)
     student = encoder.create(seed, config.augment.size)
-    begun = state.TrainState(np.int32(0), student, {}, {}, ())
+    initial = state.TrainState(np.int32(0), student, {}, {}, ())
     with claim(str(folder), config), contextlib.closing(Checkpoints(folder)) as checkpoints:
-        checkpoints.save(0, begun, [[0, 0]], {})
+        checkpoints.save(0, initial, [[0, 0]], {})
         checkpoints.wait()
     return str(folder)
 
 
 def smoke(config, replicas):
-    """(step of one replica, state, frozen, batch with a leading replica axis)."""
+    """Returns (single-replica step, state, frozen, batch with a leading replica axis)."""
     recipe = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
     method = method.paced(10)
@@ -333,7 +336,7 @@ def smoke(config, replicas):
 
 @functools.cache
 def digits():
-    """scikit-learn's handwritten digits as the arrays of an .npz file: 1437 train, 360 test."""
+    """Returns scikit-learn's digits as the arrays of an .npz file: 1437 train, 360 test images."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -342,20 +345,20 @@ def digits():
     rows = train_test_split(
         np.arange(len(images)), test_size=360, random_state=0, stratify=loaded.target
     )
-    made = {}
+    arrays = {}
     for split, chosen in zip(("train", "test"), rows, strict=True):
-        made[f"{split}_images"], made[f"{split}_labels"] = images[chosen], loaded.target[chosen]
-    return made
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[chosen], loaded.target[chosen]
+    return arrays
 
 
 def digits_splits():
-    """The digits as `ArraySource` takes them."""
-    made = digits()
-    return {s: (made[f"{s}_images"], made[f"{s}_labels"]) for s in ("train", "test")}
+    """Returns the digits in the form that `ArraySource` takes."""
+    arrays = digits()
+    return {s: (arrays[f"{s}_images"], arrays[f"{s}_labels"]) for s in ("train", "test")}
 
 
 def crop(size=8, **changes):
-    """How a view is cut out of an image."""
+    """Returns the config of a crop."""
     fields = dict(
         size=size,
         scale=(0.2, 1.0),
@@ -366,10 +369,10 @@ def crop(size=8, **changes):
     return types.SimpleNamespace(**{**fields, **changes})
 
 
-def same_batches(ours, theirs):
+def same_batches(actual, expected):
     """Asserts that two lists of host batches are equal."""
-    assert [b.position for b in ours] == [b.position for b in theirs]
-    for a, b in zip(ours, theirs, strict=True):
+    assert [b.position for b in actual] == [b.position for b in expected]
+    for a, b in zip(actual, expected, strict=True):
         assert a.views.keys() == b.views.keys()
         for view in a.views:
             np.testing.assert_array_equal(a.views[view], b.views[view])
@@ -378,25 +381,25 @@ def same_batches(ours, theirs):
 
 
 def one_device_flags():
-    """XLA_FLAGS of a child process with one device, whatever this process has."""
+    """Returns XLA_FLAGS that give a child process one device."""
     words = os.environ.get("XLA_FLAGS", "").split()
     return " ".join(w for w in words if "device_count" not in w)
 
 
 def flags_config(words):
-    """The config that the command line `disco-jax WORDS` resolves to."""
+    """Returns the config of the command line `disco-jax WORDS`."""
     return flags.parse(words[0], words[1:], help_line="").config
 
 
 def restore(folder, like):
-    """`Checkpoints.restore` of a run's directory, closed afterwards."""
+    """Restores the newest checkpoint of a run directory."""
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         return checkpoints.restore(like)
 
 
 @contextlib.contextmanager
 def devices(count):
-    """As if this process had so few devices."""
+    """Makes JAX report only the first `count` devices inside the context."""
     some = jax.devices()[:count]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: some)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stands in for `gcloud` on PATH: notes what it is asked, answers from a script.
+"""Fake `gcloud` for PATH: records its calls and answers from a script.
 
-$GCLOUD/calls.jsonl gets a line a call. $GCLOUD/answers.json: a list of [words, exit code, output];
-the first entry whose words are all in the call answers and is used up, unless its words begin with
-"always". The output "OWNER" is the label that the last creation gave its slice.
+$GCLOUD/calls.jsonl gets a line per call. $GCLOUD/answers.json is a list of [words, exit code,
+output]; the first entry whose words all occur in the call is the answer. It is then removed, unless
+its words begin with "always". The output "OWNER" stands for the label of the last slice created.
 """
 
 import json
@@ -18,15 +18,15 @@ answers = json.loads((here / "answers.json").read_text())
 
 
 def owner():
-    """The label of the last slice that was made."""
+    """Returns the label of the last slice created."""
     calls = (here / "calls.jsonl").read_text()
     return calls.rpartition("--labels=disco-jax=")[2].partition('"')[0]
 
 
 line = " ".join(sys.argv[1:])
 for i, (words, code, output) in enumerate(answers):
-    wanted = words.removeprefix("always ").split()
-    if all(word in line for word in wanted):
+    required = words.removeprefix("always ").split()
+    if all(word in line for word in required):
         if not words.startswith("always "):
             del answers[i]
             (here / "answers.json").write_text(json.dumps(answers))

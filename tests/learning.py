@@ -1,13 +1,14 @@
-"""Trains networks on the digits and prints their kNN scores: what `test_learning` runs.
+"""Script run by `test_learning`: trains networks on the digits and prints their kNN scores.
 
-A process of its own, because tests have four virtual devices, which cost more time here than they
-save; one for the runs of a recipe, because a process takes as long to start as some of them train.
+It runs in a separate process with one device, since the four virtual devices of the tests make
+these runs slower. All runs of a recipe share a process, since starting one takes as long as some
+trainings.
 
     python tests/learning.py FOLDER teacher
     python tests/learning.py FOLDER seed [seed/shuffled | seed/weightless | seed/untrained]
 
-It prints two scores a run: that on the held-out digits, which a test looks at, and that of the
-training digits among one another, each left out in turn, from which the floors were chosen.
+It prints two scores per run: the accuracy on the held-out digits, which the test checks, and the
+leave-one-out accuracy on the training digits, from which the thresholds were chosen.
 """
 
 import contextlib
@@ -29,33 +30,25 @@ from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import learner, step
 
 EPOCHS = {
-    "attention:disco=true": 20,
     "simreg": 40,
     "ressl": 40,
-    "compress:queues=1": 40,
     "sslight_moco": 60,
     "swav_disco": 25,
     "sslight_swav": 25,
-    "sslight_dino": 60,
-    "swav": 25,
     "dino": 40,
-}  # else 10, or 20 of several crops
-RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # times what the recipe has; else 4
-TWO_VIEWS = {  # without a teacher
-    "swav": dict(backbone="resnet8", width=8, hidden=64, dim=16),
-    "dino": dict(backbone="resnet14", width=4, hidden=256, dim=64),
-}
+}  # default: 10, or 20 for multi-crop recipes
+RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # factor on the learning rate; default 4
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
-# Several crops of two sizes: the views and rates of the recipe itself.
-MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino")
+# Recipes with crops of two sizes, which keep their own views and rates.
+MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav")
 
 
 def recipe(name, folder):
-    """A recipe for a few epochs of digits: larger rates and gentler crops than it ships with."""
+    """Returns a recipe for a few epochs of digits, with larger rates and gentler crops."""
     if name in MULTICROP:
         return multicrop(name, folder)
-    if name in TWO_VIEWS:
-        return two_views(name)
+    if name == "dino":
+        return dino()
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
     rate = RATES.get(name, 4) * config.learning_rate.per_256
@@ -75,31 +68,32 @@ def recipe(name, folder):
     return config
 
 
-def two_views(name):
-    """A recipe of views of two sizes, without the small ones."""
-    config = flags.load(f"{name}:data=digits,student={TWO_VIEWS[name]['backbone']}")
-    config.student.update(TWO_VIEWS[name])
-    config.update(total_epochs=EPOCHS[name])
+def dino():
+    """Returns DINO with gentle crops and without its local views."""
+    config = flags.load("dino:data=digits,student=resnet14")
+    config.student.update(width=4, hidden=256, dim=64)
+    config.total_epochs = EPOCHS["dino"]
     config.local.count = 0
-    if name == "dino":
-        config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
+    config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
     return config
 
 
 def multicrop(name, folder):
-    """A recipe of views of two sizes: shorter, with gentle crops and few local views."""
+    """Returns a shortened recipe with views of two sizes, gentle crops and few local views."""
     with_teacher = name.endswith("disco")
     student = "student=resnet14,teacher=resnet8" if with_teacher else "student=resnet14"
     config = flags.load(f"{name}:data=digits,{student}")
     config.student.update(width=4, hidden=256, dim=64)
     config.total_epochs = EPOCHS.get(name, 20)
-    if name != "dino_disco":
+    if name == "dino_disco":
+        config.local.count = 2
+    else:
         config.augment.scale = (0.4, 1.0)
         config.local.update(count=1, size=12, scale=(0.3, 0.7))
-    if name == "sslight_moco":  # with the batch's statistics a narrow network knows its own key
+    if name == "sslight_moco":  # a narrow network recognises its key by the batch statistics
         config.student.norm, config.momentum.norm = "local", "shuffle"
         config.student.update(hidden=128, dim=128)
-    if "swav" in name:  # wide local views and mostly global pairs: else it stands still
+    if "swav" in name:  # does not learn without wide local views and mostly global pairs
         config.student.update(backbone="resnet8", width=8, hidden=64, dim=16)
         config.augment.scale = config.local.scale = (0.5, 1.0)
         config.objectives.swapped.global_share = 0.8
@@ -112,17 +106,17 @@ def multicrop(name, folder):
 
 
 def make_teacher(folder, source):
-    """The teacher of the quick start, and the bags that it makes."""
-    found = train(demo.get_config().teacher, f"{folder}/teacher", source)
+    """Trains the teacher of the quick start, computes its bags, and returns its scores."""
+    scores = train(demo.get_config().teacher, f"{folder}/teacher", source)
     for kind in ("knn", "kmeans"):
         config = flags.load("bags:data=digits")
         config.update(teacher=f"{folder}/teacher", kind=kind, clusters=64)
         bags.run(config, f"{folder}/{kind}", source)
-    return found
+    return scores
 
 
 def train(config, run, source):
-    """Trains a network; its `scores_of`."""
+    """Trains a network and returns its `scores_of`."""
     config.log.update(tensorboard=False, every_steps=22)
     config.checkpoint.every_steps = 10_000
     pretrain.run(config, run, source)
@@ -131,9 +125,9 @@ def train(config, run, source):
 
 @contextlib.contextmanager
 def shuffled_targets():
-    """Inside, a student learns of an image what is so of another one of the batch.
+    """Assigns each image the targets of the next image in the batch, inside the context.
 
-    What teachers and momentum networks say moves on by one image, and so do SwAV's assignments.
+    Rolls the outputs of teachers and momentum networks, and SwAV's assignments, by one image.
     """
     real, assign = learner.targets_of, swapped.sinkhorn
     roll = functools.partial(jnp.roll, shift=1, axis=0)
@@ -150,19 +144,19 @@ def shuffled_targets():
 
 
 def take_weights(config):
-    """All objectives weigh so little that float32 parameters do not move; two epochs show it."""
+    """Scales all objectives down until float32 parameters do not change; trains two epochs."""
     for fields in config.objectives.values():
         fields.weight *= 1e-30
     config.total_epochs = 2
 
 
-def scores_of(found, source):
-    """kNN top-1 in percent: (on the held-out digits, of the training digits left out in turn)."""
+def scores_of(trained, source):
+    """Returns kNN top-1 in percent: (on held-out digits, leave-one-out on training digits)."""
     splits = [
-        features.of_split(found, source, split, 256, ("features",)) for split in ("train", "test")
+        features.of_split(trained, source, split, 256, ("features",)) for split in ("train", "test")
     ]
-    among = leave_one_out(splits[0].features, splits[0].labels, 20)
-    return knn.accuracy(flags.load("knn"), *splits)["top1"], among
+    left_out_top1 = leave_one_out(splits[0].features, splits[0].labels, 20)
+    return knn.accuracy(flags.load("knn"), *splits)["top1"], left_out_top1
 
 
 def main(folder, name, variant, source):
@@ -182,5 +176,5 @@ if __name__ == "__main__":
     folder, *runs = sys.argv[1:]
     source = ArraySource(helpers.digits_splits())
     for word in runs:
-        held_out, among = main(folder, *word.partition("/")[::2], source)
-        print(f"score {word} {held_out:.2f} choice {among:.2f}", flush=True)
+        held_out, left_out_top1 = main(folder, *word.partition("/")[::2], source)
+        print(f"score {word} {held_out:.2f} choice {left_out_top1:.2f}", flush=True)

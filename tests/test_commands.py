@@ -1,9 +1,9 @@
-"""The command blocks of the pages are carried out, on small networks and few images.
+"""Runs the command blocks of README.md and docs/*.md, on small networks and few images.
 
-A command keeps its words; where they mean hours, or a network or data set that is not here, others
-are put in their place (`small`). What is not run: `plan`, which has tests of its own with the TPU's
-compiler, commands that are no `disco-jax`, and a pretraining whose words then are those of another
-block's but for names of directories, of which the result is copied.
+`small` replaces arguments that would take hours or need networks or data sets that are missing
+here. Not run are `plan`, which is tested with the TPU compiler in tests/tasks/test_plan.py, and
+programs other than `disco-jax`. A pretraining that differs from an earlier one only in names of
+directories is not repeated; its run directory is copied.
 """
 
 import re
@@ -18,7 +18,7 @@ from test_docs import PAGES, commands
 
 import helpers
 from disco_jax import flags, main, models
-from disco_jax.convert import save, shapes
+from disco_jax.convert import save
 from disco_jax.plan import budget
 from disco_jax.tasks import importing, linear
 from disco_jax.tasks import list as listing
@@ -31,17 +31,17 @@ BLOCKS = [
     )
     if any(words[0] != "plan" for words in commands(block))
 ]
-# Whether commands are understood and end with 0; no number is compared.
+# Only exit codes are checked; no number is compared.
 pytestmark = pytest.mark.wiring
 CHECKPOINT = "moco_v2_800ep_pretrain.pth.tar"
 RUNS = (
     "runs/disco", "runs/moco_v2", "runs/student", "RUN", "OTHER", "TEACHER", "BASELINE", "STUDENT",
 )  # fmt: skip
 IMPORTS = "runs/my_teacher", "runs/teacher", "gs/teacher", "gs/moco_v2"
-# The same network, where a pretraining has it as its teacher; `runs/teacher` may be a run there.
+# Imports of the same network that serve as teachers. `runs/teacher` may also be a run.
 TAUGHT_BY = "runs/my_teacher", "runs/moco_r50", "gs/teacher", "gs/moco_v2"
 NETWORKS = "resnet18", "resnet50", "mobilenetv3_large"
-# Further words by task: less of everything.
+# Additional arguments by task that reduce the work.
 OF_DATA = ("--config.data.source=npz", "--config.data.dir=few.npz")
 TRAIN = (
     *OF_DATA, "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
@@ -88,7 +88,7 @@ LESS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kept_programs(tmp_path_factory):
-    """Commands keep compiled programs: here for one another, not for other tests and the user."""
+    """Shares the compilation cache between commands, but not with other tests or the user."""
     compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -99,17 +99,16 @@ def kept_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_block():
-    """A `resnet8` has one block of its three here, so that its programs compile quickly."""
+    """Reduces `resnet8` to one block, so that its programs compile quickly."""
     cls, fields = models.BACKBONES["resnet8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKBONES, "resnet8", (cls, {**fields, "stage_sizes": (1,)}))
-        patch.setitem(shapes._RESNETS, ((1,), False), "resnet8")
         yield
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with what the pages take for granted: data, images, runs, a checkpoint."""
+    """A directory with everything that the pages assume: data, images, runs, a checkpoint."""
     folder = tmp_path_factory.mktemp("place")
     digits = helpers.digits()
     few = {key: x[: 128 if key.startswith("train") else 60] for key, x in digits.items()}
@@ -121,9 +120,9 @@ def place(tmp_path_factory):
         Image.fromarray(image.squeeze()).save(name)
     for seed, run in enumerate(RUNS):
         helpers.network_run(folder / run, folder / "few.npz", seed=seed)
-    taught = flags.load("finetune")
-    taught.update(total_epochs=1, batch_size=32, report=False)
-    linear.run(taught, str(folder / "TEACHER"))
+    finetune = flags.load("finetune")
+    finetune.update(total_epochs=1, batch_size=32, report=False)
+    linear.run(finetune, str(folder / "TEACHER"))
     encoder = models.build_encoder(helpers.encoder_spec("resnet8", width=4, hidden=8, dim=16))
     state = save.state_dict("resnet8", encoder, encoder.create(0, 32), "moco", with_head=True)
     save.write(folder / CHECKPOINT, state, "moco")
@@ -134,24 +133,24 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """`but_for_names` of a pretraining -> the directory in which a test has left its run."""
+    """Map from `but_for_names` of a pretraining to its run directory, filled by the tests."""
     return {}
 
 
 def small(words):
-    """The same command on what is here."""
+    """Returns a command that uses the files of `place` and takes seconds."""
     task, *rest = words
-    made = []
+    reduced = []
     for word in rest:
         if word.startswith("--config.data.dir=gs:"):
-            continue  # few.npz comes in its place
+            continue  # few.npz is used instead
         word = word.replace("gs://BUCKET/", "gs/")
         for name in NETWORKS:
             word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)
         if task in ("pretrain", "cache") and "configs/" in word:
-            recipe, _, given = word.partition(":")
+            recipe, _, args = word.partition(":")
             networks = "student=resnet8" + (",teacher=resnet8" if "disco" in recipe else "")
-            word = f"{recipe}:{given or networks},data=digits,smoke=true"
+            word = f"{recipe}:{args or networks},data=digits,smoke=true"
         if task == "sweep":
             word = word.replace("hidden_width", "hidden_width:smoke=true")
             if word.startswith("miniature"):
@@ -160,22 +159,23 @@ def small(words):
         if word in NETWORKS:
             word = "resnet8"
         word = word.replace("imagenet2012", "few.npz" if task == "data" else "digits")
-        made.append(word)
-    if "sweeps/hidden_width:smoke=true" in made:
-        made += ONE_CELL
-    if any(word.startswith("miniature") for word in made):  # many runs: only told
-        made += ["--dry-run", "--config.seeds=(0,)"]
-    if task == "export":  # of resnet8 the other formats know no layout; test_export.py has them
-        made = made[: made.index("--format")] + made[made.index("--format") + 2 :]
-    if task in ("linear", "semi", "finetune") and any(run in made for run in IMPORTS):
-        made += [*OF_DATA, "--config.data.size=16"]  # an import comes from ImageNet, else
-    return [task, *made, *LESS.get(task, ())]
+        reduced.append(word)
+    if "sweeps/hidden_width:smoke=true" in reduced:
+        reduced += ONE_CELL
+    if any(word.startswith("miniature") for word in reduced):  # too many runs to train
+        reduced += ["--dry-run", "--config.seeds=(0,)"]
+    if task == "export":  # the other formats have no layout for resnet8; see test_export.py
+        start = reduced.index("--format")
+        reduced = reduced[:start] + reduced[start + 2 :]
+    if task in ("linear", "semi", "finetune") and any(run in reduced for run in IMPORTS):
+        reduced += [*OF_DATA, "--config.data.size=16"]  # the default of an import is ImageNet
+    return [task, *reduced, *LESS.get(task, ())]
 
 
 def but_for_names(words):
-    """The words of a pretraining without its directory, and one name for all of `TAUGHT_BY`."""
-    kept = re.sub(r"--workdir[ =]\S+", "", " ".join(words))
-    return frozenset(re.sub("|".join(TAUGHT_BY), "IMPORT", kept).split())
+    """Returns a key of a pretraining command that ignores the names of its run and its teacher."""
+    line = re.sub(r"--workdir[ =]\S+", "", " ".join(words))
+    return frozenset(re.sub("|".join(TAUGHT_BY), "IMPORT", line).split())
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_a_block_of_commands_runs(
         if words[0] == "plan":
             continue
         words = small(words)
-        if words[0] in ("pretrain", "distill", "import"):  # begins a run
+        if words[0] in ("pretrain", "distill", "import"):  # creates a run directory
             run = re.search(r"--workdir[ =](\S+)", " ".join(words))[1]
             shutil.rmtree(run, ignore_errors=True)
         if words[0] == "list":  # would count the parameters of every network: 20 seconds
@@ -204,8 +204,8 @@ def test_a_block_of_commands_runs(
             shutil.copytree(pretrained[but_for_names(words)], run)
             continue
         code = main.main(words)
-        said = capsys.readouterr()
-        assert code == 0, f"{words}\n{said.out[-2000:]}\n{said.err}"
+        captured = capsys.readouterr()
+        assert code == 0, f"{words}\n{captured.out[-2000:]}\n{captured.err}"
         if words[0] == "pretrain":
             pretrained[but_for_names(words)] = here / run
 

@@ -1,4 +1,4 @@
-"""The tests themselves compile as users do."""
+"""Checks that tests compile with the flags that users have."""
 
 import os
 
@@ -9,7 +9,7 @@ from jaxlib import xla_client
 
 
 def compiler_settings():
-    """What XLA has read from XLA_FLAGS in this process."""
+    """Returns the options that XLA read from XLA_FLAGS in this process."""
     return xla_client.CompileOptions().executable_build_options.debug_options
 
 

@@ -1,7 +1,6 @@
-"""The console script as a user starts it: no variable set, a folder of the user's own, pipes.
+"""Tests of the console script in child processes: environment, streams, exit codes, files.
 
-Command lines that only have to be read are tested in this process (`tasks/test_cli.py`); here the
-process is the point: its environment, its streams, its exit code, and what it leaves on the disk.
+Parsing of command lines is tested in this process, in `tasks/test_cli.py`.
 """
 
 import json
@@ -20,7 +19,7 @@ import disco_jax
 import helpers
 from disco_jax import files, programs
 from disco_jax.errors import UserError
-from disco_jax.train import hosts, workdir
+from disco_jax.run import hosts, workdir
 
 SCRIPT = pathlib.Path(sys.executable).with_name("disco-jax")
 TINY = (
@@ -32,7 +31,7 @@ TINY = (
 
 
 def environment(cwd):
-    """What a shell has that was just opened."""
+    """Returns the environment variables of a new shell."""
     home = cwd / "home"
     home.mkdir(exist_ok=True)
     path = os.pathsep.join([str(SCRIPT.parent), "/usr/bin", "/bin"])
@@ -41,30 +40,32 @@ def environment(cwd):
 
 def console(*words, cwd, expected=0):
     """Runs `disco-jax WORDS`; returns (stdout, stderr)."""
-    done = subprocess.run(
+    process = subprocess.run(
         ["disco-jax", *words], cwd=cwd, env=environment(cwd), capture_output=True, text=True
     )
-    assert done.returncode == expected, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert process.returncode == expected, (
+        f"{words}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+    )
     for noise in ("Traceback", "Exception ignored", "Failed to find host bounds"):
-        assert noise not in done.stderr, done.stderr
-    return done.stdout, done.stderr
+        assert noise not in process.stderr, process.stderr
+    return process.stdout, process.stderr
 
 
 def shell(line, cwd):
     """Runs a line in bash; returns (stdout, stderr)."""
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", line], cwd=cwd, env=environment(cwd), capture_output=True, text=True
     )
-    return done.stdout, done.stderr
+    return process.stdout, process.stderr
 
 
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory):
-    """The console script of this very package."""
+    """Skips these tests if the console script belongs to another checkout."""
     cwd = tmp_path_factory.mktemp("elsewhere")
     code = [sys.executable, "-c", "import disco_jax; print(disco_jax.__file__)"]
-    found = subprocess.run(code, cwd=cwd, env=environment(cwd), capture_output=True, text=True)
-    if not SCRIPT.exists() or found.stdout.strip() != disco_jax.__file__:
+    process = subprocess.run(code, cwd=cwd, env=environment(cwd), capture_output=True, text=True)
+    if not SCRIPT.exists() or process.stdout.strip() != disco_jax.__file__:
         pytest.skip("this checkout is not installed: pip install -e .")
 
 
@@ -102,7 +103,7 @@ def test_a_reader_that_ends_first_is_no_error(words, tmp_path):
 
 
 def test_a_stream_that_is_closed_or_full_changes_no_file_and_is_told(tmp_path):
-    """Of a closed one the next file that is opened has the number."""
+    """Closes standard streams, whose descriptors the next opened files would get."""
     np.savez(tmp_path / "images.npz", **{k: v[:20] for k, v in helpers.digits().items()})
     words = "disco-jax data images.npz --seconds 0 --output found.json"
     assert shell(f"{words} <&- >&- 2>&-; echo $?", tmp_path) == ("0\n", "")
@@ -113,7 +114,7 @@ def test_a_stream_that_is_closed_or_full_changes_no_file_and_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
-    """One small run through most of the commands, each started in a process of its own."""
+    """Takes one small run through most commands, each in a separate process."""
     digits = helpers.digits()
     few = {key: x[: 128 if key.startswith("train") else 60] for key, x in digits.items()}
     np.savez(tmp_path / "few.npz", **few)
@@ -124,7 +125,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     def call(*words, expected=0):
         return console(*words, cwd=tmp_path, expected=expected)
 
-    # What a teacher says, in a new folder; and a folder of the user's, which stays as it is.
+    # A cache in a new folder, and one in a folder of the user, which must stay unchanged.
     assert "2 epochs, 32 steps" in call("cache", *TINY, "--workdir=kept", "--epochs=2")[0]
     assert {"host_00000_of_00001", "targets.json"} <= set(contents(tmp_path / "kept"))
     (tmp_path / "thesis").mkdir()
@@ -135,7 +136,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     _, error = call("pretrain", *TINY, "--config.teacher.cache=none", "--workdir=new", expected=2)
     assert "holds no targets.json" in error and not (tmp_path / "new").exists()
 
-    # A training whose reader goes away after the first line.
+    # A training whose output is closed after the first line.
     train = "pretrain", *TINY, "--config.teacher.cache=kept", "--workdir=run"
     train = *train, "--config.log.report=false"
     pipe = "2>&1 | head -1; echo ${PIPESTATUS[0]}"
@@ -143,14 +144,14 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     assert out.splitlines()[-1] == "0" and not error, out + error
     run = tmp_path / "run"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    # Its programs are there for the next start.
-    took = json.loads((run / "goodput.json").read_text())["seconds"]["compile"]
+    # The next start finds its compiled programs.
+    first_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"]
     (run / "checkpoints").rename(tmp_path / "checkpoints")
     out, _ = call(*train, "--allow-change=checkpoints")
-    assert "2 forward passes a step: student [0], teacher [0]" in out
+    assert "2 forward passes per step: student [0], teacher [0]" in out
     assert "step 2/2" in out and "images/s" in out and "eta" in out
-    again = json.loads((run / "goodput.json").read_text())["seconds"]["compile"] - took
-    assert took > 1 and again < 0.5 * took
+    second_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"] - first_s
+    assert first_s > 1 and second_s < 0.5 * first_s
 
     score = "--workdir=run", "--config.report=false"
     assert "kNN (weighted, k = 20" in call("knn", *score)[0]
@@ -174,23 +175,23 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does_unless_it_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` may have started the tests
-    with hosts.asked_to_stop() as asked:
-        assert not asked(1)
+    with hosts.stop_on_signals() as must_stop:
+        assert not must_stop(1)
         os.kill(os.getpid(), signal.SIGHUP)
-        assert asked(2)
+        assert must_stop(2)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` starts it
-        with hosts.asked_to_stop() as asked:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `nohup`
+        with hosts.stop_on_signals() as must_stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not asked(1)
+            assert not must_stop(1)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
 def cache_dir(tmp_path, monkeypatch):
-    """A function that says where programs are kept, with nothing set by the user."""
+    """A function that returns JAX's cache directory, without any setting by the user."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = jax.config.jax_compilation_cache_dir
@@ -204,7 +205,7 @@ def test_programs_are_kept_in_a_directory_once_it_is_the_runs(cache_dir, tmp_pat
     run = tmp_path / "run"
     programs.begin(f"{run}/")
     assert cache_dir() == users
-    programs.settle(run / "cells" / "a")  # a run of a sweep; the sweep's directory has them all
+    programs.settle(run / "cells" / "a")  # runs of a sweep share the cache of the sweep
     assert cache_dir() == users
     with workdir.claim(str(run), helpers.smoke_config("moco_v2")):
         assert cache_dir() == str(run / "xla_cache")

@@ -1,4 +1,4 @@
-"""The pages say what is: commands that are understood, every setting, the files of a run."""
+"""Checks README.md and docs/*.md against the code: commands, settings, files of a run."""
 
 import ast
 import pathlib
@@ -20,13 +20,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(lines):
-    """The words of every `disco-jax` command in lines for a shell."""
+    """Yields the arguments of every `disco-jax` command in a shell script."""
     for line in lines.replace("\\\n", " ").splitlines():
         if "disco-jax " in line or "babysit" in line:
             words = shlex.split(line, comments=True)
             if words[:1] == ["disco-jax"] and len(words) > 1:
                 yield words[1:]
-            if words[:2] == ["launch/tpu.sh", "babysit"]:  # which runs `pretrain`
+            if words[:2] == ["launch/tpu.sh", "babysit"]:  # runs `pretrain`
                 yield ["pretrain", "--workdir=W", *words[2:]]
 
 
@@ -36,13 +36,13 @@ def of_page(path):
 
 
 def of_recipe(path):
-    """Of the indented lines at the top; [--flag] is a flag that may be given."""
+    """Yields the commands in a recipe's docstring; optional flags are written as [--flag]."""
     header = path.read_text().split('"""')[1]
     lines = "\n".join(line for line in header.splitlines() if line.startswith("    "))
     return commands(re.sub(r"\[(--[^]]*)\]", r"\1", lines))
 
 
-COMMANDS = {shlex.join(words): words for path in PAGES for words in of_page(path)}  # each once
+COMMANDS = {shlex.join(words): words for path in PAGES for words in of_page(path)}
 PATHS = [path for folder in flags.FOLDERS for path in flags.recipes(folder).values()]
 RECIPES = {shlex.join(words) for path in PATHS for words in of_recipe(path)}
 
@@ -53,7 +53,7 @@ class Understood(Exception):
 
 @pytest.fixture
 def understand(monkeypatch):
-    """Reads a command line as the task does, and stops there."""
+    """A function that parses a command line like its task and does not start the task."""
 
     def stops(function):
         def run(*args, **kwargs):
@@ -65,7 +65,7 @@ def understand(monkeypatch):
     monkeypatch.setattr(flags, "parse", stops(parse))
     monkeypatch.setattr(arguments.Parser, "read", stops(arguments.Parser.read))
     monkeypatch.setattr(flags, "prepare_jax", lambda *args: None)
-    # Neither its data nor its teacher are here.
+    # The data and the teacher of the commands are missing here.
     monkeypatch.setattr(distill, "resolve", lambda **_: (flags.load("disco"), None))
 
     def read(words):
@@ -132,7 +132,7 @@ def test_settings_take_the_comments_beside_and_above_them():
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
     assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
-    assert notes["pretrain"]["monitor"].startswith("Whether it learns")
+    assert notes["pretrain"]["monitor"].startswith("kNN accuracy during training")
     assert "augment.count" not in notes["pretrain"]
     assert notes["classification"]["layers"] == "classifier | all"
     page = settings.markdown()
@@ -154,7 +154,7 @@ def test_the_page_to_choose_by_counts_as_the_code_does():
 
 
 def drawn():
-    """Names in the tree of docs/rundir.md."""
+    """Returns the file names in the tree of docs/rundir.md."""
     text = (ROOT / "docs" / "rundir.md").read_text()
     tree = text.split("```\n")[1]
     return set(re.findall(r"^  (\S+)", tree, re.M))
@@ -162,11 +162,11 @@ def drawn():
 
 @pytest.mark.wiring  # names of files alone are compared
 def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
-    """What a run and its evaluations leave is in the tree, and nothing else."""
+    """Compares the files of a run and its evaluations with the tree."""
     from disco_jax.tasks import knn, linear, pretrain
 
-    made = helpers.digits()
-    few = {key: value[: 128 if key.startswith("train") else 40] for key, value in made.items()}
+    digits = helpers.digits()
+    few = {key: value[: 128 if key.startswith("train") else 40] for key, value in digits.items()}
     np.savez(tmp_path / "few.npz", **few)
     monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
     config = helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"})
@@ -183,13 +183,30 @@ def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
     before = (run / "report.html").read_text()
     linear.run(probe, str(run))
     assert (run / "report.html").read_text() == before
-    left = {
+    names = {
         "events.out.*" if path.name.startswith("events.out.") else path.name + "/" * path.is_dir()
         for path in run.iterdir()
     }
-    assert left <= drawn()
+    assert names <= drawn()
     occasional = {
         "xla_cache/", "profile/", "manifest.json", "linear_disco/",
         "tsne.json", "tsne.npz", "tsne.png", "unreadable.jsonl",
     }  # fmt: skip
-    assert left == drawn() - occasional
+    assert names == drawn() - occasional
+
+
+def test_the_readme_is_short_and_its_counts_are_true():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    trained = [name for name in flags.recipes() if "objectives" in flags.load(name)]
+    assert f"[{len(set(trained) - {'demo'})} recipes]" in text
+    assert f"[{len(models.BACKBONES)} networks]" in text
+
+
+def test_the_recipes_page_lists_every_recipe_that_trains_a_student():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    table = re.findall(r"^\| (`\w+`[^|]*) \|", text, re.M)
+    listed = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
+    assert listed == {name for name in flags.recipes() if "objectives" in flags.load(name)} - {
+        "demo"
+    }

@@ -1,4 +1,4 @@
-"""What every field may hold, and that a command with any value ends in a run or in one sentence."""
+"""Tests of field rules: a command with any value ends in a run or in one short message."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from disco_jax.configs import common
 from disco_jax.nested import flatten
 from disco_jax.tasks import pretrain
 
-MOST_CHARACTERS = 700  # of what is said about one mistake
-# Values that a shell may pass to a field of a type: other types, and the ends of what there is.
+MOST_CHARACTERS = 700  # longest message about one mistake
+# Values that a user may pass to a field of each type: other types, and extreme values.
 VALUES = {
     bool: ["7", "perhaps", "", "None", "true", "false"],
     int: ["x", "", "1.5", "nan", "-2", "-1", "0", "1", "2147483647", str(2**63), "9" * 5000],
@@ -23,7 +23,7 @@ VALUES = {
     ],
 }  # fmt: skip
 PRETRAINING = flatten(common.pretrain())
-# Evaluations; the quick start's recipe holds three of pretraining.
+# Recipes of evaluations. The recipe of the demo contains three pretraining configs.
 OTHERS = [n for n in flags.recipes() if "objectives" not in str(flags.load(n))]
 SWEEPS = list(flags.recipes("sweeps"))
 COMMAND = (
@@ -33,14 +33,14 @@ COMMAND = (
 
 
 class Reached(Exception):
-    """All checks have passed: what follows would write and compile."""
+    """Raised after all checks, before the run writes files and compiles."""
 
     exit_code = 0
 
 
 @pytest.fixture
 def command(tmp_path, capsys, monkeypatch):
-    """Runs `disco-jax pretrain` with tiny networks up to its first write: (exit code, message)."""
+    """A function that runs `disco-jax pretrain` up to its first write: (exit code, message)."""
     np.savez(tmp_path / "digits.npz", **helpers.digits())
     monkeypatch.chdir(tmp_path)
 
@@ -63,7 +63,7 @@ def test_the_command_without_changes_passes_its_checks(command):
 
 @pytest.mark.parametrize("kind", VALUES, ids=lambda kind: kind.__name__)
 def test_every_field_takes_a_value_or_refuses_it_in_one_short_message(command, kind):
-    """The fields that refuse a value are told together; each of the others is tried by itself."""
+    """Sets a value in all fields at once, then alone in each field that accepted it."""
     own = [name for name, value in PRETRAINING.items() if type(value) is kind]
     alone = []
     for value in VALUES[kind]:
@@ -80,9 +80,9 @@ def test_every_field_takes_a_value_or_refuses_it_in_one_short_message(command, k
 
 @pytest.mark.parametrize("recipe", [*OTHERS, *SWEEPS])
 def test_fields_of_other_recipes_are_taken_or_refused_in_short_messages(recipe):
-    given = flags.load(recipe)
+    config = flags.load(recipe)
     for kind, values in VALUES.items():
-        own = [name for name, value in flatten(given).items() if type(value) is kind]
+        own = [name for name, value in flatten(config).items() if type(value) is kind]
         for value in values if own else ():
             words = [f"--config={recipe}", *(f"--config.{name}={value}" for name in own)]
             try:
@@ -93,9 +93,9 @@ def test_fields_of_other_recipes_are_taken_or_refused_in_short_messages(recipe):
 
 def test_every_rule_is_of_a_field_that_there_is():
     configs = [flags.load(name) for folder in flags.FOLDERS for name in flags.recipes(folder)]
-    known = {f".{name}" for config in configs for name in flatten(config)}
+    names = {f".{name}" for config in configs for name in flatten(config)}
     for rule in fields.RULES:
-        assert any(name.endswith(f".{rule}") for name in known), rule
+        assert any(name.endswith(f".{rule}") for name in names), rule
 
 
 def test_recipes_hold_what_they_may():
@@ -106,11 +106,11 @@ def test_recipes_hold_what_they_may():
 
 
 def test_what_reads_a_wrong_field_is_not_looked_at():
-    problems, looked = errors.Problems(), []
+    problems, calls = errors.Problems(), []
     problems.add("no width", "student.width")
     for reads in (("student",), ("student.width",), ("student.width.x",), ("student.wid", "seed")):
-        problems.attempt(looked.append, reads, reads=reads)
-    assert looked == [("student.width.x",), ("student.wid", "seed")]
+        problems.attempt(calls.append, reads, reads=reads)
+    assert calls == [("student.width.x",), ("student.wid", "seed")]
 
     def refuse():
         raise errors.UserError("no seed")

@@ -1,4 +1,4 @@
-"""Imports point one way, and TensorFlow stays where it belongs."""
+"""Checks the direction of imports between packages, and that TensorFlow is imported lazily."""
 
 import ast
 import pathlib
@@ -9,13 +9,13 @@ import disco_jax
 
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
 ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
-# Folders beside the row, and what of the row they may use.
-BESIDE = {"data": {"ops"}, "convert": {"ops", "models"}}
+# Packages outside this order, with the packages that they may import.
+BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(path, *, top_level_only=False):
-    """Dotted names that a file imports."""
+    """Yields the dotted names that a file imports."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     for node in nodes:
@@ -61,7 +61,7 @@ def test_tensorflow_is_imported_in_functions_of_data_and_of_its_own_format():
     for path in FILES:
         relative = path.relative_to(PACKAGE).parts
         assert not heavy & {n.split(".")[0] for n in imports(path, top_level_only=True)}, path
-        if relative == ("convert", "tflite.py"):  # its converter is TensorFlow's
+        if relative == ("convert", "tflite.py"):  # uses TensorFlow's converter
             continue
         if relative[0] != "data" or relative[-1] == "arrays.py":
             assert not heavy & {name.split(".")[0] for name in imports(path)}, path

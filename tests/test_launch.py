@@ -1,4 +1,4 @@
-"""launch/ against a stand-in for gcloud: what it asks, in which order, and what it refuses."""
+"""launch/ with a fake gcloud: the commands that the scripts run, their order, and refusals."""
 
 import json
 import os
@@ -15,10 +15,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ABSENT = ["tpu-vm describe", 1, "ERROR: NOT_FOUND: no such node"]
 READY = ["tpu-vm describe state", 0, "READY"]
-OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # what a deletion asks about a slice made before
+OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # answers that let a deletion proceed
 
-# A shell cannot trap a signal that was ignored at its start, as SIGINT is in the background.
-HEED = """
+# A shell cannot trap signals that were ignored at its start, e.g. SIGINT in the background.
+RESTORE_SIGNALS = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
@@ -27,7 +27,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def rc(*codes):
-    """The machines' answers when they are asked how the run ended."""
+    """Returns the machines' answer to a query of the run's exit codes."""
     return ["ssh run.rc)", 0, "\n".join(f"rc={code}" for code in codes)]
 
 
@@ -38,7 +38,7 @@ def always(answer):
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Runs launch/tpu.sh in a clean clone; .answers, .calls() and .notes are the cloud's."""
+    """Runs launch/tpu.sh in a clean clone, with a fake gcloud."""
     return Cloud(tmp_path)
 
 
@@ -48,7 +48,7 @@ class Cloud:
         (folder / "bin").mkdir()
         stand_in = folder / "bin" / "gcloud"
         program = (ROOT / "tests" / "launch_gcloud.py").read_text()
-        stand_in.write_text(f"#!{sys.executable} -IS\n{program}")  # starts in no time
+        stand_in.write_text(f"#!{sys.executable} -IS\n{program}")  # -IS shortens the start
         stand_in.chmod(0o755)
         self.checkout = folder / "checkout"
         shutil.copytree(ROOT / "launch", self.checkout / "launch", ignore=lambda *_: {".created"})
@@ -88,10 +88,17 @@ class Cloud:
         )
 
     def interrupt(self, number, *words, script="tpu.sh", after=2, **settings):
-        """Starts a script, sends a signal after so many calls; (exit code, standard error)."""
+        """Starts a script and sends a signal after `after` calls; returns (exit code, stderr)."""
 
         process = subprocess.Popen(
-            [sys.executable, "-c", HEED, "bash", self.checkout / "launch" / script, *words],
+            [
+                sys.executable,
+                "-c",
+                RESTORE_SIGNALS,
+                "bash",
+                self.checkout / "launch" / script,
+                *words,
+            ],
             env=self.environment(POLL_S="60", **settings),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -100,10 +107,10 @@ class Cloud:
         deadline = time.monotonic() + 30
         while len(self.calls()) < after and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)  # until it waits
+        time.sleep(0.3)  # lets the script begin its wait
         process.send_signal(number)
-        _, said = process.communicate(timeout=30)
-        return process.returncode, said
+        _, stderr = process.communicate(timeout=30)
+        return process.returncode, stderr
 
     def paste(self, line):
         """Runs a line that a script printed, in a shell without any settings."""
@@ -113,10 +120,12 @@ class Cloud:
         )
 
     def calls(self):
-        """(group, verb, all words) of each call."""
+        """Returns (group, verb, all words) of each call."""
         file = self.folder / "calls.jsonl"
-        made = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [(words[2], words[3], words) for words in made]
+        recorded = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
+        return [(words[2], words[3], words) for words in recorded]
 
     def verbs(self):
         return [verb for _, verb, _ in self.calls()]
@@ -137,10 +146,10 @@ class Cloud:
 )
 def test_create_makes_what_is_asked_for_and_notes_it(cloud, provision, group, spot):
     cloud.answer(ABSENT)
-    done = cloud.run("create", PROVISION=provision)
-    assert done.returncode == 0, done.stderr
-    (_, first, _), (made, verb, words) = cloud.calls()
-    assert (first, made, verb) == ("describe", group, "create")
+    process = cloud.run("create", PROVISION=provision)
+    assert process.returncode == 0, process.stderr
+    (_, first, _), (second, verb, words) = cloud.calls()
+    assert (first, second, verb) == ("describe", group, "create")
     assert ("--spot" in words) == spot
     owner = (cloud.notes / "slice").read_text().split()[0]
     assert f"--labels=disco-jax={owner}" in words and len(owner) == 16
@@ -149,12 +158,12 @@ def test_create_makes_what_is_asked_for_and_notes_it(cloud, provision, group, sp
 
 def test_create_takes_no_slice_of_others_and_none_twice(cloud):
     cloud.answer(READY)
-    done = cloud.run("create")
-    assert done.returncode == 2 and "exists already" in done.stderr
+    process = cloud.run("create")
+    assert process.returncode == 2 and "already exists" in process.stderr
     assert cloud.verbs() == ["describe"] and not list(cloud.notes.glob("*"))
     cloud.note()
-    done = cloud.run("create")
-    assert done.returncode == 2 and "created from here before" in done.stderr
+    process = cloud.run("create")
+    assert process.returncode == 2 and "already created from here" in process.stderr
 
 
 def test_a_cloud_that_does_not_answer_is_not_an_absent_slice(cloud):
@@ -168,12 +177,14 @@ def test_a_cloud_that_does_not_answer_is_not_an_absent_slice(cloud):
 
 
 def test_delete_ends_only_what_was_created_here(cloud):
-    done = cloud.run("delete")
-    assert done.returncode == 2 and "not created from here" in done.stderr and not cloud.calls()
+    process = cloud.run("delete")
+    assert (
+        process.returncode == 2 and "not created from here" in process.stderr and not cloud.calls()
+    )
     cloud.note()
     cloud.answer(READY, ["labels.disco-jax", 0, "another"])
-    done = cloud.run("delete")
-    assert done.returncode == 2 and "is another than" in done.stderr
+    process = cloud.run("delete")
+    assert process.returncode == 2 and "is not the one created from here" in process.stderr
     assert "delete" not in cloud.verbs() and (cloud.notes / "slice").exists()
     cloud.answer(READY, ["labels.disco-jax", 0, "secret"])
     assert cloud.run("delete").returncode == 0
@@ -188,8 +199,8 @@ def test_a_deletion_that_fails_is_not_forgotten(cloud):
 
 
 def test_setup_installs_this_commit_on_all_machines(cloud):
-    done = cloud.run("setup")
-    assert done.returncode == 0, done.stderr
+    process = cloud.run("setup")
+    assert process.returncode == 0, process.stderr
     (_, _, scp), (_, _, ssh) = cloud.calls()
     assert scp[3:6] == [
         "scp",
@@ -200,8 +211,8 @@ def test_setup_installs_this_commit_on_all_machines(cloud):
     command = next(word for word in ssh if word.startswith("--command="))
     assert cloud.commit in command and "'./disco_jax[tpu]'" in command
     (cloud.checkout / "launch" / "new.sh").touch()
-    done = cloud.run("setup")
-    assert done.returncode == 2 and "not committed" in done.stderr
+    process = cloud.run("setup")
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr
 
 
 def test_a_copy_that_fails_ends_the_setup(cloud):
@@ -211,7 +222,7 @@ def test_a_copy_that_fails_ends_the_setup(cloud):
 
 
 def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
-    """The line that gcloud gets is run by a shell, as on a machine of the slice."""
+    """Executes the command line for gcloud in a shell, as on a machine of the slice."""
     flags = ["--config", "disco:student=resnet18", '--config.name=it\'s $HOME; "two words"']
     assert cloud.run("run", *flags).returncode == 0
     ((_, _, words),) = cloud.calls()
@@ -222,14 +233,14 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$DISCO_JAX_COMMIT"\nsleep 0.5\nexit 75\n')
     program.chmod(0o755)
     (machine / "disco_jax").mkdir()
-    (machine / "disco_jax" / "COMMIT").write_text("abc123\n")  # as `setup` leaves it
+    (machine / "disco_jax" / "COMMIT").write_text("abc123\n")  # written by `setup`
 
     def shell():
         return subprocess.run(["bash", "-c", line], cwd=machine, capture_output=True, text=True)
 
     assert shell().returncode == 0
     again = shell()
-    assert again.returncode == 1 and "under way" in again.stderr
+    assert again.returncode == 1 and "already in progress" in again.stderr
     for _ in range(100):
         if (machine / "run.rc").exists() and (machine / "run.rc").read_text():
             break
@@ -238,18 +249,18 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     expected = ["pretrain", "--distributed", "--workdir=gs://bucket/run", *flags, "abc123"]
     assert (machine / "run.log").read_text().splitlines() == expected
 
-    def asked(*words):
-        """What the machine answers to the question that a command asks."""
+    def answer_to(*words):
+        """Returns the machine's answer to the query that a command sends."""
         cloud.answer(READY, ["ssh run.rc)", 1, ""])
         cloud.run(*words, MAX_UNREACHABLE="1")
         questions = [w for _, _, words in cloud.calls() for w in words if "run.rc)" in w]
-        ask = questions[-1].removeprefix("--command=")
-        done = subprocess.run(["bash", "-c", ask], cwd=machine, capture_output=True, text=True)
-        return done.stdout
+        query = questions[-1].removeprefix("--command=")
+        process = subprocess.run(["bash", "-c", query], cwd=machine, capture_output=True, text=True)
+        return process.stdout
 
-    (machine / "run.pid").unlink()  # the process may be a zombie here, which counts as alive
-    assert asked("status") == asked("babysit", *flags) == "rc=75\n"
-    assert asked("babysit", "--config=seed") == "rc=none\n"  # the code is of another run
+    (machine / "run.pid").unlink()  # the process may be a zombie here, which `kill -0` finds alive
+    assert answer_to("status") == answer_to("babysit", *flags) == "rc=75\n"
+    assert answer_to("babysit", "--config=seed") == "rc=none\n"  # the code is of another run
 
 
 def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud):
@@ -270,8 +281,8 @@ def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud)
         ["ssh run.rc)", 0, "rc=0\nrc=0"],
         *OWN,
     )
-    done = cloud.run("babysit", "--config=disco")
-    assert done.returncode == 0, done.stderr
+    process = cloud.run("babysit", "--config=disco")
+    assert process.returncode == 0, process.stderr
     verbs = [verb for verb in cloud.verbs() if verb != "describe"]
     start = ["scp", "ssh", "ssh"]  # setup and run
     assert verbs == ["delete", "create", "ssh", *start, "ssh", "ssh", *start, "ssh", "delete"]
@@ -283,11 +294,11 @@ CREATION = ABSENT, ABSENT, READY, rc("none", "none"), READY
 @pytest.mark.parametrize("code", [0, 2, 3])
 def test_the_babysitter_deletes_what_it_made_once_whatever_the_exit_code(cloud, code):
     cloud.answer(*CREATION, rc(code, code), *OWN)
-    done = cloud.run("babysit", "--config=disco")
-    assert done.returncode == code, done.stderr
+    process = cloud.run("babysit", "--config=disco")
+    assert process.returncode == code, process.stderr
     assert cloud.verbs().count("create") == cloud.verbs().count("delete") == 1
     assert cloud.verbs()[-1] == "delete" and not (cloud.notes / "slice").exists()
-    assert "The slice slice is deleted" in done.stdout
+    assert "The slice slice is deleted" in process.stdout
     if code:  # the logs are deleted with the machines
         ssh = [words for _, verb, words in cloud.calls() if verb == "ssh"]
         assert "--command=tail -n 40 run.log" in ssh[-1]
@@ -297,37 +308,39 @@ def test_the_babysitter_deletes_what_it_made_when_it_gives_up(cloud):
     cloud.note(maker="babysit")
     label = always(["labels.disco-jax", 0, "secret"])
     cloud.answer(label, always(["describe value(state)", 0, "READY"]), always(rc(1)))
-    done = cloud.run("babysit", MAX_RESTARTS="1")
-    assert done.returncode == 4 and "Given up after 1 restarts (last: 1)" in done.stderr
+    process = cloud.run("babysit", MAX_RESTARTS="1")
+    assert (
+        process.returncode == 4 and "Giving up after 1 restarts (last result: 1)" in process.stderr
+    )
     assert cloud.verbs().count("delete") == 1 and not (cloud.notes / "slice").exists()
 
 
 def test_the_babysitter_deletes_what_it_made_when_a_setup_is_refused(cloud):
-    """A file that is not committed appears while the slice is made."""
+    """Adds an uncommitted file while the slice is created."""
     stand_in = cloud.folder / "bin" / "gcloud"
     new = cloud.checkout / "launch" / "new.sh"
     text = stand_in.read_text()
-    made = f"if 'create' in sys.argv: pathlib.Path({str(new)!r}).touch()\n"
-    stand_in.write_text(text.replace("answers = ", made + "answers = ", 1))
+    add_file = f"if 'create' in sys.argv: pathlib.Path({str(new)!r}).touch()\n"
+    stand_in.write_text(text.replace("answers = ", add_file + "answers = ", 1))
     cloud.answer(*CREATION[:-1], *OWN)
-    done = cloud.run("babysit")
-    assert done.returncode == 2 and "not committed" in done.stderr
+    process = cloud.run("babysit")
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr
     assert cloud.verbs().count("delete") == 1 and "scp" not in cloud.verbs()
 
 
 def test_nothing_is_made_for_changes_that_are_not_committed(cloud):
     (cloud.checkout / "launch" / "new.sh").touch()
-    done = cloud.run("babysit")
-    assert done.returncode == 2 and "not committed" in done.stderr and not cloud.calls()
+    process = cloud.run("babysit")
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr and not cloud.calls()
 
 
 def test_keep_leaves_the_slice_and_says_so(cloud):
     cloud.answer(*CREATION, rc(0, 0))
-    done = cloud.run("babysit", KEEP="1")
-    assert done.returncode == 0 and "delete" not in cloud.verbs()
-    assert "stays (KEEP=1), and billing goes on" in done.stdout
+    process = cloud.run("babysit", KEEP="1")
+    assert process.returncode == 0 and "delete" not in cloud.verbs()
+    assert "not deleted (KEEP=1), and billing continues" in process.stdout
     cloud.answer(*OWN)
-    pasted = cloud.paste(done.stdout.splitlines()[-1])
+    pasted = cloud.paste(process.stdout.splitlines()[-1])
     assert pasted.returncode == 0, pasted.stderr
     assert cloud.verbs()[-1] == "delete" and not (cloud.notes / "slice").exists()
 
@@ -338,8 +351,8 @@ def test_a_slice_that_the_babysitter_did_not_make_is_never_deleted(cloud, noted,
     if noted:
         cloud.note()  # by a `create` of its own
     cloud.answer(READY, rc(code))
-    done = cloud.run("babysit")
-    assert done.returncode == code and "stays (it was there before)" in done.stdout
+    process = cloud.run("babysit")
+    assert process.returncode == code and "not deleted (it existed before)" in process.stdout
     assert "delete" not in cloud.verbs() and "create" not in cloud.verbs()
     assert (cloud.notes / "slice").exists() == noted
 
@@ -350,14 +363,14 @@ def test_a_deletion_at_the_end_is_tried_again_and_its_failure_told(cloud):
     ready = always(["describe value(state)", 0, "READY"])
     fails = ["tpu-vm delete", 1, "ERROR: no"]
     cloud.answer(label, ready, rc(0), fails)
-    done = cloud.run("babysit")
-    assert done.returncode == 0 and cloud.verbs().count("delete") == 2
-    assert "is deleted" in done.stdout and not (cloud.notes / "slice").exists()
+    process = cloud.run("babysit")
+    assert process.returncode == 0 and cloud.verbs().count("delete") == 2
+    assert "is deleted" in process.stdout and not (cloud.notes / "slice").exists()
     cloud.note(maker="babysit")
     cloud.answer(label, ready, rc(3), always(fails))
-    done = cloud.run("babysit")
-    assert done.returncode == 3 and (cloud.notes / "slice").exists()
-    assert "stays (it could not be deleted), and billing goes on" in done.stdout
+    process = cloud.run("babysit")
+    assert process.returncode == 3 and (cloud.notes / "slice").exists()
+    assert "not deleted (its deletion failed), and billing continues" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -366,29 +379,31 @@ def test_a_deletion_at_the_end_is_tried_again_and_its_failure_told(cloud):
 def test_an_interrupted_babysitter_deletes_nothing_and_says_what_to_do(cloud, number, code):
     cloud.note(maker="babysit")
     cloud.answer(READY, rc("running"))
-    ended, said = cloud.interrupt(number, "babysit", "--config=disco", "--config.name=a b")
-    assert ended == code and "its run goes on, and so does billing" in said
+    ended, stderr = cloud.interrupt(number, "babysit", "--config=disco", "--config.name=a b")
+    assert ended == code and "its run continue, and so does billing" in stderr
     assert "delete" not in cloud.verbs() and (cloud.notes / "slice").exists()
-    deletion, goes_on = (line for line in said.splitlines() if "launch/tpu.sh" in line)
+    deletion, resumption = (line for line in stderr.splitlines() if "launch/tpu.sh" in line)
     cloud.answer(READY, rc(0), *OWN[:1], ["labels.disco-jax", 0, "secret"])
-    pasted = cloud.paste(f"POLL_S=0 {goes_on}")
+    pasted = cloud.paste(f"POLL_S=0 {resumption}")
     assert pasted.returncode == 0 and cloud.verbs().count("delete") == 1, pasted.stderr
-    asked = [w for _, verb, words in cloud.calls() if verb == "ssh" for w in words]
-    assert any("--config.name=a" in word for word in asked)  # it watches the same run
+    sent = [w for _, verb, words in cloud.calls() if verb == "ssh" for w in words]
+    assert any("--config.name=a" in word for word in sent)  # it supervises the same run
     assert deletion.endswith("launch/tpu.sh delete ")
 
 
 def test_a_babysitter_that_is_interrupted_before_it_made_anything_says_so(cloud):
     cloud.answer(ABSENT, ABSENT, ["create", 1, "ERROR: no capacity"], ABSENT)
-    ended, said = cloud.interrupt(signal.SIGTERM, "babysit", after=4)
-    assert ended == 143 and "No slice was made" in said and "launch/tpu.sh delete" not in said
+    ended, stderr = cloud.interrupt(signal.SIGTERM, "babysit", after=4)
+    assert (
+        ended == 143 and "No slice was created" in stderr and "launch/tpu.sh delete" not in stderr
+    )
 
 
 @pytest.mark.parametrize(
     "codes",
     [
         (1,), (75, 75), (134, 137), (0, 134), (255,), (139, 134), ("none", 134), (137, 1),
-        # What the others make of a machine that was lost, whatever they take it for.
+        # The loss of a machine may give the others any exit code.
         (2, "none"), (2, 137), (3, 143), (2, 129, 134),
     ],
     ids=str,
@@ -396,23 +411,26 @@ def test_a_babysitter_that_is_interrupted_before_it_made_anything_says_so(cloud)
 def test_a_run_starts_again_whatever_a_lost_machine_leaves(cloud, codes):
     cloud.note()
     cloud.answer(READY, rc(*codes), READY, rc(0, 0))
-    done = cloud.run("babysit")
-    assert done.returncode == 0 and "Starting the run" in done.stdout, done.stderr
+    process = cloud.run("babysit")
+    assert process.returncode == 0 and "Starting the run" in process.stdout, process.stderr
     assert cloud.verbs().count("scp") == 1
 
 
 def test_a_run_that_still_ends_on_one_machine_is_waited_for(cloud):
     cloud.note()
     cloud.answer(READY, rc(134, "running"), READY, rc(134, 1), READY, rc(0, 0))
-    done = cloud.run("babysit")
-    assert done.returncode == 0 and cloud.verbs().count("scp") == 1
+    process = cloud.run("babysit")
+    assert process.returncode == 0 and cloud.verbs().count("scp") == 1
 
 
 def test_runs_that_fail_at_once_end_the_babysitter(cloud):
     cloud.note()
     cloud.answer(always(READY), always(rc(1)))
-    done = cloud.run("babysit", MAX_QUICK="3")
-    assert done.returncode == 4 and "3 runs in a row failed within 600 s (last: 1)" in done.stderr
+    process = cloud.run("babysit", MAX_QUICK="3")
+    assert (
+        process.returncode == 4
+        and "3 consecutive runs failed within 600 s (last result: 1)" in process.stderr
+    )
     assert cloud.verbs().count("scp") == 3
     cloud.answer(*[READY, rc(75)] * 5, READY, rc(0))
     assert cloud.run("babysit", MAX_QUICK="2").returncode == 0  # preemptions are no failures
@@ -421,24 +439,24 @@ def test_runs_that_fail_at_once_end_the_babysitter(cloud):
 def test_a_machine_that_does_not_answer_for_long_is_lost(cloud):
     silent = always(["ssh run.rc)", 255, "ERROR: connection timed out"])
     cloud.answer(always(READY), silent)
-    done = cloud.run("babysit", MAX_UNREACHABLE="3")
-    assert done.returncode == 4 and "does not answer" in done.stderr
+    process = cloud.run("babysit", MAX_UNREACHABLE="3")
+    assert process.returncode == 4 and "does not respond" in process.stderr
     assert "delete" not in cloud.verbs()  # not its own
     cloud.note(maker="babysit")
     unreachable = ["ssh run.rc)", 255, "ERROR: connection timed out"]
     label = ["labels.disco-jax", 0, "secret"]
     again = READY, label, ABSENT, ABSENT, READY, rc(0), *OWN
     cloud.answer(*[READY, unreachable] * 3, *again)
-    done = cloud.run("babysit", MAX_UNREACHABLE="3")
-    assert done.returncode == 0 and "making the slice anew" in done.stderr, done.stderr
+    process = cloud.run("babysit", MAX_UNREACHABLE="3")
+    assert process.returncode == 0 and "recreating the slice" in process.stderr, process.stderr
     assert [v for v in cloud.verbs() if v in ("create", "delete")] == ["delete", "create", "delete"]
 
 
 def test_a_lost_process_beside_one_that_is_done_is_no_end(cloud):
     cloud.note()
     cloud.answer(READY, ["ssh run.rc)", 0, "rc=0\nrc=134"], READY, ["ssh run.rc)", 0, "rc=0\nrc=0"])
-    done = cloud.run("babysit")
-    assert done.returncode == 0 and "Starting the run (before: 134)" in done.stdout
+    process = cloud.run("babysit")
+    assert process.returncode == 0 and "Starting the run (previous result: 134)" in process.stdout
     assert cloud.verbs() == ["describe", "ssh", "scp", "ssh", "ssh", "describe", "ssh"]
 
 
@@ -446,16 +464,16 @@ def test_a_lost_process_beside_one_that_is_done_is_no_end(cloud):
 def test_the_babysitter_does_not_repeat_a_mistake(cloud, code, ends):
     cloud.note()
     cloud.answer(READY, ["ssh run.rc)", 0, f"rc=134\nrc={code}"])
-    done = cloud.run("babysit")
-    assert done.returncode == ends and "would not help" in done.stderr
+    process = cloud.run("babysit")
+    assert process.returncode == ends and "would not help" in process.stderr
     assert cloud.verbs() == ["describe", "ssh", "ssh"]  # the last one shows the logs
 
 
 def test_the_babysitter_gives_up_after_so_many_restarts(cloud):
     cloud.note()
     cloud.answer(["always describe value(state)", 0, "READY"], ["always ssh run.rc)", 0, "rc=1"])
-    done = cloud.run("babysit", MAX_RESTARTS="2")
-    assert done.returncode == 4
+    process = cloud.run("babysit", MAX_RESTARTS="2")
+    assert process.returncode == 4
     assert cloud.verbs().count("scp") == 2
 
 
@@ -472,8 +490,8 @@ def test_the_babysitter_waits_for_a_queue_and_asks_again_when_it_fails(cloud):
         ["ssh run.rc)", 0, "rc=0"],
         *OWN,
     )
-    done = cloud.run("babysit", PROVISION="queued-spot")
-    assert done.returncode == 0, done.stderr
+    process = cloud.run("babysit", PROVISION="queued-spot")
+    assert process.returncode == 0, process.stderr
     changes = [(g, v) for g, v, _ in cloud.calls() if v in ("create", "delete")]
     assert changes == [("queued-resources", verb) for verb in ("delete", "create", "delete")]
 
@@ -483,8 +501,8 @@ def test_no_capacity_is_no_reason_to_give_up(cloud):
         ABSENT, ABSENT, ["create", 1, "ERROR: no capacity"], ABSENT,
         ABSENT, ABSENT, ["create", 0, ""], READY, ["ssh run.rc)", 0, "rc=0"], *OWN,
     )  # fmt: skip
-    done = cloud.run("babysit")
-    assert done.returncode == 0, done.stderr
+    process = cloud.run("babysit")
+    assert process.returncode == 0, process.stderr
     assert cloud.verbs().count("create") == 2
 
 
@@ -496,10 +514,12 @@ def test_no_capacity_is_no_reason_to_give_up(cloud):
     ],
 )  # fmt: skip
 def test_a_dry_run_prints_what_a_shell_could_run_and_does_nothing(cloud, words):
-    done = cloud.run("--dry-run", *words.split())
-    assert done.returncode == 0 and not cloud.calls() and not cloud.notes.exists(), done.stderr
+    process = cloud.run("--dry-run", *words.split())
+    assert process.returncode == 0 and not cloud.calls() and not cloud.notes.exists(), (
+        process.stderr
+    )
     count = "gcloud() { echo one; }; git() { :; }; mkdir() { :; }; "
-    ran = subprocess.run(["bash", "-euc", count + done.stdout], capture_output=True, text=True)
+    ran = subprocess.run(["bash", "-euc", count + process.stdout], capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout.startswith("one"), ran.stderr
 
 
@@ -515,10 +535,10 @@ def test_a_dry_run_prints_what_a_shell_could_run_and_does_nothing(cloud, words):
 def test_a_dry_run_prints_what_babysit_would_do(cloud, maker, keep, expected):
     if maker:
         cloud.note(maker=maker)
-    done = cloud.run("--dry-run", "babysit", "--config=disco", KEEP=keep)
-    assert done.returncode == 0 and not cloud.calls(), done.stderr
+    process = cloud.run("--dry-run", "babysit", "--config=disco", KEEP=keep)
+    assert process.returncode == 0 and not cloud.calls(), process.stderr
     say = "gcloud() { echo $4; }; git() { :; }; "
-    ran = subprocess.run(["bash", "-euc", say + done.stdout], capture_output=True, text=True)
+    ran = subprocess.run(["bash", "-euc", say + process.stdout], capture_output=True, text=True)
     assert ran.stdout.split() == expected
     assert (cloud.notes / "slice").exists() == bool(maker)
 
@@ -533,30 +553,30 @@ def test_other_commands_ask_for_what_they_say(cloud):
 
 
 @pytest.mark.parametrize(
-    "words, settings, says",
+    "words, settings, message",
     [
         (["create"], {"PROJECT": ""}, "PROJECT is empty"),
         (["run"], {"WORKDIR": ""}, "WORKDIR is empty"),
         (["create"], {"PROVISION": "free"}, "PROVISION=free is not one of"),
-        (["create", "now"], {}, "takes no further words: now"),
-        (["fetch"], {}, "fetch takes a directory"),
+        (["create", "now"], {}, "takes no arguments: now"),
+        (["fetch"], {}, "fetch takes one directory"),
         (["crate"], {}, "launch/tpu.sh [--dry-run] create"),
     ],
 )
-def test_mistakes_are_told(cloud, words, settings, says):
-    done = cloud.run(*words, **settings)
-    assert done.returncode == 2 and says in done.stderr
+def test_mistakes_are_told(cloud, words, settings, message):
+    process = cloud.run(*words, **settings)
+    assert process.returncode == 2 and message in process.stderr
     assert not cloud.calls()
 
 
 def test_hosts_are_given_their_places():
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", ROOT / "launch" / "hosts.sh", "--dry-run", "a,b", "pretrain", "--config.name=x y"],
         check=True,
         capture_output=True,
         text=True,
     )
-    first, second = (shlex.split(line) for line in done.stdout.splitlines())
+    first, second = (shlex.split(line) for line in process.stdout.splitlines())
     for i, line in enumerate((first, second)):
         words = shlex.split(line[-1])
         assert line[:-1] == ["ssh", "-tt", "-o", "BatchMode=yes", "ab"[i]]
@@ -606,12 +626,12 @@ def test_a_sweep_is_shared_among_slices(cloud):
         ["always describe value(state)", 0, "READY"],
     )
     logs = cloud.folder / "logs"
-    done = cloud.run("2", "--config=sweeps/seed", script="sweep.sh", LOGS_DIR=str(logs))
-    assert done.returncode == 3
-    assert "share 1 ended with exit code 3" in done.stderr and "share 0 ended" not in done.stderr
+    process = cloud.run("2", "--config=sweeps/seed", script="sweep.sh", LOGS_DIR=str(logs))
+    assert process.returncode == 3
+    assert "share 1 exited with code 3" in process.stderr and "share 0 exited" not in process.stderr
     assert "finished" in (logs / "slice-0.log").read_text()
-    asked = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
-    assert asked == {"slice-0", "slice-1"}
+    named = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
+    assert named == {"slice-0", "slice-1"}
 
 
 def test_a_sweep_deletes_each_slice_that_it_made_once(cloud):
@@ -637,24 +657,24 @@ def test_an_interrupted_sweep_ends_its_babysitters_and_says_what_to_do(cloud):
     cloud.answer(always(["run.rc)", 0, "rc=running"]), always(["describe state", 0, "READY"]))
     logs = cloud.folder / "logs"
     words = "2", "--config=sweeps/seed"
-    code, said = cloud.interrupt(
+    code, stderr = cloud.interrupt(
         signal.SIGTERM, *words, script="sweep.sh", after=4, LOGS_DIR=str(logs)
     )
     assert code == 143 and "delete" not in cloud.verbs()
     for i in (0, 1):
         assert "Interrupted" in (logs / f"slice-{i}.log").read_text()
-        assert any(f"NAME=slice-{i}" in x and "tpu.sh delete" in x for x in said.splitlines())
-    assert "launch/sweep.sh 2 --config=sweeps/seed" in said.splitlines()[-1]
+        assert any(f"NAME=slice-{i}" in x and "tpu.sh delete" in x for x in stderr.splitlines())
+    assert "launch/sweep.sh 2 --config=sweeps/seed" in stderr.splitlines()[-1]
 
 
 def test_a_dry_run_of_a_sweep_prints_each_share(cloud):
-    done = cloud.run("--dry-run", "2", "--config=sweeps/seed", script="sweep.sh")
-    assert done.returncode == 0, done.stderr
+    process = cloud.run("--dry-run", "2", "--config=sweeps/seed", script="sweep.sh")
+    assert process.returncode == 0, process.stderr
     assert not cloud.calls()
     for i in (0, 1):
-        assert f"slice-{i}" in done.stdout and f"--worker={i}" in done.stdout
-    assert sum("--workers=2" in line for line in done.stdout.splitlines()) == 2
-    assert "sweep --distributed" in done.stdout.replace("\\", "")
+        assert f"slice-{i}" in process.stdout and f"--worker={i}" in process.stdout
+    assert sum("--workers=2" in line for line in process.stdout.splitlines()) == 2
+    assert "sweep --distributed" in process.stdout.replace("\\", "")
     for words in ((), ("0",), ("two",)):
         refused = cloud.run(*words, script="sweep.sh")
         assert refused.returncode == 2 and "usage: launch/sweep.sh" in refused.stderr

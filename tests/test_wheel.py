@@ -1,4 +1,4 @@
-"""The package as people install it: recipes included, usable from any directory."""
+"""Tests of the wheel: it contains the recipes and works from any directory."""
 
 import pathlib
 import subprocess

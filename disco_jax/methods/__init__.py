@@ -108,7 +108,7 @@ def _unnormalized(network: models.Network) -> models.Network:
     head = network.encoder.head
     if not network.encoder.normalised():
         return network
-    encoder = network.encoder.clone(head=head.clone(unit=False))
+    encoder = network.encoder.clone(head=head.clone(l2_normalized=False))
     return dataclasses.replace(network, encoder=encoder)
 
 
@@ -116,23 +116,10 @@ def _network(name: str, config: Any) -> models.Network:
     """Builds a network of `NETWORKS` with the settings of `config.fast`."""
     # The momentum network is the student with other batch statistics.
     spec = config.teacher if name == "teacher" else config.student
+    compute = models.Compute.from_config(config, name)
     augment = tuple(config.augment.mean), tuple(config.augment.std)
-    network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
-    encoder = network.encoder
-    if not _fast(config, "stem", True):
-        encoder = models.plain_stem(encoder)
-    if models.taken(_fast(config, "columns", "auto"), "config.fast.columns", "tpu"):
-        encoder = models.packed_columns(encoder)
-    statistics = _fast(config, "statistics", "auto")
-    by_product = models.taken(statistics, "config.fast.statistics", "tpu")
-    if by_product and name != "student":  # it saves nothing in a backward pass
-        encoder = models.by_product(encoder)
-    network = dataclasses.replace(network, encoder=models.by_shifts(encoder, config))
-    exchange = models.exchange(_fast(config, "exchange", "auto"))
-    carried = network.encoder.backbone.dtype
-    network = dataclasses.replace(
-        network, grouped=config.group_views, exchange=exchange, carried=carried
-    )
+    network = models.build_network(spec, config[name].norm, compute, f"config.{name}", augment)
+    network = dataclasses.replace(network, grouped=config.group_views)
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
         # BatchNorm in a reused head uses the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")

@@ -1,4 +1,4 @@
-"""Command lines of the tasks that take a file instead of a config."""
+"""Argument parser of the tasks that take a file instead of a config."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from disco_jax import errors
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse` whose mistakes are `UserError`s, with the nearest option named."""
+    """`ArgumentParser` that raises `UserError` and suggests the most similar option."""
 
     def __init__(self, task: str, description: str):
         super().__init__(
@@ -18,8 +18,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_network(self) -> None:
-        """The words that name a network, and what is wanted of it."""
-        self.add_argument("checkpoint", help="a run's or an import's directory, or a PyTorch file")
+        """Adds the arguments that select a network and its output."""
+        self.add_argument("checkpoint", help="directory of a run or an import, or a PyTorch file")
         self.add_argument("--network", default="student", help="student or momentum")
         self.add_argument("--size", type=int, default=0, help="image size in px; 0: the run's")
         self.add_argument("--with-head", action="store_true", help="keep the projection head")
@@ -28,10 +28,10 @@ class Parser(argparse.ArgumentParser):
         raise errors.UserError(f"{message}.\n{self.format_usage().rstrip()}")
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace | None:
-        """The values of `argv`; None after help was printed.
+        """Parses `argv`; returns None if help was printed.
 
         Raises:
-          UserError: for a word that is not understood.
+          UserError: an argument is unknown or invalid.
         """
         if {"-h", "--help"} & set(argv):
             self.print_help()
@@ -40,5 +40,5 @@ class Parser(argparse.ArgumentParser):
         if rest:
             options = [word for action in self._actions for word in action.option_strings]
             near = errors.did_you_mean(rest[0].partition("=")[0], options)
-            self.error(f"{rest[0]!r} is not understood.{near}".rstrip("."))
+            self.error(f"unrecognized argument {rest[0]!r}.{near}".rstrip("."))
         return values

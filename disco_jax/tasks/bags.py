@@ -1,4 +1,4 @@
-"""Find out which images a teacher finds alike: neighbours or clusters of its features."""
+"""Find similar images in a teacher's feature space: nearest neighbours or clusters."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, models
+from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags
 from disco_jax.data.base import Source
@@ -26,14 +26,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
     Args:
       config: see `configs/bags.py`.
-      workdir: where the file goes; made if it is not there.
+      workdir: output directory, created if missing.
       source: images; None opens `config.data`.
 
     Returns:
       {"file", "images", "kind", ...}, as written to `workdir`/bags.json.
 
     Raises:
-      UserError: a setting, the data or the teacher will not do.
+      UserError: a setting, the data or the teacher is invalid.
     """
     if config.kind not in KINDS:
         raise errors.unknown("config.kind", config.kind, KINDS)
@@ -41,16 +41,16 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         raise errors.unknown("config.output", config.output, OUTPUTS)
     if not config.teacher:
         raise errors.UserError(
-            "config.teacher is empty: give a run's or an import's directory, or a checkpoint."
+            "config.teacher is empty: give the directory of a run or an import, or a checkpoint."
         )
     source = source or pipeline.open_source(config.data, shared=False)
-    source.chosen(config.data.train_split, ())  # or no run could read the bags
-    found = _encoded(config, source)
+    source.take(config.data.train_split, ())  # raises if a run could not read images by number
+    rows = _encode(config, source)
     if config.kind == "knn":
-        bags, about = _neighbours(found, config.neighbours)
+        bags, about = _neighbour_bags(rows, config.neighbours)
     else:
         centroids, clusters = kmeans.kmeans(
-            found, config.clusters, iterations=config.iterations, seed=config.seed
+            rows, config.clusters, iterations=config.iterations, seed=config.seed
         )
         bags = Bags(clusters=clusters)
         about = {"clusters": len(centroids), "empty": int((np.bincount(
@@ -70,8 +70,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     return result
 
 
-def _encoded(config: ConfigDict, source: Source) -> np.ndarray:
-    """f32[N, F] of every training image, in the stored order."""
+def _encode(config: ConfigDict, source: Source) -> np.ndarray:
+    """Returns the teacher's output f32[N, F] for all training images, in stored order."""
     opened = open_network(config.teacher)
     augment = opened.config.augment
     size, devices = config.size or augment.size, jax.local_device_count()
@@ -83,27 +83,28 @@ def _encoded(config: ConfigDict, source: Source) -> np.ndarray:
         -(-config.batch_size // devices) * devices,
     )
     recipe = views.build(augment, opened.config.views, opened.config.local)
-    encoder = models.by_shifts(opened.encoder, opened.config)
-    found = features.extract(encoder, opened.variables, batches, recipe)
-    rows = getattr(found, config.output)
+    encoder = opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config))
+    extracted = features.extract(encoder, opened.variables, batches, recipe)
+    rows = getattr(extracted, config.output)
     if len(rows) != source.count(config.data.train_split):
         raise errors.UserError(
-            f"{len(rows)} of {source.count(config.data.train_split)} images could be read: remove "
-            f"the others from {source.name}, as bags name images by their place."
+            f"Only {len(rows)} of {source.count(config.data.train_split)} images could be read. "
+            f"Bags refer to images by position: remove the others from {source.name}."
         )
     return rows
 
 
-def _neighbours(rows: np.ndarray, count: int) -> tuple[Bags, dict[str, Any]]:
-    """The nearest rows of each, itself left out."""
+def _neighbour_bags(rows: np.ndarray, count: int) -> tuple[Bags, dict[str, Any]]:
+    """Returns the `count` nearest neighbours of each row, without the row itself."""
     if not 1 <= count < len(rows):
         raise errors.UserError(f"config.neighbours={count} must lie between 1 and {len(rows) - 1}.")
-    similarities, found = knn.neighbours(rows, rows, count + 1)
-    itself = found == np.arange(len(rows))[:, None]
-    itself[~itself.any(axis=1), -1] = True  # of equal images, another stands in its place
-    kept = found[~itself].reshape(len(rows), count).astype(np.int32)
-    closest = similarities[~itself].reshape(len(rows), count)[:, 0]
-    return Bags(neighbours=kept), {"neighbours": count, "mean_cosine": float(closest.mean())}
+    similarities, indices = knn.neighbours(rows, rows, count + 1)
+    is_self = indices == np.arange(len(rows))[:, None]
+    # A row can miss itself among exact duplicates; the last neighbour is dropped instead.
+    is_self[~is_self.any(axis=1), -1] = True
+    neighbours = indices[~is_self].reshape(len(rows), count).astype(np.int32)
+    closest = similarities[~is_self].reshape(len(rows), count)[:, 0]
+    return Bags(neighbours=neighbours), {"neighbours": count, "mean_cosine": float(closest.mean())}
 
 
 def _write(path: epath.Path, bags: Bags, result: dict[str, Any]) -> None:

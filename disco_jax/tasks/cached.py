@@ -1,4 +1,4 @@
-"""Which outputs of a teacher a run can take from a cache, and whether a cache is of them."""
+"""Compatibility of cached teacher outputs with a run."""
 
 import json
 import zlib
@@ -16,114 +16,123 @@ from disco_jax.methods.base import Method, Record
 from disco_jax.nested import flatten
 from disco_jax.train.teacher import Teacher
 
-# Settings that say what the teacher is and what it is shown, and those of them that do not: where
-# the data lie and how they are read, and what the checksum of the weights stands for.
-_TOLD = (
+# Config fields that define the teacher and its inputs. Excluded are fields about where and how the
+# data are read, and fields that the checksum of the weights covers.
+_ORIGIN_FIELDS = (
     "seed", "batch_size", "dtype", "views", "augment.", "local.", "group_views", "data.", "bags.",
     "teacher.",
 )  # fmt: skip
 _IMAGES = "fingerprint of the images"
-_NOT_TOLD = (
+_EXCLUDED_FIELDS = (
     "data.dir", "data.cache", "data.max_unreadable", "data.max_unreadable_percent",
     "data.eval_split", "data.eval_resize", "data.labels",
     "teacher.weights", "teacher.cache", "teacher.network",
 )  # fmt: skip
-# Settings that older caches do not have, with the value that says what was done then.
-_LATER = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
+# Fields that older caches lack, with the value that describes those caches.
+_ADDED_FIELDS = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
 
 
-def wanted(method: Method, record: Record) -> dict[int, dict[str, int]]:
-    """view -> output -> width: what the objectives read of the teacher.
+def required_outputs(method: Method, record: Record) -> dict[int, dict[str, int]]:
+    """Returns the teacher outputs that the objectives read: view -> output name -> width.
 
     Raises:
-      UserError: they read nothing of it, or its feature maps.
+      UserError: they read no teacher output, or its feature maps.
     """
     if "teacher" not in method.plan:
-        raise errors.UserError("No objective reads a teacher, so there is nothing to keep of one.")
+        raise errors.UserError("No objective reads a teacher: there are no outputs to cache.")
     if method.reads_maps("teacher"):
         raise errors.UserError(
-            "config.teacher.cache keeps embeddings and features, not the feature maps that "
-            "config.objectives.attention reads: set its weight to 0, or do without the cache."
+            "config.teacher.cache contains embeddings and features, but not the feature maps that "
+            "config.objectives.attention reads: set its weight to 0, or leave the cache empty."
         )
     return method.teacher_outputs(record)
 
 
-def made_of(
+def origin(
     config: ConfigDict, method: Method, record: Record, source: Source, loaded: Teacher
 ) -> dict[str, Any]:
-    """All that the outputs depend on, as it stands in targets.json.
+    """Returns everything that determines the outputs, as saved in targets.json.
 
     Args:
-      config: resolved.
-      method: what `methods.build` made of it.
-      record: of shapes, see `state.shapes`.
+      config: a resolved pretraining config.
+      method: the method built from `config`.
+      record: output shapes, see `state.shapes`.
       source: the images.
       loaded: the teacher.
     """
     fields = flatten(json.loads(config.to_json_best_effort()))
-    told = {
+    settings = {
         f"config.{name}": value
         for name, value in fields.items()
-        if name.startswith(_TOLD) and name not in _NOT_TOLD and _LATER.get(name) != value
+        if name.startswith(_ORIGIN_FIELDS)
+        and name not in _EXCLUDED_FIELDS
+        and _ADDED_FIELDS.get(name) != value
     }
     network = method.networks["teacher"]
     if network.norm == "local" and not config.teacher.norm_group:
-        told["devices"] = jax.device_count()  # that share a batch and its statistics
-    return told | {
+        settings["devices"] = jax.device_count()  # batch statistics depend on the batch per device
+    return settings | {
         "hosts": jax.process_count(),
         "images": source.count(config.data.train_split),
         _IMAGES: source.fingerprint(config.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
         "views mixed by": [repr(o) for o in method.objectives.values() if o.makes],
-        "outputs": {str(v): named for v, named in wanted(method, record).items()},
+        "outputs": {str(v): named for v, named in required_outputs(method, record).items()},
     }
 
 
 def checksum(loaded: Teacher) -> int:
-    """CRC-32 of the weights and statistics."""
+    """Returns the CRC-32 of the teacher's parameters and batch statistics."""
     value = 0
     for leaf in jax.tree.leaves(loaded.variables):
         value = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).data, value)
     return value
 
 
-def opened(folder: str, told: Mapping[str, Any]) -> targets.Targets:
-    """The outputs in a folder, of this host.
+def open_targets(folder: str, expected: Mapping[str, Any]) -> targets.Targets:
+    """Opens this host's part of the cached outputs in a folder.
 
     Args:
       folder: `config.teacher.cache`.
-      told: see `made_of`.
+      expected: origin of the run's teacher outputs, see `origin`.
 
     Raises:
-      UserError: they are of another teacher, recipe, seed or data set, with what differs.
+      UserError: the outputs belong to another teacher, recipe, seed or data set; the message lists
+        the differences.
     """
-    compare(f"config.teacher.cache={folder!r}", targets.read_meta(folder), told)
+    compare(f"config.teacher.cache={folder!r}", targets.read_meta(folder), expected)
     return targets.Targets(folder, jax.process_index(), jax.process_count())
 
 
-def compare(what: str, meta: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Refuses outputs that were made of something else; more of them than needed do no harm.
+def compare(folder: str, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Checks that cached outputs have the expected origin.
+
+    The cache may contain more outputs than the run reads.
 
     Args:
-      what: the folder, for the message.
-      meta: of targets.json.
-      told: see `made_of`.
+      folder: the setting and its folder, for the message.
+      meta: content of targets.json.
+      expected: see `origin`.
+
+    Raises:
+      UserError: with the differences.
     """
-    kept, told = dict(meta["made_of"]), dict(json.loads(json.dumps(told)))
-    if _IMAGES not in kept:  # of an earlier version
-        told.pop(_IMAGES, None)
+    saved, expected = dict(meta["made_of"]), dict(json.loads(json.dumps(expected)))
+    if _IMAGES not in saved:  # written by an earlier version
+        expected.pop(_IMAGES, None)
     if all(
-        named.items() <= kept["outputs"].get(v, {}).items() for v, named in told["outputs"].items()
+        widths.items() <= saved["outputs"].get(view, {}).items()
+        for view, widths in expected["outputs"].items()
     ):
-        kept["outputs"] = told["outputs"]
+        saved["outputs"] = expected["outputs"]
     differing = [
-        f"{name}: {kept.get(name, '(absent)')!r} -> {told.get(name, '(absent)')!r}"
-        for name in sorted(kept.keys() | told.keys())
-        if kept.get(name) != told.get(name)
+        f"{name}: {saved.get(name, '(absent)')!r} -> {expected.get(name, '(absent)')!r}"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
     ]
     if differing:
         raise errors.UserError(
-            f"{what} was made of something else:\n  "
+            f"{folder} was created with other settings:\n  "
             + "\n  ".join(differing)
-            + "\nMake another with `disco-jax cache`, or give the old values."
+            + "\nCreate another cache with `disco-jax cache`, or restore the old values."
         )

@@ -1,4 +1,4 @@
-"""The model card beside an export: what it is, how to feed it, where it came from."""
+"""Model card of an exported network: architecture, preprocessing, accuracy, provenance."""
 
 import datetime
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from disco_jax.version import __version__
 def write(
     path: epath.Path, opened: Opened, exported: Mapping[str, Any], size: int, with_head: bool
 ) -> epath.Path:
-    """Writes `path` with `.md` behind it.
+    """Writes the model card to `path` + ".md".
 
     Args:
-      path: of the export.
+      path: the exported file.
       opened: the network.
-      exported: what `export.run` found out.
-      size: of the images that the errors were measured with, px.
-      with_head: whether the projection head is in it.
+      exported: the results of `export.run`.
+      size: side of the images for which the errors were measured, in px.
+      with_head: the export includes the projection head.
 
     Returns:
       The path of the card.
@@ -33,7 +33,7 @@ def write(
 
 def _lines(path, opened, exported, size, with_head) -> list[str]:
     count = models.parameters(opened.encoder)
-    how = opened.preprocessing
+    preprocessing = opened.preprocessing
     head = opened.config.student
     lines = [
         f"# {path.name}",
@@ -50,13 +50,16 @@ def _lines(path, opened, exported, size, with_head) -> list[str]:
         "",
         "## Preprocessing",
         "",
-        f"RGB; resize the shorter side to {how['resize']} px ({how['interpolation']}, antialiased);"
-        f" crop the central {how['crop']} x {how['crop']} px; scale to [0, 1]; subtract the mean",
-        f"{how['mean']} and divide by the standard deviation {how['std']}, by channel.",
+        f"RGB; resize the shorter side to {preprocessing['resize']} px "
+        f"({preprocessing['interpolation']}, antialiased); crop the central "
+        f"{preprocessing['crop']} x {preprocessing['crop']} px; scale to [0, 1]; subtract the mean",
+        f"{preprocessing['mean']} and divide by the standard deviation {preprocessing['std']}, by "
+        "channel.",
         "",
         "## Checked",
         "",
-        f"Largest difference from the network here over its largest value, on noise of {size} px:",
+        "Largest difference from the JAX network divided by its largest value, on noise images of "
+        f"{size} px:",
         "",
         *(f"- {runtime}: {error:.1e}" for runtime, error in exported["errors"].items()),
         "",

@@ -1,4 +1,4 @@
-"""Put several runs side by side: results, what their settings differ in, curves."""
+"""Compare several runs: results, differing settings, curves."""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from disco_jax.tasks.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax compare RUN RUN... [--output FILE]`."""
+    """Runs `disco-jax compare RUN RUN... [--output FILE]`."""
     parser = Parser("compare", __doc__)
     parser.add_argument("runs", nargs="+", help="run directories, two or more")
-    parser.add_argument("--output", default="compare.html", help="the page")
+    parser.add_argument("--output", default="compare.html", help="path of the page")
     values = parser.read(argv)
     if values is not None:
         run(values.runs, values.output)
@@ -23,27 +23,28 @@ def run(runs: Sequence[str], output: str = "compare.html") -> dict[str, Any]:
 
     Args:
       runs: run directories, two or more.
-      output: an .html file.
+      output: path of the .html file.
 
     Returns:
       See `build.compare`.
 
     Raises:
-      UserError: fewer than two runs, or a directory that is none.
+      UserError: fewer than two runs, or a directory is not a run.
     """
-    found = build.compare(runs, output)
-    print(_aligned([("run", *page.RESULTS), *found["results"]]))
+    comparison = build.compare(runs, output)
+    print(_aligned([("run", *page.RESULTS), *comparison["results"]]))
     fields = [
-        (f"config.{key}", *map(json.dumps, values)) for key, values in found["differences"].items()
+        (f"config.{key}", *map(json.dumps, values))
+        for key, values in comparison["differences"].items()
     ]
     print("\nSettings that differ:")
-    print(_aligned([("field", *found["runs"]), *fields]) if fields else "none")
+    print(_aligned([("field", *comparison["runs"]), *fields]) if fields else "none")
     print(f"\nPage: {output}")
-    return found
+    return comparison
 
 
 def _aligned(lines: Sequence[Sequence[Any]]) -> str:
-    """Columns of text; the last one is not padded."""
+    """Formats lines of cells as aligned columns; the last column is not padded."""
     cells = [[page.text(value) for value in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What students cost beside what they reach: parameters, multiply-adds, latency, accuracy."""
+"""Compare the cost of students with their accuracy: parameters, multiply-adds, latency, top-1."""
 
 import json
 import platform
@@ -11,34 +11,34 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, models
 from disco_jax.evaluate import cost, plots
 from disco_jax.models.encoder import Encoder
-from disco_jax.train import workdir as directory
+from disco_jax.run import workdir as directory
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Measures networks by name, and those of runs with their results.
+    """Measures the backbones in `config.students` and the students of `config.runs`.
 
-    Writes NAME.json and, where a run has a result, NAME.png to `workdir`, NAME being `config.name`.
+    Writes NAME.json to `workdir` and, if a run has a result, NAME.png. NAME is `config.name`.
 
     Args:
       config: see `configs/cost.py`.
-      workdir: a directory, of a run or not.
+      workdir: any directory.
 
     Returns:
       {"rows": [{"backbone", "method", "size", "parameters", "multiply_adds", "median_ms",
       "top1": percent or None}, ...], "machine"}.
 
     Raises:
-      UserError: an unknown network, a run that is none, or nothing to measure.
+      UserError: an unknown network, a directory that is not a run, or nothing to measure.
     """
-    todo = _named(config) + [_of_run(run, config.result) for run in config.runs]
-    if not todo:
+    networks = _backbones(config) + [_network_of(run, config.result) for run in config.runs]
+    if not networks:
         raise errors.UserError(
             'Nothing to measure: give --config.runs="(\'RUN\',)" or --config.students="'
             "('resnet18',)\"."
         )
     measured: dict[Any, dict[str, Any]] = {}
     rows = []
-    for row, encoder in todo:
+    for row, encoder in networks:
         key = (encoder.backbone, row["size"])
         if key not in measured:
             measured[key] = cost.of(encoder, row["size"], config.repeats)
@@ -48,24 +48,24 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     path = epath.Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     (path / f"{config.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    known = [row for row in rows if row["top1"] is not None]
-    if known:
-        plots.accuracy_of_size(known, path / f"{config.name}.png")
+    with_result = [row for row in rows if row["top1"] is not None]
+    if with_result:
+        plots.accuracy_of_size(with_result, path / f"{config.name}.png")
     print(_table(rows))
     return result
 
 
-def _named(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
-    made = []
+def _backbones(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
+    networks = []
     for name in config.students:
         if name not in models.BACKBONES:
             raise errors.unknown("config.students", name, models.BACKBONES)
         row = {"backbone": name, "method": "", "size": config.size, "top1": None}
-        made.append((row, models.backbone(name)))
-    return made
+        networks.append((row, models.backbone(name)))
+    return networks
 
 
-def _of_run(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
+def _network_of(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
     config = directory.read_config(run)
     file = epath.Path(run) / f"{result}.json"
     top1 = files.read_json(file)["top1"] if file.exists() else None
@@ -80,7 +80,7 @@ def _of_run(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """For people: millions as the papers count them, 2^20 parameters and 10^6 multiply-adds."""
+    """Formats the rows; as in the papers, M is 2^20 for parameters and 10^6 for multiply-adds."""
     lines = [f"{'network':24} {'method':14} {'px':>4} {'M param':>8} {'M mult-add':>11} "
              f"{'CPU ms':>8} {'top-1':>6}"]  # fmt: skip
     for row in rows:

@@ -1,4 +1,4 @@
-"""The quick start: teacher, baseline and DisCo on real digits, then a table and a figure."""
+"""Run the quick start: teacher, baseline and DisCo on real digits, with a table and a figure."""
 
 import json
 import statistics
@@ -13,8 +13,8 @@ from disco_jax import programs
 from disco_jax.data import digits, pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features
+from disco_jax.run import metrics
 from disco_jax.tasks import knn, linear, pretrain
-from disco_jax.train import metrics
 
 RUNS = ("teacher", "moco_v2", "disco")
 TITLES = {
@@ -27,23 +27,23 @@ Scores = dict[str, float]
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Runs everything; goes on where it was stopped if started again.
+    """Trains and scores all networks; a restart resumes where the demo stopped.
 
     Args:
       config: see `configs/demo.py`.
-      workdir: gets data/, seed_N/{teacher,moco_v2,disco}/, results.json and figure.png.
+      workdir: receives data/, seed_N/{teacher,moco_v2,disco}/, results.json and figure.png.
 
     Returns:
-      What results.json holds: for each of "teacher", "moco_v2", "disco" and "untrained"
+      The content of results.json: for each of "teacher", "moco_v2", "disco" and "untrained"
       {"linear_top1", "knn_top1"} in percent (means over the seeds, with "..._spread", the
-      standard deviation, if there are several), and what was run.
+      standard deviation, if there are several), and the seeds and seconds.
     """
     started = time.monotonic()
     path = epath.Path(workdir)
     data_dir = path / "data"
     digits.write(str(data_dir))
     programs.settle(path)
-    by_seed = {seed: _one_seed(config, seed, path, data_dir) for seed in config.seeds}
+    by_seed = {seed: _run_seed(config, seed, path, data_dir) for seed in config.seeds}
     results: dict[str, Any] = {name: _summary(by_seed, name) for name in TITLES}
     results["seeds"] = list(config.seeds)
     if len(by_seed) > 1:
@@ -59,28 +59,28 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return results
 
 
-def _one_seed(
+def _run_seed(
     config: ConfigDict, seed: int, path: epath.Path, data_dir: epath.Path
 ) -> dict[str, Scores]:
-    """Trains the three networks of a seed and scores them and an untrained student."""
+    """Trains the three networks with one seed; scores them and an untrained student."""
     folder = path / f"seed_{seed}"
     scores = {}
     for name in RUNS:
-        one = config[name].copy_and_resolve_references()
-        one.seed = seed
-        one.data.dir = str(data_dir)
+        run_config = config[name].copy_and_resolve_references()
+        run_config.seed = seed
+        run_config.data.dir = str(data_dir)
         if name == "disco":
-            one.teacher.weights = str(folder / "teacher")
+            run_config.teacher.weights = str(folder / "teacher")
         print(f"\n== {TITLES[name]}, seed {seed}", flush=True)
-        source = pipeline.open_source(one.data)
-        pretrain.run(one, str(folder / name), source)
+        source = pipeline.open_source(run_config.data)
+        pretrain.run(run_config, str(folder / name), source)
         scores[name] = _score(config, features.load(str(folder / name)), source)
-    scores["untrained"] = _score(config, features.untrained(one), source)
+    scores["untrained"] = _score(config, features.untrained(run_config), source)
     return scores
 
 
-def _score(config: ConfigDict, trained: features.Trained, source: Source) -> Scores:
-    """Linear and kNN top-1 on the held-out images, in percent."""
+def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -> Scores:
+    """Returns linear and kNN top-1 on the held-out images, in percent."""
     data, batch = trained.config.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)
     test = features.of_split(trained, source, data.eval_split, batch)
@@ -92,7 +92,7 @@ def _score(config: ConfigDict, trained: features.Trained, source: Source) -> Sco
 
 
 def _summary(by_seed: Mapping[int, Mapping[str, Scores]], name: str) -> Scores:
-    """Means over the seeds, and standard deviations where there are several."""
+    """Returns the means over the seeds, and the standard deviations if there are several."""
     out = {}
     for score in ("linear_top1", "knn_top1"):
         values = [scores[name][score] for scores in by_seed.values()]
@@ -120,7 +120,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> None:
-    """Loss curves of one seed beside the accuracies."""
+    """Plots the loss curves of one seed next to the accuracies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,38 +132,38 @@ def _draw(results: Mapping[str, Any], folder: epath.Path, file: epath.Path) -> N
         "disco": "#1b7837",
         "teacher": "#2166ac",
     }
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (losses, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in RUNS:
         lines, _ = metrics.read(folder / name / metrics.FILE)
-        left.plot(
+        losses.plot(
             [line["epoch"] for line in lines],
             [line["contrast/loss"] for line in lines],
             color=colours[name],
             label=TITLES[name],
         )
-    left.set(xlabel="epoch", ylabel="InfoNCE (nats)", title=f"Contrastive loss, {folder.name}")
-    left.legend(frameon=False)
+    losses.set(xlabel="epoch", ylabel="InfoNCE (nats)", title=f"Contrastive loss, {folder.name}")
+    losses.legend(frameon=False)
     for i, score in enumerate(("linear_top1", "knn_top1")):
         for j, name in enumerate(TITLES):
             value = results[name][score]
-            bar = right.bar(
+            bar = bars.bar(
                 i * 5 + j,
                 value,
                 color=colours[name],
                 yerr=results[name].get(f"{score}_spread"),
                 label=TITLES[name] if i == 0 else None,
             )
-            right.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
-    right.set(
+            bars.bar_label(bar, fmt="%.1f", padding=2, fontsize=8)
+    bars.set(
         xticks=(1.5, 6.5),
         xticklabels=("linear probe", "kNN"),
         ylim=(0, 128),
         yticks=range(0, 101, 20),
         ylabel="top-1 on held-out digits (%)",
-        title="What the features are worth",
+        title="Accuracy of the frozen features",
     )
-    right.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
-    for axes in (left, right):
+    bars.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
+    for axes in (losses, bars):
         axes.spines[["top", "right"]].set_visible(False)
     with file.open("wb") as target:
         figure.savefig(target, format="png", dpi=130)

@@ -1,4 +1,4 @@
-"""Distil a student from your images and a teacher, with the settings chosen for you."""
+"""Distil a student from your images and a teacher, with settings derived from both."""
 
 import glob
 import pathlib
@@ -16,25 +16,27 @@ from disco_jax.data.base import Source
 from disco_jax.tasks import pretrain
 from disco_jax.train import teacher as teachers
 
-# Fields of `config.data` that answer questions about the data, which opening them may ask.
+# Fields of `config.data` that may be required to open a data set.
 _OPENING = ("splits", "labels", "range")
-# Images smaller than this go through the small stem.
+# Images with smaller sides use the stem for small images.
 SMALL_PX = 64
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax distill --data D --teacher T --student S --workdir W [--config.x=y]`."""
+    """Runs `disco-jax distill --data D --teacher T --student S --workdir W [--config.x=y]`."""
     from disco_jax import main as entry
 
-    given = {name: _value(argv, name) or "" for name in ("data", "teacher", "student")}
+    inputs = {name: _value(argv, name) or "" for name in ("data", "teacher", "student")}
     wants_help = {"-h", "--help"} & set(argv)
-    missing = [f"--{name}" for name, value in given.items() if not value]
+    missing = [f"--{name}" for name, value in inputs.items() if not value]
     if missing and not wants_help:
         raise errors.UserError(f"{', '.join(missing)} missing. See disco-jax distill --help.")
-    # Before the first look at the devices, which `resolve` takes.
-    flags.prepare_jax(flags.meeting_of(argv), _value(argv, "workdir") or "")
+    # JAX must be set up before `resolve` counts the devices.
+    flags.prepare_jax(flags.parse_distributed(argv), _value(argv, "workdir") or "")
     opening = {name: value for name in _OPENING if (value := _value(argv, f"config.data.{name}"))}
-    config, source = (disco.get_config(), None) if wants_help else resolve(**given, opening=opening)
+    config, source = (
+        (disco.get_config(), None) if wants_help else resolve(**inputs, opening=opening)
+    )
     opened = config.data.copy_and_resolve_references()
     values = flags.parse(
         "distill", argv, help_line=entry.TASKS["distill"].help, config=config, extra=_define
@@ -49,9 +51,9 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
     Args:
       data: a folder of images or .tar archives, a pattern such as "photos/**/*.jpg", a list of
         files, a prepared TFDS data set's version folder, or an .npz file.
-      teacher: the directory of a pretraining run or of an import, or a checkpoint of PyTorch.
+      teacher: the directory of a pretraining run or an import, or a PyTorch checkpoint.
       student: a backbone, e.g. "resnet18".
-      workdir: where the run lives.
+      workdir: the run's directory.
       changes: config fields to change, with `__` for dots: total_epochs=100,
         objectives__distill__weight=1.0.
 
@@ -71,17 +73,18 @@ def run(*, data: str, teacher: str, student: str, workdir: str, **changes: Any) 
 def resolve(
     *, data: str, teacher: str, student: str, opening: Mapping[str, str] | None = None
 ) -> tuple[ConfigDict, Source]:
-    """The DisCo config for these images, this teacher and this student, and the images.
+    """Returns the DisCo config for some images, a teacher and a student, and the opened images.
 
-    The teacher decides the image size and normalisation; the number of images decides the batch
-    and the queue: at most 256 and 65,536, at most an eighth of the images and all of them.
+    Image size and normalisation come from the teacher. The batch has at most 256 images and at
+    most an eighth of the data set; the queue has at most 65,536 entries and at most as many as
+    there are images.
 
     Args:
       data, teacher, student: see `run`.
-      opening: fields of `config.data` without which the data may not open, see `_OPENING`.
+      opening: values of the `config.data` fields in `_OPENING`, if the data set needs them.
 
     Raises:
-      UserError: when the data or the teacher is not there or not understood.
+      UserError: the data or the teacher does not exist or has an unknown format.
     """
     if student not in models.BACKBONES:
         raise errors.unknown("--student", student, models.BACKBONES)
@@ -101,18 +104,18 @@ def _train(config: ConfigDict, workdir: str, source: Source | None) -> dict[str,
 
 
 def data_fields(data: str) -> dict[str, str]:
-    """Fields of `config.data` for a place with data.
+    """Returns the fields of `config.data` for a path.
 
-    A folder of pictures or .tar archives, a pattern, a list of files, a .tar archive, an .npz file
-    or a TFDS version folder.
+    The path is a folder of images or .tar archives, a pattern, a list of files, a .tar archive, an
+    .npz file or a TFDS version folder.
     """
     path = pathlib.Path(data).expanduser()
     if not path.exists() and glob.has_magic(data):
         return {"source": "folder", "name": "pictures", "dir": str(path)}
     if not path.exists():
         raise errors.UserError(
-            f"--data={data} does not exist. Give a folder of images or .tar archives, a pattern of "
-            "names, a list of files, a TFDS version folder (with dataset_info.json), or an .npz "
+            f"--data={data} does not exist. Give a folder of images or .tar archives, a file name "
+            "pattern, a list of files, a TFDS version folder (with dataset_info.json), or an .npz "
             "file."
         )
     if path.suffix == ".npz":
@@ -124,12 +127,12 @@ def data_fields(data: str) -> dict[str, str]:
 
 
 def _follow_teacher(config: ConfigDict, teacher: str) -> None:
-    """Takes the teacher's network, image size and normalisation."""
+    """Sets the teacher's network, image size and normalisation in `config`."""
     path = pathlib.Path(teacher).expanduser()
     if not path.exists():
         raise errors.UserError(
-            f"--teacher={teacher} does not exist. Give the directory of a pretraining run or of "
-            "an import, or a checkpoint of PyTorch (.pth, .pth.tar, .safetensors)."
+            f"--teacher={teacher} does not exist. Give the directory of a pretraining run or an "
+            "import, or a PyTorch checkpoint (.pth, .pth.tar, .safetensors)."
         )
     config.teacher.weights = str(path)
     if teachers.place(str(path)).is_file():
@@ -148,7 +151,7 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
 
 
 def _fit_data(config: ConfigDict, source: Source) -> None:
-    """A batch and a queue that suit the number of images; the split to evaluate on."""
+    """Sets the batch size, the queue size and the evaluation split from the data set."""
     held_out = [split for split in ("validation", "test") if split in source.splits]
     if held_out and config.data.eval_split not in source.splits:
         config.data.eval_split = held_out[0]
@@ -168,14 +171,14 @@ def _define(values: absl_flags.FlagValues) -> None:
             "a folder, pattern or list of images, a folder of .tar archives, a TFDS version "
             "folder, or an .npz file",
         ),
-        ("teacher", "the directory of a run or of an import, or a checkpoint of PyTorch"),
+        ("teacher", "the directory of a run or an import, or a PyTorch checkpoint"),
         ("student", "a backbone; see disco-jax list"),
     ):
         absl_flags.DEFINE_string(name, None, text, flag_values=values)
 
 
 def _value(argv: Sequence[str], name: str) -> str | None:
-    """The value of --name in `argv`, before the config that it decides is there."""
+    """Returns the value of --name in `argv`, or None; used before the config exists."""
     words = list(argv)
     for i, word in enumerate(words):
         if word.startswith(f"--{name}="):

@@ -1,4 +1,4 @@
-"""Write the features of a folder of images, with their file names, to .npz or .parquet."""
+"""Write the features of a folder of images, with their file names, to a .npz or .parquet file."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import errors, flags, models
+from disco_jax import errors, flags
 from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
@@ -25,12 +25,12 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax embed CHECKPOINT --images FOLDER --output FILE [--with-head] [--size PX]`."""
+    """Runs `disco-jax embed CHECKPOINT --images FOLDER --output FILE [--with-head] [--size PX]`."""
     parser = Parser("embed", __doc__)
     parser.add_network()
-    parser.add_argument("--images", required=True, help="a folder; its sub-folders are read too")
-    parser.add_argument("--output", required=True, help="a file in .npz or .parquet")
-    parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once")
+    parser.add_argument("--images", required=True, help="a folder, searched recursively")
+    parser.add_argument("--output", required=True, help="a .npz or .parquet file")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
     values = parser.read(argv)
     if values is not None:
         flags.prepare_jax()
@@ -47,59 +47,60 @@ def run(
     batch_size: int = 64,
     network: str = "student",
 ) -> dict[str, Any]:
-    """Encodes every picture below a folder, resized and cropped as evaluations do it.
+    """Encodes all images below a folder, resized and cropped as in evaluations.
 
     Args:
-      checkpoint: the directory of a run or of an import, or a PyTorch file.
-      images: the folder; pictures in it are those that end in one of `decode.suffixes`.
-      output: `.npz` with `files` (relative paths), `features` f32[N, F] and, with `with_head`,
-        `embedding` f32[N, D]; or `.parquet` with the same columns (needs pyarrow). Its text is
-        UTF-8: of names that are not, other bytes are written as in "caf\\xe9.jpg".
-      with_head: write the head's embedding as well.
-      size: of the images in px; 0: the run's.
-      batch_size: images encoded at once.
-      network: of a run: "student" or "momentum".
+      checkpoint: the directory of a run or an import, or a PyTorch file.
+      images: a folder; files whose names end in one of `decode.suffixes` are read.
+      output: a .npz file with `files` (relative paths), `features` f32[N, F] and, with `with_head`,
+        `embedding` f32[N, D]; or a .parquet file with the same columns (needs pyarrow). Parquet
+        text is UTF-8; bytes of other encodings are escaped, e.g. "caf\\xe9.jpg".
+      with_head: also write the head's embedding.
+      size: side of the images in px; 0 for the run's.
+      batch_size: images per batch.
+      network: network of a run, "student" or "momentum".
 
     Returns:
       {"output", "images", "unreadable": names}.
 
     Raises:
-      UserError: no picture there that can be read, or a setting that cannot be.
+      UserError: there is no readable image, or a setting is invalid.
     """
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
     skipped = skips.Skipped()
-    files = [folder / name for name in tree.pictures(str(folder), skipped)]
+    files = [folder / name for name in tree.list_images(str(folder), skipped)]
     for line in skipped.lines():
-        _LOG.info("%s: not used: %s", images, line)
+        _LOG.info("%s: skipped: %s", images, line)
     if not files:
         raise errors.UserError(
-            f"--images={images} has no pictures (names that end in {', '.join(decode.suffixes())})."
+            f"--images={images} has no images (file names ending in "
+            f"{', '.join(decode.suffixes())})."
         )
     opened = open_network(checkpoint, network)
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
-    found = features.extract(
-        models.by_shifts(opened.encoder, opened.config),
+    extracted = features.extract(
+        opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config)),
         opened.variables,
         crops,
         views.build(opened.config.augment, opened.config.views),
     )
-    if not len(found.features):
-        raise errors.UserError(f"None of the {len(files)} pictures in {images} can be read.")
+    if not len(extracted.features):
+        raise errors.UserError(f"None of the {len(files)} images in {images} can be read.")
     bad = set(unreadable)
     columns = {
         "files": np.array([str(f.relative_to(folder)) for f in files if str(f) not in bad]),
-        "features": found.features,
+        "features": extracted.features,
     }
     if with_head:
-        columns["embedding"] = found.embedding
+        columns["embedding"] = extracted.embedding
     _write(target, columns)
     for name in unreadable:
-        _LOG.warning("%s cannot be read and was left out.", skips.printable(name))
-    width = found.features.shape[1]
-    print(f"{target}: {width} features of {len(found.features)} images from {opened.backbone}.")
-    return {"output": str(target), "images": len(found.features), "unreadable": unreadable}
+        _LOG.warning("%s cannot be read and was skipped.", skips.printable(name))
+    width = extracted.features.shape[1]
+    print(f"{target}: {width} features of {len(extracted.features)} images from {opened.backbone}.")
+    return {"output": str(target), "images": len(extracted.features), "unreadable": unreadable}
 
 
 def _check(target: pathlib.Path, folder: pathlib.Path, batch_size: int, size: int) -> None:
@@ -120,7 +121,10 @@ def _check(target: pathlib.Path, folder: pathlib.Path, batch_size: int, size: in
 def _batches(
     opened: Opened, files: list[pathlib.Path], size: int, batch_size: int, unreadable: list[str]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Crops of the pictures, in order, padded to whole batches; names what cannot be read."""
+    """Yields full batches of crops in file order, the last one padded.
+
+    Appends the names of unreadable images to `unreadable`.
+    """
     config = opened.config
     side = size or config.augment.size
     resize = config.data.eval_resize and round(config.data.eval_resize * side / config.augment.size)
@@ -152,7 +156,7 @@ def _batches(
 
 
 def _write(target: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
-    """Writes all or nothing."""
+    """Writes the file atomically."""
     with whole(target) as path, path.open("wb") as file:
         if target.suffix == ".npz":
             write_arrays(file, columns)

@@ -1,4 +1,4 @@
-"""Test a run's features with a few labelled images of every class."""
+"""Evaluate a run's features with a few labelled images per class."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import chosen
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
 from disco_jax.report import build
 
@@ -19,25 +19,25 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Args:
       config: see `configs/fewshot.py`; NAME is its `name`.
       workdir: a pretraining run's directory.
-      source: images; None opens the run's own data, or what `config.data` names.
+      source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
       {"shots": {"5": {"top1": mean over the seeds in percent, "top1_spread": their standard
       deviation, "by_seed"}, ...}, "step", "images"}.
 
     Raises:
-      UserError: a setting, the run or the data will not do; too few images of a class.
+      UserError: a setting, the run or the data is invalid, or a class has too few images.
     """
     if not config.shots or min(config.shots) < 1 or not config.seeds:
         raise errors.UserError(
-            f"config.shots={config.shots} and config.seeds={config.seeds}: give one of each at "
-            "least, and 1 image a class or more."
+            f"config.shots={config.shots} and config.seeds={config.seeds}: give at least one of "
+            "each, and shots of 1 or more."
         )
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
     data = trained.config.data
-    labels = chosen.labels(source, data.train_split)
+    labels = read_labels(source, data.train_split)
     if (labels < 0).any():
         raise features.unlabelled(source, data.train_split)
     drawn = {
@@ -46,13 +46,13 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     }
     rows = np.unique(np.concatenate([row for seeds in drawn.values() for row in seeds]))
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    few = chosen.ChosenSource(source, data.train_split, rows, **hosts)
+    few = SubsetSource(source, data.train_split, rows, **hosts)
     train = _extract(config, trained, few, data.train_split)
     test = _extract(config, trained, source, data.eval_split)
     if len(train.labels) != len(rows):
         raise errors.UserError(
-            f"{len(rows) - len(train.labels)} of the images that were drawn cannot be read. Remove "
-            "them from the data set (`disco-jax data` names them), or take other config.seeds."
+            f"{len(rows) - len(train.labels)} of the sampled images cannot be read. Remove them "
+            "from the data set (`disco-jax data` lists them), or change config.seeds."
         )
     target.match(source, train.labels, test.labels)
     shots = {
@@ -68,16 +68,16 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     }
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:
-        for count, found in shots.items():
+        for count, row in shots.items():
             print(
-                f"{count} images a class: top-1 {found['top1']:.2f} +- {found['top1_spread']:.2f} %"
+                f"{count} images per class: top-1 {row['top1']:.2f} +- {row['top1_spread']:.2f} %"
             )
     build.refresh(config.report, workdir)
     return result
 
 
 def _extract(
-    config: ConfigDict, trained: features.Trained, source: Source, split: str
+    config: ConfigDict, trained: features.TrainedModel, source: Source, split: str
 ) -> features.Features:
     return features.of_split(
         trained, source, split, config.batch_size, (config.output,), config.blocks
@@ -90,10 +90,10 @@ def _shots(
     test: features.Features,
     drawn: list[np.ndarray],
 ) -> dict[str, Any]:
-    """The results of one number of images a class, one for each choice of rows."""
+    """Returns mean, standard deviation and list of the top-1 over samples of training rows."""
     rows, tested = getattr(train, config.output), getattr(test, config.output)
-    classes, found = int(train.labels.max()) + 1, []
-    for mine in drawn:
-        kernel, bias = ridge.fit(rows[mine], train.labels[mine], classes)
-        found.append(scores.top_k(tested @ kernel + bias, test.labels, 1))
-    return {"top1": float(np.mean(found)), "top1_spread": float(np.std(found)), "by_seed": found}
+    classes, top1 = int(train.labels.max()) + 1, []
+    for sample in drawn:
+        kernel, bias = ridge.fit(rows[sample], train.labels[sample], classes)
+        top1.append(scores.top_k(tested @ kernel + bias, test.labels, 1))
+    return {"top1": float(np.mean(top1)), "top1_spread": float(np.std(top1)), "by_seed": top1}

@@ -1,4 +1,4 @@
-"""Train several students side by side: one look at the images and one teacher for all of them."""
+"""Train several students in one step: they share the images and the teacher's forward passes."""
 
 import contextlib
 import functools
@@ -17,14 +17,15 @@ from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method
 from disco_jax.nested import flatten
 from disco_jax.report import build
+from disco_jax.run import checkpoint, unreadable
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Logger
+from disco_jax.run.workdir import claim
 from disco_jax.tasks import pretrain
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, joint, loop, state, step, unreadable
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import claim
+from disco_jax.train import health, joint, loop, state, step
 
-# What students that train together may each have of their own.
+# Config fields that may differ between students of one joint training.
 OWN = (
     "name",
     "student.",
@@ -37,35 +38,35 @@ OWN = (
 
 
 def key(config: ConfigDict, method: Method) -> str:
-    """Runs with the same key can train together.
+    """Returns a key that is equal for runs that can train together.
 
     Args:
-      config: of a pretraining run, resolved.
-      method: what `methods.build` made of it.
+      config: a resolved pretraining config.
+      method: the method built from `config`.
     """
-    told: dict[str, Any] = {"config": _shared(config)}
+    parts: dict[str, Any] = {"config": _shared(config)}
     network, views = method.networks.get("teacher"), method.plan.get("teacher", ())
     if network is not None:
-        told["teacher"] = repr(network)
-        # What a view comes out as depends on others that share its batch statistics, and on how it
-        # was mixed.
+        parts["teacher"] = repr(network)
+        # The teacher's output for a view depends on the views that share its batch statistics, and
+        # on how the view was mixed.
         if network.grouped and network.norm != "running":
-            told["views"] = views
+            parts["views"] = views
         if any(view in o.makes for o in method.objectives.values() for view in views):
-            told["mixed"] = [repr(o) for o in method.objectives.values() if o.makes]
-    return json.dumps(told, sort_keys=True, default=str)
+            parts["mixed"] = [repr(o) for o in method.objectives.values() if o.makes]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def groups(keys: Mapping[str, str], most: int) -> list[list[str]]:
-    """Names of runs that can train together, at most so many in one step, in their order.
+    """Groups runs with equal keys, in their order.
 
     Args:
       keys: name -> `key` of a run.
-      most: 1 or more.
+      most: largest number of runs in a group, 1 or more.
     """
     by_key: dict[str, list[str]] = {}
-    for name, one in keys.items():
-        by_key.setdefault(one, []).append(name)
+    for name, run_key in keys.items():
+        by_key.setdefault(run_key, []).append(name)
     return [names[i : i + most] for names in by_key.values() for i in range(0, len(names), most)]
 
 
@@ -79,52 +80,52 @@ def run(
     workdirs: Mapping[str, str],
     source: Source | None = None,
 ) -> dict[str, Any]:
-    """Trains several configs to their last step; each run's directory is as if it ran alone.
+    """Trains several configs to their last step; the directories are as if each run was alone.
 
     Args:
-      configs: name -> config of a pretraining run; they differ in the fields of `OWN` alone.
-      workdirs: name -> the run's directory; they hold checkpoints of the same steps, or none.
+      configs: name -> config of a pretraining run; they may differ only in the fields of `OWN`.
+      workdirs: name -> the run's directory; all have checkpoints of the same steps, or none.
       source: images; None opens `config.data`.
 
     Returns:
       {"step", "seconds"}.
 
     Raises:
-      UserError: a setting will not do, or the runs cannot share images and teacher.
-      joint.Diverged: some of the runs are not finite; the others can go on without them.
+      UserError: a setting is invalid, or the runs cannot share images and teacher.
+      joint.Diverged: some runs have non-finite losses; the others can continue without them.
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
-    prepared = _prepared(configs, source)
-    ready = {name: starting(one, workdirs[name]) for name, one in prepared.items()}
+    prepared = _prepare_all(configs, source)
+    ready = {name: starting(run, workdirs[name]) for name, run in prepared.items()}
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
     pretrain.warn_if_dark(ready[first])
-    with contextlib.ExitStack() as held:
-        for name, one in ready.items():
-            held.enter_context(claim(str(paths[name]), one.config, (), pretrain.images_of(one)))
+    with contextlib.ExitStack() as stack:
+        for name, run in ready.items():
+            stack.enter_context(claim(str(paths[name]), run.config, (), pretrain.images_of(run)))
         others = [str(path) for name, path in paths.items() if name != first]
-        goodput = held.enter_context(
+        goodput = stack.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))
         )
         unreadable.keep(ready[first].source, paths[first])
-        checkpoints = held.enter_context(
+        checkpoints = stack.enter_context(
             contextlib.closing(joint.JointCheckpoints(_checkpoints(ready, paths)))
         )
         begin, position = pretrain.resume(
-            checkpoints, {name: pretrain.fresh(one) for name, one in ready.items()}
+            checkpoints, {name: pretrain.fresh(run) for name, run in ready.items()}
         )
-        for name, one in ready.items():
-            pretrain.describe(one, begin[name])
+        for name, run in ready.items():
+            pretrain.describe(run, begin[name])
         if _step(begin) < ready[first].total:
             _train(ready, paths, checkpoints, begin, position, goodput)
-    for name, one in ready.items():
-        build.refresh(one.config.log.report, str(paths[name]))
+    for name, run in ready.items():
+        build.refresh(run.config.log.report, str(paths[name]))
     return {"step": ready[first].total, "seconds": time.monotonic() - started}
 
 
-def _prepared(configs: Mapping[str, ConfigDict], source: Source | None) -> dict[str, Prepared]:
-    """All runs, checked; they share the images and the teacher's weights."""
+def _prepare_all(configs: Mapping[str, ConfigDict], source: Source | None) -> dict[str, Prepared]:
+    """Prepares and checks all runs; they share the images and the teacher's weights."""
     source = source or pipeline.open_source(next(iter(configs.values())).data)
     ready: dict[str, Prepared] = {}
     loaded = None
@@ -136,26 +137,26 @@ def _prepared(configs: Mapping[str, ConfigDict], source: Source | None) -> dict[
 
 
 def check(ready: Mapping[str, Prepared]) -> None:
-    """Refuses runs that cannot train together.
+    """Checks that runs can train together.
 
     Raises:
-      UserError: with the settings in which they differ.
+      UserError: with the settings that differ.
     """
-    (first, expected), *rest = ((name, _shared(one.config)) for name, one in ready.items())
+    (first, expected), *rest = ((name, _shared(run.config)) for name, run in ready.items())
     for name, fields in rest:
         differing = sorted(k for k in expected if fields.get(k) != expected[k])
         if differing:
             raise errors.UserError(
                 f"{first} and {name} cannot train together: they differ in config."
                 + ", config.".join(differing)
-                + ". What may differ: "
-                + ", ".join(f"config.{own}" for own in OWN)
+                + ". Only these may differ: "
+                + ", ".join(f"config.{field}" for field in OWN)
                 + "."
             )
-    if len({key(one.config, one.method) for one in ready.values()}) > 1:
+    if len({key(run.config, run.method) for run in ready.values()}) > 1:
         raise errors.UserError(
-            f"{', '.join(ready)} cannot train together: their objectives want other views or "
-            "outputs of the teacher, or none."
+            f"{', '.join(ready)} cannot train together: their objectives read different views or "
+            "outputs of the teacher."
         )
 
 
@@ -167,32 +168,32 @@ def _train(
     position: Any,
     goodput: Goodput,
 ) -> None:
-    """The loop, from `begin` to the last step."""
+    """Runs the training loop from `begin` to the last step."""
     first = next(iter(ready.values()))
     start = _step(begin)
-    learners = {name: one.built.learner for name, one in ready.items()}
-    made = step.make_joint_step(learners, first.recipe, first.config.seed, first.period)
+    learners = {name: run.built.learner for name, run in ready.items()}
+    joint_step = step.make_joint_step(learners, first.recipe, first.config.seed, first.period)
     loggers = {
         name: Logger(
-            str(paths[name]), tensorboard=pretrain.tensorboard(one.config, paths[name]), step=start
+            str(paths[name]), tensorboard=pretrain.tensorboard(run.config, paths[name]), step=start
         )
-        for name, one in ready.items()
+        for name, run in ready.items()
     }
     with (
         contextlib.closing(joint.JointLogger(loggers)) as logger,
         pretrain.batches_of(first, position) as batches,
     ):
-        for name, one in ready.items():
-            pretrain.show_views(one.config, one.source, paths[name], loggers[name], start)
+        for name, run in ready.items():
+            pretrain.show_views(run.config, run.source, paths[name], loggers[name], start)
         loop.run(
-            step.parallel(made),
-            state.everywhere(dict(begin)),
-            state.everywhere(first.frozen),
+            step.parallel(joint_step),
+            state.replicate(dict(begin)),
+            state.replicate(first.frozen),
             batches,
             pretrain.schedule(first, start, paths[next(iter(ready))]),
             logger,
             checkpoints,
-            joint.watching({name: _watch(one) for name, one in ready.items()}),
+            joint.watching({name: _watch(run) for name, run in ready.items()}),
             goodput,
             _evaluation(ready),
             joint.summarise,
@@ -210,28 +211,28 @@ def _checkpoints(
 ) -> dict[str, checkpoint.Checkpoints]:
     return {
         name: checkpoint.Checkpoints(
-            str(paths[name]), one.config.checkpoint.keep, one.config.checkpoint.best_metric
+            str(paths[name]), run.config.checkpoint.keep, run.config.checkpoint.best_metric
         )
-        for name, one in ready.items()
+        for name, run in ready.items()
     }
 
 
 def _evaluation(ready: Mapping[str, Prepared]) -> Callable[[int, Any], dict[str, float]]:
-    """What the loop calls now and then: kNN of every student."""
+    """Returns the loop's evaluation function: kNN accuracy of every student."""
     first = next(iter(ready.values()))
-    drawn = functools.cache(lambda: monitor.sample(first.config, first.source))
-    looks = {
-        name: monitor.knn_of(one.config, one.method.networks["student"].encoder, one.source, drawn)
-        for name, one in ready.items()
+    sample = functools.cache(lambda: monitor.sample(first.config, first.source))
+    eval_fns = {
+        name: monitor.knn_of(run.config, run.method.networks["student"].encoder, run.source, sample)
+        for name, run in ready.items()
     }
 
-    def look(step: int, states: Mapping[str, state.TrainState]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, one in looks.items():
-            found |= joint.named(name, one(step, states[name]))
-        return found
+    def evaluate(step: int, states: Mapping[str, state.TrainState]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, eval_fn in eval_fns.items():
+            metrics |= joint.named(name, eval_fn(step, states[name]))
+        return metrics
 
-    return look
+    return evaluate
 
 
 def _step(states: Mapping[str, state.TrainState]) -> int:

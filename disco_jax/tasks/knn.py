@@ -1,4 +1,4 @@
-"""Classify held-out images by their nearest neighbours in a run's feature space."""
+"""Classify held-out images by nearest neighbours in a run's feature space."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Args:
       config: see `configs/knn.py`; NAME is its `name`.
       workdir: a pretraining run's directory.
-      source: images; None opens the run's own data, or what `config.data` names.
+      source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
       {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
     """
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     result = {"step": trained.step, **evaluate(config, trained, source)}
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:
-        how = f"{config.vote}, k = {config.k}, {config.output}"
-        print(f"kNN ({how}): {scores.line(result)}")
+        settings = f"{config.vote}, k = {config.k}, {config.output}"
+        print(f"kNN ({settings}): {scores.line(result)}")
     build.refresh(config.report, workdir)
     return result
 
 
 def evaluate(
-    config: ConfigDict, trained: features.Trained, source: Source | None = None
+    config: ConfigDict, trained: features.TrainedModel, source: Source | None = None
 ) -> dict[str, Any]:
-    """`run` on a network at hand, without writing anything."""
+    """Evaluates a loaded network like `run`, without writing files."""
     features.check_outputs(trained, (config.output,), config.blocks)
     if config.vote not in knn.VOTES:
         raise errors.unknown("config.vote", config.vote, knn.VOTES)
@@ -54,7 +54,7 @@ def evaluate(
 def accuracy(
     config: ConfigDict, train: features.Features, test: features.Features
 ) -> dict[str, Any]:
-    """`scores.summary` of extracted features."""
+    """Classifies extracted features and returns their `scores.summary`."""
     similarities, rows = knn.neighbours(
         getattr(train, config.output), getattr(test, config.output), config.k
     )

@@ -1,6 +1,6 @@
-"""Train a classifier on a run, of frozen features or with all layers, and test it.
+"""Train and test a classifier on a run: on frozen features, or with all layers.
 
-`linear`, `semi`, `transfer` and `finetune` are this one task with other settings.
+The commands `linear`, `semi`, `transfer` and `finetune` are this task with different configs.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, grid, linear, saved, scores, streamed, target
+from disco_jax.evaluate import features, grid, linear, online, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Features, Trained
+from disco_jax.evaluate.features import Features, TrainedModel
 from disco_jax.report import build
 
 AUGMENT = ("linear", "flip", "none")
@@ -24,38 +24,38 @@ AUGMENT = ("linear", "flip", "none")
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
     """Probes or fine-tunes the newest checkpoint of the run in `workdir`.
 
-    Writes NAME.json and NAME.npz (kernel, bias, confusion) there, NAME being `config.name`; a
-    training that reads images keeps metrics and checkpoints in NAME/ and goes on from them.
+    Writes NAME.json and NAME.npz (kernel, bias, confusion) there. NAME is `config.name`. A training
+    that reads images saves metrics and checkpoints in NAME/ and resumes from them.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       workdir: a pretraining run's directory.
-      source: images; None opens the run's own data, or what `config.data` names.
+      source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
       {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
 
     Raises:
-      UserError: a setting, the run or the data will not do; nothing was trained.
+      UserError: a setting, the run or the data is invalid; nothing was trained.
     """
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     _check(config, trained)
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
     source = target.few_labels(source, trained.config.data.train_split, config.labelled)
     if _reads_images(config):
-        layer, result, found = _streamed(config, trained, source, workdir, teacher)
+        layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
         train = _extract(config, trained, source, trained.config.data.train_split)
         test = _extract(config, trained, source, trained.config.data.eval_split)[0]
         target.match(source, train[0].labels, test.labels)
         layer, result = probe(config, train, test, source.num_classes)
-        found = layer.scores(getattr(test, config.output)), test.labels
+        outputs = layer.scores(getattr(test, config.output)), test.labels
     result = {"step": trained.step, "name": config.name, "data": source.name, **result}
     result |= {field: config[field] for field in saved.READING}
     saved.write(
-        workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*found)
+        workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )
     if jax.process_index() == 0:
         print(f"{_TITLES[config.layers]}: {scores.line(result)} of {source.name}")
@@ -72,74 +72,76 @@ def probe(
     test: Features,
     num_classes: int | None = None,
 ) -> tuple[Classifier, dict[str, Any]]:
-    """The trained layer and its results, on features at hand.
+    """Trains a linear classifier on extracted features and returns it with its results.
 
     Args:
-      config: see `common.classification`.
-      train: of the training images, or also of their mirror images.
-      test: of the test images.
-      num_classes: C; None: as the labels have them.
+      config: see `probes.classification`.
+      train: features of the training images, or a list that adds those of their mirror images.
+      test: features of the test images.
+      num_classes: number of classes; None for one more than the largest label.
     """
     variants = [train] if isinstance(train, Features) else train
-    rows = [getattr(found, config.output) for found in variants]
-    labels, tested = variants[0].labels, getattr(test, config.output)
+    rows = [getattr(variant, config.output) for variant in variants]
+    labels, test_rows = variants[0].labels, getattr(test, config.output)
     classes = num_classes or int(max(labels.max(), test.labels.max())) + 1
     if config.grid.rates:
         layer, result = grid.train(config, rows[0], labels, classes)
     else:
-        looks = (tested, test.labels) if config.evaluate_every_epochs else None
-        layer, result = linear.train(config, rows, labels, classes, test=looks)
-    summary = scores.summary(layer.scores(tested), test.labels)
+        eval_set = (test_rows, test.labels) if config.evaluate_every_epochs else None
+        layer, result = linear.train(config, rows, labels, classes, test=eval_set)
+    summary = scores.summary(layer.scores(test_rows), test.labels)
     train_top1 = scores.top_k(layer.scores(rows[0]), labels, 1)
     return layer, {**summary, **result, "train_top1": train_top1}
 
 
 def _reads_images(config: ConfigDict) -> bool:
-    """Whether features change from epoch to epoch, so that they cannot be extracted once."""
+    """Returns True if features change between epochs, so that they cannot be extracted once."""
     return config.augment == "linear" or config.layers == "all" or bool(config.distill.weight)
 
 
-def _check(config: ConfigDict, trained: Trained) -> None:
-    """Refuses settings that do not go together, before anything is read."""
+def _check(config: ConfigDict, trained: TrainedModel) -> None:
+    """Checks that the settings are compatible, before any data are read."""
     if config.augment not in AUGMENT:
         raise errors.unknown("config.augment", config.augment, AUGMENT)
     if _reads_images(config) and config.augment != "linear":
         raise errors.UserError(
-            f"config.augment={config.augment!r} extracts features once, which fine-tuning and "
-            "distillation cannot use: set --config.augment=linear."
+            f"config.augment={config.augment!r} extracts features once, but fine-tuning and "
+            "distillation need new features in every epoch: set --config.augment=linear."
         )
     if config.grid.rates and (
         config.augment == "flip" or config.layers == "all" or config.distill.weight
     ):
         raise errors.UserError(
-            "config.grid trains layers on frozen features by labels alone: set augment to none or "
-            "linear, layers to classifier and distill.weight to 0."
+            "config.grid trains classifiers on frozen features with labels only: set augment to "
+            "none or linear, layers to classifier and distill.weight to 0."
         )
     backbone = trained.config.student.backbone
     if config.student not in ("", backbone):
         raise errors.UserError(
-            f"The settings are for config.student={config.student!r}, but the run's network is "
-            f"{backbone!r}: give student={backbone} behind the recipe's colon."
+            f"The settings are for config.student={config.student!r}, but the run's backbone is "
+            f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
         )
-    streamed.check(config, trained)
+    online.check(config, trained)
 
 
 def _check_data(
-    config: ConfigDict, trained: Trained, source: Source, teacher: streamed.Teacher | None
+    config: ConfigDict, trained: TrainedModel, source: Source, teacher: online.Teacher | None
 ) -> None:
     data = trained.config.data
     if _reads_images(config):
         target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
     if teacher is not None and len(teacher.classifier.bias) != source.num_classes:
         raise errors.UserError(
-            f"config.distill.teacher={config.distill.teacher!r} tells "
-            f"{len(teacher.classifier.bias)} classes apart, {source.name} has "
-            f"{source.num_classes}: take a teacher that was trained on this data set."
+            f"config.distill.teacher={config.distill.teacher!r} has "
+            f"{len(teacher.classifier.bias)} classes, {source.name} has "
+            f"{source.num_classes}: give a teacher that was trained on this data set."
         )
 
 
-def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -> list[Features]:
-    """Features of a split; of the training split with `augment="flip"` also those mirrored."""
+def _extract(
+    config: ConfigDict, trained: TrainedModel, source: Source, split: str
+) -> list[Features]:
+    """Extracts the features of a split, and of mirrored training images if augment="flip"."""
     both = config.augment == "flip" and split == trained.config.data.train_split
     return [
         features.of_split(
@@ -155,36 +157,39 @@ def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -
     ]
 
 
-def _streamed(
+def _online(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     workdir: str,
-    teacher: streamed.Teacher | None,
+    teacher: online.Teacher | None,
 ) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Trains on images; returns the classifier, its results, and test scores with labels."""
     data = trained.config.data
-    how = streamed.plan(config, trained, source)
-    best = linear.Best(how.steps_per_epoch)
+    plan = online.plan(config, trained, source)
+    best = linear.Best(plan.steps_per_epoch)
     folder = epath.Path(workdir) / config.name
 
-    def tested(network: Trained, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
-        found = _extract(config, network, source, data.eval_split)[0]
-        return layer.scores(getattr(found, config.output)), found.labels
+    def test(network: TrainedModel, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
+        extracted = _extract(config, network, source, data.eval_split)[0]
+        return layer.scores(getattr(extracted, config.output)), extracted.labels
 
-    def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
-        return best(step, *tested(network, layer))
+    def evaluate(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
+        return best(step, *test(network, layer))
 
-    looks = dict(look=look, look_steps=config.evaluate_every_epochs * how.steps_per_epoch)
+    evaluation = dict(
+        eval_fn=evaluate, eval_every_steps=config.evaluate_every_epochs * plan.steps_per_epoch
+    )
     network = trained
     search: dict[str, Any] = {}
     if config.grid.rates:
-        layer, search = grid.train_streamed(config, trained, source, str(folder), **looks)
+        layer, search = grid.train_online(config, trained, source, str(folder), **evaluation)
     else:
-        network, layer = streamed.train(
-            config, trained, source, str(folder), teacher=teacher, **looks
+        network, layer = online.train(
+            config, trained, source, str(folder), teacher=teacher, **evaluation
         )
-    found = tested(network, layer)
+    outputs = test(network, layer)
     for line in saved.metrics(str(folder)):
         if "test/top1" in line:
             best.note(line["step"], line["test/top1"])
-    return layer, {**scores.summary(*found), **search, **best.result}, found
+    return layer, {**scores.summary(*outputs), **search, **best.result}, outputs

@@ -1,23 +1,23 @@
-"""Print the recipes, networks, objectives and data sets there are."""
+"""List the recipes, networks, objectives and data sets."""
 
 import ast
 from collections.abc import Sequence
 from typing import Any
 
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs import data
 from disco_jax.tasks import settings
 from disco_jax.tasks.arguments import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax list [--sizes | --settings]`."""
+    """Runs `disco-jax list [--sizes | --settings]`."""
     parser = Parser("list", __doc__)
     parser.add_argument(
-        "--sizes", action="store_true", help="count the parameters of every network: 20 seconds"
+        "--sizes", action="store_true", help="count the parameters of all networks (20 seconds)"
     )
     parser.add_argument(
-        "--settings", action="store_true", help="every field of the configs instead, as Markdown"
+        "--settings", action="store_true", help="print all config fields as Markdown instead"
     )
     values = parser.read(argv)
     if values is not None and values.settings:
@@ -27,19 +27,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(sizes: bool = False) -> dict[str, dict[str, str]]:
-    """Prints and returns {"recipes", "methods", "networks", ...}: name -> what it is.
+    """Prints and returns {"recipes", "methods", "networks", ...}, each a name -> description.
 
     Args:
-      sizes: count the parameters of every network, without its head, in M = 2^20 as the papers.
+      sizes: count the parameters of all networks, without heads, in M = 2^20 as in the papers.
     """
     from disco_jax import methods, models
 
-    found = {
+    tables = {
         "recipes": {
             f"configs/{name}.py": _first_line(ast.get_docstring(ast.parse(path.read_text())))
             for name, path in flags.recipes().items()
         },
-        "methods (crops of an image; forward passes a step; what is remembered on a device)": {
+        "methods (crops per image; forward passes per step; memory of objectives per device)": {
             f"configs/{name}.py": text for name in flags.recipes() if (text := _needs(name))
         },
         "objectives": {
@@ -51,31 +51,29 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
             for name, (cls, fields) in models.BACKBONES.items()
         },
         "heads": {name: _head(name) for name in models.HEADS},
-        "data sets with settings of their own (any other TFDS name works too)": {
+        "data sets with built-in settings (any other TFDS name works too)": {
             name: f"{fields['size']} px, evaluated on {fields['eval_split']!r}"
-            for name, fields in common.DATA.items()
+            for name, fields in data.DATA.items()
         },
     }
-    for title, rows in found.items():
+    for title, rows in tables.items():
         width = max(map(len, rows))
         print(f"{title}:")
         for name, text in rows.items():
             print(f"  {name:{width}}  {text}".rstrip())
-    return found
+    return tables
 
 
 def _needs(recipe: str) -> str:
-    """The views, networks and memory of a pretraining recipe as it ships; "" for the others."""
-    from disco_jax import methods
+    """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
+    from disco_jax import methods, models
     from disco_jax.train import teacher
 
     config = flags.load(recipe)
     if "objectives" not in config:
         return ""
-    config.bags.file = config.bags.file or "bags.npz"  # made before a run that needs it
-    # "auto" would look for accelerators.
-    config.dtype, config.fast.exchange = "float32", "gather"
-    config.fast.update(columns="off", statistics="off", shifts="off")
+    config.bags.file = config.bags.file or "bags.npz"  # not read here
+    models.resolve_config(config, "cpu")  # "auto" would initialize accelerators
     config = teacher.resolve(config)
     method = methods.build(config, config.views, config.local.count)
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
@@ -101,7 +99,7 @@ def _head(name: str) -> str:
 
 
 def _fields(cls: type, fields: dict[str, Any]) -> str:
-    """The options of a variant that fit on a line."""
+    """Formats the scalar options and block counts of a variant."""
     shown = [f"{k}={v}" for k, v in fields.items() if isinstance(v, int | float | str)]
     shown += [f"blocks={fields[k]}" for k in ("stage_sizes", "repeats") if k in fields]
     return f"{cls.__name__}: {', '.join(shown)}"

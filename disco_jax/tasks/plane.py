@@ -1,4 +1,4 @@
-"""Follow a run through the information plane while it is fine-tuned (DisCo, figure 7)."""
+"""Trace a run in the information plane while it is fine-tuned (DisCo, figure 7)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,42 +10,42 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, files
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
+from disco_jax.evaluate import features, information, linear, online, plots, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.report import build
 
-_NUMBERS = ("input_bits", "label_bits", "top1", "most_bits")
-_LEAST = {"points": 2, "bins": 2, "images": 0}
+_METRICS = ("input_bits", "label_bits", "top1", "most_bits")
+_MINIMA = {"points": 2, "bins": 2, "images": 0}
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
-    """Fine-tunes the run in `workdir` and notes I(X;T) and I(T;Y) of its outputs on the way.
+    """Fine-tunes the run in `workdir` and records I(X;T) and I(T;Y) of its outputs.
 
-    Writes NAME.json and NAME.png there; the fine-tuning is kept in NAME/, NAME being `config.name`.
+    Writes NAME.json and NAME.png there, and the fine-tuning to NAME/. NAME is `config.name`.
 
     Args:
       config: see `configs/plane.py`.
       workdir: a pretraining run's directory.
-      source: images; None opens the run's own data, or what `config.data` names.
+      source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
       {"path": [{"step", "epoch", "input_bits": I(X;T), "label_bits": I(T;Y), "top1", "most_bits":
-      what I(X;T) cannot exceed with so many images}, ...], "transition": the place in the path
-      where I(X;T) begins to fall, "top1", ...}.
+      the maximum of I(X;T) for this number of images}, ...], "transition": index in the path at
+      which I(X;T) begins to fall, "top1", ...}.
 
     Raises:
-      UserError: a setting, the run, the data, or a run of `config.beside` will not do.
+      UserError: a setting, the run, the data, or a run of `config.plane.beside` is invalid.
     """
     _check(config.plane)
-    beside = {label: _path_of(label, config.name) for label in config.plane.beside}
-    trained = target.aimed(features.load(workdir, config.network), config.data)
-    streamed.check(config, trained)
+    beside = {label: _read_path(label, config.name) for label in config.plane.beside}
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    online.check(config, trained)
     trained, source = target.opened(trained, source)
     data = trained.config.data
     target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
-    how = linear.plan(config, source.count(data.train_split), jax.process_count())
-    path = _follow(config, trained, source, workdir, how)
+    plan = linear.plan(config, source.count(data.train_split), jax.process_count())
+    path = _trace(config, trained, source, workdir, plan)
     transition = information.turning_point(np.array([point["input_bits"] for point in path]))
     result = {
         "step": trained.step,
@@ -66,23 +66,24 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         )
         if path[transition]["input_bits"] > last["most_bits"] - 1:
             print(
-                f"I(X;T) comes close to the {last['most_bits']:.2f} bits that so few images allow: "
-                "most outputs are alone in their bin. Look at more (config.plane.split, .images)."
+                f"I(X;T) is close to its maximum of {last['most_bits']:.2f} bits for this number "
+                "of images: most outputs are alone in their bin. Use more images "
+                "(config.plane.split, .images)."
             )
     build.refresh(config.report, workdir)
     return result
 
 
-def _follow(
-    config: ConfigDict, trained: Trained, source: Source, workdir: str, how: linear.Plan
+def _trace(
+    config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
-    """The points of a fine-tuning, those before a restart too."""
+    """Fine-tunes and returns the points of the path, including those before a restart."""
     data, plane = trained.config.data, config.plane
-    total = config.total_epochs * how.steps_per_epoch
+    total = config.total_epochs * plan.steps_per_epoch
     folder = epath.Path(workdir) / config.name
 
-    def look(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
-        found = features.of_split(
+    def evaluate(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
+        extracted = features.of_split(
             network,
             source,
             plane.split or data.eval_split,
@@ -91,38 +92,45 @@ def _follow(
             config.blocks,
             plane.images,
         )
-        outputs = layer.scores(getattr(found, config.output))
+        outputs = layer.scores(getattr(extracted, config.output))
         rows = information.binned(outputs, plane.bins)
-        inputs, of_labels = information.mutual_information(rows, found.labels, plane.grouping)
-        top1 = scores.top_k(outputs, found.labels, 1)
+        input_bits, label_bits = information.mutual_information(
+            rows, extracted.labels, plane.grouping
+        )
+        top1 = scores.top_k(outputs, extracted.labels, 1)
         return {
-            "plane/input_bits": inputs,
-            "plane/label_bits": of_labels,
+            "plane/input_bits": input_bits,
+            "plane/label_bits": label_bits,
             "plane/top1": top1,
             "plane/most_bits": float(np.log2(len(rows))),
         }
 
-    streamed.train(
-        config, trained, source, str(folder), look=look, look_steps=max(total // plane.points, 1)
+    online.train(
+        config,
+        trained,
+        source,
+        str(folder),
+        eval_fn=evaluate,
+        eval_every_steps=max(total // plane.points, 1),
     )
     points: dict[int, dict[str, float]] = {}
     for line in saved.metrics(str(folder)):
         if "plane/top1" in line:
-            numbers = {key: line[f"plane/{key}"] for key in _NUMBERS}
+            metrics = {key: line[f"plane/{key}"] for key in _METRICS}
             step = line["step"]
-            points[step] = {"step": step, "epoch": step / how.steps_per_epoch, **numbers}
+            points[step] = {"step": step, "epoch": step / plan.steps_per_epoch, **metrics}
     return [points[step] for step in sorted(points)]
 
 
 def _check(plane: ConfigDict) -> None:
-    for name, least in _LEAST.items():
+    for name, least in _MINIMA.items():
         if plane[name] < least:
             raise errors.UserError(f"config.plane.{name}={plane[name]} is below {least}.")
     if plane.grouping not in information.GROUPINGS:
         raise errors.unknown("config.plane.grouping", plane.grouping, information.GROUPINGS)
 
 
-def _path_of(run: str, name: str) -> list[dict[str, float]]:
+def _read_path(run: str, name: str) -> list[dict[str, float]]:
     file = epath.Path(run) / f"{name}.json"
     if not file.exists():
         raise errors.UserError(

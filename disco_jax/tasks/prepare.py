@@ -1,4 +1,4 @@
-"""What a run needs, checked, before anything is written or compiled."""
+"""Checks of a pretraining run, and assembly of its parts, before any file is written."""
 
 import dataclasses
 from typing import Any
@@ -14,30 +14,31 @@ from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method, Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import Variables
+from disco_jax.models.layers import folding
 from disco_jax.nested import flatten
+from disco_jax.run import checkpoint
 from disco_jax.tasks import cached
-from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
+from disco_jax.train import optimizer, start, state, step, teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked, before anything is written or compiled.
+    """The checked parts of a run, before any file is written and any step is compiled.
 
     Attributes:
-      config: with what the teacher's weights decide filled in.
+      config: pretraining config, completed from the teacher's weights.
       recipe: crops and photometric operations.
       method: networks and objectives.
       source: images.
-      steps_per_epoch: whole batches an epoch.
-      total: the step to stop after.
-      built: the step.
+      steps_per_epoch: number of full batches per epoch.
+      total: number of steps of the run.
+      built: the training step and its learner.
       teacher: frozen weights; None if the method has no teacher.
-      record: of shapes: what the networks make of an image.
-      started: what the student starts from instead of fresh weights; see `start.load`.
-      period: steps after which the views come again, with the teacher's outputs beside them
-        (`config.teacher.cache`); 0: the teacher is asked in every step.
+      record: shapes of the networks' outputs for a batch of one image.
+      started: initial variables of the student instead of random ones; see `start.load`.
+      period: number of steps after which the views and the cached teacher outputs repeat
+        (`config.teacher.cache`); 0 if the teacher is evaluated in every step.
     """
 
     config: ConfigDict
@@ -54,19 +55,18 @@ class Prepared:
 
     @property
     def frozen(self) -> dict[str, Any]:
-        """What the step reads and never changes."""
+        """Variables that the step reads but never updates."""
         if self.teacher is None or self.period:
             return {}
         variables = self.teacher.variables
-        if not self.config.fast.teacher:
-            return {"teacher": variables}
         network, size = self.method.networks["teacher"], self.config.augment.size
-        return {"teacher": fold.still(network, jax.tree.map(np.asarray, variables), size)}
+        arrays = jax.tree.map(np.asarray, variables)
+        return {"teacher": folding.fold_batch_norm(network, arrays, size)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run is put together from, checked; see `Prepared`."""
+    """The parts of a run that do not depend on the images, checked; see `Prepared`."""
 
     config: ConfigDict
     recipe: views.Recipe
@@ -74,7 +74,7 @@ class _Parts:
     record: Record
 
 
-# What a method is built from.
+# Fields and groups of the config that `methods.build` reads.
 _METHOD = (
     "student", "momentum", "teacher", "objectives", "fast", "augment", "bags", "batch_size",
     "dtype", "group_views", "local", "views",
@@ -84,21 +84,21 @@ _METHOD = (
 def prepare(
     config: ConfigDict, source: Source | None = None, loaded: teacher.Teacher | None = None
 ) -> Prepared:
-    """Checks a config and opens what it names.
+    """Checks a config, opens its data and loads its teacher.
 
     Args:
-      config: of a pretraining run.
+      config: config of a pretraining run.
       source: images; None opens `config.data`.
-      loaded: the teacher that `config.teacher` names, if it has been read already.
+      loaded: the teacher of `config.teacher`, if it has been loaded already.
 
     Raises:
-      UserError: settings, the data or the teacher will not do; names all that were found.
+      UserError: settings, the data or the teacher are invalid; the message lists all mistakes.
     """
     problems = errors.Problems()
-    found = _found(config, source, loaded, problems)
+    checked = _check_all(config, source, loaded, problems)
     problems.raise_any()
-    assert found is not None  # or a problem was noted
-    source, parts = found
+    assert checked is not None  # otherwise `problems` was not empty
+    source, parts = checked
     config, method = parts.config, parts.method
     steps_per_epoch = _steps_per_epoch(source, config)
     method = method.paced(steps_per_epoch)
@@ -118,33 +118,33 @@ def prepare(
         teacher=loaded,
         record=parts.record,
     )
-    return _cached(ready) if config.teacher.cache else ready
+    return _use_cache(ready) if config.teacher.cache else ready
 
 
 def check(config: ConfigDict, problems: errors.Problems) -> None:
-    """Notes what is wrong with the config of a pretraining run, its data and its teacher.
+    """Records all mistakes in a pretraining config, its data and its teacher in `problems`.
 
-    What reads a field that is wrong already is not looked at.
+    Checks that read a field already recorded as wrong are skipped.
     """
-    _found(config, None, None, problems)
+    _check_all(config, None, None, problems)
 
 
-def _found(
+def _check_all(
     config: ConfigDict,
     source: Source | None,
     loaded: teacher.Teacher | None,
     problems: errors.Problems,
 ) -> tuple[Source, _Parts] | None:
-    """What `prepare` puts together; None if something is wrong, which is noted."""
-    opened, parts = _open(config, source, problems), _parts(config, loaded, problems)
+    """Returns the images and the other parts; None if `problems` received a mistake."""
+    opened, parts = _open(config, source, problems), _build(config, loaded, problems)
     if opened is None or parts is None:
         return None
-    bagged = problems.attempt(_bagged, opened, parts.config, parts.method, reads=("data", "bags"))
+    bagged = problems.attempt(_add_bags, opened, parts.config, parts.method, reads=("data", "bags"))
     return None if bagged is None else (bagged, parts)
 
 
 def _open(config: ConfigDict, source: Source | None, problems: errors.Problems) -> Source | None:
-    """The images; notes what is wrong with single fields, and with what depends on the images."""
+    """Opens the images; records mistakes in single fields, and those that depend on the images."""
     fields.check(config, problems)
     opened = problems.attempt(lambda: source or pipeline.open_source(config.data), reads=("data",))
     if opened is not None:
@@ -154,10 +154,10 @@ def _open(config: ConfigDict, source: Source | None, problems: errors.Problems) 
     return opened
 
 
-def _parts(
+def _build(
     config: ConfigDict, loaded: teacher.Teacher | None, problems: errors.Problems
 ) -> _Parts | None:
-    """What does not depend on the images; None if something is wrong with it, which is noted."""
+    """Builds what does not depend on the images; returns None if it records a mistake in it."""
     devices = jax.device_count()
     grouped = "student.norm_group", "teacher.norm_group", "objectives.relations"
     problems.attempt(check_devices, config, devices, reads=("batch_size", *grouped))
@@ -187,14 +187,14 @@ def _parts(
 
 
 def _shapes(method: Method, recipe: views.Recipe) -> Record:
-    """What the networks make of an image; refuses what the objectives cannot compare."""
+    """Returns the shapes of the networks' outputs, checked against the objectives."""
     record = state.shapes(method, recipe.sizes)
     method.check(record)
     return record
 
 
 def _check_rates(config: ConfigDict) -> None:
-    """Refuses an optimizer or schedules that cannot be, of whatever length."""
+    """Checks the optimizer and the schedules, independently of the number of steps."""
     epochs = config.total_epochs
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 1, epochs)
     optimizer.build(config.optimizer, rate, 1, epochs)
@@ -207,29 +207,29 @@ def _check_best_metric(config: ConfigDict, method: Method) -> None:
 
 
 def _check_lengths(config: ConfigDict, source: Source) -> None:
-    """Refuses a batch that the images do not fill, and times that are no 32-bit step number."""
+    """Checks that the images fill a batch and that all durations fit into int32 steps."""
     steps = _steps_per_epoch(source, config)
     last = {name: value for name, value in flatten(config).items() if name.endswith("_epochs")}
     last["learning_rate.milestones"] = max(config.learning_rate.milestones, default=0)
     late = [f"config.{name}={value}" for name, value in last.items() if value * steps > fields.MOST]
     if late:
         raise errors.UserError(
-            f"{', '.join(late)}: at {steps} steps an epoch at most {fields.MOST // steps} epochs "
-            "can be counted."
+            f"{', '.join(late)}: at {steps} steps per epoch the limit is {fields.MOST // steps} "
+            "epochs."
         )
 
 
 def starting(ready: Prepared, workdir: str) -> Prepared:
-    """The run with the weights of `config.student.weights`, if it has not begun yet.
+    """Loads `config.student.weights` if the run has no checkpoint yet.
 
-    A run that goes on does not read them: all that it has learned is in its checkpoints.
+    A resumed run ignores them, since its checkpoints contain the student.
 
     Args:
       ready: the run.
-      workdir: its directory, which need not exist.
+      workdir: the run's directory, which need not exist.
 
     Raises:
-      UserError: the weights cannot be read, or are of another network.
+      UserError: the weights cannot be read, or belong to another network.
     """
     folder = epath.Path(workdir) / checkpoint.FOLDER
     begun = folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
@@ -239,22 +239,22 @@ def starting(ready: Prepared, workdir: str) -> Prepared:
     return dataclasses.replace(ready, started=started)
 
 
-def _cached(ready: Prepared) -> Prepared:
-    """The run with the teacher's outputs from `config.teacher.cache`."""
+def _use_cache(ready: Prepared) -> Prepared:
+    """Replaces the teacher's forward passes by the outputs in `config.teacher.cache`."""
     config = ready.config
     if ready.teacher is None:
         raise errors.UserError("config.teacher.cache is set, but no objective reads a teacher.")
-    told = cached.made_of(config, ready.method, ready.record, ready.source, ready.teacher)
-    kept = cached.opened(config.teacher.cache, told)
+    origin = cached.origin(config, ready.method, ready.record, ready.source, ready.teacher)
+    outputs = cached.open_targets(config.teacher.cache, origin)
     built = step.from_config(
-        config, ready.method, ready.recipe, ready.steps_per_epoch, period=len(kept)
+        config, ready.method, ready.recipe, ready.steps_per_epoch, period=len(outputs)
     )
-    source = targets.ReplayedSource(ready.source, kept)
-    return dataclasses.replace(ready, source=source, built=built, period=len(kept))
+    source = targets.ReplayedSource(ready.source, outputs)
+    return dataclasses.replace(ready, source=source, built=built, period=len(outputs))
 
 
-def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
-    """The source with the bags that some objective reads."""
+def _add_bags(source: Source, config: ConfigDict, method: Method) -> Source:
+    """Wraps the source with `config.bags.file` if it is set."""
     members = {view for o in method.objectives.values() for view in o.members}
     if not config.bags.file:
         return source
@@ -263,7 +263,7 @@ def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
     if not members and not classifies:
         raise errors.UserError(
             f"config.bags.file={config.bags.file!r}, but no objective reads bags: leave it empty, "
-            "or give config.objectives.bags or .pseudo_labels a weight."
+            "or set the weight of config.objectives.bags or .pseudo_labels."
         )
     if classifies:
         _check_clusters(config, bags)
@@ -280,11 +280,11 @@ def _bagged(source: Source, config: ConfigDict, method: Method) -> Source:
 
 
 def _check_clusters(config: ConfigDict, bags: Bags) -> None:
-    """Refuses pseudo labels that the student's prototypes do not count."""
+    """Checks that the bags are clusters and that the student has a prototype for each."""
     if bags.clusters is None:
         raise errors.UserError(
-            "config.objectives.pseudo_labels needs clusters, and config.bags.file holds "
-            "neighbours: make it with `disco-jax bags --config.kind=kmeans`."
+            "config.objectives.pseudo_labels needs clusters, but config.bags.file contains "
+            "neighbours: create it with `disco-jax bags --config.kind=kmeans`."
         )
     count, classes = int(bags.clusters.max()) + 1, sum(config.student.prototypes)
     if count > classes:
@@ -295,18 +295,18 @@ def _check_clusters(config: ConfigDict, bags: Bags) -> None:
 
 
 def check_views(recipe: views.Recipe, method: Method) -> None:
-    """Refuses views that cost time and that nobody reads."""
-    read = {view for wanted in method.plan.values() for view in wanted}
-    idle = sorted(set(range(len(recipe.crops))) - read)
-    if idle:
+    """Checks that every view is read by an objective."""
+    read = {view for views in method.plan.values() for view in views}
+    unused = sorted(set(range(len(recipe.crops))) - read)
+    if unused:
         raise errors.UserError(
-            f"The recipe makes view {idle[0]}, which no objective reads: lower config.views or "
+            f"The recipe makes view {unused[0]}, which no objective reads: lower config.views or "
             "config.local.count, or let an objective read it (config.objectives.*.views, .pairs)."
         )
 
 
 def _check_patterns(config: ConfigDict, method: Method) -> None:
-    """Refuses patterns of parameters that there are not."""
+    """Checks that the optimizer's patterns match parameters of the student."""
     if any(config.optimizer[field] for field in ("frozen", "fixed", "unit_norm")):
         encoder = method.networks["student"].encoder
         params = jax.eval_shape(lambda: encoder.create(0, config.augment.size))["params"]
@@ -314,10 +314,11 @@ def _check_patterns(config: ConfigDict, method: Method) -> None:
 
 
 def check_devices(config: ConfigDict, devices: int) -> None:
-    """Refuses a batch that cannot be divided among the devices as the config wants it.
+    """Checks that the batch can be divided among devices, and per device into groups.
 
     Raises:
-      UserError: config.batch_size or a norm_group does not divide.
+      UserError: config.batch_size, a norm_group or config.objectives.relations.group is not a
+        divisor; the message names valid values.
     """
     batch = config.batch_size
     if batch % devices:
@@ -332,13 +333,13 @@ def check_devices(config: ConfigDict, devices: int) -> None:
             fits = [g for g in range(1, batch // devices + 1) if (batch // devices) % g == 0]
             raise errors.UserError(
                 f"config.{network}.norm_group={group} does not divide the {batch // devices} "
-                f"images of a device; what does: {', '.join(map(str, fits))}, or 0 for all of them."
+                f"images per device; valid: {', '.join(map(str, fits))}, or 0 for all of them."
             )
     group = config.objectives.relations.group
     if config.objectives.relations.weight and group and (batch // devices) % group:
         raise errors.UserError(
             f"config.objectives.relations.group={group} does not divide the {batch // devices} "
-            "images of a device; take a divisor, or 0 for all of them."
+            "images per device; set a divisor, or 0 for all of them."
         )
 
 

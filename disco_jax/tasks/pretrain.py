@@ -1,4 +1,4 @@
-"""Pretrain or distil a student: any method, from one config."""
+"""Pretrain or distil a student with any method, from one config."""
 
 import contextlib
 import logging
@@ -15,12 +15,13 @@ from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
+from disco_jax.run import checkpoint, unreadable
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Logger
+from disco_jax.run.workdir import ANEW, begin_anew, claim
 from disco_jax.tasks import report
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, loop, state, step, unreadable
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import ANEW, begin_anew, claim
+from disco_jax.train import health, loop, state, step
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,25 +34,25 @@ def run(
     profile: str = "",
     allow_change: str = "",
 ) -> dict[str, Any]:
-    """Trains as `config` says until its last step, from the newest checkpoint if there is one.
+    """Trains `config` to its last step, resuming from the newest checkpoint if there is one.
 
     Args:
       config: see `configs/common.py`.
       workdir: the run's directory.
       source: images; None opens `config.data`.
       profile: "10:15" traces steps 10 to 15 of this start into `workdir`/profile.
-      allow_change: fields of the config, separated by commas, that may differ from what the run
-        in `workdir` began with.
+      allow_change: comma-separated config fields that may differ from the first start of the run
+        in `workdir`.
 
     Returns:
       {"step", "workdir", "seconds"}.
 
     Raises:
-      UserError: a setting, the data or the directory will not do; nothing was changed.
+      UserError: a setting, the data or the directory is invalid; no file was changed.
       NumericError, Preempted: see `loop.run`.
     """
     started = time.monotonic()
-    traced = _steps_to_trace(profile)
+    profile_steps = _parse_profile(profile)
     ready = starting(prepare(config, source), workdir)
     config = ready.config
     warn_if_dark(ready)
@@ -65,10 +66,11 @@ def run(
     ):
         unreadable.keep(ready.source, path)
         begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
-        begin = state.refilled_by(begin, config.batch_size)  # it may have been another
+        # The batch size may have changed since the queues were filled.
+        begin = state.rotate_oldest_first(begin, config.batch_size)
         describe(ready, begin)
         if int(begin.step) < ready.total:
-            _train(config, ready, path, checkpoints, begin, position, goodput, traced)
+            _train(config, ready, path, checkpoints, begin, position, goodput, profile_steps)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
     build.refresh(config.log.report, workdir)
@@ -85,9 +87,9 @@ def _train(
     begin: state.TrainState,
     position: Position,
     goodput: Goodput,
-    traced: tuple[int, ...],
+    profile_steps: tuple[int, ...],
 ) -> None:
-    """The loop, from `begin` to the last step."""
+    """Runs the training loop from `begin` to the last step."""
     with (
         contextlib.closing(
             Logger(path, tensorboard=tensorboard(config, path), step=int(begin.step))
@@ -97,10 +99,10 @@ def _train(
         show_views(config, ready.source, path, logger, int(begin.step))
         loop.run(
             step.parallel(ready.built.train_step),
-            state.everywhere(begin),
-            state.everywhere(ready.frozen),
+            state.replicate(begin),
+            state.replicate(ready.frozen),
             batches,
-            schedule(ready, int(begin.step), path, traced),
+            schedule(ready, int(begin.step), path, profile_steps),
             logger,
             checkpoints,
             health.Watch(config.health.min_std, config.health.patience, config.health.stop),
@@ -111,7 +113,7 @@ def _train(
 
 
 def fresh(ready: Prepared) -> state.TrainState:
-    """The state at step 0."""
+    """Creates the state at step 0."""
     config = ready.config
     return state.create(
         ready.method,
@@ -126,7 +128,7 @@ def fresh(ready: Prepared) -> state.TrainState:
 
 
 def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
-    """This host's batches from a place on, laid out for the step, and the place after each."""
+    """Returns a prefetcher of this host's batches from `position`, each with its end position."""
     config = ready.config
     crops = ready.source.train(
         config.data.train_split,
@@ -140,15 +142,15 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
 
 
 def schedule(
-    ready: Prepared, start: int, path: epath.Path, traced: tuple[int, ...] = ()
+    ready: Prepared, start: int, path: epath.Path, profile_steps: tuple[int, ...] = ()
 ) -> loop.Schedule:
-    """The loop's, as the config says.
+    """Builds the loop's schedule from the config.
 
     Args:
       ready: the run.
-      start: steps already taken.
-      path: of the run.
-      traced: see `loop.Schedule.profile`.
+      start: number of steps already taken.
+      path: the run's directory.
+      profile_steps: see `loop.Schedule.profile`.
     """
     config = ready.config
     return loop.Schedule(
@@ -160,7 +162,7 @@ def schedule(
         checkpoint_steps=config.checkpoint.every_steps,
         replica_check_steps=config.log.replicas_every_steps,
         hang_s=config.log.hang_s,
-        profile=traced,
+        profile=profile_steps,
         profile_dir=str(path / "profile"),
         evaluate_steps=config.monitor.knn_every_steps,
     )
@@ -169,44 +171,49 @@ def schedule(
 def show_views(
     config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int
 ) -> None:
-    """What the networks will see, at a run's first start."""
+    """Draws and logs the contact sheet of augmented views at a run's first start."""
     if config.log.report and not step and jax.process_index() == 0:
         with build.optional("contact sheet"):
             logger.write_image(step, "views", report.draw_sheet(config, str(path), source))
 
 
-def _steps_to_trace(given: str) -> tuple[int, ...]:
-    """ "10:15" -> (10, 15)."""
-    if not given:
+def _parse_profile(text: str) -> tuple[int, ...]:
+    """Parses "10:15" to (10, 15), "" to ()."""
+    if not text:
         return ()
-    first, _, last = given.partition(":")
+    first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise errors.UserError(f"--profile={given!r} must be FIRST:LAST, as 10:15, from 1 up.")
+        raise errors.UserError(f"--profile={text!r} must be FIRST:LAST, e.g. 10:15, from 1 up.")
     return int(first), int(last)
 
 
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
-    """A host's batch -> [local_devices, B, ...] on the devices, and where the next one starts."""
+    """Moves a host's batch to the devices as [local_devices, B, ...]; adds the next position."""
     tree = pipeline.to_devices({"views": batch.views, "aux": batch.aux}, jax.local_device_count())
-    return state.apart(tree), (batch.position.epoch, batch.position.offset)
+    return state.shard_batch(tree), (batch.position.epoch, batch.position.offset)
 
 
 def images_of(ready: Prepared) -> Callable[[], Mapping[str, Any]]:
-    """Returns a function that tells what images a run trains on; see `Source.fingerprint`."""
+    """Returns a function that computes the fingerprint of a run's images.
+
+    See `Source.fingerprint`.
+    """
     split = ready.config.data.train_split
     return lambda: ready.source.fingerprint(split)
 
 
 def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tuple[Any, Position]:
-    """Returns the newest good checkpoint and this host's place in the data, or the fresh state.
+    """Returns the newest good checkpoint and this host's position in the data.
+
+    Without checkpoints it returns the fresh state and the start position.
 
     Args:
-      checkpoints: `Checkpoints`, or those of several runs.
-      fresh: the state at step 0, or those of the runs.
-      anew: the directory, where the run may begin anew although its checkpoints are gone.
+      checkpoints: `Checkpoints` of a run, or of several runs.
+      fresh: state at step 0, or those of the runs.
+      anew: the run's directory if the run may start over although its checkpoints are missing.
 
     Raises:
-      UserError: see `Checkpoints.restore`; or there were checkpoints and all are gone.
+      UserError: see `Checkpoints.restore`; or all checkpoints of an earlier start are missing.
     """
     restored = checkpoints.restore(fresh)
     if restored is None and anew is not None:
@@ -220,21 +227,26 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
     hosts = meta["position"]
     if len(hosts) == jax.process_count():
         return resumed, Position(*hosts[jax.process_index()])
-    # Other hosts, other shards: as many images as before are counted as seen in this epoch.
+    # Shards depend on the number of hosts, so only the number of images read so far is restored.
     epoch, offset = max(map(tuple, hosts))
     _LOG.warning(
-        "Saved by %d hosts, now %d: the order of images changes.", len(hosts), jax.process_count()
+        "The checkpoint was saved by %d hosts, now there are %d: the order of images changes.",
+        len(hosts),
+        jax.process_count(),
     )
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
 def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
-    """In a bucket only beside a TensorFlow source: the others must not need TensorFlow."""
+    """Returns True if event files are written.
+
+    Writing to a bucket needs TensorFlow, which only TFDS sources require; other runs skip it.
+    """
     return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
 
 
 def warn_if_dark(ready: Prepared) -> None:
-    """Logs a warning if the images for training are nearly black."""
+    """Logs a warning if the training images are nearly black."""
     if jax.process_index():
         return
     value = darkness.brightest(ready.source, ready.config.data.train_split)
@@ -243,7 +255,7 @@ def warn_if_dark(ready: Prepared) -> None:
 
 
 def describe(ready: Prepared, begin: state.TrainState) -> None:
-    """Says what is about to be trained: parameters, forward passes, where the queue is from."""
+    """Prints a summary of the run: parameters, forward passes, devices, steps, initialisation."""
     from clu import parameter_overview
 
     config = ready.config
@@ -251,20 +263,20 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
         return
     params = begin.student["params"]
     _LOG.info("Student:\n%s", parameter_overview.get_parameter_overview(params))
-    backbone, everything = (
+    backbone, total = (
         sum(x.size for x in jax.tree.leaves(tree)) / 2**20 for tree in (params["backbone"], params)
     )
     count = sum(map(len, ready.method.plan.values()))
-    still = sum(x.size for x in jax.tree.leaves(ready.method.split(params)[1])) / 2**20
-    frozen = f", {everything - still:.2f} M of it learned" if still else ""
+    frozen = sum(x.size for x in jax.tree.leaves(ready.method.split(params)[1])) / 2**20
+    trainable = f", {total - frozen:.2f} M of it trainable" if frozen else ""
     passes = ", ".join(f"{name} {list(views)}" for name, views in ready.method.plan.items())
     print(
         f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
-        f"with head {everything:.2f} M (M = 2^20, as the papers count){frozen}; {count} forward "
-        f"passes a step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
-        f"{ready.total} steps, {ready.steps_per_epoch} an epoch"
-        + ("; a queue came with the teacher" if ready.teacher and ready.teacher.queue else "")
-        + (f"; the student starts from {config.student.weights}" if ready.started else ""),
+        f"with head {total:.2f} M (M = 2^20, as in the papers){trainable}; {count} forward "
+        f"passes per step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"{ready.total} steps, {ready.steps_per_epoch} per epoch"
+        + ("; queue initialized from the teacher" if ready.teacher and ready.teacher.queue else "")
+        + (f"; student initialized from {config.student.weights}" if ready.started else ""),
         flush=True,
     )
     if config.local.count:
@@ -272,12 +284,12 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
 
 
 def _view_recipe(recipe: views.Recipe, config: ConfigDict) -> str:
-    """The four axes of SSLight's view sampling and the mean ratio of pixel scales, a line."""
+    """Formats SSLight's four axes of view sampling and the mean ratio of pixel scales."""
     first, last = recipe.crops[0], recipe.crops[-1]
     ratio = views.pixel_scale_ratio(first, last)
     return (
-        f"views: {config.views} global of {first.size} px on {first.scale[0]:g} to "
-        f"{first.scale[1]:g} of the area, {config.local.count} local of {last.size} px on "
-        f"{last.scale[0]:g} to {last.scale[1]:g}; mean pixel scale of a global view over that of a "
-        f"local one: {ratio:.2f} (SSLight, arXiv:2210.02808, finds 1.0 best)"
+        f"views: {config.views} global of {first.size} px from {first.scale[0]:g} to "
+        f"{first.scale[1]:g} of the area, {config.local.count} local of {last.size} px from "
+        f"{last.scale[0]:g} to {last.scale[1]:g}; mean pixel scale of global views divided by that "
+        f"of local views: {ratio:.2f} (1.0 is best according to SSLight, arXiv:2210.02808)"
     )

@@ -1,4 +1,4 @@
-"""Write the report of a run: one page that stands alone, and its figures."""
+"""Write the report of a run: one self-contained page and its figures."""
 
 import logging
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from disco_jax import errors, flags
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.report import build, runs, sheet
+from disco_jax.run import workdir as directory
 from disco_jax.tasks.arguments import Parser
-from disco_jax.train import workdir as directory
 
 _LOG = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax report --workdir RUN`."""
+    """Runs `disco-jax report --workdir RUN`."""
     parser = Parser("report", __doc__)
     parser.add_argument("--workdir", required=True, help="the run's directory")
     values = parser.read(argv)
@@ -29,17 +29,17 @@ def main(argv: Sequence[str]) -> None:
 def run(workdir: str, source: Source | None = None) -> str:
     """Writes report.html and figures/*.png.
 
-    The contact sheet is drawn if the run has none yet and its data can be opened.
+    Draws the contact sheet too if the run has none yet and its data can be opened.
 
     Args:
-      workdir: of a pretraining run or an import.
-      source: images; None opens the run's own data.
+      workdir: directory of a pretraining run or an import.
+      source: images; None opens the data of the run.
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: there is no run.
+      UserError: the directory is not a run.
     """
     config = directory.read_config(workdir)
     if "objectives" in config and not _has_sheet(workdir):
@@ -51,7 +51,7 @@ def run(workdir: str, source: Source | None = None) -> str:
 
 
 def draw_sheet(config: ConfigDict, workdir: str, source: Source):
-    """Keeps and returns the contact sheet of a run, u8[H, W, 3]."""
+    """Saves and returns the contact sheet of a run, u8[H, W, 3]."""
     image = sheet.sheet(config, source)
     build.keep_sheet(workdir, image)
     return image

@@ -1,4 +1,4 @@
-"""Run every cell of a sweep, score it, and put all of them in one table."""
+"""Train and evaluate all cells of a sweep, and write them to one table."""
 
 import contextlib
 import importlib
@@ -17,38 +17,43 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
+from disco_jax.run import hosts, lease, workdir
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
-from disco_jax.train import hosts, lease, teacher, workdir
+from disco_jax.train import teacher
 from disco_jax.train.joint import Diverged
 
-# Recipes that score a run -> the task.
+# Evaluation recipe -> its task.
 EVALUATIONS = {"linear": "linear", "knn": "knn", "semi": "linear", "finetune": "linear"}
 CELLS, TEACHERS, STATUS = "cells", "teachers", "status"
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax sweep --config sweeps/NAME --workdir DIR [--dry-run] [--worker I --workers N]`."""
+    """Runs `disco-jax sweep --config sweeps/NAME --workdir DIR [--dry-run] [--worker I ...]`."""
     values = flags.parse("sweep", argv, help_line=__doc__, extra=_define, like="sweeps/seed")
     if values is None:
         return
-    flags.prepare_jax(flags.meeting(values), "" if values.dry_run else values.workdir)
+    flags.prepare_jax(flags.distributed_options(values), "" if values.dry_run else values.workdir)
     names = ("dry_run", "topology", "worker", "workers", "teachers_only")
-    given: dict[str, Any] = {name: values[name].value for name in names}
-    run(values.config, values.workdir, **given)
+    options: dict[str, Any] = {name: values[name].value for name in names}
+    run(values.config, values.workdir, **options)
 
 
 def _define(values: absl_flags.FlagValues) -> None:
-    absl_flags.DEFINE_bool("dry_run", False, "only list the cells and costs", flag_values=values)
-    absl_flags.DEFINE_string(
-        "topology", "", "with --dry-run: compile each for this TPU slice", flag_values=values
-    )
-    absl_flags.DEFINE_integer("worker", 0, "which of --workers this is", flag_values=values)
-    absl_flags.DEFINE_integer("workers", 1, "that share the cells", flag_values=values)
     absl_flags.DEFINE_bool(
-        "teachers_only", False, "train the sweep's own teachers and end", flag_values=values
+        "dry_run", False, "only print the cells and their costs", flag_values=values
+    )
+    absl_flags.DEFINE_string(
+        "topology", "", "with --dry-run: compile each cell for this TPU slice", flag_values=values
+    )
+    absl_flags.DEFINE_integer("worker", 0, "index of this worker, from 0", flag_values=values)
+    absl_flags.DEFINE_integer(
+        "workers", 1, "number of workers that share the cells", flag_values=values
+    )
+    absl_flags.DEFINE_bool(
+        "teachers_only", False, "only train the sweep's own teachers", flag_values=values
     )
 
 
@@ -63,67 +68,70 @@ def run(
     workers: int = 1,
     teachers_only: bool = False,
 ) -> dict[str, Any]:
-    """Trains and scores what is not done yet; goes on where it was stopped if started again.
+    """Trains and evaluates the remaining cells; a restart resumes where the sweep stopped.
 
     Args:
-      config: see `common.sweep`.
-      folder: gets cells/NAME and teachers/NAME (a run's directory each), status/, and the table.
-      source: images of all cells; None opens what each of them names.
-      dry_run: only prints the cells and what they cost.
-      topology: of a TPU slice that a dry run compiles each cell for, e.g. "v5e:2x4".
-      worker: this one takes groups of cells number `worker`, `worker + workers`, ...
-      workers: that share `folder`.
-      teachers_only: ends when the teachers that the sweep makes itself are trained.
+      config: see `configs/sweeps/common.py`.
+      folder: receives cells/NAME and teachers/NAME (run directories), status/, and the table.
+      source: images for all cells; None opens the data of each cell.
+      dry_run: only print the cells and their costs.
+      topology: name of a TPU slice that a dry run compiles each cell for, e.g. "v5e:2x4".
+      worker: index of this worker, which trains groups `worker`, `worker + workers`, ...
+      workers: number of workers that share `folder`.
+      teachers_only: only train the teachers that the sweep defines.
 
     Returns:
-      {"cells": how many, "done": how many, "failed": cell -> why, "seconds"}.
+      {"cells": number of cells, "done": number of evaluated cells, "failed": cell -> reason,
+      "seconds"}.
 
     Raises:
-      UserError: a setting will not do; nothing was trained.
-      Preempted: asked to stop; start again to go on.
+      UserError: a setting is invalid; nothing was trained.
+      Preempted: stopped by a signal; a restart resumes.
     """
     started = time.monotonic()
-    every = expanding.expand(config)
+    cells = expanding.expand(config)
     evaluations = _evaluations(config)
     _check(config, worker, workers, evaluations)
-    own = expanding.teachers(config, every)
+    teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)
-    claims.judge(config.claims, table.rows(every, {c.name: 0 for c in every}, {}, {}), "")
-    for cell in every:
-        if cell.teacher in own:
-            _take_teacher(cell.config, own[cell.teacher], str(path / TEACHERS / cell.teacher))
-    by_name = {cell.name: cell for cell in every}
+    claims.judge(config.claims, table.rows(cells, {c.name: 0 for c in cells}, {}, {}), "")
+    for cell in cells:
+        if cell.teacher in teachers:
+            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
+    by_name = {cell.name: cell for cell in cells}
     groups = _groups(by_name, config.joint)
     if dry_run:
-        return _show(by_name, own, groups, topology)
+        return _show(by_name, teachers, groups, topology)
     path.mkdir(parents=True, exist_ok=True)
     programs.settle(path)
-    with contextlib.ExitStack() as held:
-        hosts.first(lambda: held.enter_context(lease.held(path, f"lock_{worker}_of_{workers}")))
-        _note(path / "sweep.json", json.loads(config.to_json_best_effort()))
-        _make_teachers(own, path, evaluations, source, worker)
+    with contextlib.ExitStack() as stack:
+        hosts.on_process_zero(
+            lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}"))
+        )
+        _write_json(path / "sweep.json", json.loads(config.to_json_best_effort()))
+        _train_teachers(teachers, path, evaluations, source, worker)
         if not teachers_only:
             for names in groups[worker::workers]:
                 _train([by_name[name] for name in names], path, source)
                 for name in names:
-                    _score(path / CELLS / name, evaluations, source)
-                _tabulate(config, every, path, evaluations)
-        found = _tabulate(config, every, path, evaluations)
-    print(f"{found['done']} of {found['cells']} cells are done. Table: {path / 'table.html'}")
-    return found | {"seconds": round(time.monotonic() - started, 1)}
+                    _evaluate(path / CELLS / name, evaluations, source)
+                _write_table(config, cells, path, evaluations)
+        summary = _write_table(config, cells, path, evaluations)
+    print(f"{summary['done']} of {summary['cells']} cells are done. Table: {path / 'table.html'}")
+    return summary | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def _evaluations(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
-    """Name of the results -> (task, its config)."""
-    found = {}
-    for given in config.evaluate:
-        recipe, changes = (given, ()) if isinstance(given, str) else given
+    """Returns the evaluations of `config.evaluate`: result name -> (task, its config)."""
+    evaluations = {}
+    for entry in config.evaluate:
+        recipe, changes = (entry, ()) if isinstance(entry, str) else entry
         name = recipe.partition(":")[0]
         if name not in EVALUATIONS:
             raise errors.unknown("config.evaluate", name, EVALUATIONS)
-        one = expanding.changed(flags.load(recipe), changes, "config.evaluate")
-        found[one.name] = (EVALUATIONS[name], one)
-    return found
+        evaluation = expanding.changed(flags.load(recipe), changes, "config.evaluate")
+        evaluations[evaluation.name] = (EVALUATIONS[name], evaluation)
+    return evaluations
 
 
 def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[str, Any]) -> None:
@@ -138,8 +146,8 @@ def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[s
         raise errors.unknown("config.figure.x", config.figure.x, axes)
 
 
-def _take_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
-    """Describes the teacher of a cell, a run that may not be there yet."""
+def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
+    """Sets the teacher of a cell to a run of the sweep, which may not exist yet."""
     config.teacher.update(
         {**teacher.shape(run_config.student), "weights": run},
         mean=tuple(run_config.augment.mean),
@@ -148,7 +156,7 @@ def _take_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
 
 
 def _groups(by_name: Mapping[str, Cell], most: int) -> list[list[str]]:
-    """Names of cells that train in one step; refuses settings that will not do."""
+    """Returns the names of cells that train in one step; raises UserError for invalid cells."""
     keys = {}
     for name, cell in by_name.items():
         try:
@@ -162,14 +170,14 @@ def _groups(by_name: Mapping[str, Cell], most: int) -> list[list[str]]:
 
 def _show(
     by_name: Mapping[str, Cell],
-    own: Mapping[str, ConfigDict],
+    teachers: Mapping[str, ConfigDict],
     groups: Sequence[Sequence[str]],
     topology: str,
 ) -> dict[str, Any]:
-    """Prints what would be trained, and what of it takes how much."""
+    """Prints the cells of a dry run and their costs."""
     from disco_jax.plan import budget
 
-    for name, config in own.items():
+    for name, config in teachers.items():
         print(f"teacher {name}: {budget.told(teacher.resolve(config), topology)}", flush=True)
     for number, names in enumerate(groups):
         print(f"group {number}: {len(names)} in one step", flush=True)
@@ -177,20 +185,20 @@ def _show(
             resolved = teacher.resolve(by_name[name].config)
             print(f"  {name}: {budget.told(resolved, topology)}", flush=True)
         if len(names) > 1:
-            every = {name: teacher.resolve(by_name[name].config) for name in names}
-            print(f"  together: {budget.told_together(every)}", flush=True)
+            configs = {name: teacher.resolve(by_name[name].config) for name in names}
+            print(f"  together: {budget.told_together(configs)}", flush=True)
     return {"cells": len(by_name), "done": 0, "failed": {}, "groups": [list(g) for g in groups]}
 
 
-def _make_teachers(
-    own: Mapping[str, ConfigDict],
+def _train_teachers(
+    teachers: Mapping[str, ConfigDict],
     path: epath.Path,
     evaluations: Mapping[str, Any],
     source: Source | None,
     worker: int,
 ) -> None:
-    """Trains and scores the sweep's own teachers; only worker 0 does."""
-    for name, config in own.items():
+    """Trains and evaluates the sweep's own teachers in worker 0; others check that they exist."""
+    for name, config in teachers.items():
         run, status = path / TEACHERS / name, path / STATUS / f"teacher_{name}.json"
         if status.exists():
             continue
@@ -199,40 +207,40 @@ def _make_teachers(
                 f"The teacher {name} is not trained yet. Start worker 0 with --teachers-only first."
             )
         print(f"\n== teacher {name}", flush=True)
-        made = pretrain.run(config, str(run), source)
-        _score(run, evaluations, source)
-        _note(status, {"step": made["step"]})
+        summary = pretrain.run(config, str(run), source)
+        _evaluate(run, evaluations, source)
+        _write_json(status, {"step": summary["step"]})
 
 
-def _train(mine: Sequence[Cell], path: epath.Path, source: Source | None) -> None:
-    """Trains the cells of a group that are not done; those that diverge are left out."""
-    left = [cell for cell in mine if not (path / STATUS / f"{cell.name}.json").exists()]
-    while left:
-        names = [cell.name for cell in left]
+def _train(group: Sequence[Cell], path: epath.Path, source: Source | None) -> None:
+    """Trains the unfinished cells of a group; drops diverged cells and repeats without them."""
+    cells = [cell for cell in group if not (path / STATUS / f"{cell.name}.json").exists()]
+    while cells:
+        names = [cell.name for cell in cells]
         print(f"\n== {'; '.join(names)}", flush=True)
-        places = {name: str(path / CELLS / name) for name in names}
+        workdirs = {name: str(path / CELLS / name) for name in names}
         try:
-            if len(left) == 1:
-                made = pretrain.run(left[0].config, places[names[0]], source)
+            if len(cells) == 1:
+                summary = pretrain.run(cells[0].config, workdirs[names[0]], source)
             else:
-                configs = {cell.name: cell.config for cell in left}
-                made = joint.run(configs, places, source)
+                configs = {cell.name: cell.config for cell in cells}
+                summary = joint.run(configs, workdirs, source)
         except Diverged as error:
-            lost = {name: str(error) for name in error.names}
+            diverged = {name: str(error) for name in error.names}
         except errors.NumericError as error:
-            lost = {names[0]: str(error)}
+            diverged = {names[0]: str(error)}
         else:
             for name in names:
-                _note(path / STATUS / f"{name}.json", {"step": made["step"]})
+                _write_json(path / STATUS / f"{name}.json", {"step": summary["step"]})
             return
-        for name, reason in lost.items():
+        for name, reason in diverged.items():
             print(f"{name}: {reason}", flush=True)
-            _note(path / STATUS / f"{name}.json", {"failed": reason.splitlines()[0]})
-        left = [cell for cell in left if cell.name not in lost]
+            _write_json(path / STATUS / f"{name}.json", {"failed": reason.splitlines()[0]})
+        cells = [cell for cell in cells if cell.name not in diverged]
 
 
-def _score(run: epath.Path, evaluations: Mapping[str, Any], source: Source | None) -> None:
-    """Scores a run by the evaluations that it has no results of."""
+def _evaluate(run: epath.Path, evaluations: Mapping[str, Any], source: Source | None) -> None:
+    """Runs the evaluations of which a run has no results yet."""
     failed = (_read(run.parent.parent / STATUS / f"{run.name}.json") or {}).get("failed")
     if failed:
         return
@@ -245,12 +253,12 @@ def _score(run: epath.Path, evaluations: Mapping[str, Any], source: Source | Non
             )
 
 
-def _tabulate(
-    config: ConfigDict, every: Sequence[Cell], path: epath.Path, evaluations: Mapping[str, Any]
+def _write_table(
+    config: ConfigDict, cells: Sequence[Cell], path: epath.Path, evaluations: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes the table of what is done."""
+    """Writes the table and the judged claims of all finished cells; returns their counts."""
     results, failed = {}, {}
-    for cell in every:
+    for cell in cells:
         status = _read(path / STATUS / f"{cell.name}.json")
         if status is None:
             continue
@@ -259,7 +267,7 @@ def _tabulate(
             continue
         run = runs.read(str(path / CELLS / cell.name))
         results[cell.name] = {n: run.results[n] for n in evaluations if n in run.results}
-    rows = table.rows(every, {c.name: _parameters(c) for c in every}, results, failed)
+    rows = table.rows(cells, {c.name: _parameters(c) for c in cells}, results, failed)
     if not jax.process_index():
         findings = [f for name in evaluations for f in claims.judge(config.claims, rows, name)]
         table.write(
@@ -267,24 +275,25 @@ def _tabulate(
         )
         if findings:
             claims.write(path, findings)
-    done = sum(len(found) == len(evaluations) for found in results.values())
-    return {"cells": len(every), "done": done, "failed": failed}
+    finished = sum(len(scores) == len(evaluations) for scores in results.values())
+    return {"cells": len(cells), "done": finished, "failed": failed}
 
 
 def _parameters(cell: Cell) -> int:
-    """Of the student with its head."""
+    """Counts the parameters of a cell's student with its head."""
     spec = teacher.resolve(cell.config).student
     encoder = models.build_encoder(spec)
-    made = jax.eval_shape(lambda: encoder.create(0, cell.config.augment.size))
-    return sum(x.size for x in jax.tree.leaves(made["params"]))
+    variables = jax.eval_shape(lambda: encoder.create(0, cell.config.augment.size))
+    return sum(x.size for x in jax.tree.leaves(variables["params"]))
 
 
-def _note(file: epath.Path, said: Mapping[str, Any]) -> None:
+def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file atomically, on process 0 only."""
     if jax.process_index():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as unfinished:
-        unfinished.write_text(json.dumps(said, indent=2) + "\n")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _read(file: epath.Path) -> dict[str, Any] | None:

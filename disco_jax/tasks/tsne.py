@@ -1,4 +1,4 @@
-"""Draw ten classes as the features of one or several runs arrange them (DisCo, figure 8)."""
+"""Plot ten classes in the feature spaces of one or several runs with t-SNE (DisCo, figure 8)."""
 
 from typing import Any
 
@@ -14,41 +14,43 @@ from disco_jax.report import build
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
-    """Reduces the features of the same images to two dimensions, for every run apart.
+    """Reduces the features of the same images to two dimensions, separately for each run.
 
-    Writes NAME.png, NAME.npz (places, labels) and NAME.json to `workdir`, NAME being `config.name`.
+    Writes NAME.png, NAME.npz (places, labels) and NAME.json to `workdir`. NAME is `config.name`.
 
     Args:
       config: see `configs/tsne.py`.
-      workdir: a run's directory; its data are taken for all runs.
-      source: images; None opens the run's own data, or what `config.data` names.
+      workdir: a run's directory; all runs are evaluated on its data.
+      source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
-      {"classes", "images", "neighbours_top1": run -> percent of the images whose nearest point in
-      the picture is of their class}.
+      {"classes", "images", "neighbours_top1": run -> percentage of images whose nearest point in
+      the plot has the same class}.
 
     Raises:
-      UserError: a setting, a run or the data will not do, or scikit-learn is missing.
+      UserError: a setting, a run or the data is invalid, or scikit-learn is missing.
     """
     reduce = _tsne(config)
     runs = [workdir, *config.beside]
     titles = _titles(config, runs)
-    networks = [target.aimed(features.load(run, config.network), config.data) for run in runs]
+    networks = [
+        target.with_eval_data(features.load(run, config.network), config.data) for run in runs
+    ]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
     split = config.split or first.config.data.eval_split
-    found = [_of(config, trained, source, split) for trained in networks]
-    classes, rows = _chosen(config, found[0].labels)
-    labels = np.searchsorted(classes, found[0].labels[rows])
+    extracted = [_extract(config, trained, source, split) for trained in networks]
+    classes, rows = _select(config, extracted[0].labels)
+    labels = np.searchsorted(classes, extracted[0].labels[rows])
     places = {
-        title: reduce(getattr(one, config.output)[rows])
-        for title, one in zip(titles, found, strict=True)
+        title: reduce(getattr(run_features, config.output)[rows])
+        for title, run_features in zip(titles, extracted, strict=True)
     }
-    near = {title: _near(points, labels) for title, points in places.items()}
-    result = {"classes": classes.tolist(), "images": len(rows), "neighbours_top1": near}
-    kept = {f"places_{i}": points for i, points in enumerate(places.values())}
-    saved.write(workdir, config.name, result, labels=found[0].labels[rows], **kept)
+    top1 = {title: _neighbour_top1(points, labels) for title, points in places.items()}
+    result = {"classes": classes.tolist(), "images": len(rows), "neighbours_top1": top1}
+    arrays = {f"places_{i}": points for i, points in enumerate(places.values())}
+    saved.write(workdir, config.name, result, labels=extracted[0].labels[rows], **arrays)
     if jax.process_index() == 0:
         file = epath.Path(workdir) / f"{config.name}.png"
         names = config.names or [f"class {label}" for label in classes]
@@ -58,55 +60,55 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     return result
 
 
-def _of(
-    config: ConfigDict, trained: features.Trained, source: Source, split: str
+def _extract(
+    config: ConfigDict, trained: features.TrainedModel, source: Source, split: str
 ) -> features.Features:
     return features.of_split(
         trained, source, split, config.batch_size, (config.output,), config.blocks
     )
 
 
-def _chosen(config: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The classes that are drawn, sorted, and the rows of the first images of each."""
-    there = np.unique(labels)
-    wanted = np.array(sorted(config.classes) or there[: config.num_classes])
-    missing = sorted(set(wanted.tolist()) - set(there.tolist()))
+def _select(config: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the plotted classes, sorted, and the rows of the first images of each."""
+    available = np.unique(labels)
+    classes = np.array(sorted(config.classes) or available[: config.num_classes])
+    missing = sorted(set(classes.tolist()) - set(available.tolist()))
     if missing:
         raise errors.UserError(
             f"config.classes={tuple(config.classes)}: the split has no image of class "
-            f"{missing[0]}; it has {len(there)} classes, {there[0]} to {there[-1]}."
+            f"{missing[0]}; it has {len(available)} classes, {available[0]} to {available[-1]}."
         )
-    rows = [np.flatnonzero(labels == label)[: config.images_per_class] for label in wanted]
-    return wanted, np.concatenate(rows)
+    rows = [np.flatnonzero(labels == label)[: config.images_per_class] for label in classes]
+    return classes, np.concatenate(rows)
 
 
 def _titles(config: ConfigDict, runs: list[str]) -> list[str]:
-    """Names above the pictures, each once."""
-    wanted = len(config.classes) or config.num_classes
-    if config.names and len(config.names) != wanted:
+    """Returns a unique title for each run: config.titles, the directory names, or the paths."""
+    count = len(config.classes) or config.num_classes
+    if config.names and len(config.names) != count:
         raise errors.UserError(
-            f"config.names has {len(config.names)} names for {wanted} classes; give one each, "
-            "in the order of the classes' numbers."
+            f"config.names has {len(config.names)} names for {count} classes; give one per class, "
+            "in the order of the class numbers."
         )
-    given = list(config.titles) or [epath.Path(run).name for run in runs]
-    if len(given) != len(runs):
+    titles = list(config.titles) or [epath.Path(run).name for run in runs]
+    if len(titles) != len(runs):
         raise errors.UserError(
-            f"config.titles has {len(given)} titles for {len(runs)} runs: --workdir comes first, "
-            "then those of config.beside."
+            f"config.titles has {len(titles)} titles for {len(runs)} runs: give the title of "
+            "--workdir first, then those of config.beside."
         )
-    return given if len(set(given)) == len(given) else runs
+    return titles if len(set(titles)) == len(titles) else runs
 
 
-def _near(points: np.ndarray, labels: np.ndarray) -> float:
-    """Percent of points whose nearest other point is of their class."""
-    shifted = np.asarray(points, np.float64)
-    square = ((shifted[:, None] - shifted[None]) ** 2).sum(-1)
-    np.fill_diagonal(square, np.inf)
-    return round(100 * float(np.mean(labels[square.argmin(1)] == labels)), 2)
+def _neighbour_top1(points: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the percentage of points whose nearest other point has the same class."""
+    points = np.asarray(points, np.float64)
+    squared_distance = ((points[:, None] - points[None]) ** 2).sum(-1)
+    np.fill_diagonal(squared_distance, np.inf)
+    return round(100 * float(np.mean(labels[squared_distance.argmin(1)] == labels)), 2)
 
 
 def _tsne(config: ConfigDict):
-    """f32[N, F] -> f32[N, 2], cosine distances."""
+    """Returns a function that maps f32[N, F] to f32[N, 2] by t-SNE with cosine distances."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -115,17 +117,17 @@ def _tsne(config: ConfigDict):
     most = config.images_per_class * (len(config.classes) or config.num_classes)
     if not 0 < config.perplexity < most:
         raise errors.UserError(
-            f"config.perplexity={config.perplexity} must lie above 0 and below the {most} images "
-            "that are drawn."
+            f"config.perplexity={config.perplexity} must be above 0 and below the {most} plotted "
+            "images."
         )
 
     def reduce(rows: np.ndarray) -> np.ndarray:
-        made = TSNE(
+        points = TSNE(
             metric="cosine",
             init="pca",
             perplexity=min(config.perplexity, (len(rows) - 1) / 3),
             random_state=config.seed,
         ).fit_transform(rows)
-        return made.astype(np.float32)
+        return points.astype(np.float32)
 
     return reduce

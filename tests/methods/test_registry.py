@@ -19,7 +19,7 @@ from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.similarity import Similarity
 from disco_jax.ops.bank import Reading
 from disco_jax.ops.memory import Queue, QueueSettings
-from disco_jax.train import workdir
+from disco_jax.run import workdir
 
 # The sections as config.json of earlier runs has them: a run continues only if they are equal.
 RECORDED = {

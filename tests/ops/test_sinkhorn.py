@@ -29,7 +29,7 @@ def test_matches_the_official_code_on_any_number_of_devices(name, replicas):
     assert helpers.relative_error(plan, ref["assignments"]) < 1e-5
 
 
-balance = jax.jit(lambda scores: assign(scores, 4, epsilon=0.5, iterations=50))
+balance = jax.jit(lambda scores: assign(scores, 4, epsilon=0.5, iterations=12))
 
 
 @pytest.mark.parametrize("groups, prototypes", [(1, 2), (6, 3), (2, 20)])

@@ -1,4 +1,4 @@
-"""Outputs of a teacher that were kept are those that it would say now, and cost no pass of it."""
+"""Tests of cached teacher outputs: they equal live outputs and save the forward passes."""
 
 import contextlib
 import json
@@ -15,17 +15,18 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
 from disco_jax.plan import budget
+from disco_jax.run import hosts, lease
 from disco_jax.tasks import cache, joint, pretrain
 from disco_jax.tasks.prepare import prepare
-from disco_jax.train import hosts, lease, step, teacher
-from disco_jax.train.state import everywhere
+from disco_jax.train import step, teacher
+from disco_jax.train.state import replicate
 
-STEPS = 5  # of an epoch: 1437 images, 256 at a time
+STEPS = 5  # per epoch: 1437 images in batches of 256
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(tmp_path_factory):
-    """A run that starts again has its programs, as on the command line."""
+    """Enables the compilation cache, as the command line does."""
     with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
         yield
 
@@ -36,16 +37,16 @@ def source():
 
 
 def config_of(recipe="disco", **changes):
-    given = {
+    fields = {
         "batch_size": 256,
         "total_steps": STEPS,
         "log.every_steps": 1,
         "checkpoint.every_steps": 2,
         **changes,
     }
-    if "objectives.contrast.queue_size" not in given:
-        given["objectives.contrast.queue_size"] = 512
-    return helpers.smoke_config(recipe, **given)
+    if "objectives.contrast.queue_size" not in fields:
+        fields["objectives.contrast.queue_size"] = 512
+    return helpers.smoke_config(recipe, **fields)
 
 
 def losses(folder, name="loss"):
@@ -54,43 +55,43 @@ def losses(folder, name="loss"):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory, source):
-    """Two epochs."""
-    folder = tmp_path_factory.mktemp("cache") / "kept"
+def cache_folder(tmp_path_factory, source):
+    """A folder with the outputs of two epochs."""
+    folder = tmp_path_factory.mktemp("cache") / "outputs"
     cache.run(config_of(), str(folder), source, epochs=2)
     return folder
 
 
-def test_a_folder_in_use_is_refused(kept, source):
-    with lease.held(kept), pytest.raises(UserError, match="Another run is writing"):
-        cache.run(config_of(), str(kept), source, epochs=2)
+def test_a_folder_in_use_is_refused(cache_folder, source):
+    with lease.held(cache_folder), pytest.raises(UserError, match="Another run is writing"):
+        cache.run(config_of(), str(cache_folder), source, epochs=2)
 
 
-def test_embeddings_are_those_of_the_teacher_to_bfloat16(kept, source):
-    """Asked here with other views' statistics of its own, on the same devices."""
+def test_embeddings_are_those_of_the_teacher_to_bfloat16(cache_folder, source):
+    """Compares with the live teacher, on the same number of devices."""
     ready = prepare(config_of(), source)
     live = step.parallel_targets(
         step.make_targets(ready.method, ready.recipe, ready.config.seed, ("embedding",))
     )
-    found = targets.Targets(str(kept), 0, 1)
-    assert len(found) == 2 * STEPS
-    start = found.after[5]
+    saved = targets.Targets(str(cache_folder), 0, 1)
+    assert len(saved) == 2 * STEPS
+    start = saved.after[5]
     with pretrain.batches_of(ready, start) as batches:
         batch, _ = next(batches)
-    made = live(jnp.int32(6), everywhere(ready.frozen), batch)
+    outputs = live(jnp.int32(6), replicate(ready.frozen), batch)
     for view in (0, 1):
-        expected = np.asarray(made[view]["embedding"]).reshape(256, -1)
-        ours = found.batch(6)[view]["embedding"].astype(np.float32)
-        np.testing.assert_allclose(ours, expected, rtol=2**-8, atol=1e-6)
-    assert not np.allclose(ours, found.batch(5)[1]["embedding"].astype(np.float32), atol=1e-2)
+        expected = np.asarray(outputs[view]["embedding"]).reshape(256, -1)
+        actual = saved.batch(6)[view]["embedding"].astype(np.float32)
+        np.testing.assert_allclose(actual, expected, rtol=2**-8, atol=1e-6)
+    assert not np.allclose(actual, saved.batch(5)[1]["embedding"].astype(np.float32), atol=1e-2)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, source, kept):
-    """The same run with the teacher and with what was kept of it."""
+def runs(tmp_path_factory, source, cache_folder):
+    """Folders of the same run with the live teacher and with its cached outputs."""
     folder = tmp_path_factory.mktemp("runs")
     pretrain.run(config_of(), str(folder / "live"), source)
-    pretrain.run(config_of(**{"teacher.cache": str(kept)}), str(folder / "cached"), source)
+    pretrain.run(config_of(**{"teacher.cache": str(cache_folder)}), str(folder / "cached"), source)
     return folder
 
 
@@ -100,15 +101,15 @@ def test_a_student_learns_the_same_from_it(runs):
     np.testing.assert_allclose(cached, live, rtol=2e-3)
 
 
-def test_a_longer_run_sees_the_views_again_and_resumes_bit_for_bit(tmp_path, source, kept):
-    changes = {"teacher.cache": str(kept), "total_steps": 2 * STEPS + 3}
+def test_a_longer_run_sees_the_views_again_and_resumes_bit_for_bit(tmp_path, source, cache_folder):
+    changes = {"teacher.cache": str(cache_folder), "total_steps": 2 * STEPS + 3}
     config = config_of(**changes)
     _, like, _, _ = helpers.smoke(config_of(), 4)
     pretrain.run(config, str(tmp_path / "whole"), source)
     for stop in (2 * STEPS - 1, 2 * STEPS + 1):
         patched = config_of(**changes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pretrain.loop.hosts, "asked_to_stop", stopping_at(stop))
+            patch.setattr(pretrain.loop.hosts, "stop_on_signals", stopping_at(stop))
             with pytest.raises(pretrain.errors.Preempted):
                 pretrain.run(patched, str(tmp_path / "parts"), source)
     pretrain.run(config, str(tmp_path / "parts"), source)
@@ -124,29 +125,29 @@ def stopping_at(number):
     return lambda: contextlib.nullcontext(Stop())
 
 
-def test_batches_come_again_after_the_last_one(source, kept):
-    replayed = targets.ReplayedSource(source, targets.Targets(str(kept), 0, 1))
+def test_batches_come_again_after_the_last_one(source, cache_folder):
+    replayed = targets.ReplayedSource(source, targets.Targets(str(cache_folder), 0, 1))
     ready = prepare(config_of(), source)
     crops = dict(enumerate(ready.recipe.crops))
-    found = []
+    batches = []
     for batch in replayed.train("train", crops, 256, ready.config.seed, Position.start(), 0):
-        found.append(batch)
-        if len(found) == 4 * STEPS + 2:
+        batches.append(batch)
+        if len(batches) == 4 * STEPS + 2:
             break
     for n in (0, 1):
         for again in (2 * STEPS + n, 4 * STEPS + n):
-            chex.assert_trees_all_equal(found[again].views, found[n].views)
-            chex.assert_trees_all_equal(found[again].aux, found[n].aux)
-    assert not np.array_equal(found[STEPS].views[0], found[0].views[0])
-    start = found[3 * STEPS].position
+            chex.assert_trees_all_equal(batches[again].views, batches[n].views)
+            chex.assert_trees_all_equal(batches[again].aux, batches[n].aux)
+    assert not np.array_equal(batches[STEPS].views[0], batches[0].views[0])
+    start = batches[3 * STEPS].position
     assert start.epoch == 3
     onward = next(replayed.train("train", crops, 256, ready.config.seed, start, 0))
-    chex.assert_trees_all_equal(onward.views, found[3 * STEPS + 1].views)
-    assert onward.position == found[3 * STEPS + 1].position
+    chex.assert_trees_all_equal(onward.views, batches[3 * STEPS + 1].views)
+    assert onward.position == batches[3 * STEPS + 1].position
 
 
-def test_a_killed_one_goes_on_where_it_was(tmp_path, source, kept, monkeypatch):
-    monkeypatch.setattr(targets, "_PART_BYTES", 1)  # a file a batch
+def test_a_killed_one_goes_on_where_it_was(tmp_path, source, cache_folder, monkeypatch):
+    monkeypatch.setattr(targets, "_PART_BYTES", 1)  # one file per batch
     real, calls = targets.Writer.add, []
 
     def add(self, *args):
@@ -162,10 +163,12 @@ def test_a_killed_one_goes_on_where_it_was(tmp_path, source, kept, monkeypatch):
         prepare(config_of(**{"teacher.cache": str(tmp_path / "kept")}), source)
     cache.run(config_of(), str(tmp_path / "kept"), source, epochs=2)
     assert len(calls) == 11
-    ours, theirs = (targets.Targets(str(path), 0, 1) for path in (tmp_path / "kept", kept))
-    assert ours.after == theirs.after
+    actual, expected = (
+        targets.Targets(str(path), 0, 1) for path in (tmp_path / "kept", cache_folder)
+    )
+    assert actual.after == expected.after
     for number in range(2 * STEPS):
-        chex.assert_trees_all_equal(ours.batch(number), theirs.batch(number))
+        chex.assert_trees_all_equal(actual.batch(number), expected.batch(number))
 
 
 OTHERS = {
@@ -178,13 +181,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("message", OTHERS)
-def test_other_settings_are_refused(message, source, kept):
-    with pytest.raises(UserError, match=f"(?s)was made of something else.*{message}"):
-        prepare(config_of(**{**OTHERS[message], "teacher.cache": str(kept)}), source)
+def test_other_settings_are_refused(message, source, cache_folder):
+    with pytest.raises(UserError, match=f"(?s)was created with other settings.*{message}"):
+        prepare(config_of(**{**OTHERS[message], "teacher.cache": str(cache_folder)}), source)
 
 
-def test_another_teacher_or_data_set_is_refused(source, kept, monkeypatch):
-    config = config_of(**{"teacher.cache": str(kept)})
+def test_another_teacher_or_data_set_is_refused(source, cache_folder, monkeypatch):
+    config = config_of(**{"teacher.cache": str(cache_folder)})
     images, labels = helpers.digits_splits()["train"]
     fewer = ArraySource({"train": (images[:-1], labels[:-1]), "test": (images, labels)})
     with pytest.raises(UserError, match="images: 1437 -> 1436"):
@@ -199,8 +202,8 @@ def test_another_teacher_or_data_set_is_refused(source, kept, monkeypatch):
         prepare(config, source)
 
 
-def test_fewer_views_may_be_read(source, kept):
-    config = config_of(**{"teacher.cache": str(kept), "objectives.distill.views": (0,)})
+def test_fewer_views_may_be_read(source, cache_folder):
+    config = config_of(**{"teacher.cache": str(cache_folder), "objectives.distill.views": (0,)})
     assert prepare(config, source).period == 2 * STEPS
 
 
@@ -219,11 +222,13 @@ def test_what_cannot_be_cached_is_refused(name, source):
         prepare(config_of(recipe, **changes), source)
 
 
-def test_a_folder_of_other_outputs_or_with_other_things_is_left_alone(kept, source, tmp_path):
+def test_a_folder_of_other_outputs_or_with_other_things_is_left_alone(
+    cache_folder, source, tmp_path
+):
     with pytest.raises(UserError, match=r"config.seed: 0 -> 1"):
-        cache.run(config_of(seed=1), str(kept), source, epochs=2)
+        cache.run(config_of(seed=1), str(cache_folder), source, epochs=2)
     with pytest.raises(UserError, match="--epochs=2"):
-        cache.run(config_of(), str(kept), source, epochs=3)
+        cache.run(config_of(), str(cache_folder), source, epochs=3)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         cache.run(config_of(), str(tmp_path), source, epochs=1)
@@ -231,11 +236,11 @@ def test_a_folder_of_other_outputs_or_with_other_things_is_left_alone(kept, sour
         cache.run(config_of("moco_v2"), str(tmp_path / "new"), source)
 
 
-def test_a_damaged_file_is_named(kept, tmp_path):
+def test_a_damaged_file_is_named(cache_folder, tmp_path):
     import shutil
 
     copy = tmp_path / "kept"
-    shutil.copytree(kept, copy)
+    shutil.copytree(cache_folder, copy)
     part = next(copy.glob("host_*/*.npz"))
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -244,10 +249,10 @@ def test_a_damaged_file_is_named(kept, tmp_path):
         targets.Targets(str(copy), 0, 1).batch(3)
 
 
-def test_a_file_that_was_cut_short_is_named(kept, tmp_path):
+def test_a_file_that_was_cut_short_is_named(cache_folder, tmp_path):
     import shutil
 
-    shutil.copytree(kept, tmp_path / "kept")
+    shutil.copytree(cache_folder, tmp_path / "kept")
     part = next((tmp_path / "kept").glob("host_*/*.npz"))
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"00000000.npz is damaged"):
@@ -273,14 +278,14 @@ def test_each_host_keeps_and_reads_its_own(tmp_path):
 
 
 def test_the_size_is_told_ahead(source, tmp_path, capsys):
-    found = cache.run(config_of(), str(tmp_path / "kept"), source, epochs=3, dry_run=True)
-    assert found == {"steps": 15, "bytes": 2 * 2 * 16 * 256 * 15}
+    size = cache.run(config_of(), str(tmp_path / "kept"), source, epochs=3, dry_run=True)
+    assert size == {"steps": 15, "bytes": 2 * 2 * 16 * 256 * 15}
     assert "3 epochs, 15 steps of 256 images, views 0, 1: 0.000229 GiB" in capsys.readouterr().out
     assert not (tmp_path / "kept").exists()
 
 
-def test_it_costs_what_moco_costs(kept):
-    """Operations of DisCo on the view that MoCo-v2 encodes, as it is written."""
+def test_it_costs_what_moco_costs(cache_folder):
+    """Counts the operations of DisCo on one view, with MoCo-v2 as reference."""
     wide = {"student.width": 16, "teacher.width": 64, "batch_size": 8}
     wide |= {"student.backbone": "resnet8", "teacher.backbone": "resnet8", "fast.shifts": "off"}
     one_view = {**wide, "objectives.distill.views": (0,)}
@@ -288,7 +293,7 @@ def test_it_costs_what_moco_costs(kept):
     for name, recipe, changes in (
         ("moco", "moco_v2", wide),
         ("live", "disco", one_view),
-        ("cached", "disco", {**one_view, "teacher.cache": str(kept)}),
+        ("cached", "disco", {**one_view, "teacher.cache": str(cache_folder)}),
     ):
         config = config_of(recipe, **{**changes, "objectives.contrast.queue_size": 64})
         config.student.hidden = 32
@@ -298,10 +303,10 @@ def test_it_costs_what_moco_costs(kept):
     assert costs["live"] > 2 * costs["moco"]
 
 
-def test_students_share_what_was_kept(kept, runs, source, tmp_path):
+def test_students_share_what_was_kept(cache_folder, runs, source, tmp_path):
     configs = {
-        "narrow": config_of(**{"teacher.cache": str(kept), "student.hidden": 8}),
-        "same": config_of(**{"teacher.cache": str(kept)}),
+        "narrow": config_of(**{"teacher.cache": str(cache_folder), "student.hidden": 8}),
+        "same": config_of(**{"teacher.cache": str(cache_folder)}),
     }
     joint.run(configs, {name: str(tmp_path / name) for name in configs}, source)
     np.testing.assert_allclose(losses(tmp_path / "same"), losses(runs / "cached"), rtol=1e-4)

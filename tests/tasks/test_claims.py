@@ -1,4 +1,4 @@
-"""What the rows of a sweep's table say of a claim."""
+"""Tests of claims judged from the rows of a sweep's table."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import helpers
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 from disco_jax.errors import UserError
 from disco_jax.sweeps import cells, claims, table
 from disco_jax.sweeps.table import Row
@@ -39,15 +39,15 @@ BETTER, WORSE = ((RECIPE, "disco"),), ((RECIPE, "moco"),)
 
 
 def test_rows_are_compared_seed_by_seed_where_the_rest_is_alike():
-    """5, 5.5, 5: mean 5.167, deviation 0.289, far beyond 2.92 * 0.289 / sqrt(3)."""
-    (found,) = judge([*BASE.values(), OURS], BETTER, WORSE)
-    assert (found.where, found.seeds, found.verdict) == ("width=4", 3, "held")
-    assert found.difference == pytest.approx(31 / 6)
-    assert found.spread == pytest.approx((1 / 12) ** 0.5)
+    """Differences 5, 5.5, 5: mean 5.167, deviation 0.289, far above 2.92 * 0.289 / sqrt(3)."""
+    (finding,) = judge([*BASE.values(), OURS], BETTER, WORSE)
+    assert (finding.where, finding.seeds, finding.verdict) == ("width=4", 3, "held")
+    assert finding.difference == pytest.approx(31 / 6)
+    assert finding.spread == pytest.approx((1 / 12) ** 0.5)
 
 
 @pytest.mark.parametrize(
-    "ours, at_least, verdict",
+    "scores, at_least, verdict",
     [
         ((51.0, 52.0, 53.0), False, "held"),
         ((49.0, 50.1, 50.9), False, "did not hold"),
@@ -59,35 +59,35 @@ def test_rows_are_compared_seed_by_seed_where_the_rest_is_alike():
         ((), False, "not done"),
     ],
 )
-def test_verdicts(ours, at_least, verdict):
-    (found,) = judge(
-        [BASE[4], row(ours, recipe="disco", width=4)], BETTER, WORSE, at_least=at_least
+def test_verdicts(scores, at_least, verdict):
+    (finding,) = judge(
+        [BASE[4], row(scores, recipe="disco", width=4)], BETTER, WORSE, at_least=at_least
     )
-    assert found.verdict == verdict
+    assert finding.verdict == verdict
 
 
 def test_a_gain_may_be_largest_somewhere():
-    """At 4 the wide head gives 6, 7, 6 points, at 8 it gives 1: 5, 6, 5 more."""
+    """Gains of the wide head: 6, 7, 6 points at width 4, 1 at width 8, so 5, 6, 5 more."""
     rows = [
         row((40.0, 40.0, 40.0), recipe="disco", width=4, hidden=16),
         row((46.0, 47.0, 46.0), recipe="disco", width=4, hidden=512),
         row((70.0, 70.0, 70.0), recipe="disco", width=8, hidden=16),
         row((71.0, 71.0, 71.0), recipe="disco", width=8, hidden=512),
     ]
-    (found,) = judge(rows, ((HIDDEN, 512),), ((HIDDEN, 16),), most=(WIDTH, 4))
-    assert found.difference == pytest.approx(16 / 3)
-    assert found.verdict == "held"
-    assert "width=4 against" in found.where and "width=8" in found.where
-    (found,) = judge(rows, ((HIDDEN, 512),), ((HIDDEN, 16),), most=(WIDTH, 8))
-    assert found.verdict == "did not hold"
+    (finding,) = judge(rows, ((HIDDEN, 512),), ((HIDDEN, 16),), most=(WIDTH, 4))
+    assert finding.difference == pytest.approx(16 / 3)
+    assert finding.verdict == "held"
+    assert "width=4 against" in finding.where and "width=8" in finding.where
+    (finding,) = judge(rows, ((HIDDEN, 512),), ((HIDDEN, 16),), most=(WIDTH, 8))
+    assert finding.verdict == "did not hold"
 
 
 def test_an_axis_that_the_claim_names_is_free_in_the_other_rows():
-    """The widest row against every other of its recipe, not against itself."""
+    """Compares the widest row with all others of its recipe, but not with itself."""
     rows = [*BASE.values(), row((80.0,), recipe="moco", width=16)]
-    found = judge(rows, (*WORSE, (WIDTH, 16)), WORSE)
-    assert [f.difference for f in found] == [30.0, 10.0]
-    assert [f.where for f in found] == ["width=4", "width=8"]
+    findings = judge(rows, (*WORSE, (WIDTH, 16)), WORSE)
+    assert [f.difference for f in findings] == [30.0, 10.0]
+    assert [f.where for f in findings] == ["width=4", "width=8"]
 
 
 def test_a_claim_about_rows_that_are_not_there_is_refused(tmp_path):
@@ -99,15 +99,15 @@ def test_a_claim_about_rows_that_are_not_there_is_refused(tmp_path):
 
 
 def test_findings_are_written(tmp_path):
-    found = judge([*BASE.values(), OURS], BETTER, WORSE)
-    claims.write(tmp_path, found)
+    findings = judge([*BASE.values(), OURS], BETTER, WORSE)
+    claims.write(tmp_path, findings)
     (line,) = csv.DictReader((tmp_path / "claims.csv").read_text().splitlines())
     assert (line["claim"], line["verdict"], line["score"]) == ("It wins", "held", "knn")
-    assert "It wins" in claims.section(found) and claims.section([]) == ""
+    assert "It wins" in claims.section(findings) and claims.section([]) == ""
 
 
 RECIPE_OF_OURS = """
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 
 
 def get_config(arg=None):
@@ -131,7 +131,7 @@ def get_config(arg=None):
 """
 
 
-@pytest.mark.wiring  # a sweep's files; what they hold is whatever the networks score
+@pytest.mark.wiring  # compares the files of a sweep with one another, whatever the scores
 def test_a_sweep_with_a_claim_runs_without_tensorflow(tmp_path):
     few = {key: x[:128] for key, x in helpers.digits().items()}
     np.savez(tmp_path / "few.npz", **few)
@@ -145,7 +145,7 @@ from disco_jax import main
 with helpers.tiny_networks():
     sys.exit(main.main(["sweep", "--config=ours.py", "--workdir=runs"]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         capture_output=True,
@@ -153,8 +153,8 @@ with helpers.tiny_networks():
         check=False,
         env={**os.environ, "XLA_FLAGS": helpers.one_device_flags()},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 of 4 cells are done" in done.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "4 of 4 cells are done" in process.stdout
     (line,) = csv.DictReader((tmp_path / "runs" / "claims.csv").read_text().splitlines())
     tops = [
         json.loads((tmp_path / "runs/cells" / name / "knn.json").read_text())["top1"]
@@ -172,7 +172,7 @@ def test_every_claim_in_miniature_compares_rows():
     every = cells.expand(config)
     assert len(every) == 39 and len({cell.row for cell in every}) == 13
     rows = table.rows(every, {c.name: 0 for c in every}, {}, {})
-    found = claims.judge(config.claims, rows, "linear_grid")
-    assert {f.claim for f in found} == {claim.says for claim in config.claims.values()}
-    count = {f.claim: sum(g.claim == f.claim for g in found) for f in found}
-    assert set(count.values()) == {1, 2}  # of both students, or of one against the other
+    findings = claims.judge(config.claims, rows, "linear_grid")
+    assert {f.claim for f in findings} == {claim.says for claim in config.claims.values()}
+    count = {f.claim: sum(g.claim == f.claim for g in findings) for f in findings}
+    assert set(count.values()) == {1, 2}  # one finding per student, or one comparing the students

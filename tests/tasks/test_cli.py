@@ -1,4 +1,4 @@
-"""The command line: one clear message for a mistake, exit code 2, and nothing written."""
+"""Tests of the command line: one clear message per mistake, exit code 2, no files written."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def digits_file(tmp_path_factory):
 
 @pytest.fixture
 def fails(tmp_path, capsys, monkeypatch):
-    """Runs a command line that must be refused; returns what it says."""
+    """A function that runs an invalid command line and returns its error message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
 
@@ -25,7 +25,7 @@ def fails(tmp_path, capsys, monkeypatch):
         message = capsys.readouterr().err
         assert code == 2, message
         assert "Traceback" not in message
-        assert not (tmp_path / "run").exists()  # nothing was begun
+        assert not (tmp_path / "run").exists()
         return message
 
     return run
@@ -56,7 +56,7 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
         ),
         (
             (*SMOKE, "--config.zzz=1"),
-            ["--config.zzz is not a field", "`disco-jax list --settings` shows them all"],
+            ["--config.zzz is not a field", "`disco-jax list --settings` shows all fields"],
         ),
         (
             (*SMOKE, "--config.student=resnet18"),
@@ -72,12 +72,12 @@ SMOKE = "pretrain", "--config=disco:student=resnet8,teacher=resnet8,data=digits,
         ((*SMOKE, f"--config.data.dir={'x' * 3000}"), ["config.data.dir='xxx", "at most"]),
         (
             ("pretrain", "--config=knn"),
-            ["none for `disco-jax pretrain`", "it has no config.augment"],
+            ["cannot be used with `disco-jax pretrain`", "it has no config.augment"],
         ),
-        (("knn", "--config=moco_v2"), ["none for `disco-jax knn`", "config.network"]),
-        (("sweep", "--config=disco"), ["none for `disco-jax sweep`", "config.axes"]),
+        (("knn", "--config=moco_v2"), ["cannot be used with `disco-jax knn`", "config.network"]),
+        (("sweep", "--config=disco"), ["cannot be used with `disco-jax sweep`", "config.axes"]),
         (
-            # Of every kind: a word, a field, a type, a range, a name, and what they mean together.
+            # All kinds of mistakes: flag, field, type, range, name, combination of fields.
             (
                 *SMOKE, "--wrkdir=x", "--config.student.backbon=resnet18", "--config.seed=many",
                 "--config.views=0", "--config.student.backbone=resnet19",
@@ -164,7 +164,8 @@ def test_a_mistake_gets_one_clear_message(fails, digits_file, words, says):
 def test_a_recipe_is_a_python_file(fails, tmp_path):
     file = tmp_path / "config.json"
     file.write_text("{}")
-    assert f"--config={file}: a recipe is a Python file" in fails("pretrain", f"--config={file}")
+    message = fails("pretrain", f"--config={file}")
+    assert f"--config={file} is not a recipe: give a Python file" in message
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_list_names_what_there_is(capsys):
     assert set(needs) == {
         f"configs/{name}.py" for name in flags.recipes() if "objectives" in flags.load(name)
     }
-    # 65,536 keys of 128 float32, and the pointer's four bytes; RETRO has two banks.
+    # 65,536 keys of 128 float32 and a pointer of four bytes; RETRO has two queues.
     assert "2 crops; student 2, momentum 1, teacher 2; 32 MiB" in needs["configs/disco.py"]
     assert "student 2, momentum 2, teacher 2; 64 MiB" in needs["configs/retro.py"]
     assert "the teacher's head" in needs["configs/retro.py"]

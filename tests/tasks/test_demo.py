@@ -1,4 +1,4 @@
-"""The quick start in small: through TFDS, all three networks, table, results file and picture."""
+"""Tests of the quick start, shortened: TFDS data, three networks, table, results and figure."""
 
 import json
 
@@ -7,13 +7,13 @@ import pytest
 from disco_jax import flags
 from disco_jax.tasks import demo
 
-# Files, a table and a picture, of whatever scores; what its networks reach is `test_learning`'s.
+# Files, table and figure for any scores; `test_learning` checks the accuracy of such networks.
 pytestmark = pytest.mark.wiring
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(folder, results, config) of a demo of 3 epochs, its students as shallow as the teacher."""
+    """A demo of 3 epochs with shallow students: (folder, results, config)."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("demo")
     config = flags.load("configs/demo.py")
@@ -32,7 +32,7 @@ def test_results_are_complete_and_in_percent(finished):
         for score in ("linear_top1", "knn_top1"):
             assert 10 < results[name][score] <= 100
     assert results["seeds"] == [0]
-    for name in demo.RUNS:  # TensorBoard's, beside the JSON lines
+    for name in demo.RUNS:  # TensorBoard event files
         assert list((folder / "seed_0" / name).glob("events.out.tfevents.*"))
 
 

@@ -1,4 +1,4 @@
-"""From a folder of images and a teacher to a student, and TensorFlow never in sight."""
+"""Tests of `distill`: from a folder of images and a teacher to a student, without TensorFlow."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.tasks import distill, pretrain
 
-# What is chosen, refused, carried over and printed; no number is compared with one from elsewhere.
+# Checks settings, messages and files; no number is compared with an independent reference.
 pytestmark = pytest.mark.wiring
 
 
@@ -26,21 +26,21 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train/ and test/ with a sub-folder a class: the digits as PNG files."""
+    """The digits as PNG files in train/ and test/, with one folder per class."""
     root = tmp_path_factory.mktemp("images")
-    made = helpers.digits()
+    digits = helpers.digits()
     for split, count in (("train", 160), ("test", 40)):
         for i in range(count):
-            label = made[f"{split}_labels"][i]
+            label = digits[f"{split}_labels"][i]
             path = root / split / f"digit {label}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(made[f"{split}_images"][i]).save(path)
+            Image.fromarray(digits[f"{split}_images"][i]).save(path)
     return root
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The directory of a short pretraining run."""
+    """Directory of a short pretraining run."""
     run = tmp_path_factory.mktemp("teacher") / "run"
     config = helpers.smoke_config("moco_v2", batch_size=16)
     pretrain.run(config, str(run), ArraySource(helpers.digits_splits()))
@@ -61,22 +61,22 @@ def test_a_pattern_of_names_is_data_too(folder, teacher):
     pattern = str(folder / "train" / "**" / "*.png")
     config, source = distill.resolve(data=pattern, teacher=str(teacher), student="resnet14")
     assert config.data.source == "folder" and source.count("train") == 160
-    with pytest.raises(UserError, match="matches no pictures"):
+    with pytest.raises(UserError, match="matches no images"):
         distill.resolve(data=str(folder / "*.bmp"), teacher=str(teacher), student="resnet14")
 
 
 def test_questions_about_the_data_are_answered_by_the_config(folder, teacher, tmp_path):
-    """On the command line and in Python: the data open with the answers."""
+    """Opens data whose splits must be named in the config."""
     (tmp_path / "digits").mkdir()
     for name in ("test", "dev"):
         (tmp_path / "digits" / name).symlink_to(folder / "test", target_is_directory=True)
     (tmp_path / "digits" / "data").symlink_to(folder / "train", target_is_directory=True)
-    given = dict(data=str(tmp_path / "digits"), teacher=str(teacher), student="resnet14")
+    inputs = dict(data=str(tmp_path / "digits"), teacher=str(teacher), student="resnet14")
     splits = "train=data,test=test"
-    config, source = distill.resolve(**given, opening={"splits": splits})
+    config, source = distill.resolve(**inputs, opening={"splits": splits})
     assert (source.count("train"), source.count("test")) == (160, 40)
     assert config.data.splits == splits and config.data.eval_split == "test"
-    assert source.skipped.counts["beside the splits"] == 40
+    assert source.skipped.counts["outside the splits"] == 40
 
 
 def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path, capsys):
@@ -105,9 +105,9 @@ def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path
     ],
 )
 def test_mistakes(folder, teacher, changes, message):
-    given = {"data": str(folder), "teacher": str(teacher), "student": "resnet8", **changes}
+    inputs = {"data": str(folder), "teacher": str(teacher), "student": "resnet8", **changes}
     with pytest.raises(UserError, match=message):
-        distill.resolve(**given)
+        distill.resolve(**inputs)
 
 
 def test_a_teacher_of_another_shape_is_refused(teacher, tmp_path):
@@ -119,23 +119,23 @@ def test_a_teacher_of_another_shape_is_refused(teacher, tmp_path):
 
 
 def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
-    """Recipe D3: the official code loads the queue with the teacher's file."""
+    """Checks disagreement D3: the official code loads the queue from the teacher's file."""
     source = ArraySource(helpers.digits_splits())
     config = helpers.smoke_config("disco", **{"teacher.weights": str(teacher), "batch_size": 16})
     config.teacher.hidden = -1
-    found = pretrain.prepare(config, source).teacher.queue
-    assert found.vectors.shape == (64, 16) and found.pointer == 32  # two steps of 16
+    queue = pretrain.prepare(config, source).teacher.queue
+    assert queue.vectors.shape == (64, 16) and queue.pointer == 32  # two steps of 16
     from disco_jax.train import state
 
     ready = pretrain.prepare(config, source)
-    create = lambda: state.create(ready.method, ready.built.learner.tx, 0, 16, found)  # noqa: E731
+    create = lambda: state.create(ready.method, ready.built.learner.tx, 0, 16, queue)  # noqa: E731
     begin = create().memory["contrast"]["view_1"]
-    # From the oldest key on: the student's batches may be of another size than the teacher's.
-    np.testing.assert_array_equal(begin.vectors, np.roll(found.vectors, -32, axis=0))
+    # Oldest key first, since the student's batch size may differ from the teacher's.
+    np.testing.assert_array_equal(begin.vectors, np.roll(queue.vectors, -32, axis=0))
     assert begin.pointer == 0
     config.objectives.contrast.queue_init = "random"
     ready = pretrain.prepare(config, source)
-    assert not np.allclose(create().memory["contrast"]["view_1"].vectors, found.vectors)
+    assert not np.allclose(create().memory["contrast"]["view_1"].vectors, queue.vectors)
 
 
 def test_training_and_evaluation_from_memory_never_import_tensorflow(folder, teacher, tmp_path):
@@ -148,7 +148,7 @@ from disco_jax import main
 run = ["--workdir={tmp_path / "run"}"]
 words = ["distill", "--data={folder}", "--teacher={teacher}", "--student=tiny"]
 small = ["--config.total_steps=2", "--config.student.width=4", "--config.student.hidden=16"]
-small.append("--config.log.report=false")  # the probe makes one
+small.append("--config.log.report=false")  # the probe writes a report
 with helpers.tiny_networks():
     assert main.main([*words, *small, *run]) == 0
     assert main.main(["knn", "--config.k=5", "--config.report=false", *run]) == 0
@@ -156,7 +156,7 @@ with helpers.tiny_networks():
 assert sys.modules["tensorflow"] is None
 """
     environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""Students that train together end as they would alone, whatever happens on the way."""
+"""Tests of joint training: students end as if each had trained alone, also after restarts."""
 
 import json
 import pathlib
@@ -16,9 +16,9 @@ from disco_jax.tasks import joint, pretrain
 from disco_jax.train import joint as shared
 
 STEPS = 6
-# The backbone is nobody's point here.
+# These tests do not depend on the backbone.
 TINY = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
-# Other heads, another optimizer, another objective, another momentum.
+# Cells that differ in head, optimizer, objective and EMA rate.
 CELLS = {
     "narrow": {"student.hidden": 8},
     "more": {
@@ -37,14 +37,14 @@ def source():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory):
-    """A run that starts again has its programs, as on the command line."""
+def shared_programs(tmp_path_factory):
+    """Enables the compilation cache, as the command line does."""
     with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
         yield
 
 
 def config_of(cell, recipe="disco", **changes):
-    given = {
+    fields = {
         **TINY,
         "total_steps": STEPS,
         "checkpoint.every_steps": 2,
@@ -53,7 +53,7 @@ def config_of(cell, recipe="disco", **changes):
         **CELLS[cell],
         **changes,
     }
-    return helpers.smoke_config(recipe, **given)
+    return helpers.smoke_config(recipe, **fields)
 
 
 def together(folder, source, names=tuple(CELLS), **changes):
@@ -70,13 +70,13 @@ def state_of(folder, config):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, source):
-    """Cell -> the state at the end of a run alone."""
-    folder, found = tmp_path_factory.mktemp("alone"), {}
+    """Folder of separate runs, and map from cell to the state at the end of its run."""
+    folder, states = tmp_path_factory.mktemp("alone"), {}
     for name in CELLS:
         config = config_of(name)
         pretrain.run(config, str(folder / name), source)
-        found[name] = state_of(folder / name, config)
-    return folder, found
+        states[name] = state_of(folder / name, config)
+    return folder, states
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def both(tmp_path_factory, source):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_student_learns_what_it_would_alone(cell, alone, both):
-    (_, expected), (_, found) = alone, both
+    (_, expected), (_, actual) = alone, both
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(expected[cell]),
-        jax.tree.leaves(found[cell]),
+        jax.tree.leaves(actual[cell]),
         strict=True,
     ):
         where = jax.tree_util.keystr(path)
@@ -98,21 +98,21 @@ def test_each_student_learns_what_it_would_alone(cell, alone, both):
 
 
 def test_queues_that_devices_share_are_saved_whole_for_each(tmp_path, source, alone):
-    """Together on devices that share queues, against alone on devices that have all of them."""
-    shared = together(tmp_path, source, **{"fast.shard_queue": True})
-    found, expected = shared["more"].memory, alone[1]["more"].memory
-    assert found["contrast"]["view_1"].shared and found["similarity"]["view_0"].shared
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    """Compares joint training with sharded queues to separate runs with replicated queues."""
+    sharded = together(tmp_path, source, **{"fast.shard_queue": True})
+    memory, expected = sharded["more"].memory, alone[1]["more"].memory
+    assert memory["contrast"]["view_1"].shared and memory["similarity"]["view_0"].shared
+    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_each_run_keeps_its_own_numbers(alone, both):
     (one, _), (many, _) = alone, both
     for cell in CELLS:
-        ours, theirs = (lines(folder / cell) for folder in (many, one))
-        assert [line["step"] for line in ours] == [2, 4, 6]
-        assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-        np.testing.assert_allclose(ours[-1]["loss"], theirs[-1]["loss"], rtol=1e-5)
+        actual, expected = (lines(folder / cell) for folder in (many, one))
+        assert [line["step"] for line in actual] == [2, 4, 6]
+        assert [line.keys() for line in actual] == [line.keys() for line in expected]
+        np.testing.assert_allclose(actual[-1]["loss"], expected[-1]["loss"], rtol=1e-5)
         spent = json.loads((many / cell / "goodput.json").read_text())
         assert spent == json.loads((many / "narrow" / "goodput.json").read_text())
     assert "similarity/loss" in lines(many / "more")[0]
@@ -124,11 +124,11 @@ def lines(folder):
 
 
 def test_a_kill_between_two_saves_changes_no_bit(tmp_path, source, both, monkeypatch):
-    """Some runs are a checkpoint further than others when it starts again."""
+    """Interrupts joint training when only some runs have saved their next checkpoint."""
     real, saved = shared.Checkpoints.save, []
 
     def save(self, step, *rest):
-        if len(saved) == 3:  # of two runs, the second checkpoint of the first alone
+        if len(saved) == 3:  # two runs: only the first has saved its second checkpoint
             self.wait()
             raise KeyboardInterrupt
         saved.append(step)
@@ -145,14 +145,14 @@ def test_a_kill_between_two_saves_changes_no_bit(tmp_path, source, both, monkeyp
 
 
 def test_the_teacher_sees_the_images_once():
-    """Two students cost two students and one teacher."""
+    """Counts convolutions: a second student adds no teacher pass."""
     one, two = convolutions(["narrow"]), convolutions(["narrow", "again"])
     assert one["teacher"] == two["teacher"] > 0
     assert two["all"] - one["all"] == one["all"] - one["teacher"] > 0
 
 
 def convolutions(names):
-    """How many the traced step holds, and how many of them are the teacher's."""
+    """Counts the convolutions in the traced joint step, and in the teacher's passes."""
     from disco_jax.data import views
     from disco_jax.models import encoder
     from disco_jax.ops.collectives import AXIS
@@ -166,8 +166,8 @@ def convolutions(names):
         learners[name] = step.learner_of(config, method, 10)
         _, states[name], frozen, batch = helpers.smoke(config, 1)
     recipe = views.build(config.augment, config.views, config.local)
-    made = step.make_joint_step(learners, recipe, 0)
-    text = jax.make_jaxpr(jax.vmap(made, in_axes=(None, None, 0), axis_name=AXIS))(
+    joint_step = step.make_joint_step(learners, recipe, 0)
+    text = jax.make_jaxpr(jax.vmap(joint_step, in_axes=(None, None, 0), axis_name=AXIS))(
         states, frozen, batch
     )
     network = method.networks["teacher"]
@@ -178,7 +178,7 @@ def convolutions(names):
     return {"all": str(text).count("conv_general"), "teacher": str(alone).count("conv_general")}
 
 
-@pytest.mark.wiring  # who is named, whatever the numbers were
+@pytest.mark.wiring  # checks the names in the error, not the numbers
 def test_students_that_diverge_are_named(tmp_path, source):
     changes = {"narrow": {}, "wide": {"learning_rate.per_256": 1e30}}
     configs = {name: config_of("narrow", **changes[name]) for name in changes}
@@ -219,6 +219,6 @@ def test_knn_is_taken_of_each_student_in_its_own_name(source, monkeypatch):
         "knn_of",
         lambda config, *_: lambda step, state: {"knn/top1": config.student.hidden + state + step},
     )
-    found = joint._evaluation(ready)(100, {"narrow": 0.25, "more": 0.5})
-    assert found == {"narrow/knn/top1": 108.25, "more/knn/top1": 132.5}
-    assert shared.part_of("more", tuple(ready), found) == {"knn/top1": 132.5}
+    metrics = joint._evaluation(ready)(100, {"narrow": 0.25, "more": 0.5})
+    assert metrics == {"narrow/knn/top1": 108.25, "more/knn/top1": 132.5}
+    assert shared.part_of("more", tuple(ready), metrics) == {"knn/top1": 132.5}

@@ -1,4 +1,4 @@
-"""Few shots, the information plane, t-SNE and the cost table: results' files and figures."""
+"""Tests of few-shot evaluation, information plane, t-SNE and cost table: files and figures."""
 
 import json
 import pathlib
@@ -13,13 +13,13 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features, ridge, scores, subsets, target
 from disco_jax.tasks import cost, fewshot, plane, tsne
 
-# Files and figures are there and hold together; scores are whatever they are.
+# Checks that files and figures exist and are consistent, for any scores.
 pytestmark = pytest.mark.wiring
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory):
-    """Two runs that differ in their weights alone are one program."""
+def shared_programs(tmp_path_factory):
+    """Shares compiled programs between runs that differ only in their weights."""
     with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
         yield
 
@@ -28,8 +28,8 @@ def kept(tmp_path_factory):
 def runs(tmp_path_factory):
     """Two runs on a part of the digits."""
     folder = tmp_path_factory.mktemp("runs")
-    made = helpers.digits()
-    few = {key: value[: 128 if key.startswith("train") else 80] for key, value in made.items()}
+    digits = helpers.digits()
+    few = {key: value[: 128 if key.startswith("train") else 80] for key, value in digits.items()}
     np.savez(folder / "few.npz", **few)
     names = ("teacher", "student")
     return [
@@ -43,7 +43,7 @@ def read(run, name):
 
 
 def is_drawn(file):
-    """Whether a figure is there and is not blank."""
+    """Returns True if a figure exists and is not blank."""
     with Image.open(file) as image:
         return image.width > 400 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
@@ -112,9 +112,9 @@ def test_pictures_of_several_runs_side_by_side(runs):
         "teacher",
         "student",
     }
-    with np.load(f"{runs[0]}/tsne.npz") as kept:
-        assert kept["places_0"].shape == kept["places_1"].shape == (result["images"], 2)
-        assert set(kept["labels"]) == {1, 4, 7}
+    with np.load(f"{runs[0]}/tsne.npz") as saved:
+        assert saved["places_0"].shape == saved["places_1"].shape == (result["images"], 2)
+        assert set(saved["labels"]) == {1, 4, 7}
     assert is_drawn(pathlib.Path(runs[0], "tsne.png"))
     for field, value, says in [
         ("classes", (1, 12), "no image of class 12"),

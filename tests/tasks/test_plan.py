@@ -1,4 +1,4 @@
-"""Plans made with the TPU's compiler, where libtpu is installed (the test extra brings it)."""
+"""Tests of `plan` with the TPU compiler of libtpu, which the "test" extra installs."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture
 def tiny():
-    """A network that this compiler, too, has done in a moment."""
+    """Makes all networks small enough to compile quickly."""
     with helpers.tiny_networks():
         yield
 
@@ -31,10 +31,10 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     assert (report["chips"], report["hosts"], report["fits"]) == (16, 4, True)
     memory = report["memory"]
     assert memory["teacher"] == 0 and memory["queues"] == 64 * 16 * 4 + 4
-    assert memory["batch"] == 2 * 2 * 16 * 16 * 3  # two images a chip, two views, bytes
+    assert memory["batch"] == 2 * 2 * 16 * 16 * 3  # 2 images per chip, 2 views, 1 byte per value
     assert memory["student"] >= memory["momentum"] > memory["optimizer"] > 0
     assert memory["activations"] > 0 and memory["program"] > 0
-    # The keys of all chips, and the parameters' gradients at least.
+    # At least the keys of all chips and the gradients.
     assert report["collectives"]["all-gather"]["bytes"] >= 32 * 16 * 4
     assert report["collectives"]["all-reduce"]["bytes"] >= memory["optimizer"]
     assert report["step_s"] >= report["compute_s"] > report["floor_s"] > 0
@@ -42,7 +42,7 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     efficiencies = [report["scaling"][n]["efficiency"] for n in (8, 64, 256)]
     assert 1 > efficiencies[0] > efficiencies[1] > efficiencies[2] > 0
     printed = capsys.readouterr().out
-    assert "2 forward passes an image: student on views [0], momentum on views [1]" in printed
+    assert "2 forward passes per image: student on views [0], momentum on views [1]" in printed
     assert "16 chips on 4 hosts" in printed and "each host must read" in printed
 
 
@@ -77,7 +77,7 @@ def test_a_queue_that_chips_share_is_divided_by_them(tiny):
     config.fast.half_queue = True
     report = plan.run(config, "v5e:2x4", images=1437)
     assert report["fits"] and report["memory"]["queues"] == 64 // 8 * 16 * 2 + 4
-    # The queries of all chips, which travel in place of their keys, in bfloat16 or float32.
+    # Queries of all chips are sent instead of keys, in bfloat16 or float32.
     assert report["collectives"]["all-gather"]["bytes"] >= 32 * 16 * 2
 
 
@@ -85,15 +85,15 @@ def test_the_largest_batch_is_found(tiny, monkeypatch):
     monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))
     config = helpers.smoke_config("moco_v2", batch_size=8)
     report = plan.run(config, "v5e:2x2", images=1437, fit=True)
-    assert report["largest_batch_size"] == 16  # of 64, the length of the queue
+    assert report["largest_batch_size"] == 16  # the queue would allow 64
 
 
 def limited(compile_step, most):
-    """A chip whose memory holds the step of `most` images."""
+    """Wraps `compile_step` such that steps of more than `most` images per chip do not fit."""
 
-    def compile_limited(config, where, steps):
-        made = compile_step(config, where, steps)
-        small = config.batch_size // len(where.devices) <= most
-        return made if small else plan.program.Program(made.parts, made.limit)
+    def compile_limited(config, slice_, steps):
+        compiled = compile_step(config, slice_, steps)
+        small = config.batch_size // len(slice_.devices) <= most
+        return compiled if small else plan.program.Program(compiled.parts, compiled.limit)
 
     return compile_limited

@@ -1,4 +1,4 @@
-"""Probes, few labels, transfer and fine-tuning of a run, from config to results' files."""
+"""Tests of probes, few labels, transfer and fine-tuning, from config to result files."""
 
 import json
 import pathlib
@@ -10,22 +10,22 @@ import pytest
 import helpers
 from disco_jax import flags
 from disco_jax.convert import pickles
-from disco_jax.data import chosen
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, saved, streamed, target
+from disco_jax.evaluate import features, online, saved, target
 from disco_jax.tasks import importing, knn, linear
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory):
-    """A training that starts again has its programs, as on the command line."""
+def shared_programs(tmp_path_factory):
+    """Enables the compilation cache, as the command line does."""
     with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
         yield
 
 
 def few(count=96):
-    """The first digits: enough for every class, few enough to be quick."""
+    """Returns the first digits, which contain all classes."""
     return {
         key: value[: count if key.startswith("train") else 60]
         for key, value in helpers.digits().items()
@@ -46,7 +46,7 @@ def run(tmp_path_factory, data_file):
 
 
 def quick(recipe, **changes):
-    """A recipe with two epochs of small batches."""
+    """Returns a recipe with two epochs of small batches."""
     config = flags.load(recipe)
     short = {"total_epochs": 2, "batch_size": 32, "learning_rate.per_256": 0.5}
     config.update_from_flattened_dict({**short, **changes})
@@ -65,9 +65,9 @@ def test_a_cached_probe_leaves_what_it_found(run):
     assert result["images"] == 60 and len(result["class_top1"]) == 10
     low, high = result["top1_interval"]
     assert low < result["top1"] < high and result["best_top1"] >= result["top1"]
-    with np.load(f"{run}/linear.npz") as kept:
-        assert kept["confusion"].sum() == 60
-        assert 100 * np.trace(kept["confusion"]) / 60 == pytest.approx(result["top1"])
+    with np.load(f"{run}/linear.npz") as arrays:
+        assert arrays["confusion"].sum() == 60
+        assert 100 * np.trace(arrays["confusion"]) / 60 == pytest.approx(result["top1"])
 
 
 def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(run):
@@ -106,32 +106,32 @@ def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
 
 @pytest.mark.parametrize("recipe", ["linear:protocol=moco", "finetune"])
 def test_devices_do_not_change_what_is_learned(run, recipe):
-    """One device and four, whose last batches of the test images are partial."""
+    """Compares one device with four, with partial last batches of test images."""
     trained = features.load(run)
-    # Rates at which rounding does not grow from step to step.
+    # Small rates, at which rounding errors do not grow from step to step.
     config = quick(recipe, **{"learning_rate.per_256": 0.05, "head_rate": 2.0})
-    found = []
+    outputs = []
     for devices in (1, 4):
         with helpers.devices(devices):
-            network, layer = streamed.train(config, trained, ArraySource(splits()), None)
+            network, layer = online.train(config, trained, ArraySource(splits()), None)
             test = features.of_split(network, ArraySource(splits()), "test", 24)
-            found.append((layer.scores(test.features), test.labels))
-    np.testing.assert_array_equal(found[0][1], few()["test_labels"])
-    np.testing.assert_array_equal(found[0][1], found[1][1])
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+            outputs.append((layer.scores(test.features), test.labels))
+    np.testing.assert_array_equal(outputs[0][1], few()["test_labels"])
+    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
+    np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=1e-4, atol=1e-5)
 
 
 def splits():
-    made = few()
-    return {s: (made[f"{s}_images"], made[f"{s}_labels"]) for s in ("train", "test")}
+    digits = few()
+    return {s: (digits[f"{s}_images"], digits[f"{s}_labels"]) for s in ("train", "test")}
 
 
 def test_the_same_few_of_every_class_are_read(run):
     source = ArraySource(splits())
     rows = [3, 17, 40]
-    some = chosen.ChosenSource(source, "train", rows)
+    some = SubsetSource(source, "train", rows)
     assert some.count("train") == 3 and some.count("test") == 60
-    labels = [label for *_, label in some.pictures("train")]
+    labels = [label for *_, label in some.iter_images("train")]
     assert labels == few()["train_labels"][rows].tolist()
     result = linear.run(
         quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run
@@ -140,7 +140,7 @@ def test_the_same_few_of_every_class_are_read(run):
 
 
 def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_path, data_file):
-    """SSLight's fine-tuning; its network is read again as a teacher of another run."""
+    """Runs SSLight's fine-tuning, then distils its network into another run."""
     config = quick("semi:protocol=sslight,percent=10", **{"labelled.percent": 0.0})
     result = linear.run(config, run)
     name = "semi_sslight_10"
@@ -151,46 +151,46 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     assert all(jax.tree.leaves(moved))
     assert teacher.classifier.kernel.shape == (24, 10)  # the head's hidden width
     trained = features.load(run)
-    fine = streamed.Teacher(teacher.trained, teacher.classifier, "hidden", 1)
-    found = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
-    again = fine.classifier.scores(found.hidden).argmax(1) == found.labels
-    assert 100 * again.mean() == pytest.approx(result["top1"])
+    fine = online.Teacher(teacher.trained, teacher.classifier, "hidden", 1)
+    test = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
+    correct = fine.classifier.scores(test.hidden).argmax(1) == test.labels
+    assert 100 * correct.mean() == pytest.approx(result["top1"])
     assert trained.config.student.backbone == "tiny"
 
     other = helpers.network_run(tmp_path / "student", data_file, seed=5)
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})
     linear.run(config, other)
-    taught = pathlib.Path(other, "linear_kd", "metrics.jsonl").read_text()
+    distilled = pathlib.Path(other, "linear_kd", "metrics.jsonl").read_text()
     config = quick("linear:protocol=moco", name="plain")
     linear.run(config, other)
-    assert taught != pathlib.Path(other, "plain", "metrics.jsonl").read_text()
+    assert distilled != pathlib.Path(other, "plain", "metrics.jsonl").read_text()
 
 
 def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
-    """DINO's protocol: of the last four blocks, side by side; the last alone is what kNN reads."""
+    """Runs DINO's protocol: a probe on the last four blocks concatenated, kNN on the last one."""
     file, run = tmp_path / "vit.pth", tmp_path / "vit"
     pickles.write(file, helpers.recorded_state("dino_vit_tiny_p16")[2])
     importing.run(str(file), str(run))
     on_digits = {"data.dir": str(data_file), "data.size": 32, "report": False}
     near = flags.load("knn:protocol=dino")
     near.update_from_flattened_dict({**on_digits, "network": "student"})
-    assert knn.run(near, str(run))["top1"] > 30  # of 10 by chance
+    assert knn.run(near, str(run))["top1"] > 30  # chance is 10
     config = quick("linear:protocol=dino,student=vit_tiny_p16", augment="none", **on_digits)
     with pytest.raises(UserError, match=r"--config\.network=student"):
         linear.run(config, str(run))
     config.update(network="student", total_epochs=20)
     result = linear.run(config, str(run))
-    with np.load(run / "linear_dino.npz") as kept:
-        assert kept["kernel"].shape == (4 * 192, 10)
-        kernel, bias = kept["kernel"], kept["bias"]
-    trained, source = target.opened(target.aimed(features.load(str(run)), config.data))
+    with np.load(run / "linear_dino.npz") as arrays:
+        assert arrays["kernel"].shape == (4 * 192, 10)
+        kernel, bias = arrays["kernel"], arrays["bias"]
+    trained, source = target.opened(target.with_eval_data(features.load(str(run)), config.data))
     rows = {
         blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
         for blocks in (1, 4)
     }
     np.testing.assert_allclose(rows[4].features[:, -192:], rows[1].features, rtol=1e-4, atol=1e-5)
-    right = (rows[4].features @ kernel + bias).argmax(1) == rows[4].labels
-    assert 100 * right.mean() == pytest.approx(result["top1"]) and result["top1"] > 30
+    correct = (rows[4].features @ kernel + bias).argmax(1) == rows[4].labels
+    assert 100 * correct.mean() == pytest.approx(result["top1"]) and result["top1"] > 30
 
 
 def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
@@ -207,7 +207,7 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
     "recipe, changes, says",
     [
         ("linear", {"output": "hiden"}, "Did you mean 'hidden'"),
-        ("linear", {"blocks": 4}, "tiny has 1 to read"),
+        ("linear", {"blocks": 4}, "tiny allows only 1"),
         ("linear", {"augment": "crops"}, "config.augment='crops'"),
         ("linear", {"network": "momentum"}, "--config.network=student"),
         ("linear", {"init": "zeros"}, "config.init='zeros'"),
@@ -237,9 +237,9 @@ def test_mistakes_are_told_before_anything_is_trained(run, recipe, changes, says
 
 
 def test_data_that_will_not_do(run):
-    made = few()
-    images, labels = made["train_images"], made["train_labels"]
-    tests = made["test_images"], made["test_labels"]
+    digits = few()
+    images, labels = digits["train_images"], digits["train_labels"]
+    tests = digits["test_images"], digits["test_labels"]
     cases = {
         "images without a label": ArraySource({"train": (images, None), "test": (tests[0], None)}),
         "have no training image": ArraySource(
@@ -266,9 +266,8 @@ def test_data_that_will_not_do(run):
 
 def test_a_teacher_of_other_classes_is_refused(run, tmp_path, data_file):
     linear.run(quick("linear", name="ten"), run)
-    made = few()
     five = {s: (x[y < 5], y[y < 5]) for s, (x, y) in splits().items()}
-    assert made["train_labels"].max() == 9
+    assert few()["train_labels"].max() == 9
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/ten", "name": "wrong"})
-    with pytest.raises(UserError, match="tells 10 classes apart, arrays has 5"):
+    with pytest.raises(UserError, match="has 10 classes, arrays has 5"):
         linear.run(config, run, ArraySource(five))

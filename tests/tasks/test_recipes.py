@@ -1,11 +1,11 @@
-"""Every pretraining recipe holds together for every data set, as far as can be seen for nothing."""
+"""Tests that all pretraining recipes are consistent for all data sets, without compiling them."""
 
 import numpy as np
 import pytest
 
 import helpers
 from disco_jax import errors, fields, flags, methods
-from disco_jax.configs import common
+from disco_jax.configs import data as datasets
 from disco_jax.data import views
 from disco_jax.data.bags import Bags
 from disco_jax.tasks import plan, prepare, pretrain
@@ -13,7 +13,7 @@ from disco_jax.train import step, teacher
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
 PRETRAINING = [name for name in flags.recipes() if "objectives" in flags.load(name)]
-# What each takes besides `data`, so that every branch of a recipe is built.
+# Recipes with arguments other than `data`, so that every branch of a recipe is built.
 VARIANTS = [
     *PRETRAINING,
     *(recipe for recipe in helpers.RECIPES if ":" in recipe),
@@ -30,7 +30,7 @@ VARIANTS = [
 
 
 class Images:
-    """A source of which only the number of images is known."""
+    """A source that knows only its number of images."""
 
     name, num_classes, unreadable = "images", None, ()
 
@@ -40,7 +40,7 @@ class Images:
     def count(self, split):
         return self._count
 
-    def chosen(self, split, rows):
+    def take(self, split, rows):
         return iter(())
 
 
@@ -52,9 +52,9 @@ def loaded(recipe, data, *further):
 @pytest.mark.parametrize("data", IMAGES)
 @pytest.mark.parametrize("recipe", VARIANTS)
 def test_networks_objectives_and_optimizer_are_built(recipe, data):
-    """Queues that the batch divides, views that somebody reads, schedules that end in time."""
+    """Checks queue sizes, unused views and schedules."""
     config = loaded(recipe, data)
-    assert set(common.DATA) == set(IMAGES)
+    assert set(datasets.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
     problems = errors.Problems()
     fields.check(config, problems)
@@ -71,7 +71,7 @@ def test_networks_objectives_and_optimizer_are_built(recipe, data):
 
 @pytest.mark.parametrize("recipe", PRETRAINING)
 def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
-    """All that is checked before anything is compiled: shapes of every view, patterns, bags."""
+    """Runs all checks before compilation: shapes of all views, patterns, bags."""
     arg = "student=resnet8" + (",teacher=resnet8" if helpers.has_teacher(recipe) else "")
     config = loaded(recipe, "fashion_mnist", arg)
     clusters = np.arange(IMAGES["fashion_mnist"], dtype=np.int32) % sum(
@@ -88,7 +88,8 @@ def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
 
 
 def test_a_plan_tells_the_forward_passes():
-    """RETRO's six and DisCo's five (both views of student and teacher, and the keys)."""
+    """Checks RETRO's six and DisCo's five passes: two views of student and teacher, the keys."""
     counts = {"retro": "6", "disco": "5", "seed": "2", "moco_v2": "2"}
     for recipe, count in counts.items():
-        assert plan.told(methods.plan(flags.load(recipe))).startswith(f"{count} forward passes")
+        passes = plan.describe_passes(methods.plan(flags.load(recipe)))
+        assert passes.startswith(f"{count} forward passes")

@@ -1,4 +1,4 @@
-"""A sweep trains, scores and tabulates its cells, and goes on where it was stopped."""
+"""Tests of sweeps: cells are trained, evaluated and tabulated, and restarts resume."""
 
 import csv
 import json
@@ -8,20 +8,20 @@ import pytest
 
 import helpers
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
+from disco_jax.run import lease
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
-from disco_jax.train import lease
 
-# Which cells are trained, scored, left out and tabulated; the scores are whatever they are.
+# Checks which cells are trained, evaluated, dropped and tabulated, for any scores.
 pytestmark = pytest.mark.wiring
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept(tmp_path_factory):
-    """A sweep that starts again has its programs, as on the command line."""
+def shared_programs(tmp_path_factory):
+    """Enables the compilation cache, as the command line does."""
     with helpers.programs_kept(tmp_path_factory.mktemp("programs")), helpers.tiny_networks():
         yield
 
@@ -34,7 +34,7 @@ def digits_file(tmp_path_factory):
 
 
 def small(digits_file, **changes):
-    """Two recipes x two widths, with a teacher that the sweep trains."""
+    """Returns a sweep of two recipes x two widths with its own teacher."""
     config = flags.load("sweeps/hidden_width:smoke=true")
     config.axes = (("recipe", RECIPES), ("config.student.hidden", (8, 16)))
     config.teachers = {
@@ -61,11 +61,12 @@ RECIPES = (f"moco_v2:{GIVEN}", f"disco:{GIVEN}")
 
 def test_cells_are_the_product_of_the_axes():
     config = flags.load("sweeps/hidden_width")
-    found = cells.expand(config)
-    assert len(found) == 35
-    assert found[1].name == "student=resnet18,hidden=512"
-    assert (found[1].config.student.backbone, found[1].config.student.hidden) == ("resnet18", 512)
-    assert {cell.config.name for cell in found} == {"disco"}
+    expanded = cells.expand(config)
+    second = expanded[1]
+    assert len(expanded) == 35
+    assert second.name == "student=resnet18,hidden=512"
+    assert (second.config.student.backbone, second.config.student.hidden) == ("resnet18", 512)
+    assert {cell.config.name for cell in expanded} == {"disco"}
     config.seeds = (0, 1)
     assert [cell.config.seed for cell in cells.expand(config)[:2]] == [0, 1]
     assert cells.expand(config)[0].row == cells.expand(config)[1].row
@@ -76,14 +77,14 @@ def test_further_products_stand_below_the_first(digits_file):
     config.arguments = (("data", "digits"), ("smoke", "true"), ("student", "resnet8"))
     config.axes = (("recipe", ("moco_v2",)),)
     config.further = ((("recipe", ("disco",)), ("config.student.hidden", (8, 16))),)
-    found = cells.expand(config)
-    assert [cell.name for cell in found[::2]] == [
+    expanded = cells.expand(config)
+    assert [cell.name for cell in expanded[::2]] == [
         "recipe=moco_v2,seed=0",
         "recipe=disco,hidden=8,seed=0",
         "recipe=disco,hidden=16,seed=0",
     ]
-    assert {cell.config.data.name for cell in found} == {"digits"}
-    rows = table.rows(found, {c.name: 1 for c in found}, {}, {})
+    assert {cell.config.data.name for cell in expanded} == {"digits"}
+    rows = table.rows(expanded, {c.name: 1 for c in expanded}, {}, {})
     head, lines = table.lines(rows, ["knn"])
     assert head[:2] == ["recipe", "student.hidden"]
     assert [line[:2] for line in lines] == [["moco_v2", ""], ["disco", "8"], ["disco", "16"]]
@@ -96,14 +97,14 @@ def test_a_teachers_own_changes_come_last(digits_file):
     config = small(digits_file)
     config.changes = (*config.changes, ("total_steps", 5))
     config.teachers.small.changes = (("total_steps", 9),)
-    made = cells.teachers(config, cells.expand(config))["small"]
-    assert (made.total_steps, made.student.width) == (9, 4)
+    teacher = cells.teachers(config, cells.expand(config))["small"]
+    assert (teacher.total_steps, teacher.student.width) == (9, 4)
 
 
 def test_a_baseline_has_no_teacher(digits_file):
-    found = {cell.name: cell for cell in cells.expand(small(digits_file))}
-    assert [bool(cell.teacher) for cell in found.values()] == [False, False, True, True]
-    assert next(iter(found)) == "recipe=moco_v2:student=resnet8_data=digits_smoke=true,hidden=8"
+    by_name = {cell.name: cell for cell in cells.expand(small(digits_file))}
+    assert [bool(cell.teacher) for cell in by_name.values()] == [False, False, True, True]
+    assert next(iter(by_name)) == "recipe=moco_v2:student=resnet8_data=digits_smoke=true,hidden=8"
 
 
 BAD = {
@@ -147,12 +148,12 @@ def test_a_teacher_without_weights_or_recipe_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", [n for folder in flags.FOLDERS[1:] for n in flags.recipes(folder)])
 def test_shipped_sweeps_build(name):
-    """Every cell of every shipped sweep is a run that would be accepted."""
+    """Builds the method of every cell of every shipped sweep."""
     config = flags.load(name)
     for teacher in config.teachers.values():
         teacher.weights = teacher.weights or "random"
-    found = cells.expand(config)
-    assert sum(map(len, sweep._groups({c.name: c for c in found}, 8))) == len(found)
+    expanded = cells.expand(config)
+    assert sum(map(len, sweep._groups({c.name: c for c in expanded}, 8))) == len(expanded)
 
 
 def test_seeds_strategies_may_have_labels_of_k_means():
@@ -164,8 +165,8 @@ def test_seeds_strategies_may_have_labels_of_k_means():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, digits_file):
-    """A sweep that was stopped in its second group, and started again."""
+def finished(tmp_path_factory, digits_file):
+    """A sweep that was stopped in its second group and resumed."""
     folder = tmp_path_factory.mktemp("sweep")
     config = small(digits_file)
     with pytest.MonkeyPatch.context() as patch:
@@ -196,42 +197,43 @@ def rows_of(folder):
     return list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
 
 
-def test_a_worker_that_runs_already_is_refused(done, digits_file):
-    with lease.held(done[0], "lock_0_of_1"):
+def test_a_worker_that_runs_already_is_refused(finished, digits_file):
+    folder = str(finished[0])
+    with lease.held(finished[0], "lock_0_of_1"):
         with pytest.raises(UserError, match="Another run is writing"):
-            sweep.run(small(digits_file), str(done[0]))
-        assert sweep.run(small(digits_file), str(done[0]), worker=1, workers=2)["done"] == 4
+            sweep.run(small(digits_file), folder)
+        assert sweep.run(small(digits_file), folder, worker=1, workers=2)["done"] == 4
 
 
-def test_all_cells_are_trained_scored_and_tabulated(done):
-    folder, result, before, first = done
+def test_all_cells_are_trained_scored_and_tabulated(finished):
+    folder, result, before, first = finished
     assert (result["cells"], result["done"], result["failed"]) == (4, 4, {})
     assert len(first) == 3  # the teacher and the first group
-    for path, when in before.items():  # what was finished is left alone
-        assert path.stat().st_mtime_ns == when
+    for path, modified in before.items():  # finished runs are not written again
+        assert path.stat().st_mtime_ns == modified
     lines = rows_of(folder)
     assert [line["student.hidden"] for line in lines] == ["8", "16", "8", "16"]
     for line in lines:
         assert line["seeds"] == "1/1"
-        name = f"recipe={cells._told(line['recipe'])},hidden={line['student.hidden']}"
-        found = json.loads((folder / "cells" / name / "knn.json").read_text())
-        assert float(line["knn top-1 (%)"]) == pytest.approx(found["top1"], abs=1e-3)
+        name = f"recipe={cells._slug(line['recipe'])},hidden={line['student.hidden']}"
+        scores = json.loads((folder / "cells" / name / "knn.json").read_text())
+        assert float(line["knn top-1 (%)"]) == pytest.approx(scores["top1"], abs=1e-3)
     assert "<table>" in (folder / "table.html").read_text()
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_teacher_is_the_sweeps_own(done):
-    folder = done[0]
+def test_the_teacher_is_the_sweeps_own(finished):
+    folder = finished[0]
     cell = next(folder.glob("cells/recipe=disco*hidden=8/config.json"))
-    taught = json.loads(cell.read_text())["teacher"]
-    assert taught["weights"] == str(folder / "teachers" / "small")
-    made = json.loads((folder / "teachers" / "small" / "config.json").read_text())
-    assert (made["name"], made["seed"]) == ("moco_v2", 7)
+    spec = json.loads(cell.read_text())["teacher"]
+    assert spec["weights"] == str(folder / "teachers" / "small")
+    config = json.loads((folder / "teachers" / "small" / "config.json").read_text())
+    assert (config["name"], config["seed"]) == ("moco_v2", 7)
     assert (folder / "teachers" / "small" / "knn.json").exists()
 
 
 def test_a_cell_that_diverges_is_left_out(digits_file, tmp_path):
-    """The others of its group end as they would without it."""
+    """Checks that the other cells of its group are trained and evaluated."""
     config = small(digits_file, teacher="", teachers={})
     config.recipe = RECIPES[0]
     config.axes = (("config.learning_rate.per_256", (1e30, 0.01)),)
@@ -249,8 +251,8 @@ def test_a_cell_that_diverges_is_left_out(digits_file, tmp_path):
 def test_workers_share_the_groups(digits_file, tmp_path, monkeypatch):
     config = small(digits_file, joint=1)
     trained = []
-    monkeypatch.setattr(sweep, "_train", lambda mine, *_: trained.extend(c.name for c in mine))
-    monkeypatch.setattr(sweep, "_score", lambda *_: None)
+    monkeypatch.setattr(sweep, "_train", lambda group, *_: trained.extend(c.name for c in group))
+    monkeypatch.setattr(sweep, "_evaluate", lambda *_: None)
     with pytest.raises(UserError, match="--teachers-only"):
         sweep.run(config, str(tmp_path), worker=1, workers=2)
     monkeypatch.setattr(pretrain, "run", lambda *_: {"step": 2})
@@ -267,24 +269,24 @@ def test_the_dry_run_tells_what_is_saved(digits_file, tmp_path, capsys):
     config = small(digits_file)
     config.axes = (("config.student.hidden", (8, 16, 32)),)
     config.recipe = RECIPES[1]
-    found = sweep.run(config, str(tmp_path / "none"), dry_run=True)
-    assert [len(names) for names in found["groups"]] == [3]
-    told = capsys.readouterr().out
-    assert "teacher small: 2 forward passes" in told
-    assert told.count("5 forward passes") == 3
-    share = float(told.split("GFLOP an image, ")[-1].split()[0])
+    result = sweep.run(config, str(tmp_path / "none"), dry_run=True)
+    assert [len(names) for names in result["groups"]] == [3]
+    printed = capsys.readouterr().out
+    assert "teacher small: 2 forward passes" in printed
+    assert printed.count("5 forward passes") == 3
+    share = float(printed.split("GFLOP an image, ")[-1].split()[0])
     assert 0.3 < share < 0.9
     assert not (tmp_path / "none").exists()
 
 
 def test_a_dry_run_for_a_slice_tells_memory_and_speed(digits_file, tmp_path, capsys, monkeypatch):
-    """What its compiler says is another's business (tests/plan); here it says 1 GiB and 2 s."""
+    """Replaces the TPU compiler, which tests/plan covers, by fixed results: 1 GiB and 2 s."""
     config = small(digits_file, teacher="", teachers={})
     config.recipe = RECIPES[0]
     config.axes = (("config.student.hidden", (8,)),)
-    made = budget.program.Program({"student": 2**30}, 2**34, cycles=1.0)
+    compiled = budget.program.Program({"student": 2**30}, 2**34, cycles=1.0)
     monkeypatch.setattr(budget.topology, "open_slice", lambda name: name)
-    monkeypatch.setattr(budget.program, "compile_step", lambda config, where, steps: made)
+    monkeypatch.setattr(budget.program, "compile_step", lambda config, where, steps: compiled)
     monkeypatch.setattr(budget.estimate, "times", lambda *_: budget.estimate.Times(2.0, 1.0, 0.0))
     sweep.run(config, str(tmp_path / "none"), dry_run=True, topology="v5e:2x4")
     assert "1.00 of 16 GiB a chip, 4 images/s on v5e:2x4" in capsys.readouterr().out
@@ -303,15 +305,15 @@ def test_means_and_spreads_are_over_seeds(digits_file):
     results = {cell.name: {"knn": {"top1": 50.0 + i}} for i, cell in enumerate(every[:2])}
     (row,) = table.rows(every, {c.name: 1 for c in every}, results, {every[2].name: "lost"})
     head, (line,) = table.lines([row], ["knn"])
-    found = dict(zip(head, line, strict=True))
-    assert found["seeds"] == "2/3"
-    assert found["knn top-1 (%)"] == 50.5
-    assert found["knn +-"] == pytest.approx(0.5**0.5)
-    assert found["remark"] == "lost"
+    columns = dict(zip(head, line, strict=True))
+    assert columns["seeds"] == "2/3"
+    assert columns["knn top-1 (%)"] == 50.5
+    assert columns["knn +-"] == pytest.approx(0.5**0.5)
+    assert columns["remark"] == "lost"
 
 
 def test_papers_values_stand_beside(digits_file):
-    """DisCo's own at 2048, DisCo*'s where the head is as wide as the features, none elsewhere."""
+    """Checks DisCo's numbers at width 2048 and DisCo*'s where the head is as wide as features."""
     config = flags.load("sweeps/hidden_width")
     config.teachers.resnet50.weights = "somewhere"
     every = [c for c in cells.expand(config) if c.config.student.backbone == "resnet18"]

@@ -1,4 +1,4 @@
-"""A SwAV or DINO run is a teacher for DisCo on the same testbed, end to end."""
+"""Tests of SwAV and DINO runs as teachers for DisCo on the same testbed, end to end."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
 from disco_jax.train import step
 
-# Which network of a run teaches, with what; the two paths compared are both our own.
+# Checks which network and output of a run is the teacher, by comparing two paths of this package.
 pytestmark = pytest.mark.wiring
 
 
@@ -46,7 +46,7 @@ def assert_same(tree, other):
 
 
 def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsys):
-    """Disagreement W1: the teacher's embedding is not scaled, unless asked for."""
+    """Checks disagreement W1: the teacher's embedding is not normalised unless requested."""
     config = student_of(runs / "swav", "swav_disco")
     ready = pretrain.prepare(config, source)
     assert ready.config.teacher.head == "swav" and ready.config.teacher.prototypes == (16,)
@@ -65,8 +65,8 @@ def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsy
     config.objectives.distill.teacher_unit = False
     assert pretrain.run(config, str(tmp_path / "run"), source)["step"] == 2
     out = capsys.readouterr().out
-    assert "views: 2 global of 16 px on 0.5 to 1 of the area, 2 local of 8 px" in out
-    assert "mean pixel scale of a global view over that of a local one: 3." in out
+    assert "views: 2 global of 16 px from 0.5 to 1 of the area, 2 local of 8 px" in out
+    assert "mean pixel scale of global views divided by that of local views: 3." in out
 
 
 def test_of_a_dino_run_the_ema_copy_teaches(runs, source):
@@ -87,11 +87,11 @@ def test_of_a_dino_run_the_ema_copy_teaches(runs, source):
 
 
 def test_a_run_without_an_ema_copy_teaches_with_its_student(runs, source, caplog):
-    """As does an import, which holds one network."""
+    """Falls back to the student, as for an import, which has one network."""
     config = student_of(runs / "swav", "swav_disco", **{"teacher.network": "momentum"})
     ready = pretrain.prepare(config, source)
     assert_same(ready.teacher.variables, features.load(str(runs / "swav")).variables)
-    assert "holds no momentum network" in caplog.text
+    assert "has no momentum network" in caplog.text
 
 
 def test_a_swav_teacher_serves_the_moco_testbed_too(runs, source):
@@ -121,7 +121,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
 
     monkeypatch.setattr(step, "parallel", count)
     pretrain.run(helpers.smoke_config(recipe, total_steps=3), str(tmp_path), source)
-    assert len(traced) == 1  # for both sizes of views
+    assert len(traced) == 1  # one step for both sizes of views
     ready = pretrain.prepare(student_of(tmp_path, student), source)
     assert_same(ready.teacher.variables, features.load(str(tmp_path), network).variables)
 
@@ -188,20 +188,20 @@ def test_transformers_and_their_teachers_are_built_for_the_papers_and_for_small_
 @pytest.mark.parametrize("data", ["imagenet2012", "fashion_mnist", "digits"])
 @pytest.mark.parametrize("recipe", helpers.MULTICROP)
 def test_recipes_hold_together_for_every_data_set(recipe, data):
-    """Queues that the batch divides, views that somebody reads, prototypes where they are read."""
+    """Checks that all views are read, and the papers' batch and crop sizes."""
     from disco_jax import flags, methods
     from disco_jax.data import views
 
     config = flags.load(f"{recipe}:data={data}")
-    config.teacher.update(head="mlp", dim=config.student.dim)  # which weights would tell
-    made = views.build(config.augment, config.views, config.local)
+    config.teacher.update(head="mlp", dim=config.student.dim)  # normally set from the weights
+    crops = views.build(config.augment, config.views, config.local)
     method = methods.build(config, config.views, config.local.count)
-    read = {view for wanted in method.plan.values() for view in wanted}
-    assert read == set(range(len(made.sizes)))
-    assert len(set(made.sizes)) == 2 and all(net.grouped for net in method.networks.values())
+    read = {view for network_views in method.plan.values() for view in network_views}
+    assert read == set(range(len(crops.sizes)))
+    assert len(set(crops.sizes)) == 2 and all(net.grouped for net in method.networks.values())
     assert {net.norm for name, net in method.networks.items() if name != "teacher"} == {"sync"}
     large = data == "imagenet2012"
-    assert made.sizes[0] == (224 if large else {"fashion_mnist": 28, "digits": 16}[data])
+    assert crops.sizes[0] == (224 if large else {"fashion_mnist": 28, "digits": 16}[data])
     if large:
         papers = {"swav": 512, "swav_disco": 512, "dino": 512, "dino_disco": 512}
         assert config.batch_size == papers.get(recipe, 1024)
