@@ -58,7 +58,7 @@ def _new_objectives(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[
     new = {}
     for name, value in current.items():
         group, *rest = name.split(".")
-        if group == "objectives" and (group, rest[0]) not in sections:
+        if group == "objectives" and rest and (group, rest[0]) not in sections:
             new[name] = 0.0 if rest[1:] == ["weight"] else value
     return new
 
