@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 from disco_jax.configs import data, networks, training
 from disco_jax.data import presets
 from disco_jax.errors import UserError, unknown
-from disco_jax.methods import registry
 
 
 def parse(arg: str | None, **defaults: str | int | float | bool) -> ConfigDict:
@@ -50,6 +49,8 @@ def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
       name: the recipe.
       dataset: a name of `data.DATA` or any other TFDS name.
     """
+    from disco_jax.methods import registry  # imports JAX
+
     config = ConfigDict()
     config.name = name  # the recipe, as tables and figures show it
     config.seed = 0
