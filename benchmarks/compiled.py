@@ -192,8 +192,8 @@ def components(config: Any, batch: int) -> dict[str, Part]:
     for name, objective in method.objectives.items():
         arguments = encoded["student"], targets, memory[name]
         queues = jax.tree.leaves(memory[name], is_leaf=lambda leaf: isinstance(leaf, Queue))
-        shared = any(queue.shared for queue in queues if isinstance(queue, Queue))
-        parts[name] = Part(_term(objective), arguments, donated=(2,), everywhere=shared)
+        sharded = any(queue.shared for queue in queues if isinstance(queue, Queue))
+        parts[name] = Part(_term(objective), arguments, donated=(2,), everywhere=sharded)
     if "momentum" in method.plan and method.networks["momentum"].norm == "shuffle":
         network, view = method.networks["momentum"], method.plan["momentum"][0]
 

@@ -49,6 +49,8 @@ def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
       name: the recipe.
       dataset: a name of `data.DATA` or any other TFDS name.
     """
+    from disco_jax.methods import registry  # imports JAX
+
     config = ConfigDict()
     config.name = name  # the recipe, as tables and figures show it
     config.seed = 0
@@ -59,7 +61,7 @@ def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
     config.data = data.source(dataset)
     _views(config, dataset)
     _networks(config, dataset)
-    config.objectives = objectives()
+    config.objectives = registry.sections()
     _training(config)
     return config
 
@@ -125,10 +127,3 @@ def is_transformer(backbone: str) -> bool:
     from disco_jax import models  # imports JAX
 
     return models.is_transformer(backbone)
-
-
-def objectives() -> dict[str, dict[str, Any]]:
-    """Returns the section `config.objectives`: every objective with its defaults, weight 0."""
-    from disco_jax.methods import registry  # imports JAX
-
-    return registry.sections()

@@ -334,16 +334,17 @@ def rule(field: str, value: Any) -> Rule:
 def rule_in(config: ConfigDict, field: str, value: Any) -> Rule:
     """Returns the rule of a field in a config.
 
-    The fields of an objective outside this package are judged by their types: their names may be
-    those of other settings.
+    The fields of an objective outside this package are checked by their types: their names may
+    equal those of other settings.
     """
-    from disco_jax.methods.registry import CLASS
-
     group, _, path = field.partition(".")
     section, _, name = path.partition(".")
-    if group == "objectives" and name not in ("", "weight") and CLASS in config[group][section]:
-        return rule("", value)
-    return rule(field, value)
+    if group != "objectives" or name in ("", "weight"):
+        return rule(field, value)
+
+    from disco_jax.methods.registry import CLASS  # imports JAX
+
+    return rule("" if CLASS in config[group][section] else field, value)
 
 
 def refusal(field: str, value: Any, allowed: Rule) -> str:

@@ -74,14 +74,14 @@ def build(name: str, values: Mapping[str, Any]) -> Objective | None:
         raise errors.UserError(f"{setting} has no weight. Set {setting}.weight.")
     if not values["weight"]:
         return None
-    known = objectives()
+    classes = objectives()
     if path:
         cls = _load(f"{setting}.{CLASS}", path)
-    elif name in known:
-        cls = known[name]
+    elif name in classes:
+        cls = classes[name]
     else:
         raise errors.UserError(
-            f"{errors.unknown('The objective of config.objectives', name, known)} For a class of "
+            f"{errors.unknown('The objective of config.objectives', name, classes)} For a class of "
             f"your own, set {setting}.{CLASS}='module:Class'."
         )
     _check_fields(f"The field of {setting}", values, config_fields(cls))
@@ -114,8 +114,8 @@ def _load(setting: str, path: str) -> type[Objective]:
         ) from error
     cls = getattr(module, class_name, None)
     if cls is None:
-        classes = [name for name, value in vars(module).items() if _is_objective(value)]
-        raise errors.unknown(f"{setting}: the class of {module_name}", class_name, classes)
+        names = [name for name, value in vars(module).items() if _is_objective(value)]
+        raise errors.unknown(f"{setting}: the class of {module_name}", class_name, names)
     if not _is_objective(cls):
         raise errors.UserError(
             f"{setting}={errors.shown(path)} must be a frozen dataclass that derives from "
@@ -130,11 +130,11 @@ def _load(setting: str, path: str) -> type[Objective]:
     return cls
 
 
-def _check_fields(setting: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises UserError if a field is not among the known ones."""
+def _check_fields(setting: str, values: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
+    """Raises UserError if `values` has a field that is not allowed."""
     for field in values:
-        if field not in known:
-            raise errors.unknown(setting, field, known)
+        if field not in allowed:
+            raise errors.unknown(setting, field, allowed)
 
 
 def _is_objective(cls: Any) -> bool:

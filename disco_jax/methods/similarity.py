@@ -19,18 +19,19 @@ Pairs = tuple[tuple[int, int], ...]
 class Similarity(Objective):
     """Soft cross-entropy over a queue of teacher embeddings. SEED (arXiv:2101.04731) eq. 5.
 
-    The similarities use the queue before this step's teacher embeddings are pushed.
+    The similarities use the queue before this step's teacher embeddings are pushed. The `groups` of
+    SEED's four strategies (fig. 6 of its appendix), where view 0 is large and views 1 to 6 are
+    small:
+      identical   (((0, 0),),)
+      cross       (((0, 1),),), two large views
+      to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is always the large view
+      small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
 
     Attributes:
       weight: factor of the term in the method's loss.
       groups: groups of (student view, teacher view) pairs. A group's loss is the mean over its
         pairs; the losses of groups are summed. A group uses, and pushes to, the queue of its first
-        pair's teacher view. SEED's four strategies (fig. 6 of its appendix), where view 0 is large
-        and views 1 to 6 are small:
-          identical   (((0, 0),),)
-          cross       (((0, 1),),), two large views
-          to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is always the large view
-          small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
+        pair's teacher view.
       student_temperature: tau_S > 0.
       teacher_temperature: tau_T >= 0; 0.01 in the paper, 1e-4 in the code (disagreement S1); at 0
         the target is one-hot and the loss equals InfoNCE.

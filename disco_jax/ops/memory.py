@@ -14,7 +14,7 @@ from disco_jax.ops.losses import unit
 
 @dataclasses.dataclass(frozen=True)
 class QueueSettings:
-    """How a run stores its queues and computes with them; none of it changes what they contain.
+    """Settings of a run for its queues. They change results only by rounding.
 
     Attributes:
       half: store vectors in bfloat16, which takes half the memory.

@@ -54,16 +54,13 @@ def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, A
 
 def _new_objectives(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of objectives that `old` has no section for, with weight 0."""
-    sections = {_section(name) for name in old}
-    return {
-        name: 0.0 if name.endswith(".weight") else value
-        for name, value in current.items()
-        if name.startswith("objectives.") and _section(name) not in sections
-    }
-
-
-def _section(field: str) -> str:
-    return field.rpartition(".")[0]
+    sections = {tuple(name.split(".")[:2]) for name in old}
+    new = {}
+    for name, value in current.items():
+        group, *rest = name.split(".")
+        if group == "objectives" and rest and (group, rest[0]) not in sections:
+            new[name] = 0.0 if rest[1:] == ["weight"] else value
+    return new
 
 
 def complete(config: ConfigDict) -> ConfigDict:

@@ -12,7 +12,7 @@ from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import cross_correlation_loss
-from disco_jax.train.state import everywhere, shapes
+from disco_jax.train.state import replicate, shapes
 from disco_jax.train.step import parallel
 
 B, D = 16, 6
@@ -93,7 +93,7 @@ def test_a_few_steps_lower_the_loss_equally_on_one_and_on_four_devices():
             step, state, frozen, batch = helpers.smoke(config, replicas)
             step = parallel(step, jax.devices()[:replicas])
             devices = jax.devices()[:replicas]
-            state, frozen = everywhere(state, devices), everywhere(frozen, devices)
+            state, frozen = replicate(state, devices), replicate(frozen, devices)
             losses[replicas] = []
             for _ in range(8):
                 state, metrics = step(state, frozen, batch)

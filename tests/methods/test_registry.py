@@ -19,7 +19,7 @@ from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.similarity import Similarity
 from disco_jax.ops.bank import Reading
 from disco_jax.ops.memory import Queue, QueueSettings
-from disco_jax.train import workdir
+from disco_jax.run import workdir
 
 # The sections as config.json of earlier runs has them: a run continues only if they are equal.
 RECORDED = {
@@ -178,7 +178,7 @@ def test_generated_sections_equal_the_recorded_ones(name):
 
 
 def test_the_stored_config_equals_the_recorded_one():
-    """As JSON, which is what a run stores and compares."""
+    """Compares JSON, which a run stores and compares with that of the next start."""
     stored = json.loads(common.pretrain().to_json_best_effort())["objectives"]
     expected = json.loads(ConfigDict(RECORDED).to_json_best_effort())
     assert {name: stored[name] for name in RECORDED} == expected
