@@ -22,7 +22,7 @@ from disco_jax.train.health import PREFIX, STD, effective_rank
 _LOG = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-_REMEDY = "Try a lower config.learning_rate.per_256 or config.dtype=float32."
+_REMEDY = "Try a lower config.learning_rate.base_lr or config.dtype=float32."
 
 
 class Logger:
