@@ -19,7 +19,7 @@ def get_config(arg=None):
     # SEED, section 4.1: SGD, 200 epochs, cosine after 5 epochs at a constant rate.
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch")
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch")
     config.learning_rate.update(warmup_epochs=5, warmup_from=0.03)
     # SEED, appendix A.1.1: one view with MoCo-v2's augmentation.
     config.views = 1

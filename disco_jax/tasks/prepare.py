@@ -307,7 +307,7 @@ def check_views(recipe: views.Recipe, method: Method) -> None:
 
 def _check_patterns(config: ConfigDict, method: Method) -> None:
     """Checks that the optimizer's patterns match parameters of the student."""
-    if any(config.optimizer[field] for field in ("frozen", "fixed", "unit_norm")):
+    if any(config.optimizer[field] for field in ("frozen", "frozen_until", "unit_norm")):
         encoder = method.networks["student"].encoder
         params = jax.eval_shape(lambda: encoder.create(0, config.augment.size))["params"]
         optimizer.check_patterns(config.optimizer, params)

@@ -87,7 +87,7 @@ def test_a_few_steps_lower_the_loss_equally_on_one_and_on_four_devices():
         config = helpers.tiny_config(
             "barlow_twins",
             **SYNC,
-            **{"batch_size": 16, "learning_rate.per_256": 2.0, "learning_rate.warmup_epochs": 0},
+            **{"batch_size": 16, "learning_rate.base_lr": 2.0, "learning_rate.warmup_epochs": 0},
         )
         for replicas in (1, 4):
             step, state, frozen, batch = helpers.smoke(config, replicas)

@@ -31,7 +31,7 @@ CONFIG = {
     "log.replicas_every_steps": 5,
     # Sums over processes round differently from sums over the devices of one process. At the
     # recipes' rates, this tiny network amplifies a difference of 1e-6 to 2e-5 in ten steps.
-    "learning_rate.per_256": 0.003,
+    "learning_rate.base_lr": 0.003,
 }
 OF_RECIPE = {
     # MoCo's, DisCo's and SEED's objectives, shuffled BatchNorm in one network.
