@@ -210,7 +210,7 @@ def _known_overrides(
 
     Unknown fields are recorded in `problems`.
     """
-    from disco_jax.train import upgrades
+    from disco_jax.run import upgrades
 
     known_fields, valid = flatten(config), []
     for word in argv:

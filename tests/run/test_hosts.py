@@ -286,7 +286,7 @@ def test_errors_that_say_that_a_process_is_gone_are_told_apart(monkeypatch):
 def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
     """Checks the documented exit code; process 0 is special because it runs the coordinator."""
     code = (
-        "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
+        "import os, sys, time; from disco_jax.run import hosts; me = int(sys.argv[2]); "
         "hosts.initialize(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.all_gather(me); "
         f"me == {victim} and os.kill(os.getpid(), 9); time.sleep(100)"
     )
