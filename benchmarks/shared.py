@@ -157,7 +157,7 @@ def measure(steps, rounds):
         begin, *inputs = filled(arguments)
         prepared[name] = (
             step.parallel(train_step, devices),
-            state.everywhere(begin, devices),
+            state.replicate(begin, devices),
             inputs,
         )
     for round_index in range(rounds + 1):

@@ -106,9 +106,9 @@ def disco_jax_step(args):
         return np.abs(rng.normal(size=x.shape) * 0.03).astype(x.dtype)
 
     begin, frozen, images = jax.tree.map(filled, shapes)
-    current = [state.everywhere(begin)]
-    frozen = state.everywhere(frozen)
-    images = state.apart(images)
+    current = [state.replicate(begin)]
+    frozen = state.replicate(frozen)
+    images = state.shard_batch(images)
     train_step = step.parallel(built.train_step)
 
     def timed_step() -> float:

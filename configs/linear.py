@@ -96,7 +96,7 @@ def get_config(arg=None):
         config.learning_rate.warmup_from = config.learning_rate.base_lr
     if arg.protocol in ("dino", "sslight") and arg.student.startswith("vit"):
         config.blocks = 4
-    if arg.protocol == "sslight" and arg.student.startswith(("vit", "xcit")):
+    if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024
         config.learning_rate.base_lr = 0.01
         config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0)

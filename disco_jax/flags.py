@@ -210,7 +210,7 @@ def _known_overrides(
 
     Unknown fields are recorded in `problems`.
     """
-    from disco_jax.train import upgrades
+    from disco_jax.run import upgrades
 
     known_fields, valid = flatten(config), []
     for word in argv:
@@ -221,7 +221,7 @@ def _known_overrides(
         if field in known_fields:
             valid.append(word)
             continue
-        if (current := upgrades.renamed([field]).get(field)) in known_fields:
+        if (current := upgrades.renamed([field]).get(field, "")) in known_fields:
             _LOG.warning("--config.%s is now --config.%s.", field, current)
             valid.append(word.replace(field, current, 1))
             continue
@@ -252,7 +252,7 @@ def define_further(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
 
 
 def distributed_options(values: absl_flags.FlagValues) -> dict[str, Any] | None:
-    """Returns the arguments of `hosts.meet`; None if there is a single process."""
+    """Returns the arguments of `hosts.initialize`; None if there is a single process."""
     settings: dict[str, Any] = {
         name: values[name].value for name in ("coordinator", "processes", "process")
     }
@@ -289,9 +289,9 @@ def prepare_jax(distributed: Mapping[str, Any] | None = None, workdir: str = "")
     from disco_jax.plan import topology
 
     if distributed is not None:
-        from disco_jax.train import hosts
+        from disco_jax.run import hosts
 
-        hosts.meet(**distributed)
+        hosts.initialize(**distributed)
     topology.quiet()
     programs.begin(workdir)
 

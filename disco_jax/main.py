@@ -136,8 +136,8 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             print(f"disco-jax {argv[0]}: {message}", file=sys.stderr)
-        if hosts := sys.modules.get("disco_jax.train.hosts"):
-            hosts.leave(code)
+        if hosts := sys.modules.get("disco_jax.run.hosts"):
+            hosts.exit_all(code)
         return code
     return 0
 
@@ -181,8 +181,8 @@ def _report_stop(task: str, error: BaseException) -> int:
         "again to continue.",
         file=sys.stderr,
     )
-    if hosts := sys.modules.get("disco_jax.train.hosts"):
-        hosts.leave(kind.exit_code)
+    if hosts := sys.modules.get("disco_jax.run.hosts"):
+        hosts.exit_all(kind.exit_code)
     return kind.exit_code
 
 
@@ -190,8 +190,8 @@ def _code_and_message(error: Exception) -> tuple[int, str]:
     """Returns exit code and message of an error; "" for a bug, which needs a traceback."""
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error)
-    hosts = sys.modules.get("disco_jax.train.hosts")
-    if hosts and (message := hosts.lost(error)):
+    hosts = sys.modules.get("disco_jax.run.hosts")
+    if hosts and (message := hosts.peer_lost_message(error)):
         return hosts.LOST, message
     return 1, _storage_message(error)
 

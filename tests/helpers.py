@@ -21,10 +21,10 @@ from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.workdir import claim
 from disco_jax.train import state, teacher
-from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import from_config
-from disco_jax.train.workdir import claim
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -104,7 +104,6 @@ class TinyBackbone(Backbone):
 
     width: int = 4
     stem: str = "small"
-    compute: models.Compute = models.Compute()
 
     @property
     def out_features(self):

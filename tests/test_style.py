@@ -1,7 +1,7 @@
 """Docstrings and local names are those of plain technical English.
 
-A docstring opens with a verb ("Returns ...") or, of a class, a module or a property, with a noun; local
-variables are named after what they hold.
+A docstring opens with a verb ("Returns ..."), that of a class, a module or a property with a noun;
+local variables are named after what they hold.
 """
 
 import ast
@@ -34,9 +34,9 @@ def nodes(path):
 def docstrings(path):
     """Yields (node, first word of its docstring) for every module, class and function."""
     for node in nodes(path):
-        if isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS):
-            if text := ast.get_docstring(node):
-                yield node, text.split()[0].strip("`,.:;'\"")
+        documented = isinstance(node, ast.Module | ast.ClassDef | FUNCTIONS)
+        if documented and (text := ast.get_docstring(node)):
+            yield node, text.split()[0].strip("`,.:;'\"")
 
 
 def local_names(function):

@@ -84,6 +84,8 @@ class Family:
       by_code_base: (code base, recognised backbone) -> the backbone that computes what the code
         base does.
       refused: (code base, backbone) -> the rest of the error message for such a checkpoint.
+      priority: families with lower numbers are searched first. It matters where a state dict has
+        the signatures of two families: XCiTs have those of ViTs.
       translate: renames keys of a state dict to those of `layouts`; other keys are unchanged.
     """
 
@@ -93,6 +95,7 @@ class Family:
     variant_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
     by_code_base: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     refused: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    priority: int = 0
     translate: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
 

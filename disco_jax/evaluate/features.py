@@ -15,8 +15,8 @@ from disco_jax.data import pipeline, views
 from disco_jax.data.base import Source
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import checkpoint, workdir
-from disco_jax.train.state import everywhere
+from disco_jax.run import checkpoint, workdir
+from disco_jax.train.state import replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def extract(
 
     local_devices = tuple(jax.local_devices())
     apply = _compiled(encoder, recipe, tuple(outputs), blocks, mirrored, local_devices)
-    variables, count = everywhere(variables, local_devices), len(local_devices)
+    variables, count = replicate(variables, local_devices), len(local_devices)
     by_batch: list[list[dict[str, np.ndarray]]] = []  # batch -> host -> columns
     for batch in batches:
         encoded = jax.device_get(apply(variables, pipeline.to_devices(batch["image"], count)))

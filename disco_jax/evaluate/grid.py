@@ -19,7 +19,7 @@ from disco_jax.evaluate import classifier, features, linear, online, scores, sub
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.ops.collectives import pmean
-from disco_jax.train.metrics import Logger
+from disco_jax.run.metrics import Logger
 
 
 def train(

@@ -14,10 +14,10 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, scores
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.ops.schedules import Schedule
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
 from disco_jax.train import loop, optimizer
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
-from disco_jax.train.state import everywhere
+from disco_jax.train.state import replicate
 from disco_jax.train.step import parallel
 
 # (step, state) -> metrics on the test images.
@@ -179,8 +179,8 @@ def fit(
     steps = probe_plan.steps_per_epoch
     return loop.run(
         parallel(step),
-        everywhere(start),
-        everywhere(frozen),
+        replicate(start),
+        replicate(frozen),
         batches,
         loop.Schedule(
             start=int(start.step),

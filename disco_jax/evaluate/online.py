@@ -21,10 +21,11 @@ from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import positions
-from disco_jax.train import optimizer, unreadable, workdir
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
-from disco_jax.train.state import apart
+from disco_jax.run import unreadable, workdir
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
+from disco_jax.train import optimizer
+from disco_jax.train.state import shard_batch
 
 LAYERS = ("classifier", "all")
 # Settings that may change when a training resumes, because they do not affect the weights.
@@ -362,7 +363,7 @@ def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
             raise features.unlabelled(source, data.train_split)
         tree = {"images": batch.views[0], "labels": batch.labels, **batch.aux}
         position_in_data = (batch.position.epoch, batch.position.offset)
-        return apart(pipeline.to_devices(tree, devices)), position_in_data
+        return shard_batch(pipeline.to_devices(tree, devices)), position_in_data
 
     crops = source.train(
         data.train_split,

@@ -13,9 +13,9 @@ from disco_jax.evaluate import features
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.online import Teacher
 from disco_jax.files import read_json, whole, write_arrays
-from disco_jax.train import checkpoint
-from disco_jax.train.metrics import FILE
-from disco_jax.train.metrics import read as read_metrics
+from disco_jax.run import checkpoint
+from disco_jax.run.metrics import FILE
+from disco_jax.run.metrics import read as read_metrics
 
 # Fields of a results file that define how its classifier reads a network.
 READING = ("network", "output", "blocks", "layers")

@@ -72,7 +72,7 @@ class Queue:
         vectors = jnp.roll(self.vectors, -self.pointer, axis=0)
         return dataclasses.replace(self, vectors=vectors, pointer=jnp.zeros((), jnp.int32))
 
-    def dealt(self, count: int) -> "Queue":
+    def shard(self, count: int) -> "Queue":
         """Splits a whole queue into the shards that `count` replicas store.
 
         Each push consists of equal parts from the replicas in their order. Each replica stores its
@@ -90,8 +90,8 @@ class Queue:
         vectors = parts.transpose(1, 0, 2, 3).reshape(count, size // count, dim)
         return dataclasses.replace(self, vectors=vectors)
 
-    def collected(self) -> "Queue":
-        """Inverts `dealt`: merges vectors [count, K / count, D] to [K, D]."""
+    def unshard(self) -> "Queue":
+        """Inverts `shard`: merges vectors [count, K / count, D] to [K, D]."""
         count, rows, dim = self.vectors.shape
         parts = self.vectors.reshape(count, -1, self.shared // count, dim)
         vectors = parts.transpose(1, 0, 2, 3).reshape(count * rows, dim)

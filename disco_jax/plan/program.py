@@ -181,7 +181,7 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
         for objective in method.objectives.values()
         for name in objective.aux
     }
-    initial_state = state.dealt_shapes(initial_state, replicas)
+    initial_state = state.shard_shapes(initial_state, replicas)
     frozen = {"teacher": teacher_shapes} if teacher_shapes else {}
     if teacher_shapes and config.fast.teacher:
         network = method.networks["teacher"]
@@ -201,7 +201,7 @@ def _cached_shapes(outputs: Any, shape: tuple[int, ...]) -> Any:
 def _argument_bytes(arguments: tuple, replicas: int) -> dict[str, int]:
     """Returns the bytes of a step's arguments on one chip, by part, without padding."""
     initial_state, frozen, batch = arguments
-    replicated = _bytes(state.copied(initial_state.memory))
+    replicated = _bytes(state.without_sharded_rows(initial_state.memory))
     return {
         "student": _bytes(initial_state.student),
         "momentum": _bytes(initial_state.momentum),

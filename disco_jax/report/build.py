@@ -18,7 +18,7 @@ from disco_jax.files import whole
 from disco_jax.nested import flatten
 from disco_jax.report import figures, page, runs
 from disco_jax.report.runs import Run
-from disco_jax.train import events
+from disco_jax.run import events
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from disco_jax import files
 from disco_jax.errors import UserError
 from disco_jax.evaluate import saved
 from disco_jax.report import paper
-from disco_jax.train import checkpoint, goodput, workdir
+from disco_jax.run import checkpoint, goodput, workdir
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from disco_jax import programs
 from disco_jax.data import digits, pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features
+from disco_jax.run import metrics
 from disco_jax.tasks import knn, linear, pretrain
-from disco_jax.train import metrics
 
 RUNS = ("teacher", "moco_v2", "disco")
 TITLES = {

@@ -18,11 +18,12 @@ from disco_jax.convert.load import size_and_digest
 from disco_jax.convert.recognise import FAMILIES
 from disco_jax.convert.text import listed
 from disco_jax.files import IMPORTING, whole
+from disco_jax.run import checkpoint
+from disco_jax.run import workdir as directory
+from disco_jax.run.workdir import claim
 from disco_jax.tasks.arguments import Parser
-from disco_jax.train import checkpoint, teacher
-from disco_jax.train import workdir as directory
+from disco_jax.train import teacher
 from disco_jax.train.state import TrainState
-from disco_jax.train.workdir import claim
 from disco_jax.version import __version__
 
 _LOG = logging.getLogger(__name__)

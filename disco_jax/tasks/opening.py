@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from disco_jax import convert, errors, files, models
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
+from disco_jax.run.workdir import ENVIRONMENT
 from disco_jax.tasks import importing
 from disco_jax.train import teacher
-from disco_jax.train.workdir import ENVIRONMENT
 
 
 @dataclasses.dataclass(frozen=True)

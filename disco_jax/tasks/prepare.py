@@ -17,8 +17,9 @@ from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Variables
 from disco_jax.models.layers import folding
 from disco_jax.nested import flatten
+from disco_jax.run import checkpoint
 from disco_jax.tasks import cached
-from disco_jax.train import checkpoint, optimizer, start, state, step, teacher
+from disco_jax.train import optimizer, start, state, step, teacher
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,7 @@ class _Source:
           call: the call of `dict`.
           variables: local name -> value, to look up BASE.
         """
-        out = {}
+        out: dict[str, str] = {}
         for base in call.args:
             value = variables.get(base.id) if isinstance(base, ast.Name) else base
             if dictionary := self._dict(value):

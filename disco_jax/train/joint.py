@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from disco_jax.errors import NumericError
-from disco_jax.train import metrics
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
+from disco_jax.train import summary
 from disco_jax.train.state import TrainState
 
 _SEPARATOR = "/"
@@ -33,7 +33,7 @@ class Diverged(NumericError):
 def summarise(
     window: Sequence[Mapping[str, Mapping[str, jax.Array]]], step: int
 ) -> dict[str, float]:
-    """Summarises the metrics of each run with `metrics.summarise`.
+    """Summarises the metrics of each run with `summary.summarise`.
 
     Args:
       window: {name: metrics} of consecutive steps.
@@ -45,22 +45,22 @@ def summarise(
     Raises:
       Diverged: a value of some run is not finite.
     """
-    summary: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     problems: dict[str, str] = {}
     for name in window[-1]:
         try:
-            own = metrics.summarise([one[name] for one in window], step)
+            own = summary.summarise([one[name] for one in window], step)
         except NumericError as error:
             problems[name] = str(error)
         else:
-            summary |= named(name, own)
+            metrics |= named(name, own)
     if problems:
         raise Diverged(problems)
-    return summary
+    return metrics
 
 
 def check_states(step: int, states: Mapping[str, TrainState]) -> None:
-    """Checks the state of each run with `metrics.check_state`.
+    """Checks the state of each run with `summary.check_state`.
 
     Raises:
       Diverged: the state of some run is not finite.
@@ -68,7 +68,7 @@ def check_states(step: int, states: Mapping[str, TrainState]) -> None:
     problems: dict[str, str] = {}
     for name, state in states.items():
         try:
-            metrics.check_state(step, state)
+            summary.check_state(step, state)
         except NumericError as error:
             problems[name] = str(error)
     if problems:

@@ -71,7 +71,7 @@ def learn(
     rate = learner.ema_rate(state.step)
     momentum = state.momentum
     if not learner.follow_last:
-        momentum = follow(momentum, state.student, rate, method.reuse)
+        momentum = update_ema(momentum, state.student, rate, method.reuse)
     targets, stats = dict(teacher), {}
     if "momentum" in method.plan:
         encoded = targets_of(method, "momentum", momentum, views, method.plan["momentum"], rng)
@@ -90,7 +90,7 @@ def learn(
     if momentum:
         momentum = {**momentum, "batch_stats": stats["momentum"]}
         if learner.follow_last:
-            momentum = follow(momentum, student, rate, method.reuse)
+            momentum = update_ema(momentum, student, rate, method.reuse)
         metrics["ema_rate"] = rate
     metrics["learning_rate"] = learner.learning_rate(state.step)
     metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -124,7 +124,7 @@ def targets_of(
     return jax.lax.stop_gradient(encoded)
 
 
-def follow(
+def update_ema(
     momentum: Variables, student: Variables, rate: Array, frozen: Sequence[str] = ()
 ) -> Variables:
     """Updates the EMA of the student's parameters: rate * old + (1 - rate) * student.

@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import jax
 
 from disco_jax.errors import Interrupted, Preempted
-from disco_jax.train import hosts, replicas
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Progress, check_state, summarise
-from disco_jax.train.state import whole
+from disco_jax.run import hosts
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Progress
+from disco_jax.train import replicas
+from disco_jax.train.state import gather_to_host
+from disco_jax.train.summary import check_state, summarise
 
 # Steps that may be enqueued on the device before the host waits: enough to hide the host's work,
 # few enough that enqueued batches do not fill the device's memory.
@@ -98,7 +100,7 @@ def run(
 
     Args:
       step_fn: (state, frozen, batch) -> (state, metrics); donates the state.
-      state: a copy on every device; see `state.everywhere`.
+      state: a copy on every device; see `state.replicate`.
       frozen: variables that the step reads and never changes, also on every device.
       batches: iterator of (batch, position): the batch in the layout of the step, and the data
         position of the next batch. If it has an attribute `waited_s`, this is the total number of
@@ -130,7 +132,7 @@ def run(
     with (
         contextlib.closing(watchdog),
         contextlib.closing(_Profiler(schedule)) as profiler,
-        hosts.asked_to_stop() as stop_requested,
+        hosts.stop_on_signals() as stop_requested,
     ):
         saver.begin()
         watchdog.alive(schedule.start)
@@ -235,9 +237,9 @@ class _Saver:
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         assert self._checkpoints is not None
         self.measure()
-        stored = whole(state)
+        stored = gather_to_host(state)
         self._check(step, stored)
-        self._checkpoints.save(step, stored, hosts.everyone(position), summary)
+        self._checkpoints.save(step, stored, hosts.all_gather(position), summary)
         self._book()
 
     def wait(self) -> None:

@@ -7,24 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from disco_jax.errors import NumericError
-from disco_jax.train import hosts
-from disco_jax.train.state import copied
+from disco_jax.run import hosts
+from disco_jax.train.state import without_sharded_rows
 
 
 def check(tree: Any, step: int) -> None:
     """Compares the fingerprints of all device copies of every array of a replicated tree.
 
     Args:
-      tree: arrays with a whole copy on each device, from `state.everywhere`. Sharded queues have
+      tree: arrays with a whole copy on each device, from `state.replicate`. Sharded queues have
         no copies and are skipped.
       step: for the message.
 
     Raises:
       NumericError: on all processes, if a copy differs; names the first differing arrays.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(copied(tree))[0]
+    leaves = jax.tree_util.tree_flatten_with_path(without_sharded_rows(tree))[0]
     # [processes][devices of a process][leaves]
-    fingerprints = np.asarray(hosts.everyone(_fingerprints([leaf for _, leaf in leaves])))
+    fingerprints = np.asarray(hosts.all_gather(_fingerprints([leaf for _, leaf in leaves])))
     copies = fingerprints.reshape(-1, len(leaves))
     differing = (copies != copies[0]).any(axis=0)
     if differing.any():

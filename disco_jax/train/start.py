@@ -108,7 +108,7 @@ def _pretrained(spec: Any, size: int) -> _Pretrained:
             imported.spec, imported.encoder, imported.variables, (tuple(mean), tuple(std))
         )
     # Imported here because resolving a config does not need it and it takes half a second.
-    from disco_jax.train import checkpoint
+    from disco_jax.run import checkpoint
 
     config = teacher.read_config(path)
     encoder = models.build_encoder(config.student, setting=f"{path}: config.student")

@@ -1,7 +1,8 @@
 """The training state: arrays only, without a device axis, equal on all replicas.
 
 The one exception is a sharded queue (`Queue.shared`): inside the step each replica holds only its
-own rows. `everywhere` shards such queues and `whole` gathers them; no other code depends on it.
+own rows. `replicate` shards such queues and `gather_to_host` gathers them. No other code depends
+on the sharding.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from disco_jax.models.encoder import Encoded, Network, Variables
 from disco_jax.models.layers.feature_maps import COLLECTION, by_size
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
-from disco_jax.train import hosts
+from disco_jax.run import hosts
 
 Tree = TypeVar("Tree")
 
@@ -81,7 +82,7 @@ def create(
     )
 
 
-def refilled_by(tree: Tree, batch: int) -> Tree:
+def rotate_oldest_first(tree: Tree, batch: int) -> Tree:
     """Rotates every queue so that the next push overwrites its oldest rows.
 
     Only queues that were filled by batches of another size are rotated. A queue whose length is
@@ -100,7 +101,7 @@ def refilled_by(tree: Tree, batch: int) -> Tree:
     return jax.tree.map(rotate, tree, is_leaf=lambda leaf: isinstance(leaf, Queue))
 
 
-def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
+def replicate(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """Copies every leaf to each device of the pod, the layout that the step takes.
 
     Without it the first step would donate arrays that live on a single local device, which fails
@@ -128,10 +129,10 @@ def everywhere(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     return jax.tree.map(place, tree, is_leaf=_is_shared)
 
 
-def whole(tree: Tree) -> Tree:
+def gather_to_host(tree: Tree) -> Tree:
     """Gathers the rows of sharded queues on every host, the layout that checkpoints store.
 
-    Undoes `everywhere`. Every process must call it. All other leaves are returned unchanged.
+    Undoes `replicate`. Every process must call it. All other leaves are returned unchanged.
 
     Args:
       tree: as returned by the step.
@@ -143,8 +144,8 @@ def whole(tree: Tree) -> Tree:
     def gather(leaf: Any) -> Any:
         if not _is_shared(leaf):
             return leaf
-        vectors = hosts.rows(np.asarray(leaf.vectors))
-        return dataclasses.replace(leaf, vectors=vectors).collected()
+        vectors = hosts.all_gather_rows(np.asarray(leaf.vectors))
+        return dataclasses.replace(leaf, vectors=vectors).unshard()
 
     return jax.tree.map(gather, tree, is_leaf=_is_shared)
 
@@ -160,7 +161,7 @@ def axes(tree: Any) -> Any:
     return jax.tree.map(axis, tree, is_leaf=_is_shared)
 
 
-def copied(tree: Any) -> Any:
+def without_sharded_rows(tree: Any) -> Any:
     """Returns a state on the devices without the rows of its sharded queues."""
 
     def without_rows(leaf: Any) -> Any:
@@ -169,7 +170,7 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(without_rows, tree, is_leaf=_is_shared)
 
 
-def dealt_shapes(tree: Tree, replicas: int) -> Tree:
+def shard_shapes(tree: Tree, replicas: int) -> Tree:
     """Converts the shapes of a stored state to its shapes inside the step of one process.
 
     Args:
@@ -180,7 +181,7 @@ def dealt_shapes(tree: Tree, replicas: int) -> Tree:
     def shard(leaf: Any) -> Any:
         if not _is_shared(leaf):
             return leaf
-        return jax.eval_shape(lambda queue: queue.dealt(replicas), leaf)
+        return jax.eval_shape(lambda queue: queue.shard(replicas), leaf)
 
     return jax.tree.map(shard, tree, is_leaf=_is_shared)
 
@@ -191,16 +192,16 @@ def _is_shared(leaf: Any) -> bool:
 
 def _shard_queue(queue: Queue, devices: Sequence[jax.Device] | None) -> Queue:
     """Splits the rows of a queue on the host between the devices; the pointer stays there."""
-    queue = jax.tree.map(np.asarray, refilled_by(queue, queue.shared))
+    queue = jax.tree.map(np.asarray, rotate_oldest_first(queue, queue.shared))
     here = jax.process_index()
     local = [d for d in devices or jax.local_devices() if d.process_index == here]
-    vectors = queue.dealt(len(local) * jax.process_count()).vectors
+    vectors = queue.shard(len(local) * jax.process_count()).vectors
     first = here * len(local)  # replicas are numbered by process
     local_vectors = vectors[first : first + len(local)]
     return dataclasses.replace(queue, vectors=_shard_rows(local_vectors, local))
 
 
-def apart(tree: Tree) -> Tree:
+def shard_batch(tree: Tree) -> Tree:
     """Moves row i of every leaf to this host's i-th device, the layout of a batch in the step.
 
     Called in the prefetch thread, it overlaps the transfer of a batch with the previous step.

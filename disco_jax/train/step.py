@@ -209,7 +209,7 @@ def parallel_targets(targets: Callable) -> Callable:
 def parallel(train_step: AnyStep, devices: Sequence[jax.Device] | None = None) -> "Parallel":
     """Maps `train_step` over all devices: the batch is split, everything else is replicated.
 
-    Sharded queues (see `state.everywhere`) are split too; they are detected from the first state.
+    Sharded queues (see `state.replicate`) are split too; they are detected from the first state.
 
     Args:
       train_step: the step of one replica.

@@ -10,7 +10,7 @@ from etils import epath
 from disco_jax import convert, errors, methods, models
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
-from disco_jax.train import workdir
+from disco_jax.run import workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,7 +200,8 @@ def read_config(path: epath.Path) -> Any:
 
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
     # Imported here because `resolve` does not need them and they take half a second.
-    from disco_jax.train import checkpoint, state
+    from disco_jax.run import checkpoint
+    from disco_jax.train import state
 
     config = read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
@@ -229,7 +230,7 @@ def network_of(path: epath.Path, network: str, setting: str) -> str:
     Raises:
       UserError: for an unknown network.
     """
-    from disco_jax.train import checkpoint
+    from disco_jax.run import checkpoint
 
     if network not in NETWORKS:
         raise errors.unknown(setting, network, NETWORKS)

@@ -62,7 +62,7 @@ def test_a_file_is_a_teacher_with_its_queue(file, state):
 
 
 def test_a_teacher_described_otherwise_is_refused(file):
-    with pytest.raises(UserError, match="holds a 'resnet18': set --config"):
+    with pytest.raises(UserError, match=r"contains a 'resnet18'\. Set --config"):
         resolved(spec(file, backbone="resnet34"))
     for changes, message in (
         (dict(hidden=2048), "config.teacher.hidden=2048, but the weights have 512"),

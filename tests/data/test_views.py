@@ -399,7 +399,7 @@ def test_a_probability_that_nothing_reads_is_refused():
     views.build({**EVERYTHING, "order": order, "blur_prob": 0.0})
 
 
-@pytest.mark.parametrize(("given_name", "meant"), [("flp", "flip"), ("gray", "grey")])
+@pytest.mark.parametrize(("given_name", "suggestion"), [("flp", "flip"), ("gray", "grey")])
 def test_unknown_operations_get_a_suggestion(given_name, suggestion):
     with pytest.raises(UserError, match=f"Did you mean '{suggestion}'"):
         views.build({**EVERYTHING, "order": (given_name,)})

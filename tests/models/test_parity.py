@@ -27,6 +27,7 @@ EVAL = {
     "seed_efficientnet_b0": ("eval_224", "eval_96"),
     "dino_vit_tiny_p16": ("eval_224",),
     "xcit_tiny_12_p16": ("eval_32",),
+    "timm_convnext_atto": ("eval_224", "eval_96x128"),
 }
 CASES = [(name, case) for name, cases in EVAL.items() for case in cases]
 RENAMED = {"logits": "scores"}  # recorded outputs by another name here

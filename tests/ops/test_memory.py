@@ -58,7 +58,7 @@ def test_a_queue_that_replicas_share_holds_what_each_of_them_would(replicas, hal
     """Pushes through a wrap; each row stays on the replica that pushed it."""
     size, batch, dim = 24, 8, 4
     whole = Queue.create(jax.random.key(0), size, dim).stored(half)
-    shared = whole.stored(half, shared=batch).dealt(replicas)
+    shared = whole.stored(half, shared=batch).shard(replicas)
     assert shared.vectors.shape == (replicas, size // replicas, dim)
     axes = dataclasses.replace(shared, vectors=0, pointer=None)
     push = jax.jit(
@@ -71,10 +71,10 @@ def test_a_queue_that_replicas_share_holds_what_each_of_them_would(replicas, hal
         rows = Queue.create(jax.random.key(1 + i), batch, dim).vectors
         whole = whole.push(rows)
         shared, count = push(shared, rows.reshape(replicas, batch // replicas, dim))
-        collected = shared.collected()
-        np.testing.assert_array_equal(collected.vectors, whole.vectors)
-        assert collected.vectors.dtype == whole.vectors.dtype
-        assert collected.pointer == whole.pointer and count == size
+        unsharded = shared.unshard()
+        np.testing.assert_array_equal(unsharded.vectors, whole.vectors)
+        assert unsharded.vectors.dtype == whole.vectors.dtype
+        assert unsharded.pointer == whole.pointer and count == size
     if replicas > 1:  # otherwise any order would pass
         assert not np.array_equal(shared.vectors.reshape(size, dim), whole.vectors)
 

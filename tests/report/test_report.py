@@ -20,8 +20,8 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.report import build, page, paper, runs, sheet
+from disco_jax.run.metrics import Logger
 from disco_jax.tasks import compare, report
-from disco_jax.train.metrics import Logger
 
 _VOID = ("meta", "img", "br", "link", "input")
 

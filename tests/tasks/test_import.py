@@ -15,9 +15,9 @@ from disco_jax import main, models
 from disco_jax.convert import pickles
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
+from disco_jax.run.workdir import read_config
 from disco_jax.tasks import importing
 from disco_jax.train import teacher
-from disco_jax.train.workdir import read_config
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from disco_jax import flags
 from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
+from disco_jax.run import lease
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
-from disco_jax.train import lease
 
 # Checks which cells are trained, evaluated, dropped and tabulated, for any scores.
 pytestmark = pytest.mark.wiring

@@ -190,7 +190,7 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):
-    from disco_jax.train import workdir
+    from disco_jax.run import workdir
 
     config = helpers.smoke_config("moco_v2")
     with (
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_a_commit_that_was_installed_is_noted(tmp_path, monkeypatch):
-    from disco_jax.train import workdir
+    from disco_jax.run import workdir
 
     monkeypatch.setenv("DISCO_JAX_COMMIT", "abc123")
     with workdir.claim(str(tmp_path), helpers.smoke_config("moco_v2")):

@@ -14,7 +14,7 @@ from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
 from disco_jax.tasks import pretrain
 from disco_jax.train import state, teacher
-from disco_jax.train.state import everywhere
+from disco_jax.train.state import replicate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +28,7 @@ def steps(config, count=2):
     step, first, frozen, batch = helpers.smoke(config, 1)
     devices = jax.devices()[:1]
     run = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
-    last, replicated = everywhere(first, devices), everywhere(frozen, devices)
+    last, replicated = replicate(first, devices), replicate(frozen, devices)
     for _ in range(count):
         last, metrics = run(last, replicated, batch)
     return jax.device_get((first, last, frozen, metrics))

@@ -14,7 +14,14 @@ from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import learner
-from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, refilled_by, whole
+from disco_jax.train.state import (
+    axes,
+    gather_to_host,
+    replicate,
+    rotate_oldest_first,
+    shard_batch,
+    shard_shapes,
+)
 from disco_jax.train.step import parallel
 
 FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward passes
@@ -78,7 +85,7 @@ def test_next_state_is_equal_on_every_replica(recipe):
 def test_of_what_devices_share_the_queues_alone_differ_by_replica(recipe):
     config = config_of(recipe, **{"fast.shard_queue": True})
     step, state, frozen, batch = helpers.smoke(config, replicas=4)
-    state = dealt_shapes(jax.eval_shape(lambda: state), 4)
+    state = shard_shapes(jax.eval_shape(lambda: state), 4)
     state_axes = axes(state)
     assert set(jax.tree.leaves(state_axes)) == {0}
     in_axes, out_axes = (state_axes, None, 0), (state_axes, None)
@@ -179,10 +186,10 @@ def run_two_steps(case, replicas, **changes):
     step, state, frozen, batch = program(case, replicas, **changes)
     devices = jax.devices()[:replicas]
     states = [jax.device_get(state)]
-    state, frozen = everywhere(state, devices), everywhere(frozen, devices)
+    state, frozen = replicate(state, devices), replicate(frozen, devices)
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
-        states.append(jax.device_get(whole(state)))
+        states.append(jax.device_get(gather_to_host(state)))
     return TwoSteps(tuple(states), jax.device_get(metrics))
 
 
@@ -282,7 +289,7 @@ def test_bfloat16_has_nearly_the_losses_and_gradients_of_float32(case):
 def test_a_step_is_repeated_bit_for_bit_and_follows_the_seed():
     chex.assert_trees_all_equal(run_two_steps("of a device", 4), two_steps("of a device", 4))
     step, state, frozen, batch = program("of a device", 4)
-    inputs = everywhere(state), everywhere(frozen), batch
+    inputs = replicate(state), replicate(frozen), batch
     text = step.lower(*inputs).as_text()
     for seed in (0, 1):  # only the step's draws depend on it, as the inputs are the same
         other = program("of a device", 4, seed=seed)[0]
@@ -293,12 +300,12 @@ def test_a_step_is_repeated_bit_for_bit_and_follows_the_seed():
 def test_donation_takes_the_whole_state(case, shared):
     """Every buffer of the old state is deleted, so the device's memory holds the state once."""
     step, state, frozen, batch = program(case, 4, **({"fast.shard_queue": True} if shared else {}))
-    state = everywhere(state)
+    state = replicate(state)
     queue = state.memory["contrast"]["view_1"]
     sizes = [shard.data.size for shard in queue.vectors.addressable_shards]
     assert queue.shared == shared
     assert sizes == [64 * 16 // (4 if shared else 1)] * 4
-    step(state, everywhere(frozen), batch)
+    step(state, replicate(frozen), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
@@ -346,13 +353,13 @@ def is_queue(tree):
 
 def test_a_queue_filled_by_another_batch_is_dealt_from_its_oldest_row_on():
     rows = np.arange(24.0, dtype=np.float32)[:, None]
-    sharded = everywhere(Queue(rows, np.int32(6), shared=8))
-    stored = jax.device_get(whole(sharded))
+    sharded = replicate(Queue(rows, np.int32(6), shared=8))
+    stored = jax.device_get(gather_to_host(sharded))
     np.testing.assert_array_equal(stored.vectors, np.roll(rows, -6, axis=0))
     assert stored.pointer == 0
-    sharded = everywhere(Queue(rows, np.int32(16), shared=8))  # needs no rotation
+    sharded = replicate(Queue(rows, np.int32(16), shared=8))  # needs no rotation
     np.testing.assert_array_equal(sharded.vectors[1].ravel(), [2, 3, 10, 11, 18, 19])
-    stored = jax.device_get(whole(sharded))
+    stored = jax.device_get(gather_to_host(sharded))
     np.testing.assert_array_equal(stored.vectors, rows)
     assert stored.pointer == 16
 
@@ -361,11 +368,12 @@ def test_only_queues_that_a_batch_would_miss_are_refilled():
     """A run that resumes with the same batch size must not change by a bit."""
     rows = np.arange(12.0, dtype=np.float32)[:, None]
     queues = {at: Queue(rows, np.int32(at)) for at in (3, 8)}
-    rotated = refilled_by({"step": np.int32(3), "memory": queues}, 4)["memory"]
+    rotated = rotate_oldest_first({"step": np.int32(3), "memory": queues}, 4)["memory"]
     np.testing.assert_array_equal(rotated[3].vectors, np.roll(rows, -3, axis=0))
     assert rotated[3].pointer == 0
     chex.assert_trees_all_equal(rotated[8], queues[8])
-    chex.assert_trees_all_equal(refilled_by(queues, 5), queues)  # pushes may start at any row
+    unchanged = rotate_oldest_first(queues, 5)  # such pushes may start at any row
+    chex.assert_trees_all_equal(unchanged, queues)
 
 
 def test_what_is_logged():
@@ -404,9 +412,9 @@ def test_a_batch_that_was_read_ahead_is_not_moved_again():
         return state + jax.lax.psum(batch.sum(), AXIS), frozen
 
     step, start = parallel(total), np.float32(1)
-    state, _ = step(everywhere(start), everywhere(start), rows)
+    state, _ = step(replicate(start), replicate(start), rows)
     assert state == 1 + rows.sum()
-    ahead, state, frozen = apart({"x": rows})["x"], everywhere(start), everywhere(start)
+    ahead, state, frozen = shard_batch({"x": rows})["x"], replicate(start), replicate(start)
     with jax.transfer_guard("disallow"):
         state, _ = step(state, frozen, ahead)
         with pytest.raises(Exception, match="Disallowed host-to-device"):

@@ -39,7 +39,7 @@ def lukemelas(net: EfficientNet) -> Iterator[ModuleMap]:
 
 
 def torchvision(net: EfficientNet) -> Iterator[ModuleMap]:
-    """Yields the modules of torchvision's EfficientNets: features.STAGE.INDEX.block.LAYER."""
+    """Yields the modules of torchvision's EfficientNets: features.STAGE.POSITION.block.LAYER."""
     yield from inverted.conv_bn("features.0", "stem")
     for residual in inverted.residuals(net, STEM):
         block = f"features.{residual.stage + 1}.{residual.position}.block"
@@ -79,6 +79,7 @@ def _exports_to_timm(name: str) -> dict[str, Export]:
 
 
 FAMILY = Family(
+    priority=2,
     layouts=(
         Layout(
             "timm_inverted",

@@ -92,6 +92,7 @@ _TORCHVISION_V3 = Export(
 )
 
 FAMILY = Family(
+    priority=1,
     layouts=(
         Layout(
             "timm_inverted",

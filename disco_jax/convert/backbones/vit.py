@@ -52,6 +52,7 @@ _TIMM = {
 }
 
 FAMILY = Family(
+    priority=4,
     layouts=(
         Layout(
             "vit",

@@ -82,6 +82,7 @@ def _spec(state: State) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
+    priority=3,
     layouts=(
         Layout(
             "xcit",

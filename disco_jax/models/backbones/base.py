@@ -4,18 +4,23 @@ from typing import ClassVar
 
 import flax.linen as nn
 
+from disco_jax.models.layers.compute import Compute
+
 # Stems of convolutional networks: for images of about 224 px, and for 16 to 64 px.
 STEMS = ("imagenet", "small")
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, kw_only=True):
     """Base class of backbones.
 
     A backbone maps images float[B, H, W, 3] and a BatchNorm mode to features f32[B, out_features].
-    It has an attribute `compute`, the `Compute` whose layers it calls.
+
+    Attributes:
+      compute: how layers are computed.
     """
 
     is_transformer: ClassVar[bool] = False
+    compute: Compute = Compute()
 
     @property
     def out_features(self) -> int:

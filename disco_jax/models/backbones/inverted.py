@@ -208,20 +208,18 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedNetwork(Backbone):
-    """Base class: a first convolution and stages of inverted residuals.
+    """Base class of networks with a first convolution and stages of inverted residuals.
 
     Attributes:
       style: conventions of the code base.
       dropout: dropout rate of the features.
       stem: "imagenet"; or "small" for 16 to 64 px, with stride 1 in the stem and in the first
         strided stage, a quarter of the reduction, as in ResNets.
-      compute: how layers are computed.
     """
 
     style: Style = Style()
     dropout: float = 0.0
     stem: str = "imagenet"
-    compute: Compute = Compute()
 
     def blocks(self) -> list[list[Block]]:
         """Returns the blocks of each stage."""

@@ -26,7 +26,6 @@ class ResNet(Backbone):
         bottom, for weights ported from there.
       zero_init_residual: whether the scale of the last BatchNorm of a branch starts at 0, as in
         timm (disagreement M4).
-      compute: how layers are computed.
     """
 
     stage_sizes: tuple[int, ...]
@@ -35,7 +34,6 @@ class ResNet(Backbone):
     stem: str = "imagenet"
     padding: str = "symmetric"
     zero_init_residual: bool = False
-    compute: Compute = Compute()
 
     @property
     def out_features(self) -> int:

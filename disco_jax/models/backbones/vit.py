@@ -30,7 +30,6 @@ class ViT(Backbone):
       depth: blocks.
       grid: patches per side for which the position embedding is stored.
       drop_path: stochastic depth of the last block; grows linearly from 0 at the first block.
-      compute: how layers are computed.
     """
 
     is_transformer: ClassVar[bool] = True
@@ -40,7 +39,6 @@ class ViT(Backbone):
     depth: int = 12
     grid: int = 14
     drop_path: float = 0.0
-    compute: Compute = Compute()
 
     @property
     def out_features(self) -> int:

@@ -30,7 +30,6 @@ class XCiT(Backbone):
       tokens_norm: whether class-attention blocks normalize all tokens, not the class token alone.
       class_blocks: blocks of class attention.
       drop_path: stochastic depth, the same in every block of channel attention.
-      compute: how layers are computed.
     """
 
     is_transformer: ClassVar[bool] = True
@@ -42,7 +41,6 @@ class XCiT(Backbone):
     tokens_norm: bool = True
     class_blocks: int = 2
     drop_path: float = 0.0
-    compute: Compute = Compute()
 
     @property
     def out_features(self) -> int:

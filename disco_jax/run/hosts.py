@@ -34,7 +34,7 @@ _EXIT_KEYS = "disco_jax/left/"
 _VARIABLES = "DISCO_JAX_COORDINATOR", "DISCO_JAX_PROCESSES", "DISCO_JAX_PROCESS"
 
 
-def meet(
+def initialize(
     coordinator: str = "", processes: int = 0, process: int = -1, timeout_s: int = 100
 ) -> None:
     """Initializes JAX for the processes of a run; call it before any use of JAX's devices.
@@ -117,7 +117,7 @@ def _address(coordinator: str, processes: int, process: int) -> dict[str, Any]:
     return {"coordinator_address": values[0], "num_processes": count, "process_id": index}
 
 
-def first(action: Callable[[], Result]) -> Result | None:
+def on_process_zero(action: Callable[[], Result]) -> Result | None:
     """Runs `action` on process 0 while the other processes wait.
 
     Args:
@@ -144,7 +144,7 @@ def first(action: Callable[[], Result]) -> Result | None:
     return result
 
 
-def everyone(values: Any) -> list[Any]:
+def all_gather(values: Any) -> list[Any]:
     """Gathers numbers from all processes.
 
     Args:
@@ -158,7 +158,7 @@ def everyone(values: Any) -> list[Any]:
     return multihost_utils.process_allgather(np.asarray(values)).tolist()
 
 
-def rows(local: np.ndarray) -> np.ndarray:
+def all_gather_rows(local: np.ndarray) -> np.ndarray:
     """Concatenates [N, ...] of every process to [processes * N, ...], in the order of processes.
 
     The result is temporarily stored on every device.
@@ -166,7 +166,7 @@ def rows(local: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(local, tiled=True)
 
 
-def leave(code: int) -> None:
+def exit_all(code: int) -> None:
     """Ends this process after an error, together with the other processes if they fail too.
 
     Returns if all processes call it within a few seconds, so that each can exit normally.
@@ -180,7 +180,7 @@ def leave(code: int) -> None:
         from jax._src import distributed  # JAX has no public access to the client
 
         client = distributed.global_state.client
-        assert client is not None, "`meet` creates the client"
+        assert client is not None, "`initialize` creates the client"
         client.key_value_set(f"{_EXIT_KEYS}{jax.process_index()}", str(code))
         end = time.monotonic() + _EXIT_GRACE_S
         while time.monotonic() < end:
@@ -197,7 +197,7 @@ def _is_single_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
-def lost(error: Exception) -> str:
+def peer_lost_message(error: Exception) -> str:
     """Returns the user message if an error says that another process was lost, otherwise "".
 
     A collective of CPUs or GPUs may fail before JAX notices the lost process. JAX then reports it
@@ -253,7 +253,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Stop]:
+def stop_on_signals() -> Iterator[Stop]:
     """Handles signals inside the context; yields the flag that they set.
 
     SIGTERM, SIGHUP (sent when a terminal is closed) and the first Ctrl-C set the flag; the second

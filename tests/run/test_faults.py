@@ -17,8 +17,8 @@ from disco_jax import files, main
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
+from disco_jax.run import goodput, metrics
 from disco_jax.tasks import pretrain
-from disco_jax.train import goodput, metrics
 
 # When a write fails, Orbax's threads report it a second time, as an unhandled exception.
 pytestmark = pytest.mark.filterwarnings(
@@ -239,7 +239,7 @@ def test_time_adds_up_over_starts_and_unsaved_steps_are_lost(tmp_path, monkeypat
 
 def test_the_watchdog_ends_a_process_that_does_nothing():
     code = (
-        "import time; from disco_jax.train.hosts import Watchdog; dog = Watchdog(0.5); "
+        "import time; from disco_jax.run.hosts import Watchdog; dog = Watchdog(0.5); "
         "[(dog.alive(i), time.sleep(0.1)) for i in range(8)]; time.sleep(60)"
     )
     process = subprocess.run(
@@ -252,7 +252,7 @@ def test_the_watchdog_ends_a_process_that_does_nothing():
 
 def test_a_closed_watchdog_ends_nothing():
     code = (
-        "import time; from disco_jax.train.hosts import Watchdog; dog = Watchdog(0.2); "
+        "import time; from disco_jax.run.hosts import Watchdog; dog = Watchdog(0.2); "
         "dog.alive(1); dog.close(); time.sleep(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -34,7 +34,7 @@ from disco_jax import files, programs
 from disco_jax.errors import UserError, did_you_mean
 from disco_jax.files import is_free, whole
 from disco_jax.nested import flatten
-from disco_jax.train import checkpoint, hosts, lease, metrics, upgrades
+from disco_jax.run import checkpoint, hosts, lease, metrics, upgrades
 from disco_jax.version import __version__
 
 _LOG = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def claim(
     """
     path = epath.Path(workdir)
     with contextlib.ExitStack() as lock:
-        hosts.first(lambda: _claim(path, config, allow_change, images, lock))
+        hosts.on_process_zero(lambda: _claim(path, config, allow_change, images, lock))
         programs.settle(path)
         yield path
 
@@ -119,7 +119,7 @@ def begin_anew(path: epath.Path) -> None:
             if (path / name).exists():
                 files.set_aside(path / name, "before")
 
-    hosts.first(rename)
+    hosts.on_process_zero(rename)
 
 
 def read_config(workdir: str) -> ConfigDict:

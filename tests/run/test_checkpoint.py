@@ -12,8 +12,8 @@ import pytest
 
 import helpers
 from disco_jax.errors import StorageError, UserError
-from disco_jax.train import checkpoint, stored
-from disco_jax.train.checkpoint import Checkpoints
+from disco_jax.run import checkpoint, stored
+from disco_jax.run.checkpoint import Checkpoints
 
 # When one read of a damaged checkpoint fails, Orbax closes its event loop. Reads that still run in
 # TensorStore's threads then call back into the closed loop, which Python sometimes reports as
@@ -197,12 +197,12 @@ def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, seco
     save(tmp_path, state, [1, 2])
     damage(tmp_path, 2)
 
-    def everyone(value):
+    def all_gather(value):
         if second == "gone":
             raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset")
         return [value, 0 if value == 1 and second == "good" else value]
 
-    monkeypatch.setattr(checkpoint.hosts, "everyone", everyone)
+    monkeypatch.setattr(checkpoint.hosts, "all_gather", all_gather)
     if second == "damaged":
         assert helpers.restore(tmp_path, state)[1]["step"] == 1
         assert kept(tmp_path) == ["1"]
@@ -218,7 +218,7 @@ def test_processes_set_aside_what_all_of_them_find_damaged(tmp_path, state, seco
 
 def test_processes_that_see_other_checkpoints_are_told(tmp_path, state, monkeypatch):
     save(tmp_path, state, [1])
-    monkeypatch.setattr(checkpoint.hosts, "everyone", lambda value: [value, value + 1])
+    monkeypatch.setattr(checkpoint.hosts, "all_gather", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"see different checkpoints in .* all processes share"):
         helpers.restore(tmp_path, state)
 

@@ -83,7 +83,7 @@ def work(task, workdir, settings):
     config = helpers.tiny_config(settings.pop("recipe"), **settings.pop("config"))
     if task == "replicas":
         _, begin, _, _ = helpers.smoke(config, 1)
-        begin = state.everywhere(begin)
+        begin = state.replicate(begin)
         replicas.check(begin, 0)
         print("equal", flush=True)
         replicas.check(differ(begin), 1)
@@ -99,11 +99,11 @@ def main():
     import helpers
     from disco_jax import flags
     from disco_jax import main as command
-    from disco_jax.train import hosts
+    from disco_jax.run import hosts
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if "DISCO_JAX_COORDINATOR" in os.environ:
-        hosts.meet(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
+        hosts.initialize(timeout_s=int(os.environ.get("PEER_TIMEOUT_S", "100")))
     task, workdir, settings = sys.argv[1:]
     flags.prepare_jax(workdir=workdir)  # later starts of the run reuse the compiled programs
     command._start = lambda *_: print(

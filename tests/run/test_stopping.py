@@ -10,7 +10,8 @@ import pytest
 
 from disco_jax import main
 from disco_jax.errors import Interrupted, Preempted
-from disco_jax.train import hosts, loop
+from disco_jax.run import hosts
+from disco_jax.train import loop
 
 SIGNALS = [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
 
@@ -75,7 +76,7 @@ def test_a_loop_stops_after_the_step_and_saves_it(number, code, saves, capsys):
 
 
 def test_a_second_ctrl_c_is_left_to_the_system(capsys):
-    with hosts.asked_to_stop() as stop:
+    with hosts.stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert stop(1) and stop.interrupted
@@ -85,7 +86,7 @@ def test_a_second_ctrl_c_is_left_to_the_system(capsys):
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with hosts.asked_to_stop() as stop:
+        with hosts.stop_on_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
             assert not stop(1)

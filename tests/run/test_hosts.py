@@ -17,8 +17,8 @@ import pytest
 
 import helpers
 from disco_jax.data.arrays import ArraySource
+from disco_jax.run import hosts
 from disco_jax.tasks import prepare, pretrain
-from disco_jax.train import hosts
 
 TESTS = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # total over all processes
@@ -91,7 +91,7 @@ def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_
             }
         started.append(
             subprocess.Popen(
-                [sys.executable, TESTS / "train" / "host.py", task, workdir, words],
+                [sys.executable, TESTS / "run" / "host.py", task, workdir, words],
                 env={**environment, **place},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -275,10 +275,11 @@ def test_two_processes_end_together_in_every_way_and_the_next_start_changes_no_b
 def test_errors_that_say_that_a_process_is_gone_are_told_apart(monkeypatch):
     reset = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    assert not hosts.lost(reset)  # a run of one process cannot lose another
+    assert not hosts.peer_lost_message(reset)  # a run of one process cannot lose another
     monkeypatch.setattr(hosts, "_is_single_process", lambda: False)
-    assert "Another process of this run was lost" in hosts.lost(reset)
-    assert not hosts.lost(other) and not hosts.lost(ValueError("Connection reset"))
+    assert "Another process of this run was lost" in hosts.peer_lost_message(reset)
+    for error in (other, ValueError("Connection reset")):
+        assert not hosts.peer_lost_message(error)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -286,7 +287,7 @@ def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
     """Checks the documented exit code; process 0 is special because it runs the coordinator."""
     code = (
         "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
-        "hosts.meet(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.everyone(me); "
+        "hosts.initialize(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.all_gather(me); "
         f"me == {victim} and os.kill(os.getpid(), 9); time.sleep(100)"
     )
     port = str(free_port())

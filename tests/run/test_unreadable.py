@@ -14,8 +14,8 @@ from disco_jax.data.base import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.data.skips import UnreadableNames
 from disco_jax.errors import UserError
+from disco_jax.run import unreadable
 from disco_jax.tasks import pretrain
-from disco_jax.train import unreadable
 from helpers import crop
 
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from disco_jax import files
 from disco_jax.errors import StorageError, UserError
-from disco_jax.train import hosts, stored
+from disco_jax.run import hosts, stored
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Checkpoints:
         self._best = _Best()
         self._best_metric = best_metric
         self._unrecorded: int | None = None
-        hosts.first(self._tidy)
+        hosts.on_process_zero(self._tidy)
         self._manager = ocp.CheckpointManager(
             self._workdir / FOLDER,
             options=ocp.CheckpointManagerOptions(
@@ -163,7 +163,7 @@ class Checkpoints:
           UserError: the directory had checkpoints and all of them are gone.
         """
         if not self.steps():
-            hosts.first(self._check_never_saved)
+            hosts.on_process_zero(self._check_never_saved)
 
     def wait(self) -> None:
         """Waits until all checkpoints are on the disk."""
@@ -179,7 +179,7 @@ class Checkpoints:
 
     def _check_same(self, steps: Sequence[int]) -> None:
         """Checks that all processes see the same steps; they do not if each has its own disk."""
-        checksums = hosts.everyone(zlib.crc32(repr(list(steps)).encode()) % 2**31)
+        checksums = hosts.all_gather(zlib.crc32(repr(list(steps)).encode()) % 2**31)
         if len(set(map(int, checksums))) > 1:
             raise UserError(
                 f"The processes see different checkpoints in {self._workdir / FOLDER}; this one "
@@ -228,7 +228,7 @@ class Checkpoints:
             verdict, failure = _OTHER_SHAPES, error
         except Exception as error:  # of the storage; raised after all processes know of it
             verdict, failure = _UNREADABLE, error
-        verdicts = [int(one) for one in hosts.everyone(verdict)]
+        verdicts = [int(one) for one in hosts.all_gather(verdict)]
         if verdicts.count(verdict) < len(verdicts) or verdict == _UNREADABLE:
             raise self._storage_error(step, verdicts, failure) from failure
         if failure is not None:
@@ -255,7 +255,7 @@ class Checkpoints:
         )
 
     def _set_aside(self, step: int, reason: str) -> None:
-        hosts.first(lambda: self._set_aside_locally(str(step), reason))
+        hosts.on_process_zero(lambda: self._set_aside_locally(str(step), reason))
         self._best.values.pop(step, None)
         self._manager.reload()
 
