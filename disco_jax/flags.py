@@ -221,7 +221,7 @@ def _known_overrides(
         if field in known_fields:
             valid.append(word)
             continue
-        if (current := upgrades.renamed([field]).get(field)) in known_fields:
+        if (current := upgrades.renamed([field]).get(field, "")) in known_fields:
             _LOG.warning("--config.%s is now --config.%s.", field, current)
             valid.append(word.replace(field, current, 1))
             continue
