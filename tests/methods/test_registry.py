@@ -141,14 +141,15 @@ class Other:
     pass
 """
 RECIPE = """
-from disco_jax.configs import common
+from disco_jax.configs import common, small
 from disco_jax.methods import registry
 
 
 def get_config(arg=None):
-    config = common.pretrain("digits", smoke=True)
+    arg = common.parse(arg, student="resnet8", teacher="resnet8", data="digits", smoke=True)
+    config = common.pretrain("mine", arg.data)
     config.objectives.mine = registry.section("own_objectives:Decorrelated", weight=0.5)
-    return config
+    return small.shrink(config, arg)
 """
 
 
