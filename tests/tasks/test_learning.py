@@ -42,7 +42,8 @@ AMONG = {  # leave-one-out accuracy on the training digits after training
 }
 # Methods that cannot learn from targets that are shuffled among the images of a batch.
 SHUFFLED = (
-    "seed", "squared_distance", "barlow_twins", "simreg", "compress", "swav_disco", "dino_disco", "sslight_swav"
+    "seed", "squared_distance", "barlow_twins", "simreg", "compress",
+    "swav_disco", "dino_disco", "sslight_swav",
 )  # fmt: skip
 
 
