@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import math
 import numbers
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ MOST = 2**31 - 1  # step counters are int32
 MOST_FLOAT = 3.4e38  # largest float32
 
 TEXT_LENGTH = 1000
+_CLASS = re.compile(r"[\w.]+:\w+")
 PART_BYTES = 255  # longest path component of common file systems
 
 
@@ -84,6 +86,15 @@ def one_of(*names: str) -> Rule:
         return isinstance(value, str) and value in allowed()
 
     return Rule(fits, lambda: f"one of: {errors.listed(allowed())}", allowed)
+
+
+def or_class(rule: Rule) -> Rule:
+    """Accepts what `rule` does, and "module:Class", which names a class outside this package."""
+
+    def fits(value: Any) -> bool:
+        return rule.fits(value) or (isinstance(value, str) and bool(_CLASS.fullmatch(value)))
+
+    return Rule(fits, lambda: f"{rule.says()}, or 'module:Class'", rule.names)
 
 
 def several(rule: Rule, least: int = 0, most: int | None = None) -> Rule:
@@ -168,7 +179,7 @@ SEED, ROWS, VIEW = whole(0), whole(1, 2**20), whole(0, 255)
 VIEWS, PAIRS = several(VIEW, 1), several(several(VIEW, 2, 2), 1)
 CHANCE, NAMES = either(SHARE, several(SHARE, 1)), several(TEXT)
 CHOICE = one_of("auto", "on", "off")
-BACKBONE = one_of("models:BACKBONES")
+BACKBONE = or_class(one_of("models:BACKBONES"))
 # Fields or axes of a sweep with their values.
 CHANGES = several(pair(TEXT, VALUE))
 AXES = several(pair(TEXT, several(VALUE, 1)))

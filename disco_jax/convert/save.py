@@ -16,7 +16,7 @@ from disco_jax.convert.heads import Head, is_class_count
 from disco_jax.convert.recognise import Prefix
 from disco_jax.errors import UserError
 from disco_jax.files import whole
-from disco_jax.models import BACKBONES
+from disco_jax.models import find
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.models.heads import RegressionHead
 
@@ -192,7 +192,7 @@ def _shift_variances(arrays: dict[str, np.ndarray], shift: float, naming: str) -
 
 def _is_modified(net: Any, backbone: str) -> bool:
     """Returns whether the network deviates from its named variant in width, stem or grid."""
-    cls, fields = BACKBONES[backbone]
+    cls, fields = find(backbone)
     default = cls(**fields)
     return any(
         getattr(net, f, None) != getattr(default, f, None) for f in ("width", "stem", "grid")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from disco_jax import errors
+from disco_jax import errors, plugins
 from disco_jax.methods.base import Objective, config_fields
 
 # The field of a section that names a class outside this package.
@@ -98,29 +98,12 @@ def _load(setting: str, path: str) -> type[Objective]:
     Raises:
       UserError: see `section`.
     """
-    module_name, _, class_name = str(path).partition(":")
-    if not module_name or not class_name:
-        raise errors.UserError(
-            f"{setting}={errors.shown(path)} must have the form 'module:Class', for example "
-            "'my_package.my_module:MyObjective'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        raise errors.UserError(
-            f"{setting}={errors.shown(path)}: the module cannot be imported "
-            f"({type(error).__name__}: {error}). Install its package, or add its folder to "
-            "PYTHONPATH."
-        ) from error
-    cls = getattr(module, class_name, None)
-    if cls is None:
-        names = [name for name, value in vars(module).items() if _is_objective(value)]
-        raise errors.unknown(f"{setting}: the class of {module_name}", class_name, names)
-    if not _is_objective(cls):
-        raise errors.UserError(
-            f"{setting}={errors.shown(path)} must be a frozen dataclass that derives from "
-            "disco_jax.methods.base.Objective."
-        )
+    cls = plugins.load_class(
+        setting,
+        path,
+        _is_objective,
+        "a frozen dataclass that derives from disco_jax.methods.base.Objective",
+    )
     without = [n for n, value in config_fields(cls).items() if value is dataclasses.MISSING]
     if without or "weight" not in config_fields(cls):
         raise errors.UserError(

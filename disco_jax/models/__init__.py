@@ -9,7 +9,7 @@ import jax
 
 from disco_jax import errors
 from disco_jax.models import heads
-from disco_jax.models.backbones import BACKBONES
+from disco_jax.models.backbones import BACKBONES, find
 from disco_jax.models.backbones.base import STEMS, Backbone
 from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.layers.compute import Compute
@@ -24,8 +24,8 @@ from disco_jax.models.layers.settings import (
 
 __all__ = [
     "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder", "Network",
-    "backbone", "build_encoder", "build_network", "compute_dtype", "is_transformer", "options",
-    "parameters", "resolve_auto", "resolve_config", "width",
+    "backbone", "build_encoder", "build_network", "compute_dtype", "find", "is_transformer",
+    "options", "parameters", "resolve_auto", "resolve_config", "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -57,8 +57,7 @@ def build_encoder(
     Raises:
       UserError: a name is unknown or a number is out of range.
     """
-    if spec.backbone not in BACKBONES:
-        raise errors.unknown(f"{setting}.backbone", spec.backbone, BACKBONES)
+    cls, fields = find(spec.backbone, f"{setting}.backbone")
     if spec.stem not in ("", *STEMS):
         raise errors.unknown(f"{setting}.stem", spec.stem, STEMS)
     if spec.head not in HEADS:
@@ -69,7 +68,6 @@ def build_encoder(
             raise errors.UserError(f"{setting}.{field}={spec[field]} is below {minimum}.")
     _check_layers(spec, setting)
     compute = dataclasses.replace(compute, norm_group=spec.norm_group)
-    cls, fields = BACKBONES[spec.backbone]
     make: Callable[..., Backbone] = cls  # every subclass has a field `compute`
     return Encoder(
         make(**{**fields, **_optional_fields(spec, setting)}, compute=compute),
@@ -112,22 +110,22 @@ def build_network(
 
 
 def backbone(name: str) -> Encoder:
-    """Returns a backbone of `BACKBONES` in float32 without a head."""
-    cls, fields = BACKBONES[name]
+    """Returns a backbone, named as in `find`, in float32 without a head."""
+    cls, fields = find(name)
     return Encoder(cls(**fields), heads.Identity())
 
 
 def options(name: str) -> frozenset[str]:
     """Returns the optional fields of a config that a backbone has; none for unknown names."""
-    if name not in BACKBONES:
+    if name not in BACKBONES and ":" not in name:
         return frozenset()
-    fields = {field.name for field in dataclasses.fields(BACKBONES[name][0])}
+    fields = {field.name for field in dataclasses.fields(find(name)[0])}
     return frozenset(_OPTIONAL.keys() & fields)
 
 
 def is_transformer(name: str) -> bool:
     """Returns whether a backbone is a transformer; False for unknown names."""
-    return name in BACKBONES and BACKBONES[name][0].is_transformer
+    return (name in BACKBONES or ":" in name) and find(name)[0].is_transformer
 
 
 def width(spec: Any) -> int:
@@ -136,9 +134,7 @@ def width(spec: Any) -> int:
     Raises:
       UserError: the backbone is unknown.
     """
-    if spec.backbone not in BACKBONES:
-        raise errors.unknown("The backbone", spec.backbone, BACKBONES)
-    cls, variant = BACKBONES[spec.backbone]
+    cls, variant = find(spec.backbone)
     fields = {n: spec[n] for n in options(spec.backbone) if spec[n] != _OPTIONAL[n]}
     return cls(**{**variant, **fields}).out_features
 

@@ -58,8 +58,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def _backbones(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
     networks = []
     for name in config.students:
-        if name not in models.BACKBONES:
-            raise errors.unknown("config.students", name, models.BACKBONES)
+        models.find(name, "config.students")
         row = {"backbone": name, "method": "", "size": config.size, "top1": None}
         networks.append((row, models.backbone(name)))
     return networks

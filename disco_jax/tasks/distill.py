@@ -86,8 +86,7 @@ def resolve(
     Raises:
       UserError: the data or the teacher does not exist or has an unknown format.
     """
-    if student not in models.BACKBONES:
-        raise errors.unknown("--student", student, models.BACKBONES)
+    models.find(student, "--student")
     config = disco.get_config()
     config.student.backbone = student
     config.data.update(data_fields(data))

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from disco_jax import errors, plugins
 from disco_jax.models.backbones.base import Backbone
 
 
@@ -21,3 +22,26 @@ def _variants() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
 
 
 BACKBONES = _variants()
+
+
+def find(name: str, setting: str = "The backbone") -> tuple[type[Backbone], dict[str, Any]]:
+    """Returns the class of a backbone and the fields of the variant.
+
+    Args:
+      name: a name in `BACKBONES`; or "module:Class", a subclass of `Backbone` outside this package
+        whose fields have defaults.
+      setting: the setting with this name, for messages.
+
+    Raises:
+      UserError: there is no backbone of this name.
+    """
+    if ":" in name:
+        requirement = "a subclass of disco_jax.models.backbones.base.Backbone"
+        return plugins.load_class(setting, name, _is_backbone, requirement), {}
+    if name not in BACKBONES:
+        raise errors.unknown(setting, name, BACKBONES)
+    return BACKBONES[name]
+
+
+def _is_backbone(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Backbone) and cls is not Backbone
