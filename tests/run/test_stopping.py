@@ -115,4 +115,4 @@ def test_a_command_ends_in_order_where_there_is_nothing_to_save(number, code, mo
 def test_the_codes_are_those_of_the_help(capsys):
     assert (Preempted.exit_code, Interrupted.exit_code) == (75, 130)
     main.main(["--help"])
-    assert "75 stopped by SIGTERM or SIGHUP,\n130 by Ctrl-C" in capsys.readouterr().out
+    assert "75 stopped by SIGTERM or SIGHUP, 130 stopped by Ctrl-C" in capsys.readouterr().out
