@@ -127,6 +127,7 @@ def shrink(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
     _local_views(config)
     if config.name in TRANSFORMERS:
         _patches(config)
+    _own_backbones(config)
     _swapped(config)
     return config
 
@@ -193,6 +194,16 @@ def _patches(config: ConfigDict) -> None:
             has_grid = "grid" in models.options(network.backbone)
             grid = config.augment.size // 4 if has_grid else 0
             network.update(patch=4, stem="", grid=grid)
+
+
+def _own_backbones(config: ConfigDict) -> None:
+    """Sets no small stem for backbones outside this package that have none."""
+    for network in (config.student, config.teacher):
+        if ":" in network.backbone:
+            from disco_jax import models  # imports JAX
+
+            if "stem" not in models.options(network.backbone):
+                network.stem = ""
 
 
 def _swapped(config: ConfigDict) -> None:

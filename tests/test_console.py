@@ -134,7 +134,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     assert "--workdir=thesis is not empty" in error
     assert contents(tmp_path / "thesis") == ["thesis.tex"]
     _, error = call("pretrain", *TINY, "--config.teacher.cache=none", "--workdir=new", expected=2)
-    assert "holds no targets.json" in error and not (tmp_path / "new").exists()
+    assert "has no targets.json" in error and not (tmp_path / "new").exists()
 
     # A training whose output is closed after the first line.
     train = "pretrain", *TINY, "--config.teacher.cache=kept", "--workdir=run"

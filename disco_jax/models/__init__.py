@@ -164,8 +164,8 @@ def _optional_fields(spec: Any, setting: str) -> dict[str, Any]:
         )
     if spec.stem == "small" and "stem" not in supported:
         raise errors.UserError(
-            f"{setting}.stem='small': {spec.backbone} cuts images into patches and has no stem "
-            "for small ones; take a convolutional backbone or larger images."
+            f"{setting}.stem='small': {spec.backbone} has no stem for small images; choose another "
+            "backbone, or larger images and stem=''."
         )
     return {name: value for name, value in fields.items() if name in supported}
 

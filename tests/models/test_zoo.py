@@ -157,7 +157,7 @@ def test_static_padding_is_tensorflows_at_the_nominal_size_and_only_there():
 def test_options_that_a_family_lacks_are_refused():
     with pytest.raises(UserError, match=r"student.width=32: mobilenetv2 has no such option"):
         build("mobilenetv2", width=32)
-    with pytest.raises(UserError, match=r"student.stem='small': vit_tiny_p16 cuts images"):
+    with pytest.raises(UserError, match=r"student.stem='small': vit_tiny_p16 has no stem"):
         build("vit_tiny_p16", stem="small")
     with pytest.raises(UserError, match=r"student.zero_init_residual=True: xcit"):
         build("xcit_tiny_12_p16", zero_init_residual=True)
@@ -252,3 +252,8 @@ def test_stochastic_depth_leaves_out_whole_images():
     np.testing.assert_allclose(out[active], 1 / 0.75, rtol=1e-6)
     assert (out[~active] == 0).all()
     np.testing.assert_array_equal(Branch().apply({}, jnp.ones((2, 3))), np.ones((2, 3)))
+
+
+def test_images_that_are_too_small_for_a_convnext_are_refused():
+    with pytest.raises(UserError, match="16 x 16 px are too small for a ConvNeXt"):
+        jax.eval_shape(lambda: models.backbone("convnext_atto").create(0, 16))

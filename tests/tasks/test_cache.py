@@ -209,7 +209,7 @@ def test_fewer_views_may_be_read(source, cache_folder):
 
 MAPS = {f"{network}.backbone": "resnet8" for network in ("student", "teacher")}
 BAD = {
-    "no cache": ("disco", {"teacher.cache": "nowhere"}, "holds no targets.json"),
+    "no cache": ("disco", {"teacher.cache": "nowhere"}, "has no targets.json"),
     "maps": ("attention", {"teacher.cache": "nowhere", **MAPS}, "not the feature maps"),
     "no teacher": ("moco_v2", {"teacher.cache": "nowhere"}, "no objective reads a teacher"),
 }

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.errors import UserError
 from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.layers.attention import Mlp, layer_norm
 from disco_jax.models.layers.compute import Compute
@@ -13,6 +14,7 @@ from disco_jax.models.layers.dropout import drop_path
 from disco_jax.models.layers.feature_maps import FeatureMap, record_stage
 from disco_jax.models.layers.initializers import constant, narrow, zeros
 
+_MIN_SIZE = 32  # the strides of stem and downsampling multiply to 32
 _NO_PADDING = ((0, 0), (0, 0))
 
 
@@ -46,8 +48,16 @@ class ConvNeXt(Backbone):
 
         Returns:
           f32[B, out_features].
+
+        Raises:
+          UserError: the images are too small for the strides.
         """
         del norm
+        if min(images.shape[1:3]) < _MIN_SIZE:
+            raise UserError(
+                f"Images of {images.shape[1]} x {images.shape[2]} px are too small for a ConvNeXt, "
+                f"which needs {_MIN_SIZE} px. Set config.augment.size, or choose another backbone."
+            )
         x, index = FeatureMap(images.astype(self.compute.dtype)), 0
         for stage, depth in enumerate(self.depths):
             x = self._downsample(x, stage)
