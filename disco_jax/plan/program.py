@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax import methods
-from disco_jax.data import views
 from disco_jax.data.targets import KEY
-from disco_jax.models import fold
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
+from disco_jax.train.experiment import assemble
 
 # The compiler's words when a program is too large: all that it needs and has, or of what lives for
 # one step only.
@@ -159,42 +157,20 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
       replicas: that share a batch.
       steps_per_epoch: for the schedules.
     """
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    record = state.shapes(method, recipe.sizes)
-    method.check(record)
-    method = method.paced(steps_per_epoch)
-    built = step.from_config(config, method, recipe, steps_per_epoch)
-    size, taught = config.augment.size, None
-    if "teacher" in method.plan:
-        encoder = method.networks["teacher"].encoder
+    experiment = assemble(config, steps_per_epoch=steps_per_epoch)
+    method, record, built = experiment.method, experiment.record, experiment.build_step()
+    taught, frozen = None, {}
+    if "teacher" in experiment.needs:
+        encoder, size = method.networks["teacher"].encoder, config.augment.size
         taught = jax.eval_shape(lambda: encoder.create(0, size))
-    begin = jax.eval_shape(
-        lambda teacher: state.create(
-            method, built.learner.tx, config.seed, size, reused=teacher, record=record
-        ),
-        taught,
-    )
-    shape = (replicas, config.batch_size // replicas)
-    crops = {
-        view: jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8)
-        for view, side in enumerate(recipe.sizes)
-    }
-    aux = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for objective in method.objectives.values()
-        for name in objective.aux
-    }
+        frozen = jax.eval_shape(lambda: experiment.frozen(encoder.create(0, size)))
+    begin = jax.eval_shape(lambda teacher: experiment.initial_state(built, teacher=teacher), taught)
     begin = state.dealt_shapes(begin, replicas)
-    frozen = {"teacher": taught} if taught else {}
-    if taught and config.fast.teacher:
-        network = method.networks["teacher"]
-        frozen = jax.eval_shape(
-            lambda: {"teacher": fold.still(network, encoder.create(0, size), size)}
-        )
+    batch = experiment.batch_shapes(replicas)
     if taught and config.teacher.cache:
-        frozen, aux[KEY] = {}, _kept(method.teacher_outputs(record), shape)
-    return built, (begin, frozen, {"views": crops, "aux": aux})
+        shape = (replicas, config.batch_size // replicas)
+        frozen, batch["aux"][KEY] = {}, _kept(method.teacher_outputs(record), shape)
+    return built, (begin, frozen, batch)
 
 
 def _kept(outputs: Any, shape: tuple[int, ...]) -> Any:

@@ -254,7 +254,7 @@ def test_the_plan_is_printed(recipe, says, capsys):
         0,
         16,
         reused=ready.teacher.variables,
-        record=ready.record,
+        record=ready.experiment.record,
     )
     pretrain.describe(ready, begin)
     out = capsys.readouterr().out
