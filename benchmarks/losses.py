@@ -1,10 +1,11 @@
-"""InfoNCE and its gradient on the CPU: in one pass over the queue, and by the formula.
+"""InfoNCE and its gradient on the CPU: one pass over the queue, compared with the plain formula.
 
     python benchmarks/losses.py [--rounds 7]
 
-Time of the formula over ours, the median of the ratios of rounds that alternate, and the memory
-that each needs beside its arguments. Each is timed right after an untimed run of its own: what
-comes after the formula else pays for the pages and the cache that its logits took.
+Prints the time of the formula divided by ours, as the median of the ratios of alternating rounds,
+and the temporary memory of each. Each timed run directly follows an untimed run of the same
+function, because otherwise a run after the formula pays for the pages and the cache lines that its
+logits evicted.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def main() -> None:
         compiled = [jax.jit(with_gradient(f)).lower(*arguments).compile() for f in (formula, ours)]
         times = [[once(f, arguments) for f in compiled] for _ in range(rounds)]
         spans = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
-        ratio = statistics.median(theirs / mine for theirs, mine in times)
+        ratio = statistics.median(formula_s / our_s for formula_s, our_s in times)
         memory = [f.memory_analysis().temp_size_in_bytes / 1e6 for f in compiled]
         print(
             f"{size:9} {spans[0]:11.1f} {spans[1]:9.1f} {ratio:6.2f} {memory[0]:7.1f} "
@@ -48,7 +49,7 @@ def rows(count: int, seed: int) -> np.ndarray:
 
 
 def formula(query, key, negatives):
-    """Cross-entropy of the first of f32[B, 1 + K] logits, as the papers' codes have it."""
+    """Computes the cross-entropy of the first of f32[B, 1 + K] logits, as in the papers' code."""
     own = jnp.sum(query * key, axis=-1, keepdims=True)
     logits = jnp.concatenate([own, query @ negatives.T], axis=-1) / TEMPERATURE
     return jax.nn.logsumexp(logits, axis=-1) - logits[:, 0]

@@ -1,8 +1,8 @@
-"""The yardstick: a step as one would write it first. Correct, in bfloat16, and one by one.
+"""Baseline for `compiled.py`: a straightforward step, correct, in bfloat16, without optimizations.
 
-Losses from float32 logits [B, K + 1], float32 weights, all images gathered to be shuffled; each
-image draws the order of its colour operations, all of which are computed for the one chosen, and
-a blur is 23 shifted sums along each axis.
+Losses use float32 logits [B, K + 1], weights are float32, and the images are all-gathered to be
+shuffled. Each image draws the order of its colour operations; all operations are computed at each
+position and one is selected. A blur is a sum of 23 shifted images along each axis.
 """
 
 from typing import Any
@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax import models
 from disco_jax.ops import augment
 from disco_jax.ops.collectives import gather
 from disco_jax.ops.losses import unit
 
-TAPS = 11  # on each side of a blurred pixel
+TAPS = 11  # of the blur, on each side of a pixel
 
 
 def turn_off(config: Any) -> None:
-    """Nothing of `config.fast`."""
-    config.fast.update(losses=False, half_queue=False, exchange="gather")
-    config.fast.update(stem=False, columns="off", statistics="off", shifts="off", teacher=False)
+    """Switches every optimization of `config.fast` off."""
+    config.fast.update(losses=False, half_queue=False, **models.PLAIN)
 
 
 def replace(parts: dict[str, Any], config: Any) -> None:
-    """Puts the yardstick's own parts in place of those of `compiled.components`."""
+    """Replaces components of `compiled.components` by those of the baseline, in place."""
     parts["augmentation"] = parts["augmentation"]._replace(function=_augmentation(config.augment))
     terms = {"contrast": contrast, "similarity": similarity}
     for name in terms.keys() & parts.keys():
@@ -34,35 +34,37 @@ def replace(parts: dict[str, Any], config: Any) -> None:
         )
 
 
-def logits(rows: Array, own: Array, bank: Array) -> Array:
-    """f32[B, K + 1]: factors bfloat16, sums float32."""
+def logits(rows: Array, positives: Array, bank: Array) -> Array:
+    """Computes f32[B, K + 1] logits with bfloat16 factors and float32 sums."""
     half = jnp.bfloat16
-    others = jnp.matmul(rows.astype(half), bank.T.astype(half), preferred_element_type=jnp.float32)
-    return jnp.concatenate([jnp.sum(rows * own, axis=-1, keepdims=True), others], axis=-1)
+    negatives = jnp.matmul(
+        rows.astype(half), bank.T.astype(half), preferred_element_type=jnp.float32
+    )
+    return jnp.concatenate([jnp.sum(rows * positives, axis=-1, keepdims=True), negatives], axis=-1)
 
 
 def contrast(student: Any, targets: Any, memory: Any, settings: Any):
-    """InfoNCE of the pairs, its accuracy, and the queues with the new keys."""
+    """Computes InfoNCE of the pairs, its accuracy, and the queues with the new keys."""
     losses, accuracies, queues = [], [], {}
     for query_view, key_view in settings.pairs:
         key = unit(targets[settings.keys_from][key_view].embedding)
         queue = memory[f"view_{key_view}"]
-        found = logits(unit(student[query_view].embedding), key, queue.vectors)
-        scaled = found / settings.temperature
+        similarities = logits(unit(student[query_view].embedding), key, queue.vectors)
+        scaled = similarities / settings.temperature
         losses.append(jnp.mean(jax.nn.logsumexp(scaled, axis=-1) - scaled[:, 0]))
-        accuracies.append(jnp.mean(jnp.argmax(found, axis=-1) == 0))
+        accuracies.append(jnp.mean(jnp.argmax(similarities, axis=-1) == 0))
         queues[f"view_{key_view}"] = queue.push(gather(key))
     return jnp.mean(jnp.stack(losses)), (queues, accuracies)
 
 
 def similarity(student: Any, targets: Any, memory: Any, settings: Any):
-    """SEED's cross-entropy of two softmaxes; the teacher's logits are exact."""
+    """Computes SEED's cross-entropy of two softmaxes, with exact logits of the teacher."""
     losses, queues = [], {}
     for group in settings.groups:
         name = f"view_{group[0][1]}"
         queue = memory[name]
-        for view, theirs in group:
-            teacher = unit(targets["teacher"][theirs].embedding)
+        for view, teacher_view in group:
+            teacher = unit(targets["teacher"][teacher_view].embedding)
             exact = jnp.concatenate(
                 [
                     jnp.sum(teacher * teacher, axis=-1, keepdims=True),
@@ -70,17 +72,17 @@ def similarity(student: Any, targets: Any, memory: Any, settings: Any):
                 ],
                 axis=-1,
             )
-            shares = jax.nn.softmax(exact / settings.teacher_temperature, axis=-1)
+            probabilities = jax.nn.softmax(exact / settings.teacher_temperature, axis=-1)
             scores = logits(unit(student[view].embedding), teacher, queue.vectors)
             scores = jax.nn.log_softmax(scores / settings.student_temperature, axis=-1)
-            losses.append(-jnp.mean(jnp.sum(shares * scores, axis=-1)) / len(group))
+            losses.append(-jnp.mean(jnp.sum(probabilities * scores, axis=-1)) / len(group))
         first = unit(targets["teacher"][group[0][1]].embedding)
         queues[name] = queue.push(gather(first))
     return sum(losses), queues
 
 
 def with_gradient(term, settings):
-    """The function of a part: (student, targets, memory) -> loss, memory and gradient."""
+    """Builds a part's function (student, targets, memory) -> loss, memory and gradient."""
 
     def part(student, targets, memory):
         def loss(student):
@@ -103,7 +105,7 @@ def _augmentation(settings: Any):
 
 
 def photometric(crops: Array, key: Array, settings: Any) -> Array:
-    """u8[B, H, W, 3] -> f32[B, H, W, 3], MoCo-v2's operations one by one."""
+    """Applies MoCo-v2's operations one by one, u8[B, H, W, 3] -> f32[B, H, W, 3]."""
     count = len(crops)
     jitter_key, order_key, grey_key, blur_key, sigma_key, flip_key, act_key = jax.random.split(
         key, 7
@@ -128,10 +130,10 @@ def photometric(crops: Array, key: Array, settings: Any) -> Array:
 
 def _jitter(images: Array, factors: Array, orders: Array) -> Array:
     operations = [getattr(augment, name) for name in augment.JITTER]
-    for place in range(4):
-        made = [operation(images, factors[:, i]) for i, operation in enumerate(operations)]
-        for i, image in enumerate(made):
-            images = _where(orders[:, place] == i, image, images)
+    for position in range(4):
+        results = [operation(images, factors[:, i]) for i, operation in enumerate(operations)]
+        for i, image in enumerate(results):
+            images = _where(orders[:, position] == i, image, images)
     return images
 
 
@@ -139,12 +141,12 @@ def _blur(images: Array, sigma: Array, axis: int) -> Array:
     offsets = jnp.arange(-TAPS, TAPS + 1, dtype=jnp.float32)[None]
     weights = jnp.exp(-0.5 * jnp.square(offsets / sigma[:, None]))
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    around = [(TAPS, TAPS) if i == axis else (0, 0) for i in range(4)]
-    padded = jnp.pad(images, around, mode="reflect")
+    padding = [(TAPS, TAPS) if i == axis else (0, 0) for i in range(4)]
+    padded = jnp.pad(images, padding, mode="reflect")
     size = images.shape[axis]
     shifted = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(2 * TAPS + 1))
     return sum(weights[:, i, None, None, None] * part for i, part in enumerate(shifted))
 
 
-def _where(chosen: Array, images: Array, others: Array) -> Array:
-    return jnp.where(chosen[:, None, None, None], images, others)
+def _where(mask: Array, images: Array, others: Array) -> Array:
+    return jnp.where(mask[:, None, None, None], images, others)

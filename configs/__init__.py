@@ -1,1 +1,1 @@
-"""Recipes: a file a recipe, `common.py` what they share."""
+"""Recipes: one a file. `common.py` has what they share, `small.py` fits them to small images."""

@@ -7,20 +7,30 @@ r"""MoCo-v2 with attention transfer (AT, arXiv:1612.03928), as DisCo compares wi
 Linear top-1, R-50 -> R-18: DisCo's Table 2 56.2; ours not measured yet. `attention:disco=true`
 adds DisCo's distance: 60.2.
 
-DisCo's code has the loss and never calls it, so layers and weight are AT's own (disagreement A3).
-Between networks whose maps differ in size: `objectives.attention.resize=linear`.
+Networks whose maps differ in size need `objectives.attention.resize=linear`.
 """
 
-from disco_jax.configs import common, disco
+from disco_jax.configs import common, small
 
 
 def get_config(arg=None):
     arg = common.parse(
         arg, student="resnet18", teacher="resnet50", data="imagenet2012", disco=False, smoke=False
     )
-    config = disco.get_config(common.join(arg, without="disco"))
-    config.name = "disco_attention" if arg.disco else "attention"
-    config.objectives.attention.weight = 1000.0
-    if not arg.disco:
-        config.objectives.distill.weight = 0.0
-    return config
+    config = common.pretrain("disco_attention" if arg.disco else "attention", arg.data)
+    # As in disco.py (DisCo, section 4.4).
+    config.total_epochs, config.batch_size = 200, 256
+    config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.views = 2
+    common.augment(config, "moco_v2")
+    config.student.update(backbone=arg.student, head="mlp", hidden=2048, dim=128, norm="local")
+    config.momentum.update(ema_rate=0.999, norm="shuffle")
+    config.teacher.update(backbone=arg.teacher, hidden=-1, dim=128, norm="local")
+    config.objectives.contrast.update(weight=1.0, pairs=((0, 1),), temperature=0.2)
+    config.objectives.contrast.update(queue_size=65_536, queue_init="teacher")
+    # Layers and weight of AT's own code, as DisCo's never calls the loss: disagreement A3.
+    config.objectives.attention.update(weight=1000.0, view=0, layers="all", resize="none")
+    # DisCo's distance (disagreement D1).
+    config.objectives.distill.update(weight=32.0 if arg.disco else 0.0, views=(0, 1))
+    return small.shrink(config, arg)

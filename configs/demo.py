@@ -1,10 +1,10 @@
-r"""The quick start: DisCo on 1,797 real handwritten digits, on any computer, without a download.
+r"""Quick start: DisCo on 1,797 real handwritten digits, on any computer, without a download.
 
     disco-jax demo --workdir runs/quickstart
 
-A MoCo-v2 teacher, then the same narrow backbone twice: with MoCo-v2 alone and with DisCo from that
-teacher. As in the papers, the baseline has a narrow head and DisCo a wide one (a head of 128 served
-the baseline better than one as wide as its 16 features). Over three seeds, as the README states it:
+Trains a MoCo-v2 teacher, then the same narrow backbone twice: with MoCo-v2 alone and with DisCo
+from that teacher. As in the papers, the baseline has a narrow head and DisCo a wide one. (A head of
+128 served the baseline better than one as wide as its 16 features.) The README reports three seeds:
 --config.seeds="(0,1,2)".
 """
 
@@ -34,9 +34,9 @@ def get_config(arg=None):
 
 
 def _digits(config: ConfigDict) -> ConfigDict:
-    """What all three runs share: gentle crops and blur for 16 px, a short run's rates."""
+    """Returns `config` with gentle crops and blur for 16 px and the rates of a short run."""
     config.learning_rate.per_256 = 0.12
-    config.momentum.ema_rate = 0.99  # 440 steps are too few for 0.999
+    config.momentum.ema_rate = 0.99  # 440 steps are too short for 0.999
     config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
     config.log.every_steps = 40
     return config

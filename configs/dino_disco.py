@@ -7,25 +7,24 @@ r"""DisCo on DINO, ImageNet-1k: a DINO transformer teaches a lightweight one (ar
 Linear top-1 (appendix, Table 3): ViT-S/16 -> ViT-tiny 68.4, XCiT-small -> XCiT-tiny 71.1
 (student=xcit_tiny_12_p16,teacher=xcit_small_12_p16); ours not measured yet.
 
-No code was released for this testbed. Ours: the unit embedding below the last layer copies the
-frozen teacher's on both global views, weight 1; other weights are
-`objectives.distill.weight`, all views `objectives.distill.views`. The teacher's file must hold its
-head. Of a run as the teacher, the EMA copy teaches (`teacher.network=student` for the other).
+No code was released for this testbed; what is compared, and the weight, are ours (disagreement N0).
+The teacher's file must hold its head. If the teacher is a run, its EMA copy teaches
+(`teacher.network=student` selects the other network).
 """
 
-from disco_jax.configs import common, dino
+from disco_jax.configs import common, dino, small
 
 
 def get_config(arg=None):
     arg = common.parse(
         arg, student="vit_tiny_p16", teacher="vit_small_p16", data="imagenet2012", smoke=False
     )
-    config = common.pretrain(arg.data, arg.smoke)
-    config.name = "dino_disco"
-    dino.testbed(config, arg)
-    config.teacher.update(backbone=arg.teacher, network="momentum")
-    common.small_patches(config.teacher, arg, config.augment.size)
-    config.objectives.distill.weight = 1.0
-    if arg.smoke:
-        config.teacher.weights = "random"
-    return config
+    config = common.pretrain("dino_disco", arg.data)
+    # DINO as in dino.py, 100 epochs for transformers: disagreement N1.
+    config.student.backbone = arg.student
+    dino.method(config)
+    # Appendix, section 6: a frozen teacher that DINO trained, in evaluation mode.
+    config.teacher.update(backbone=arg.teacher, dim=256, norm="running", network="momentum")
+    # Embeddings below the last layer, both of length 1, on both global views: N0.
+    config.objectives.distill.update(weight=1.0, views=(0, 1), reduction="mean")
+    return small.shrink(config, arg)

@@ -3,37 +3,40 @@ r"""Linear probe of a run on frozen features.
     disco-jax linear --workdir RUN [--config.learning_rate.per_256=3.0]
     disco-jax linear --workdir RUN --config configs/linear.py:protocol=disco,student=resnet18
 
-`cached`, the default, extracts the features once from the centre crop: minutes instead of hours.
-The others are the papers' protocols, with random crops and flips; their rates are those of the
-`student` named, which the run must then have. `grid` tries many rates and weight decays at once,
-`grid_crops` with random crops and flips.
+`cached`, the default, extracts the features of the centre crops once, which takes minutes instead
+of hours. The other protocols are the papers', with random crops and flips. With `student` they take
+the rate of that backbone, and the run must have it. `grid` tries many rates and weight decays at
+once; `grid_crops` does so with random crops and flips.
 """
 
 from typing import Any
 
-from disco_jax.configs import common
+from disco_jax.configs import common, probes
 from disco_jax.errors import unknown
 
-# What each protocol changes of `moco`.
+# Protocol -> fields that differ from `moco`.
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # Without augmentation; the rest as MoCo, whose command has the rate 30, trains.
+    # Without augmentation.
     "cached": dict(augment="none"),
+    # Rate 30, divided by 10 at 60 and 80 of 100 epochs (main_lincls.py).
     "moco": {},
-    # DisCo, RETRO: 30 for ResNets, 3 for EfficientNets and MobileNets (disagreement D7).
+    # DisCo and RETRO: 30 for ResNets, 3 for EfficientNets and MobileNets (disagreement D7).
     "disco": {},
-    # The default of DisCo's code (disagreement D6).
+    # Defaults of DisCo's official code (disagreement D6).
     "disco_code": {
         "learning_rate.milestones": (5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80),
         "learning_rate.factor": 0.5,
     },
-    # Five epochs of warm-up to the rate at a batch of 256 (disagreement S2).
+    # The rate is constant during the warm-up at a batch of 256 (disagreement S2).
     "seed": {"learning_rate.warmup_epochs": 5},
+    # Official code (eval_linear.py).
     "swav": {
         "learning_rate.per_256": 0.3,
         "learning_rate.decay": "cosine",
         "optimizer.weight_decay": 1e-6,
-        "evaluate_every_epochs": 1,  # SwAV reports the best
+        "evaluate_every_epochs": 1,  # SwAV reports the best epoch
     },
+    # Official code (eval_linear.py): the EMA copy, bilinear crops.
     "dino": {
         "batch_size": 1024,
         "network": "momentum",
@@ -41,18 +44,19 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "learning_rate.decay": "cosine",
         "data.interpolation": "bilinear",
     },
-    # Its evaluation resizes bicubically (disagreement L6: the student network).
+    # Table 8; the code resizes bicubically and scores the student (disagreement L6).
     "sslight": {
         "batch_size": 4096,
         "learning_rate.per_256": 0.05,
         "learning_rate.decay": "cosine_after",
         "learning_rate.minimum": 1e-6,
         "data.interpolation": "bicubic",
-        # Biases keep their gradient as it is.
+        # The bias has no trust ratio.
         "optimizer": dict(
             name="lars", momentum=0.9, weight_decay=0.0, trust=1e-3, no_trust=("vectors",)
         ),
     },
+    # Official code (eval_linear.py), also SimReg's.
     "compress": {
         "normalise": True,
         "total_epochs": 40,
@@ -69,16 +73,15 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "total_epochs": 30,
     },
 }
-# The same search, images cropped and mirrored anew in every epoch.
+# The same search, with new crops and flips in each epoch.
 PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
-SMALL = ("efficientnet", "mobilenet")
 
 
 def get_config(arg=None):
     arg = common.parse(arg, protocol="cached", student="")
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
-    config = common.classification("linear")
+    config = probes.classification("linear")
     if arg.protocol != "cached":
         config.name = f"linear_{arg.protocol}"
     config.student = arg.student
@@ -87,13 +90,13 @@ def get_config(arg=None):
             config.optimizer = value
         else:
             config.update_from_flattened_dict({field: value})
-    if arg.protocol in ("disco", "seed", "cached") and arg.student.startswith(SMALL):
-        config.learning_rate.per_256 = 3.0
-    if arg.protocol == "seed":  # constant, as at a batch of 256 from the rate to the rate
+    if arg.protocol in ("disco", "seed", "cached"):
+        config.learning_rate.per_256 = probes.base_rate(arg.student)
+    if arg.protocol == "seed":
         config.learning_rate.warmup_from = config.learning_rate.per_256
     if arg.protocol in ("dino", "sslight") and arg.student.startswith("vit"):
         config.blocks = 4
-    if arg.protocol == "sslight" and arg.student.startswith(("vit", "xcit")):
+    if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024
         config.learning_rate.per_256 = 0.01
         config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0)

@@ -1,11 +1,11 @@
-r"""The information plane of a run while it is fine-tuned (DisCo, figure 7).
+r"""Information plane of a run during fine-tuning (DisCo, figure 7).
 
     disco-jax plane --workdir RUN --config configs/plane.py:data=cifar10 \
         --config.plane.beside="('OTHER_RUN',)"
 
-T is the output of the classifier, its probabilities cut into 30 bins; I(X;T) and I(T;Y) are taken
-`points` times along the fine-tuning of all layers. The figure draws the way from the transition,
-where I(X;T) is highest, to the end, of this run and of those of `beside`.
+T is the classifier's output, with probabilities in 30 bins. I(X;T) and I(T;Y) are estimated
+`points` times during the fine-tuning of all layers. The figure draws the path from the transition,
+where I(X;T) is highest, to the end, for this run and for those in `beside`.
 """
 
 from disco_jax.configs import common, finetune
@@ -18,11 +18,11 @@ def get_config(arg=None):
     if arg.data:
         config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
     config.plane = dict(
-        split="",  # whose images are looked at; "": those of the test
-        images=0,  # no more than so many of them; 0: all
-        points=40,  # looks along the training
+        split="",  # the split whose images are used; "": the test images
+        images=0,  # largest number of images; 0: all
+        points=40,  # estimates during the training
         bins=30,
-        grouping="rows",  # rows | official: with the slip of the estimator's code
-        beside=(),  # directories of runs that have been followed before
+        grouping="rows",  # rows | official (reproduces an error in the estimator's code)
+        beside=(),  # directories of runs that have a plane already
     )
     return config

@@ -1,25 +1,31 @@
-r"""ReSSL on ImageNet-1k: similarities of a strong view copy those of a weak one.
+r"""ReSSL on ImageNet-1k: similarities of a strong view copy those of a weak view.
 
     disco-jax pretrain --workdir gs://BUCKET/ressl --config configs/ressl.py:student=resnet18
 
 arXiv:2107.09282; a testbed without a teacher, to which any distillation objective can be added.
-Linear top-1: R-18 58.1 (as SSLight cites it); ours not measured yet. The official code decays no
-BatchNorm parameters and biases; here all are decayed.
+Linear top-1: R-18 58.1 (as SSLight cites it); ours not measured yet. The official code excludes
+BatchNorm parameters and biases from weight decay; here all parameters decay.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
 
 
 def get_config(arg=None):
     arg = common.parse(arg, student="resnet18", data="imagenet2012", smoke=False)
-    config = common.pretrain(arg.data, arg.smoke)
-    config.name = "ressl"
-    # View 1, the key, is cropped and flipped alone.
-    with config.augment.ignore_type():
+    config = common.pretrain("ressl", arg.data)
+    # Official code (ressl.py).
+    config.total_epochs, config.batch_size = 200, 256
+    config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.learning_rate.update(per_256=0.05, decay="cosine", every="step", warmup_epochs=5)
+    # View 0, the query: MoCo-v2's augmentation. View 1, the key: crops and flips only.
+    config.views = 2
+    common.augment(config, "moco_v2")
+    with config.augment.ignore_type():  # a probability for each view
         config.augment.update(jitter_prob=(0.8, 0.0), grey_prob=(0.2, 0.0), blur_prob=(0.5, 0.0))
-    config.student.backbone = arg.student
-    if not arg.smoke:
-        config.student.update(hidden=4096, dim=512)
-    config.objectives.consistency.weight = 1.0
-    config.learning_rate.update(per_256=0.05, every="step", warmup_epochs=5)
-    return config
+    # network/ressl.py: a head 4096 and 512 wide.
+    config.student.update(backbone=arg.student, head="mlp", hidden=4096, dim=512, norm="local")
+    config.momentum.update(ema_rate=0.999, norm="shuffle")
+    # Eq. 5; temperatures and queue of the official code.
+    config.objectives.consistency.update(weight=1.0, query_view=0, key_view=1, queue_size=131_072)
+    config.objectives.consistency.update(student_temperature=0.1, target_temperature=0.04)
+    return small.shrink(config, arg)

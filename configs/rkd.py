@@ -6,23 +6,29 @@ r"""MoCo-v2 with relational distillation (RKD, arXiv:1904.05068), as DisCo compa
 
 Linear top-1, R-50 -> R-18: DisCo's Table 2 56.4; ours not measured yet. `rkd:disco=true` adds
 DisCo's distance: 60.6.
-
-Distances and angles weigh 1 and 1 among the 32 images of a device, as DisCo's code has it; RKD's
-paper has 1 and 2 (disagreement A2).
 """
 
-from disco_jax.configs import common, disco
+from disco_jax.configs import common, small
 
 
 def get_config(arg=None):
     arg = common.parse(
         arg, student="resnet18", teacher="resnet50", data="imagenet2012", disco=False, smoke=False
     )
-    config = disco.get_config(common.join(arg, without="disco"))
-    config.name = "disco_rkd" if arg.disco else "rkd"
-    config.objectives.relations.weight = 1.0
-    if arg.data not in common.SMALL_QUEUES and not arg.smoke:
-        config.objectives.relations.group = 32
-    if not arg.disco:
-        config.objectives.distill.weight = 0.0
-    return config
+    config = common.pretrain("disco_rkd" if arg.disco else "rkd", arg.data)
+    # As in disco.py (DisCo, section 4.4).
+    config.total_epochs, config.batch_size = 200, 256
+    config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
+    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.views = 2
+    common.augment(config, "moco_v2")
+    config.student.update(backbone=arg.student, head="mlp", hidden=2048, dim=128, norm="local")
+    config.momentum.update(ema_rate=0.999, norm="shuffle")
+    config.teacher.update(backbone=arg.teacher, hidden=-1, dim=128, norm="local")
+    config.objectives.contrast.update(weight=1.0, pairs=((0, 1),), temperature=0.2)
+    config.objectives.contrast.update(queue_size=65_536, queue_init="teacher")
+    # Weights 1 and 1 among the 32 images of a device: disagreement A2.
+    config.objectives.relations.update(weight=1.0, view=0, distance=1.0, angle=1.0, group=32)
+    # DisCo's distance (disagreement D1).
+    config.objectives.distill.update(weight=32.0 if arg.disco else 0.0, views=(0, 1))
+    return small.shrink(config, arg)

@@ -4,20 +4,22 @@ r"""Semi-supervised evaluation of a run: 1 % or 10 % of the labels.
     disco-jax semi --workdir RUN --config configs/semi.py:protocol=sslight,percent=10 \
         --config.data.subset=10percent.txt --config.labelled.percent=0
 
-The labelled images are the same number of every class, chosen by `labelled.seed`; or those of a
-list of file names, such as the lists that came with SimCLR. DisCo, SEED and RETRO train a linear
-classifier; SSLight and SwAV all layers, SSLight's with the head's hidden layer kept.
+`labelled.seed` draws the labelled images, equally many from each class; `data.subset` takes a list
+of file names instead, such as those released with SimCLR. DisCo, SEED and RETRO train a linear
+classifier; SSLight and SwAV train all layers, and SSLight keeps the head's hidden layers.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, probes
 from disco_jax.errors import UserError, unknown
 
 PROTOCOLS = {
-    # The code halves the rate where it has 0.1 for ImageNet, and takes 3 for ResNets too (D9).
+    # The official code: rate 3 for all backbones, halved at the milestones (disagreement D9).
     "disco": {"learning_rate.per_256": 3.0, "learning_rate.factor": 0.5},
-    # Without random crops; five epochs of warm-up from the rate to the rate.
+    # Appendix: centre crops and flips; the rate is constant during the warm-up (disagreement S2).
     "seed": {"augment": "flip", "learning_rate.warmup_epochs": 5},
+    # Section 4.2: as SEED and DisCo; rates by backbone, divided by 10.
     "retro": {},
+    # Appendix B and the official code.
     "sslight": {
         "layers": "all",
         "norm": "sync",
@@ -30,6 +32,7 @@ PROTOCOLS = {
         "learning_rate.minimum": 1e-6,
         "data.interpolation": "bicubic",
     },
+    # Official code (eval_semisup.py).
     "swav": {
         "layers": "all",
         "norm": "sync",
@@ -39,9 +42,9 @@ PROTOCOLS = {
         "evaluate_every_epochs": 1,
     },
 }
-SMALL = ("efficientnet", "mobilenet")
-# percent -> SSLight's epochs; SwAV's rates of the network and of the classifier.
+# Percent of labels -> SSLight's epochs.
 SSLIGHT_EPOCHS = {1: 60, 10: 30}
+# Percent of labels -> SwAV's rates for the network and for the classifier.
 SWAV_RATES = {1: (0.02, 5.0), 10: (0.01, 0.2)}
 
 
@@ -54,12 +57,12 @@ def get_config(arg=None):
             f"The recipe's argument percent={arg.percent} must be 1 or 10, as in the papers; "
             "--config.labelled.percent takes any other share."
         )
-    config = common.classification(f"semi_{arg.protocol}_{arg.percent}")
+    config = probes.classification(f"semi_{arg.protocol}_{arg.percent}")
     config.labelled.percent = float(arg.percent)
     config.student = arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
-    if arg.protocol in ("seed", "retro") and arg.student.startswith(SMALL):
-        config.learning_rate.per_256 = 3.0
+    if arg.protocol in ("seed", "retro"):
+        config.learning_rate.per_256 = probes.base_rate(arg.student)
     if arg.protocol == "seed":
         config.learning_rate.warmup_from = config.learning_rate.per_256
     if arg.protocol == "sslight":

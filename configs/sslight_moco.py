@@ -7,27 +7,35 @@ Linear top-1, MobileNetV2: paper 61.6 (Table 3), 60.6 with the views of the base
     --config.augment.scale="(0.14,1.0)" --config.local.scale="(0.05,0.14)" --config.local.size=96
     --config.objectives.contrast.global_share=-1
 ours not measured yet.
-
-One global view makes the key, the other and all local ones are queries; nothing is symmetric.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small, sslight_dino
 
 
 def get_config(arg=None):
     arg = common.parse(arg, student="mobilenetv2", data="imagenet2012", smoke=False)
-    config = common.pretrain(arg.data, arg.smoke)
-    config.name = "sslight_moco"
-    common.sslight(config, arg, "dino", per_256=0.48)
-    config.student.head = "mlp_narrow"
-    if arg.data in common.SMALL_QUEUES:
-        # Short runs of narrow networks: the head and the rates of MoCo-v2. The narrow start of the
-        # paper's head collapses on a few features, and LARS's thousandth hardly moves a kernel.
-        config.student.head = "mlp"
-        config.momentum.ema_rate = 0.99
-        config.optimizer.update(name="sgd", weight_decay=1e-4, no_decay=(), no_trust=())
-        config.learning_rate.update(per_256=0.12, warmup_epochs=0)
-    config.objectives.contrast.update(
-        weight=1.0, pairs=((1, 0),), local_queries=True, global_share=0.4
-    )
-    return config
+    config = common.pretrain("sslight_moco", arg.data)
+    # Table 8 and the official code: 8 devices of 128 images; last rate of the code: L1.
+    config.total_epochs, config.batch_size = 200, 1024
+    config.learning_rate.update(per_256=0.48, decay="cosine_after", every="step")
+    config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.0)
+    # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
+    config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
+    config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))
+    # Table 8: S_g 0.3, S_l 0.3, LC 128, N_l 6; one pass a size.
+    config.views, config.group_views = 2, True
+    common.augment(config, "dino")
+    config.augment.scale = (0.3, 1.0)
+    config.local.update(count=6, size=128, scale=(0.05, 0.3))
+    # Official code: a head without BatchNorm and with a narrow initialisation, 2048 and 128 wide.
+    config.student.update(backbone=arg.student, head="mlp_narrow", hidden=2048, dim=128)
+    config.student.norm = "sync"
+    config.momentum.update(ema_rate=0.999, norm="sync")
+    if common.is_transformer(arg.student):
+        sslight_dino.transformer(config)
+    # Global view 0 is the key; view 1 and all local views are queries. alpha 0.4 (Table 8).
+    config.objectives.contrast.update(weight=1.0, pairs=((1, 0),), local_queries=True)
+    config.objectives.contrast.update(temperature=0.2, queue_size=65_536, global_share=0.4)
+    # For objectives with a teacher that the command line adds.
+    config.teacher.norm = "running"
+    return small.shrink(config, arg)

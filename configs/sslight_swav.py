@@ -9,27 +9,39 @@ Linear top-1, MobileNetV2: paper 67.3 (Table 3), 65.2 with the views of the base
 ours not measured yet.
 """
 
-from disco_jax.configs import common
-from disco_jax.data.stacks import IMAGENET_STD
+from disco_jax.configs import common, small, sslight_dino
+from disco_jax.data.presets import IMAGENET_STD
 
 
 def get_config(arg=None):
     arg = common.parse(arg, student="mobilenetv2", data="imagenet2012", smoke=False)
-    config = common.pretrain(arg.data, arg.smoke)
-    config.name = "sslight_swav"
-    common.sslight(config, arg, "swav", per_256=0.3)
-    # Bicubic crops and the usual deviation, unlike SwAV's code (disagreement L5).
+    config = common.pretrain("sslight_swav", arg.data)
+    # Table 8 and the official code: 8 devices of 128 images; last rate of the code: L1.
+    config.total_epochs, config.batch_size = 200, 1024
+    config.learning_rate.update(per_256=0.3, decay="cosine_after", every="step")
+    config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.075)
+    # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
+    config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
+    config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))
+    # The prototypes have length 1 and are frozen for the first epoch.
+    config.optimizer.update(unit_norm=("prototypes/kernel*",))
+    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+    # Table 8: S_g 0.3, S_l 0.3, LC 128, N_l 6; one pass a size.
+    config.views, config.group_views = 2, True
+    common.augment(config, "swav")
+    config.augment.scale = (0.3, 1.0)
+    config.local.update(count=6, size=128, scale=(0.05, 0.3))
+    # Bicubic crops and ImageNet's deviation, unlike SwAV's code: disagreement L5.
     config.augment.update(std=IMAGENET_STD, interpolation="bicubic")
-    config.student.head = "swav_narrow"
-    if arg.data in common.SMALL_QUEUES:
-        # As in swav.py: short runs of narrow networks, which a narrow start lets collapse.
-        config.student.head = "swav"
-        config.optimizer.update(name="larc", no_decay=(), no_trust=())
-        config.learning_rate.per_256 = 8.0
-    if common.is_large(arg):
-        config.student.hidden = 4096
-        config.learning_rate.warmup_from = 0.075
-    common.swapped(config, arg, queue_size=3840, queue_epochs=15)
-    config.objectives.swapped.global_share = 0.4
-    config.optimizer.frozen_epochs = 1
-    return config
+    # Official code: 4096 and 128 wide, 3000 prototypes, a narrow initialisation.
+    config.student.update(backbone=arg.student, head="swav_narrow", hidden=4096, dim=128)
+    config.student.update(prototypes=(3000,), norm="sync")
+    if common.is_transformer(arg.student):
+        sslight_dino.transformer(config)
+    # alpha 0.4 (Table 8). The queue of 3840 embeddings is cut to a multiple of the batch.
+    config.objectives.swapped.update(weight=1.0, assign=(0, 1), global_share=0.4)
+    config.objectives.swapped.update(temperature=0.1, epsilon=0.05, iterations=3)
+    config.objectives.swapped.update(queue_size=3072, queue_epochs=15)
+    # For objectives with an EMA copy or a teacher that the command line adds.
+    config.momentum.norm, config.teacher.norm = "sync", "running"
+    return small.shrink(config, arg)

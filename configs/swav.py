@@ -6,38 +6,40 @@ r"""SwAV on ImageNet-1k (arXiv:2006.09882): a teacher, or the baseline of a ligh
 Linear top-1: ResNet-50, batch 256, 200 epochs 72.7 (official code); EfficientNet-B0 46.8,
 MobileNetV3 19.4, ResNet-34 63.3 (DisCo, Table 5, these settings); ours not measured yet.
 
-The settings are those of DisCo's baselines: the schedule of SwAV's runs at a batch of 256, with a
-batch of 512 and the rate not scaled (disagreement W2). SwAV's 4096 images a batch are:
+SwAV's own runs with 4096 images a batch:
     --config.batch_size=4096 --config.learning_rate.minimum=0.0048
     --config.learning_rate.warmup_epochs=10 --config.learning_rate.warmup_from=0.3
     --config.objectives.swapped.queue_size=0 --config.optimizer.frozen_steps=313
-and a ResNet-50x2 takes --config.student.hidden=8192 --config.local.count=4 besides.
+and for a ResNet-50x2 also --config.student.hidden=8192 --config.local.count=4.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
 
 
 def get_config(arg=None):
     arg = common.parse(arg, student="resnet50", data="imagenet2012", smoke=False)
-    config = common.pretrain(arg.data, arg.smoke)
-    config.name = "swav"
-    testbed(config, arg)
-    return config
-
-
-def testbed(config, arg):
-    """What swav_disco.py shares."""
-    config.student.update(backbone=arg.student, head="swav")
-    common.multicrop(config, arg, "swav", size=96, scale=(0.05, 0.14), count=6)
-    config.optimizer.update(name="larc", weight_decay=1e-6)
+    config = common.pretrain("swav", arg.data)
+    # Official code of DisCo's baseline (swav-master): 8 devices of 64 images, and the schedule of
+    # SwAV's runs at a batch of 256. The rate of 0.6 does not scale with the batch: disagreement W2.
+    config.total_epochs, config.batch_size = 200, 512
+    config.optimizer.update(name="larc", momentum=0.9, weight_decay=1e-6, trust=1e-3)
     config.learning_rate.update(per_256=0.3, decay="cosine_after", every="step")
-    if common.is_large(arg):
-        config.batch_size = 512
-        config.learning_rate.minimum = 0.0006
-        config.optimizer.frozen_steps = 5005  # two epochs
-    else:
-        config.optimizer.frozen_epochs = 1
-        config.learning_rate.per_256 = 8.0  # LARC moves a thousandth of it a step; runs are short
-        config.local.update(count=2, scale=(0.3, 0.7))
-        config.augment.scale = (0.5, 1.0)
-    common.swapped(config, arg, queue_size=3840, queue_epochs=15)
+    config.learning_rate.update(minimum=0.0006, warmup_epochs=0)
+    # Prototypes have length 1 and are frozen for the first two epochs.
+    config.optimizer.update(unit_norm=("prototypes/kernel*",))
+    config.optimizer.update(frozen=("prototypes/*",), frozen_steps=5005)
+    # 2 + 6 crops, one pass a size; deviation of SwAV's code: disagreement W5.
+    config.views, config.group_views = 2, True
+    common.augment(config, "swav")
+    config.local.update(count=6, size=96, scale=(0.05, 0.14))
+    # A head with BatchNorm over all devices, 2048 and 128 wide; 3000 prototypes.
+    config.student.update(backbone=arg.student, head="swav", hidden=2048, dim=128)
+    config.student.update(prototypes=(3000,), norm="sync")
+    # Eq. 1 to 5; Sinkhorn and temperature of SwAV's code. Its queue of 3840 embeddings is cut to a
+    # multiple of the batch.
+    config.objectives.swapped.update(weight=1.0, assign=(0, 1), temperature=0.1)
+    config.objectives.swapped.update(epsilon=0.05, iterations=3)
+    config.objectives.swapped.update(queue_size=3584, queue_epochs=15)
+    # For objectives with an EMA copy or a teacher that the command line adds.
+    config.momentum.norm, config.teacher.norm = "sync", "running"
+    return small.shrink(config, arg)

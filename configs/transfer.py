@@ -5,12 +5,13 @@ r"""Linear evaluation of a run on another data set, as the papers transfer to CI
     disco-jax transfer --workdir RUN --config configs/transfer.py:data=flowers \
         --config.data.source=folder --config.data.dir=flowers/
 
-`data` names a prepared TFDS data set, or the results where `data.dir` holds a folder or an .npz.
-`disco`, RETRO's too: 224 px bicubic, random crops and flips, rate 3, 100 epochs. `disco_code`: 200
-epochs without decay (disagreement D8). `seed`: features extracted once, rate 0.001, 120 epochs.
+`data` is a prepared TFDS data set; if `data.dir` is a folder or an .npz, it only names the results.
+Protocols: `disco` (also RETRO's) has 224 px bicubic, random crops and flips, rate 3, 100 epochs;
+`disco_code` has 200 epochs without decay (disagreement D8); `seed` extracts features once and
+trains 120 epochs at rate 0.001.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, probes
 from disco_jax.errors import unknown
 
 PROTOCOLS = {
@@ -29,7 +30,7 @@ def get_config(arg=None):
     arg = common.parse(arg, protocol="disco", data="cifar10")
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
-    config = common.classification(f"transfer_{arg.protocol}_{arg.data.replace('/', '_')}")
+    config = probes.classification(f"transfer_{arg.protocol}_{arg.data.replace('/', '_')}")
     config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
     config.learning_rate.per_256 = 3.0
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])

@@ -34,6 +34,8 @@ _REFUSALS = (
 )
 # TensorStore, which writes checkpoints, reports the error number only in its message.
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
+# Module of TensorFlow's exceptions, compared by name because the import takes seconds.
+_TENSORFLOW_ERRORS = "tensorflow.python.framework.errors_impl"
 _UNFINISHED = re.compile(r"\..+\.\d+")  # temporary names of `whole`
 # Temporary names of files that only the process with the directory's lock writes.
 _LOCK_HOLDER_FILES = re.compile(
@@ -200,3 +202,16 @@ def refusal(error: BaseException) -> str:
     if number not in _REFUSALS:
         return ""
     return f"{place or 'a file'}: {os.strerror(number)}"
+
+
+def bucket_error(error: BaseException) -> str:
+    """Returns the reason if a bucket could not be reached, read or written, else "".
+
+    Buckets are read through TensorFlow, whose exceptions state the address in their message.
+
+    Args:
+      error: an exception raised while reading or writing files.
+    """
+    if type(error).__module__ != _TENSORFLOW_ERRORS or "://" not in str(error):
+        return ""
+    return " ".join(str(error).split())

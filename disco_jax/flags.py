@@ -196,7 +196,7 @@ def recipes(folder: str = "") -> dict[str, pathlib.Path]:
     return {
         str(pathlib.PurePosixPath(folder, path.stem)): path
         for path in sorted(place.glob("*.py"))
-        if path.stem not in ("__init__", "common")
+        if "\ndef get_config(" in path.read_text()  # others are modules that recipes share
     }
 
 
@@ -240,7 +240,7 @@ def define_further(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
 
 
 def distributed_options(values: absl_flags.FlagValues) -> dict[str, Any] | None:
-    """Returns the arguments of `hosts.meet`; None if there is a single process."""
+    """Returns the arguments of `hosts.initialize`; None if there is a single process."""
     settings: dict[str, Any] = {
         name: values[name].value for name in ("coordinator", "processes", "process")
     }
@@ -277,9 +277,9 @@ def prepare_jax(distributed: Mapping[str, Any] | None = None, workdir: str = "")
     from disco_jax.plan import topology
 
     if distributed is not None:
-        from disco_jax.train import hosts
+        from disco_jax.run import hosts
 
-        hosts.meet(**distributed)
+        hosts.initialize(**distributed)
     topology.quiet()
     programs.begin(workdir)
 

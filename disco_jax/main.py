@@ -136,8 +136,8 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             print(f"disco-jax {argv[0]}: {message}", file=sys.stderr)
-        if hosts := sys.modules.get("disco_jax.train.hosts"):
-            hosts.leave(code)
+        if hosts := sys.modules.get("disco_jax.run.hosts"):
+            hosts.exit_all(code)
         return code
     return 0
 
@@ -181,8 +181,8 @@ def _report_stop(task: str, error: BaseException) -> int:
         "again to continue.",
         file=sys.stderr,
     )
-    if hosts := sys.modules.get("disco_jax.train.hosts"):
-        hosts.leave(kind.exit_code)
+    if hosts := sys.modules.get("disco_jax.run.hosts"):
+        hosts.exit_all(kind.exit_code)
     return kind.exit_code
 
 
@@ -190,16 +190,22 @@ def _code_and_message(error: Exception) -> tuple[int, str]:
     """Returns exit code and message of an error; "" for a bug, which needs a traceback."""
     if hasattr(error, "exit_code"):
         return error.exit_code, str(error)
-    hosts = sys.modules.get("disco_jax.train.hosts")
-    if hosts and (message := hosts.lost(error)):
+    hosts = sys.modules.get("disco_jax.run.hosts")
+    if hosts and (message := hosts.peer_lost_message(error)):
         return hosts.LOST, message
     return 1, _storage_message(error)
 
 
 def _storage_message(error: Exception) -> str:
-    """Returns the user message for a full or read-only disk, or ''."""
+    """Returns the user message for a full or read-only disk or an unreachable bucket, or ''."""
     from disco_jax import files
 
+    if reason := files.bucket_error(error):
+        return (
+            f"A bucket cannot be used: {reason}. Check its name, the network and the credentials "
+            "(`gcloud auth application-default login`), and start again. Files saved before are "
+            "complete."
+        )
     reason = files.refusal(error)
     return reason and (
         f"Nothing more can be written: {reason}. Files saved before are complete. Free some space "

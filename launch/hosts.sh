@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts a run on several machines with GPUs over ssh; each has this checkout at the same path.
+# Starts a run on several machines with GPUs over ssh. Each needs this checkout at the same path.
 #   launch/hosts.sh [--dry-run] HOST,HOST,... TASK FLAG...
-# The first host is where the others meet. One machine with several GPUs needs none of this:
-# `disco-jax TASK FLAG...` uses all of them.
-#   DISCO_JAX_VENV  the virtual environment on each machine (default: .venv in the checkout)
-#   PORT            where they meet (default: 8476)
+# The first host is the coordinator. A single machine does not need this script: `disco-jax TASK
+# FLAG...` uses all its GPUs.
+#   DISCO_JAX_VENV  virtual environment on each machine (default: .venv in the checkout)
+#   PORT            port of the coordinator (default: 8476)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry=
@@ -30,10 +30,10 @@ for i in "${!hosts[@]}"; do
 done
 trap '[ ${#pids[@]} = 0 ] || kill "${pids[@]}" 2>/dev/null' INT TERM
 code=0
-# The code of the first that fails: the others fail because of it.
+# Keeps the exit code of the first process that fails, because it makes the others fail.
 for _ in "${pids[@]}"; do
-  ended=0
-  wait -n "${pids[@]}" || ended=$?
-  [ "$code" != 0 ] || code=$ended
+  status=0
+  wait -n "${pids[@]}" || status=$?
+  [ "$code" != 0 ] || code=$status
 done
 exit "$code"

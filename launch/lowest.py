@@ -1,4 +1,4 @@
-"""Prints what setup.py requires at its lower bounds, as constraints for pip.
+"""Prints the lower bounds of setup.py's requirements, as constraints for pip.
 
 Usage: python launch/lowest.py EXTRA...
 """
@@ -11,16 +11,21 @@ import types
 
 
 def lowest(extras):
-    """The requirements and those of the extras, each "name[x]>=X; marker" as "name==X; marker"."""
-    found = {}
-    # No setuptools: it is not part of a bare Python 3.12.
+    """Returns all requirements, with "name[x]>=X; marker" replaced by "name==X; marker"."""
+    arguments = {}
+    # A bare Python 3.12 does not include setuptools.
     sys.modules["setuptools"] = types.SimpleNamespace(
-        setup=lambda **words: found.update(words), find_packages=lambda **words: []
+        setup=lambda **kwargs: arguments.update(kwargs), find_packages=lambda **kwargs: []
     )
     runpy.run_path(str(pathlib.Path(__file__).parent.parent / "setup.py"))
-    wanted = sum((found["extras_require"][extra] for extra in extras), found["install_requires"])
-    # A constraint has no extras and, to be met by one version, no upper bound.
-    return [re.sub(r"(\[.*?\])?>=([^,;]+)(,<[^,;]+)?", r"==\2", one) for one in wanted]
+    requirements = sum(
+        (arguments["extras_require"][extra] for extra in extras), arguments["install_requires"]
+    )
+    # Constraints must not have extras; "==" makes an upper bound redundant.
+    return [
+        re.sub(r"(\[.*?\])?>=([^,;]+)(,<[^,;]+)?", r"==\2", requirement)
+        for requirement in requirements
+    ]
 
 
 if __name__ == "__main__":

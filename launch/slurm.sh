@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A run on machines with GPUs under SLURM: one process a machine, all its GPUs. Asked to stop 120
-# seconds before the time is up, the run saves and exits with 75, and is queued again.
+# Runs on machines with GPUs under SLURM, with one process per machine that uses all its GPUs.
+# SLURM sends SIGTERM 120 seconds before the time limit; the run then saves, exits with 75 and is
+# queued again.
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh pretrain --config disco --workdir DIR
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@120

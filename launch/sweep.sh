@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A sweep over several TPU slices, each with its share of the cells and a babysitter of its own.
-# Settings: launch/settings.sh or the environment; the slices are called NAME-0, NAME-1, ...
+# Distributes a sweep over several TPU slices; each runs a share of the cells under its own
+# babysitter. Settings: launch/settings.sh or the environment; the slices are named NAME-0,
+# NAME-1, ...
 #
 #   launch/sweep.sh [--dry-run] SLICES [FLAG...]   e.g. 4 --config sweeps/hidden_width
 #
-# A sweep that trains its own teachers needs them first:
+# A sweep that trains its own teachers must train them first:
 #   TASK=sweep launch/tpu.sh babysit --teachers-only --config ...
-# Logs: launch/.logs/NAME-0.log, ... Ends with 0 when every share is done, else with the first
-# other exit code; see launch/tpu.sh. Each babysitter deletes the slice that it made at the end of
-# its share, unless KEEP=1. If this is interrupted, the slices stay and their shares go on.
+# Logs: launch/.logs/NAME-0.log, ... Exits with 0 if every share succeeds, otherwise with the first
+# nonzero exit code of a share; see launch/tpu.sh. Each babysitter deletes the slice it created at
+# the end of its share, unless KEEP=1. If this script is interrupted, the slices keep running.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/settings.sh
@@ -19,7 +20,7 @@ if [ "${1:-}" = --dry-run ]; then
   shift
 fi
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/sweep.sh [--dry-run] SLICES [FLAG...], SLICES being 1 or more." >&2
+  echo "usage: launch/sweep.sh [--dry-run] SLICES [FLAG...], with SLICES >= 1." >&2
   exit 2
 fi
 slices=$1
@@ -29,7 +30,7 @@ settings=(PROJECT="$PROJECT" ZONE="$ZONE" ACCELERATOR="$ACCELERATOR" RUNTIME="$R
   PROVISION="$PROVISION" WORKDIR="$WORKDIR" ${SETTINGS:+SETTINGS="$SETTINGS"}
   ${CREATED_DIR:+CREATED_DIR="$CREATED_DIR"})
 
-# Becomes the babysitter of a share, so that a signal to this process reaches it.
+# Replaces this process by the babysitter of a share, so that signals reach the babysitter.
 share() {
   exec env NAME="$NAME-$1" TASK=sweep "$root/launch/tpu.sh" "${dry[@]}" babysit \
     "${@:2}" --worker="$1" --workers="$slices"
@@ -46,19 +47,19 @@ mkdir -p "$logs"
 babysitters=()
 words=("$@")
 
-# Ends the babysitters, not what they watch; says how to delete the slices and how to go on.
-# shellcheck disable=SC2329  # the traps call it
+# Stops the babysitters but not their runs; prints commands to delete the slices and to resume.
+# shellcheck disable=SC2329  # called by the traps
 interrupted() {
   trap '' INT TERM HUP PIPE
   kill -TERM "${babysitters[@]}" 2>/dev/null || true
   wait || true
   {
-    echo "Interrupted. What the shares made stays, and so does billing. To delete it:"
+    echo "Interrupted. The slices keep running, and billing continues. To delete them:"
     for ((i = 0; i < slices; i++)); do
       printf '%q ' "${settings[@]}" NAME="$NAME-$i" "$root/launch/tpu.sh" delete
       echo
     done
-    echo "To go on:"
+    echo "To resume:"
     printf '%q ' "${settings[@]}" NAME="$NAME" "$root/launch/sweep.sh" "$slices" "${words[@]}"
     echo
   } >&2 || true
@@ -77,7 +78,7 @@ result=0
 for ((i = 0; i < slices; i++)); do
   code=0
   wait "${babysitters[i]}" || code=$?
-  [ "$code" = 0 ] || echo "share $i ended with exit code $code." >&2
+  [ "$code" = 0 ] || echo "share $i exited with code $code." >&2
   [ "$result" != 0 ] || result=$code
 done
 exit "$result"

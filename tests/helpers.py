@@ -16,13 +16,14 @@ from ml_collections import ConfigDict
 
 import reference_weights
 from disco_jax import errors, flags, models
+from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.encoder import Encoded
-from disco_jax.models.norm import BatchNorm
+from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.workdir import claim
 from disco_jax.train import state, teacher
-from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.experiment import assemble
-from disco_jax.train.workdir import claim
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -97,13 +98,11 @@ class TinyEncoder(nn.Module):
         return Encoded(x, nn.Dense(self.dim, name="fc")(x))
 
 
-class TinyBackbone(nn.Module):
+class TinyBackbone(Backbone):
     """Four mean colours - Linear - BatchNorm - tanh: compiles quickly and produces no ties."""
 
     width: int = 4
     stem: str = "small"
-    norm_group: int = 0
-    dtype: jnp.dtype = jnp.float32
 
     @property
     def out_features(self):
@@ -115,8 +114,8 @@ class TinyBackbone(nn.Module):
         images = jnp.pad(images, ((0, 0), (0, odd), (0, odd), (0, 0)))
         n, side = len(images), images.shape[1] // 2
         x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
-        x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)
-        x = jnp.tanh(BatchNorm(group=self.norm_group)(x, norm=norm))
+        x = nn.Dense(self.width, use_bias=False, dtype=self.compute.dtype)(x)
+        x = jnp.tanh(BatchNorm(group=self.compute.norm_group)(x, norm=norm))
         return x.astype(jnp.float32)
 
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Fake `gcloud` for PATH that records its calls and prints scripted answers.
+"""Fake `gcloud` for PATH: records its calls and answers from a script.
 
-Each call appends a line to $GCLOUD/calls.jsonl. $GCLOUD/answers.json is a list of
-[words, exit code, output]. The first entry whose words all occur in the call answers it and is
-removed, unless its words begin with "always". The output "OWNER" stands for the label of the slice
-that was created last.
+$GCLOUD/calls.jsonl gets a line per call. $GCLOUD/answers.json is a list of [words, exit code,
+output]; the first entry whose words all occur in the call is the answer. It is then removed, unless
+its words begin with "always". The output "OWNER" stands for the label of the last slice created.
 """
 
 import json
@@ -19,7 +18,7 @@ answers = json.loads((here / "answers.json").read_text())
 
 
 def owner():
-    """Returns the label of the slice that was created last."""
+    """Returns the label of the last slice created."""
     calls = (here / "calls.jsonl").read_text()
     return calls.rpartition("--labels=disco-jax=")[2].partition('"')[0]
 

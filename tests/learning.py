@@ -30,33 +30,25 @@ from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import learner, step
 
 EPOCHS = {
-    "attention:disco=true": 20,
     "simreg": 40,
     "ressl": 40,
-    "compress:queues=1": 40,
     "sslight_moco": 60,
     "swav_disco": 25,
     "sslight_swav": 25,
-    "sslight_dino": 60,
-    "swav": 25,
     "dino": 40,
 }  # default: 10, or 20 for multi-crop recipes
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # factor on the learning rate; default 4
-TWO_VIEWS = {  # recipes without a teacher
-    "swav": dict(backbone="resnet8", width=8, hidden=64, dim=16),
-    "dino": dict(backbone="resnet14", width=4, hidden=256, dim=64),
-}
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
 # Recipes with crops of two sizes, which keep their own views and rates.
-MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino")
+MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav")
 
 
 def recipe(name, folder):
     """Returns a recipe for a few epochs of digits, with larger rates and gentler crops."""
     if name in MULTICROP:
         return multicrop(name, folder)
-    if name in TWO_VIEWS:
-        return two_views(name)
+    if name == "dino":
+        return dino()
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
     rate = RATES.get(name, 4) * config.learning_rate.per_256
@@ -76,14 +68,13 @@ def recipe(name, folder):
     return config
 
 
-def two_views(name):
-    """Returns a recipe with views of two sizes, without its local views."""
-    config = flags.load(f"{name}:data=digits,student={TWO_VIEWS[name]['backbone']}")
-    config.student.update(TWO_VIEWS[name])
-    config.update(total_epochs=EPOCHS[name])
+def dino():
+    """Returns DINO with gentle crops and without its local views."""
+    config = flags.load("dino:data=digits,student=resnet14")
+    config.student.update(width=4, hidden=256, dim=64)
+    config.total_epochs = EPOCHS["dino"]
     config.local.count = 0
-    if name == "dino":
-        config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
+    config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
     return config
 
 
@@ -94,7 +85,9 @@ def multicrop(name, folder):
     config = flags.load(f"{name}:data=digits,{student}")
     config.student.update(width=4, hidden=256, dim=64)
     config.total_epochs = EPOCHS.get(name, 20)
-    if name != "dino_disco":
+    if name == "dino_disco":
+        config.local.count = 2
+    else:
         config.augment.scale = (0.4, 1.0)
         config.local.update(count=1, size=12, scale=(0.3, 0.7))
     if name == "sslight_moco":  # a narrow network recognises its key by the batch statistics

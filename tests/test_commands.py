@@ -18,7 +18,7 @@ from test_docs import PAGES, commands
 
 import helpers
 from disco_jax import flags, main, models
-from disco_jax.convert import save, shapes
+from disco_jax.convert import save
 from disco_jax.plan import budget
 from disco_jax.tasks import importing, linear
 from disco_jax.tasks import list as listing
@@ -103,7 +103,6 @@ def one_block():
     cls, fields = models.BACKBONES["resnet8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKBONES, "resnet8", (cls, {**fields, "stage_sizes": (1,)}))
-        patch.setitem(shapes._RESNETS, ((1,), False), "resnet8")
         yield
 
 

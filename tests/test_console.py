@@ -19,7 +19,7 @@ import disco_jax
 import helpers
 from disco_jax import files, programs
 from disco_jax.errors import UserError
-from disco_jax.train import hosts, workdir
+from disco_jax.run import hosts, workdir
 
 SCRIPT = pathlib.Path(sys.executable).with_name("disco-jax")
 TINY = (
@@ -175,14 +175,14 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does_unless_it_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` may have started the tests
-    with hosts.asked_to_stop() as must_stop:
+    with hosts.stop_on_signals() as must_stop:
         assert not must_stop(1)
         os.kill(os.getpid(), signal.SIGHUP)
         assert must_stop(2)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `nohup`
-        with hosts.asked_to_stop() as must_stop:
+        with hosts.stop_on_signals() as must_stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not must_stop(1)
     finally:

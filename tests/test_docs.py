@@ -132,7 +132,7 @@ def test_settings_take_the_comments_beside_and_above_them():
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
     assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
-    assert notes["pretrain"]["monitor"].startswith("Whether it learns")
+    assert notes["pretrain"]["monitor"].startswith("kNN accuracy during training")
     assert "augment.count" not in notes["pretrain"]
     assert notes["classification"]["layers"] == "classifier | all"
     page = settings.markdown()
@@ -193,3 +193,20 @@ def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
         "tsne.json", "tsne.npz", "tsne.png", "unreadable.jsonl",
     }  # fmt: skip
     assert names == drawn() - occasional
+
+
+def test_the_readme_is_short_and_its_counts_are_true():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    trained = [name for name in flags.recipes() if "objectives" in flags.load(name)]
+    assert f"[{len(set(trained) - {'demo'})} recipes]" in text
+    assert f"[{len(models.BACKBONES)} networks]" in text
+
+
+def test_the_recipes_page_lists_every_recipe_that_trains_a_student():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    table = re.findall(r"^\| (`\w+`[^|]*) \|", text, re.M)
+    listed = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
+    assert listed == {name for name in flags.recipes() if "objectives" in flags.load(name)} - {
+        "demo"
+    }

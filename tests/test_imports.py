@@ -10,7 +10,7 @@ import disco_jax
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
 ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
 # Packages outside this order, with the packages that they may import.
-BESIDE = {"data": {"ops"}, "convert": {"ops", "models"}}
+BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

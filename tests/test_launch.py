@@ -1,4 +1,4 @@
-"""Tests of launch/ with a fake gcloud: its calls, their order, and refused commands."""
+"""launch/ with a fake gcloud: the commands that the scripts run, their order, and refusals."""
 
 import json
 import os
@@ -15,10 +15,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ABSENT = ["tpu-vm describe", 1, "ERROR: NOT_FOUND: no such node"]
 READY = ["tpu-vm describe state", 0, "READY"]
-OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # answers that permit a deletion
+OWN = READY, ["labels.disco-jax", 0, "OWNER"]  # answers that let a deletion proceed
 
-# A shell cannot trap a signal that was ignored at its start, e.g. SIGINT of a background process.
-HEED = """
+# A shell cannot trap signals that were ignored at its start, e.g. SIGINT in the background.
+RESTORE_SIGNALS = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
@@ -27,7 +27,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def rc(*codes):
-    """Returns the machines' answers to the query of the run's exit codes."""
+    """Returns the machines' answer to a query of the run's exit codes."""
     return ["ssh run.rc)", 0, "\n".join(f"rc={code}" for code in codes)]
 
 
@@ -38,24 +38,17 @@ def always(answer):
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A fake cloud and a clean clone of launch/."""
+    """Runs launch/tpu.sh in a clean clone, with a fake gcloud."""
     return Cloud(tmp_path)
 
 
 class Cloud:
-    """Runs launch/ scripts with a fake gcloud.
-
-    Attributes:
-      folder: working directory of the fake.
-      notes: directory of the scripts' records of created slices.
-    """
-
     def __init__(self, folder):
         self.folder, self.notes = folder, folder / "created"
         (folder / "bin").mkdir()
         stand_in = folder / "bin" / "gcloud"
         program = (ROOT / "tests" / "launch_gcloud.py").read_text()
-        stand_in.write_text(f"#!{sys.executable} -IS\n{program}")  # -IS starts fastest
+        stand_in.write_text(f"#!{sys.executable} -IS\n{program}")  # -IS shortens the start
         stand_in.chmod(0o755)
         self.checkout = folder / "checkout"
         shutil.copytree(ROOT / "launch", self.checkout / "launch", ignore=lambda *_: {".created"})
@@ -95,10 +88,17 @@ class Cloud:
         )
 
     def interrupt(self, number, *words, script="tpu.sh", after=2, **settings):
-        """Sends a signal to a script after `after` calls; returns (exit code, stderr)."""
+        """Starts a script and sends a signal after `after` calls; returns (exit code, stderr)."""
 
         process = subprocess.Popen(
-            [sys.executable, "-c", HEED, "bash", self.checkout / "launch" / script, *words],
+            [
+                sys.executable,
+                "-c",
+                RESTORE_SIGNALS,
+                "bash",
+                self.checkout / "launch" / script,
+                *words,
+            ],
             env=self.environment(POLL_S="60", **settings),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -107,13 +107,13 @@ class Cloud:
         deadline = time.monotonic() + 30
         while len(self.calls()) < after and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)  # lets the script start to wait
+        time.sleep(0.3)  # lets the script begin its wait
         process.send_signal(number)
         _, stderr = process.communicate(timeout=30)
         return process.returncode, stderr
 
     def paste(self, line):
-        """Runs a line printed by a script, in a shell without the script's settings."""
+        """Runs a line that a script printed, in a shell without any settings."""
         environment = {k: self.environment()[k] for k in ("PATH", "HOME", "TMPDIR", "GCLOUD")}
         return subprocess.run(
             ["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60
@@ -122,10 +122,10 @@ class Cloud:
     def calls(self):
         """Returns (group, verb, all words) of each call."""
         file = self.folder / "calls.jsonl"
-        calls = (
+        recorded = (
             [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         )
-        return [(words[2], words[3], words) for words in calls]
+        return [(words[2], words[3], words) for words in recorded]
 
     def verbs(self):
         return [verb for _, verb, _ in self.calls()]
@@ -148,8 +148,8 @@ def test_create_makes_what_is_asked_for_and_notes_it(cloud, provision, group, sp
     cloud.answer(ABSENT)
     process = cloud.run("create", PROVISION=provision)
     assert process.returncode == 0, process.stderr
-    (_, first, _), (created, verb, words) = cloud.calls()
-    assert (first, created, verb) == ("describe", group, "create")
+    (_, first, _), (second, verb, words) = cloud.calls()
+    assert (first, second, verb) == ("describe", group, "create")
     assert ("--spot" in words) == spot
     owner = (cloud.notes / "slice").read_text().split()[0]
     assert f"--labels=disco-jax={owner}" in words and len(owner) == 16
@@ -159,11 +159,11 @@ def test_create_makes_what_is_asked_for_and_notes_it(cloud, provision, group, sp
 def test_create_takes_no_slice_of_others_and_none_twice(cloud):
     cloud.answer(READY)
     process = cloud.run("create")
-    assert process.returncode == 2 and "exists already" in process.stderr
+    assert process.returncode == 2 and "already exists" in process.stderr
     assert cloud.verbs() == ["describe"] and not list(cloud.notes.glob("*"))
     cloud.note()
     process = cloud.run("create")
-    assert process.returncode == 2 and "created from here before" in process.stderr
+    assert process.returncode == 2 and "already created from here" in process.stderr
 
 
 def test_a_cloud_that_does_not_answer_is_not_an_absent_slice(cloud):
@@ -184,7 +184,7 @@ def test_delete_ends_only_what_was_created_here(cloud):
     cloud.note()
     cloud.answer(READY, ["labels.disco-jax", 0, "another"])
     process = cloud.run("delete")
-    assert process.returncode == 2 and "is another than" in process.stderr
+    assert process.returncode == 2 and "is not the one created from here" in process.stderr
     assert "delete" not in cloud.verbs() and (cloud.notes / "slice").exists()
     cloud.answer(READY, ["labels.disco-jax", 0, "secret"])
     assert cloud.run("delete").returncode == 0
@@ -212,7 +212,7 @@ def test_setup_installs_this_commit_on_all_machines(cloud):
     assert cloud.commit in command and "'./disco_jax[tpu]'" in command
     (cloud.checkout / "launch" / "new.sh").touch()
     process = cloud.run("setup")
-    assert process.returncode == 2 and "not committed" in process.stderr
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr
 
 
 def test_a_copy_that_fails_ends_the_setup(cloud):
@@ -222,7 +222,7 @@ def test_a_copy_that_fails_ends_the_setup(cloud):
 
 
 def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
-    """Runs the line that gcloud receives in a shell, like a machine of the slice."""
+    """Executes the command line for gcloud in a shell, as on a machine of the slice."""
     flags = ["--config", "disco:student=resnet18", '--config.name=it\'s $HOME; "two words"']
     assert cloud.run("run", *flags).returncode == 0
     ((_, _, words),) = cloud.calls()
@@ -233,14 +233,14 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$DISCO_JAX_COMMIT"\nsleep 0.5\nexit 75\n')
     program.chmod(0o755)
     (machine / "disco_jax").mkdir()
-    (machine / "disco_jax" / "COMMIT").write_text("abc123\n")  # as written by `setup`
+    (machine / "disco_jax" / "COMMIT").write_text("abc123\n")  # written by `setup`
 
     def shell():
         return subprocess.run(["bash", "-c", line], cwd=machine, capture_output=True, text=True)
 
     assert shell().returncode == 0
     again = shell()
-    assert again.returncode == 1 and "under way" in again.stderr
+    assert again.returncode == 1 and "already in progress" in again.stderr
     for _ in range(100):
         if (machine / "run.rc").exists() and (machine / "run.rc").read_text():
             break
@@ -249,18 +249,18 @@ def test_run_passes_flags_on_unharmed_and_starts_once(cloud, tmp_path):
     expected = ["pretrain", "--distributed", "--workdir=gs://bucket/run", *flags, "abc123"]
     assert (machine / "run.log").read_text().splitlines() == expected
 
-    def query(*words):
-        """Returns the machine's answer to the query of a command."""
+    def answer_to(*words):
+        """Returns the machine's answer to the query that a command sends."""
         cloud.answer(READY, ["ssh run.rc)", 1, ""])
         cloud.run(*words, MAX_UNREACHABLE="1")
         questions = [w for _, _, words in cloud.calls() for w in words if "run.rc)" in w]
-        ask = questions[-1].removeprefix("--command=")
-        process = subprocess.run(["bash", "-c", ask], cwd=machine, capture_output=True, text=True)
+        query = questions[-1].removeprefix("--command=")
+        process = subprocess.run(["bash", "-c", query], cwd=machine, capture_output=True, text=True)
         return process.stdout
 
-    (machine / "run.pid").unlink()  # the process may be a zombie here, which counts as alive
-    assert query("status") == query("babysit", *flags) == "rc=75\n"
-    assert query("babysit", "--config=seed") == "rc=none\n"  # the code belongs to another run
+    (machine / "run.pid").unlink()  # the process may be a zombie here, which `kill -0` finds alive
+    assert answer_to("status") == answer_to("babysit", *flags) == "rc=75\n"
+    assert answer_to("babysit", "--config=seed") == "rc=none\n"  # the code is of another run
 
 
 def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud):
@@ -269,7 +269,7 @@ def test_the_babysitter_recreates_a_preempted_slice_and_ends_with_the_run(cloud)
         ["describe value(state)", 0, "PREEMPTED"],
         ["describe value(state)", 0, "PREEMPTED"],
         ["labels.disco-jax", 0, "secret"],
-        ABSENT,  # deleted
+        ABSENT,  # after the deletion
         ["describe value(state)", 0, "CREATING"],
         READY,
         ["ssh run.rc)", 0, "rc=none\nrc=none"],
@@ -309,7 +309,9 @@ def test_the_babysitter_deletes_what_it_made_when_it_gives_up(cloud):
     label = always(["labels.disco-jax", 0, "secret"])
     cloud.answer(label, always(["describe value(state)", 0, "READY"]), always(rc(1)))
     process = cloud.run("babysit", MAX_RESTARTS="1")
-    assert process.returncode == 4 and "Given up after 1 restarts (last: 1)" in process.stderr
+    assert (
+        process.returncode == 4 and "Giving up after 1 restarts (last result: 1)" in process.stderr
+    )
     assert cloud.verbs().count("delete") == 1 and not (cloud.notes / "slice").exists()
 
 
@@ -318,25 +320,25 @@ def test_the_babysitter_deletes_what_it_made_when_a_setup_is_refused(cloud):
     stand_in = cloud.folder / "bin" / "gcloud"
     new = cloud.checkout / "launch" / "new.sh"
     text = stand_in.read_text()
-    touch = f"if 'create' in sys.argv: pathlib.Path({str(new)!r}).touch()\n"
-    stand_in.write_text(text.replace("answers = ", touch + "answers = ", 1))
+    add_file = f"if 'create' in sys.argv: pathlib.Path({str(new)!r}).touch()\n"
+    stand_in.write_text(text.replace("answers = ", add_file + "answers = ", 1))
     cloud.answer(*CREATION[:-1], *OWN)
     process = cloud.run("babysit")
-    assert process.returncode == 2 and "not committed" in process.stderr
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr
     assert cloud.verbs().count("delete") == 1 and "scp" not in cloud.verbs()
 
 
 def test_nothing_is_made_for_changes_that_are_not_committed(cloud):
     (cloud.checkout / "launch" / "new.sh").touch()
     process = cloud.run("babysit")
-    assert process.returncode == 2 and "not committed" in process.stderr and not cloud.calls()
+    assert process.returncode == 2 and "uncommitted changes" in process.stderr and not cloud.calls()
 
 
 def test_keep_leaves_the_slice_and_says_so(cloud):
     cloud.answer(*CREATION, rc(0, 0))
     process = cloud.run("babysit", KEEP="1")
     assert process.returncode == 0 and "delete" not in cloud.verbs()
-    assert "stays (KEEP=1), and billing goes on" in process.stdout
+    assert "not deleted (KEEP=1), and billing continues" in process.stdout
     cloud.answer(*OWN)
     pasted = cloud.paste(process.stdout.splitlines()[-1])
     assert pasted.returncode == 0, pasted.stderr
@@ -347,10 +349,10 @@ def test_keep_leaves_the_slice_and_says_so(cloud):
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_slice_that_the_babysitter_did_not_make_is_never_deleted(cloud, noted, code):
     if noted:
-        cloud.note()  # created by `create`, not by `babysit`
+        cloud.note()  # by a `create` of its own
     cloud.answer(READY, rc(code))
     process = cloud.run("babysit")
-    assert process.returncode == code and "stays (it was there before)" in process.stdout
+    assert process.returncode == code and "not deleted (it existed before)" in process.stdout
     assert "delete" not in cloud.verbs() and "create" not in cloud.verbs()
     assert (cloud.notes / "slice").exists() == noted
 
@@ -368,7 +370,7 @@ def test_a_deletion_at_the_end_is_tried_again_and_its_failure_told(cloud):
     cloud.answer(label, ready, rc(3), always(fails))
     process = cloud.run("babysit")
     assert process.returncode == 3 and (cloud.notes / "slice").exists()
-    assert "stays (it could not be deleted), and billing goes on" in process.stdout
+    assert "not deleted (its deletion failed), and billing continues" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -378,28 +380,30 @@ def test_an_interrupted_babysitter_deletes_nothing_and_says_what_to_do(cloud, nu
     cloud.note(maker="babysit")
     cloud.answer(READY, rc("running"))
     ended, stderr = cloud.interrupt(number, "babysit", "--config=disco", "--config.name=a b")
-    assert ended == code and "its run goes on, and so does billing" in stderr
+    assert ended == code and "its run continue, and so does billing" in stderr
     assert "delete" not in cloud.verbs() and (cloud.notes / "slice").exists()
-    deletion, goes_on = (line for line in stderr.splitlines() if "launch/tpu.sh" in line)
+    deletion, resumption = (line for line in stderr.splitlines() if "launch/tpu.sh" in line)
     cloud.answer(READY, rc(0), *OWN[:1], ["labels.disco-jax", 0, "secret"])
-    pasted = cloud.paste(f"POLL_S=0 {goes_on}")
+    pasted = cloud.paste(f"POLL_S=0 {resumption}")
     assert pasted.returncode == 0 and cloud.verbs().count("delete") == 1, pasted.stderr
-    ssh_words = [w for _, verb, words in cloud.calls() if verb == "ssh" for w in words]
-    assert any("--config.name=a" in word for word in ssh_words)  # it watches the same run
+    sent = [w for _, verb, words in cloud.calls() if verb == "ssh" for w in words]
+    assert any("--config.name=a" in word for word in sent)  # it supervises the same run
     assert deletion.endswith("launch/tpu.sh delete ")
 
 
 def test_a_babysitter_that_is_interrupted_before_it_made_anything_says_so(cloud):
     cloud.answer(ABSENT, ABSENT, ["create", 1, "ERROR: no capacity"], ABSENT)
     ended, stderr = cloud.interrupt(signal.SIGTERM, "babysit", after=4)
-    assert ended == 143 and "No slice was made" in stderr and "launch/tpu.sh delete" not in stderr
+    assert (
+        ended == 143 and "No slice was created" in stderr and "launch/tpu.sh delete" not in stderr
+    )
 
 
 @pytest.mark.parametrize(
     "codes",
     [
         (1,), (75, 75), (134, 137), (0, 134), (255,), (139, 134), ("none", 134), (137, 1),
-        # Exit codes of the other machines after one was lost.
+        # The loss of a machine may give the others any exit code.
         (2, "none"), (2, 137), (3, 143), (2, 129, 134),
     ],
     ids=str,
@@ -425,26 +429,26 @@ def test_runs_that_fail_at_once_end_the_babysitter(cloud):
     process = cloud.run("babysit", MAX_QUICK="3")
     assert (
         process.returncode == 4
-        and "3 runs in a row failed within 600 s (last: 1)" in process.stderr
+        and "3 consecutive runs failed within 600 s (last result: 1)" in process.stderr
     )
     assert cloud.verbs().count("scp") == 3
     cloud.answer(*[READY, rc(75)] * 5, READY, rc(0))
-    assert cloud.run("babysit", MAX_QUICK="2").returncode == 0  # preemptions do not count
+    assert cloud.run("babysit", MAX_QUICK="2").returncode == 0  # preemptions are no failures
 
 
 def test_a_machine_that_does_not_answer_for_long_is_lost(cloud):
     silent = always(["ssh run.rc)", 255, "ERROR: connection timed out"])
     cloud.answer(always(READY), silent)
     process = cloud.run("babysit", MAX_UNREACHABLE="3")
-    assert process.returncode == 4 and "does not answer" in process.stderr
-    assert "delete" not in cloud.verbs()  # `babysit` did not create the slice
+    assert process.returncode == 4 and "does not respond" in process.stderr
+    assert "delete" not in cloud.verbs()  # not its own
     cloud.note(maker="babysit")
     unreachable = ["ssh run.rc)", 255, "ERROR: connection timed out"]
     label = ["labels.disco-jax", 0, "secret"]
     again = READY, label, ABSENT, ABSENT, READY, rc(0), *OWN
     cloud.answer(*[READY, unreachable] * 3, *again)
     process = cloud.run("babysit", MAX_UNREACHABLE="3")
-    assert process.returncode == 0 and "making the slice anew" in process.stderr, process.stderr
+    assert process.returncode == 0 and "recreating the slice" in process.stderr, process.stderr
     assert [v for v in cloud.verbs() if v in ("create", "delete")] == ["delete", "create", "delete"]
 
 
@@ -452,7 +456,7 @@ def test_a_lost_process_beside_one_that_is_done_is_no_end(cloud):
     cloud.note()
     cloud.answer(READY, ["ssh run.rc)", 0, "rc=0\nrc=134"], READY, ["ssh run.rc)", 0, "rc=0\nrc=0"])
     process = cloud.run("babysit")
-    assert process.returncode == 0 and "Starting the run (before: 134)" in process.stdout
+    assert process.returncode == 0 and "Starting the run (previous result: 134)" in process.stdout
     assert cloud.verbs() == ["describe", "ssh", "scp", "ssh", "ssh", "describe", "ssh"]
 
 
@@ -549,19 +553,19 @@ def test_other_commands_ask_for_what_they_say(cloud):
 
 
 @pytest.mark.parametrize(
-    "words, settings, says",
+    "words, settings, message",
     [
         (["create"], {"PROJECT": ""}, "PROJECT is empty"),
         (["run"], {"WORKDIR": ""}, "WORKDIR is empty"),
         (["create"], {"PROVISION": "free"}, "PROVISION=free is not one of"),
-        (["create", "now"], {}, "takes no further words: now"),
-        (["fetch"], {}, "fetch takes a directory"),
+        (["create", "now"], {}, "takes no arguments: now"),
+        (["fetch"], {}, "fetch takes one directory"),
         (["crate"], {}, "launch/tpu.sh [--dry-run] create"),
     ],
 )
-def test_mistakes_are_told(cloud, words, settings, says):
+def test_mistakes_are_told(cloud, words, settings, message):
     process = cloud.run(*words, **settings)
-    assert process.returncode == 2 and says in process.stderr
+    assert process.returncode == 2 and message in process.stderr
     assert not cloud.calls()
 
 
@@ -624,12 +628,10 @@ def test_a_sweep_is_shared_among_slices(cloud):
     logs = cloud.folder / "logs"
     process = cloud.run("2", "--config=sweeps/seed", script="sweep.sh", LOGS_DIR=str(logs))
     assert process.returncode == 3
-    assert (
-        "share 1 ended with exit code 3" in process.stderr and "share 0 ended" not in process.stderr
-    )
+    assert "share 1 exited with code 3" in process.stderr and "share 0 exited" not in process.stderr
     assert "finished" in (logs / "slice-0.log").read_text()
-    slices = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
-    assert slices == {"slice-0", "slice-1"}
+    named = {word for _, _, words in cloud.calls() for word in words if word.startswith("slice")}
+    assert named == {"slice-0", "slice-1"}
 
 
 def test_a_sweep_deletes_each_slice_that_it_made_once(cloud):

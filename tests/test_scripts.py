@@ -1,4 +1,4 @@
-"""Tests of the shell scripts: shellcheck finds nothing, and errors are explained."""
+"""Shell scripts: no shellcheck findings, and clear error messages."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"  # from the "test" extra
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"  # installed by the extra `test`
     subprocess.run([shellcheck, "--external-sources", script], check=True, cwd=ROOT)
 
 
@@ -31,7 +31,7 @@ def test_an_old_python_is_refused_in_words(tmp_path):
 
 
 FAKE = """#!/bin/sh
-# A Python: answers what the scripts ask, and notes what it is to run.
+# A fake Python: answers the scripts' queries and records the commands.
 case "$*" in
   *version_info\\[:2\\]*) echo {version} ;;
   *sys.executable*) [ {whole} = yes ] && echo "$0" ;;
@@ -45,7 +45,7 @@ esac
 
 @pytest.fixture
 def pythons(tmp_path):
-    """A function that runs launch/test.sh with fake Pythons: 3.11 and those added by `.add`."""
+    """Runs launch/test.sh with a default Python 3.11 and other versions added on demand."""
 
     def add(name, version, whole="yes"):
         path = tmp_path / name
@@ -64,7 +64,7 @@ def pythons(tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     add("bin/python", "3.11")
-    for version in ("3.12", "3.13"):  # hide the Pythons of this machine
+    for version in ("3.12", "3.13"):  # hides those of this machine
         add(f"bin/python{version}", version, whole="no")
     call.add = add
     return call
@@ -74,10 +74,10 @@ def test_a_part_runs_with_the_newest_packages_beside_the_main_environment(python
     pythons.add(".pyenv/versions/3.12.9/bin/python3", "3.12")
     pythons.add(".pyenv/versions/3.13.1/bin/python3", "3.13")
     process = pythons("--newest", "-k", "resume")
-    assert process.returncode == 1 and "jax==0.99" in process.stdout  # as pytest ended
+    assert process.returncode == 1 and "jax==0.99" in process.stdout  # exit code of pytest
     ran = (tmp_path / "tests").read_text().split()
     assert ran[0] == f"{tmp_path}/venv-3.13/bin/python" and ran[-2:] == ["-k", "resume"]
-    assert set(part()) < set(ran) and not (tmp_path / "venv").exists()
+    assert set(stack_tests()) < set(ran) and not (tmp_path / "venv").exists()
     assert (tmp_path / "bounds").read_text() == ""
 
 
@@ -93,7 +93,7 @@ def test_without_a_newer_python_the_tests_say_loudly_that_a_part_was_left_out(py
 
 def test_the_lower_bounds_of_setup_are_what_is_installed(pythons, tmp_path):
     pythons.add("bin/python3.11", "3.11")
-    # A real Python, since the script reads setup.py with it.
+    # launch/lowest.py needs a real Python to read setup.py.
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     assert pythons("--lowest").returncode == 1
     bounds = (tmp_path / "bounds").read_text().splitlines()
@@ -102,15 +102,15 @@ def test_the_lower_bounds_of_setup_are_what_is_installed(pythons, tmp_path):
     assert (tmp_path / "tests").read_text().startswith(f"{tmp_path}/venv-lowest/bin/python")
 
 
-def part():
-    """Returns the tests that run with other package versions."""
+def stack_tests():
+    """Returns the tests that also run with other package versions."""
     lines = (ROOT / "tests" / "stacks.txt").read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def test_the_tests_to_run_with_other_versions_are_there_and_of_every_room():
-    for name in part():
+    for name in stack_tests():
         file, _, function = name.partition("[")[0].partition("::")
         assert f"def {function}" in (ROOT / file).read_text(), name
     rooms = {path.parent.name for path in ROOT.glob("tests/*/test_*.py")}
-    assert {name.split("/")[1] for name in part()} >= rooms
+    assert {name.split("/")[1] for name in stack_tests()} >= rooms

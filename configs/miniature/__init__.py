@@ -1,1 +1,1 @@
-"""The papers' claims at a size that anyone can run again."""
+"""The papers' claims at a size that a single machine can reproduce."""

@@ -1,19 +1,20 @@
-r"""The papers' claims in miniature: Fashion-MNIST, light students, three seeds.
+r"""Claims of the papers in miniature: Fashion-MNIST, light students, three seeds.
 
     disco-jax sweep --config miniature/claims --workdir runs/claims
 
-On one accelerator; `miniature/claims:cut=cpu` is a smaller cut, at 20 px, for two CPU cores.
-`data=FILE.npz` reads a copy of the data set made by `disco-jax data fashion_mnist --npz FILE.npz`,
-without TensorFlow. The table of what was measured is in docs/claims.md.
+Runs on one accelerator; `miniature/claims:cut=cpu` is a smaller version, at 20 px, for two CPU
+cores. `data=FILE.npz` reads a copy of the data set without TensorFlow, which
+`disco-jax data fashion_mnist --npz FILE.npz` makes. docs/claims.md has the measured table.
 
-Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher is one of width 16,
-trained long; the poor one is no larger than the narrow student and trained no longer. Views,
-batch, steps, learning rate and queue are the same for all methods. Heads as the papers have them:
-as wide as the features for MoCo-v2 and SEED, as the teachers' for DisCo, which for RETRO is the
-good teacher's own; DisCo with the narrow one too.
+Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher has width 16 and a
+long training; the poor one has the size and the training of the narrow student. Views, batch,
+steps, learning rate and queue are the same for all methods. Heads are as in the papers: as wide as
+the features for MoCo-v2 and SEED, as wide as the teachers' for DisCo, the good teacher's own for
+RETRO. DisCo also runs with the narrow head.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.errors import unknown
 
 WIDTH, HIDDEN, TEACHER = "config.student.width", "config.student.hidden", "teacher"
@@ -25,7 +26,7 @@ PROBE = (
     ("total_epochs", 10),
     ("report", False),
 )
-# Epochs of the good teacher and of all else, px, batch, keys remembered.
+# Epochs of the good teacher (`good`) and of all other runs, image size in px, batch, queue.
 CUTS = {
     "accelerator": dict(good=60, epochs=20, size=28, batch_size=256, queue_size=16_384),
     "cpu": dict(good=4, epochs=1, size=20, batch_size=128, queue_size=4096),
@@ -37,11 +38,11 @@ def get_config(arg=None):
     if arg.cut not in CUTS:
         raise unknown("The recipe's argument cut", arg.cut, CUTS)
     cut = CUTS[arg.cut]
-    config = common.sweep(f"claims_{arg.cut}")
+    config = sweeps.sweep(f"claims_{arg.cut}")
     config.arguments = (("data", "fashion_mnist"), ("student", "resnet8"))
     config.changes = _changes(**cut)
     config.teachers = {
-        name: common.teacher(
+        name: sweeps.teacher(
             "resnet8",
             recipe="moco_v2:student=resnet8,data=fashion_mnist",
             changes=(
@@ -66,7 +67,7 @@ def get_config(arg=None):
     config.evaluate = (("linear:protocol=grid", PROBE),)
     config.figure.score = "linear_grid"
     if arg.smoke:
-        common.smoke_sweep(config)
+        small.sweep(config)
         config.arguments = (("data", "digits"), ("student", "resnet8"), ("smoke", "true"))
         config.evaluate = ("knn",)
         config.figure.score = "knn"
@@ -76,7 +77,7 @@ def get_config(arg=None):
 
 
 def _changes(good, epochs, size, batch_size, queue_size):
-    """Of every run; what differs from the recipes is what small images and few steps ask for."""
+    """Returns the fields that all runs change, for small images and few steps."""
     del good
     return (
         ("total_epochs", epochs),
@@ -94,24 +95,25 @@ def _changes(good, epochs, size, batch_size, queue_size):
 
 
 def _claims():
+    """Returns the sweep's `claims`."""
     moco, seed, retro = ((("recipe", name),) for name in ("moco_v2", "seed", "retro"))
     default, wide = ((("recipe", "disco"), (HIDDEN, hidden)) for hidden in (-1, HEAD))
     disco = (*wide, (TEACHER, "good"))
     return dict(
-        degrades=common.claim(
+        degrades=sweeps.claim(
             "MoCo-v2 degrades on light students", (*moco, (WIDTH, LARGE)), (*moco,)
         ),
-        over_moco=common.claim("DisCo beats MoCo-v2", disco, moco),
-        over_moco_alike=common.claim(
+        over_moco=sweeps.claim("DisCo beats MoCo-v2", disco, moco),
+        over_moco_alike=sweeps.claim(
             "DisCo with MoCo-v2's narrow head beats MoCo-v2", default, moco
         ),
-        over_seed=common.claim("DisCo beats SEED", disco, seed),
-        wide=common.claim("A wider head helps", disco, default),
-        wide_narrow=common.claim(
+        over_seed=sweeps.claim("DisCo beats SEED", disco, seed),
+        wide=sweeps.claim("A wider head helps", disco, default),
+        wide_narrow=sweeps.claim(
             "A wider head helps the narrow student most", disco, default, most=(WIDTH, NARROW)
         ),
-        retro=common.claim("RETRO is at least as good as DisCo", retro, disco, at_least=True),
-        teacher=common.claim(
+        retro=sweeps.claim("RETRO is at least as good as DisCo", retro, disco, at_least=True),
+        teacher=sweeps.claim(
             "A better teacher gives a better student", disco, (*wide, (TEACHER, "poor"))
         ),
     )

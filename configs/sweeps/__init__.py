@@ -1,1 +1,1 @@
-"""Sweeps: a file for each table or figure."""
+"""Sweeps: one a table or figure of a paper."""

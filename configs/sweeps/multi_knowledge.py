@@ -1,14 +1,15 @@
-r"""What else to copy of a teacher (DisCo, arXiv:2104.09124, Table 2).
+r"""Other knowledge to distil from a teacher (DisCo, arXiv:2104.09124, Table 2).
 
     disco-jax sweep --config sweeps/multi_knowledge --workdir gs://BUCKET/table2 \
         --config.teachers.resnet50.weights=gs://BUCKET/moco_v2
 
-MoCo-v2 alone, attention transfer (AT), relations (RKD), DisCo, and DisCo with either; the paper's
-linear top-1 stands beside ours in the table. Ours: not measured yet. The paper's KD acts while a
-student is fine-tuned: `disco-jax finetune --config configs/finetune.py:kd=RUN/NAME`.
+MoCo-v2 alone, attention transfer (AT), relations (RKD), DisCo, and DisCo with either; the table
+shows the paper's linear top-1 beside ours. Ours: not measured yet. The paper's KD trains the
+classifier afterwards: `disco-jax finetune --config configs/finetune.py:protocol=kd`.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.configs.sweeps.hidden_width import STUDENTS
 
 RECIPES = ("moco_v2", "attention", "rkd", "disco", "attention:disco=true", "rkd:disco=true")
@@ -16,12 +17,12 @@ RECIPES = ("moco_v2", "attention", "rkd", "disco", "attention:disco=true", "rkd:
 
 def get_config(arg=None):
     arg = common.parse(arg, smoke=False)
-    config = common.sweep("multi_knowledge")
+    config = sweeps.sweep("multi_knowledge")
     config.teacher = "resnet50"
-    config.teachers = dict(resnet50=common.teacher("resnet50"))
+    config.teachers = dict(resnet50=sweeps.teacher("resnet50"))
     config.axes = (("recipe", RECIPES), ("student", STUDENTS))
     if arg.smoke:
-        common.smoke_sweep(config)
-        recipes = tuple(map(common.smoke_recipe, ("moco_v2", "rkd", "rkd:disco=true")))
+        small.sweep(config)
+        recipes = tuple(map(small.recipe, ("moco_v2", "rkd", "rkd:disco=true")))
         config.axes = (("recipe", recipes), ("student", ("resnet8",)))
     return config

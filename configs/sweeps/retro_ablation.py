@@ -1,13 +1,14 @@
-r"""What each part of RETRO brings (RETRO, Table 4).
+r"""Ablation of RETRO's parts (RETRO, Table 4).
 
     disco-jax sweep --config sweeps/retro_ablation --workdir gs://BUCKET/retro \
         --config.teachers.resnet50.weights=gs://BUCKET/moco_v2
 
-DisCo, with the teacher's head, and with the symmetric loss too. The paper's linear top-1 stands
-beside ours in the table; ours: not measured yet.
+Rows: DisCo; with the teacher's head; also with the symmetric loss. The table shows the paper's
+linear top-1 beside ours; ours: not measured yet.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.configs.sweeps.hidden_width import STUDENTS
 
 RECIPES = ("disco", "retro:symmetric=false", "retro")
@@ -15,12 +16,12 @@ RECIPES = ("disco", "retro:symmetric=false", "retro")
 
 def get_config(arg=None):
     arg = common.parse(arg, smoke=False)
-    config = common.sweep("retro_ablation")
+    config = sweeps.sweep("retro_ablation")
     config.teacher = "resnet50"
-    config.teachers = dict(resnet50=common.teacher("resnet50"))
+    config.teachers = dict(resnet50=sweeps.teacher("resnet50"))
     config.axes = (("recipe", RECIPES), ("student", STUDENTS))
     if arg.smoke:
-        common.smoke_sweep(config)
-        recipes = tuple(map(common.smoke_recipe, RECIPES))
+        small.sweep(config)
+        recipes = tuple(map(small.recipe, RECIPES))
         config.axes = (("recipe", recipes), ("student", ("resnet8",)))
     return config

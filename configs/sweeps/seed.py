@@ -3,14 +3,14 @@ r"""SEED's own ablations (arXiv:2101.04731): teacher temperature, queue length, 
     disco-jax sweep --config sweeps/seed:axis=temperature --workdir gs://BUCKET/seed_temperature \
         --config.teachers.resnet50.weights=gs://BUCKET/moco_v2
 
-`axis`: temperature (0 is one-hot), queue, views (the strategies of Figure 6) or strategy (other
-targets than SEED's; the paper has linear top-1 51.0 of K-means, 56.4 of online clustering and 57.9
-of SEED). K-means is in it where `bags=FILE` names the labels that `disco-jax bags` made. The
-paper's best temperature is 0.01; a queue of 65,536 is 1.5 better than one of 256. Ours: not
-measured yet.
+`axis` is temperature (0 is one-hot), queue, views (the strategies of Figure 6) or strategy (targets
+other than SEED's; linear top-1 in the paper: K-means 51.0, online clustering 56.4, SEED 57.9).
+K-means needs `bags=FILE`, the labels that `disco-jax bags` made. The paper's best temperature is
+0.01; a queue of 65,536 is 1.5 points better than one of 256. Ours: not measured yet.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.errors import unknown
 
 AXES = {
@@ -38,22 +38,22 @@ def get_config(arg=None):
     if arg.axis not in AXES:
         raise unknown("The recipe's argument axis", arg.axis, AXES)
     name, values = AXES[arg.axis]
-    config = common.sweep(f"seed_{arg.axis}")
+    config = sweeps.sweep(f"seed_{arg.axis}")
     config.recipe = f"seed:student={arg.student}"
     config.teacher = "resnet50"
-    config.teachers = dict(resnet50=common.teacher("resnet50"))
+    config.teachers = dict(resnet50=sweeps.teacher("resnet50"))
     if name == "recipe":
         values = tuple(f"{value}:student={arg.student}" for value in values)
     if arg.smoke:
         config.recipe = "seed"
-        common.smoke_sweep(config)
+        small.sweep(config)
         values = SMALL[arg.axis]
         if name == "recipe":
-            values = tuple(map(common.smoke_recipe, values))
+            values = tuple(map(small.recipe, values))
     config.axes = ((name, values),)
     if arg.bags and arg.axis == "strategy":
         labels = f"pseudo_labels:student={arg.student}"
-        labels = common.smoke_recipe("pseudo_labels") if arg.smoke else labels
+        labels = small.recipe("pseudo_labels") if arg.smoke else labels
         config.further = ((("recipe", (labels,)), ("config.bags.file", (arg.bags,))),)
     config.figure.x = name if arg.axis in ("temperature", "queue") else ""
     return config

@@ -2,12 +2,13 @@ r"""SSLight's axes of view sampling, one at a time (arXiv:2210.02808, Tables 1 a
 
     disco-jax sweep --config sweeps/sslight:axis=scale --workdir gs://BUCKET/sslight_scale
 
-`axis`: scale (the lower end of the global crops' share of the image, S_g), local_scale (the upper
-end of the local ones', S_l), local_size (LC), count (N_l) or share (alpha of eq. 3); the rest is
-that of `recipe`: sslight_moco, sslight_swav or sslight_dino. Ours: not measured yet.
+`axis` is scale (smallest share of the image in a global crop, S_g), local_scale (largest share in a
+local crop, S_l), local_size (LC), count (N_l) or share (alpha of eq. 3). Everything else is as in
+`recipe`: sslight_moco, sslight_swav or sslight_dino. Ours: not measured yet.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.errors import unknown
 
 AXES = {
@@ -32,11 +33,11 @@ def get_config(arg=None):
         raise unknown("The recipe's argument recipe", arg.recipe, OBJECTIVES)
     name, values = AXES[arg.axis]
     name = name.replace("self_distill", OBJECTIVES[arg.recipe])
-    config = common.sweep(f"{arg.recipe}_{arg.axis}")
+    config = sweeps.sweep(f"{arg.recipe}_{arg.axis}")
     config.recipe = f"{arg.recipe}:student={arg.student}"
     if arg.smoke:
         config.recipe = f"{arg.recipe}:student=resnet8"
-        common.smoke_sweep(config)
+        small.sweep(config)
         values = (8, 12) if arg.axis == "local_size" else values[:2]
     config.axes = ((name, values),)
     config.figure.x = name

@@ -6,30 +6,31 @@ r"""Students under several teachers (DisCo, arXiv:2104.09124, Table 1; RETRO, Ta
         --config.teachers.resnet152.weights=gs://BUCKET/moco_v2_resnet152 \
         --config.teachers.resnet50w2.weights=swav_RN50w2_400ep_pretrain.pth.tar
 
-Each of SEED, DisCo and RETRO with each pair; the papers' linear top-1 stands beside ours in the
-table. Ours: not measured yet. Students that share a teacher train in one step.
+Each of SEED, DisCo and RETRO with each pair; the table shows the papers' linear top-1 beside ours.
+Ours: not measured yet. Students that share a teacher train in one step.
 """
 
-from disco_jax.configs import common
+from disco_jax.configs import common, small
+from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.configs.sweeps.hidden_width import STUDENTS
 
-TEACHERS = ("resnet50", "resnet101", "resnet152", "resnet50w2")  # the last one is SwAV's
+TEACHERS = ("resnet50", "resnet101", "resnet152", "resnet50w2")  # SwAV's is the last
 
 
 def get_config(arg=None):
     arg = common.parse(arg, smoke=False)
-    config = common.sweep("students_teachers")
+    config = sweeps.sweep("students_teachers")
     config.recipe = "disco"
-    config.teachers = {name: common.teacher(name) for name in TEACHERS}
+    config.teachers = {name: sweeps.teacher(name) for name in TEACHERS}
     config.axes = (
         ("recipe", ("seed", "disco", "retro")),
         ("teacher", TEACHERS),
         ("student", STUDENTS),
     )
     if arg.smoke:
-        common.smoke_sweep(config)
+        small.sweep(config)
         config.axes = (
-            ("recipe", tuple(map(common.smoke_recipe, ("seed", "disco")))),
+            ("recipe", tuple(map(small.recipe, ("seed", "disco")))),
             ("student", ("resnet8", "resnet14")),
         )
     return config

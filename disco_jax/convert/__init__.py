@@ -1,4 +1,4 @@
-"""PyTorch checkpoints in and out. Nothing in a file is executed."""
+"""Reads and writes PyTorch checkpoints. Nothing in a file is executed."""
 
 from disco_jax.convert.load import Imported, from_mapping, from_state_dict, load, read, read_network
 from disco_jax.convert.shards import locate

@@ -1,4 +1,4 @@
-"""Where in the content of a checkpoint file its weights stand."""
+"""Finds the weights in the content of a checkpoint file."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,51 +11,54 @@ from disco_jax.convert.recognise import networks
 from disco_jax.convert.text import listed, shown
 from disco_jax.errors import UserError
 
-# Where a training script puts the weights, in the order in which they are looked for; DINO keeps
-# a student beside the teacher, its average, which is the network that it releases.
+# Entries in which training scripts store weights, in search order. DINO's checkpoints hold both
+# networks; its authors release the teacher, the moving average of the student.
 _CONTAINERS = ("state_dict", "teacher", "model", "student", "net", "state_dict_ema", "model_ema")
-_DEPTH = 4  # of dicts in one another that are searched for weights under other names
+_MAX_DEPTH = 4  # levels of nested dicts searched for weights under other names
 
 
 def find(content: Any, source: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
-    """The arrays of a state dict in a file, under their full keys, and the entry that holds them.
+    """Finds the state dict in a file.
 
     Args:
       content: of the file.
       source: its path, for messages.
-      entry: where the state dict is, dots between names; "": where training scripts usually put
-        it, or the only entry that holds a network.
+      entry: the path of the state dict in `content`, dots between names; "": the entry that
+        training scripts usually store it in, or the only entry that holds a network.
+
+    Returns:
+      The arrays under their full keys, and the path of the entry that holds them.
 
     Raises:
-      UserError: no such entry, no state dict, several of them, or a model instead of one.
+      UserError: there is no such entry, no state dict or several of them, or a whole model.
     """
-    inside, steps = _entry(content, source, entry), list(filter(None, entry.split(".")))
-    # Best accuracies and the like may be arrays beside the state dict.
-    while name := next((n for n in _CONTAINERS if _holds_dict(inside, n)), None):
-        inside = inside[name]
+    container, steps = _entry(content, source, entry), list(filter(None, entry.split(".")))
+    # Arrays beside the state dict (a best accuracy, for example) must not end the search.
+    while name := next((n for n in _CONTAINERS if _holds_dict(container, n)), None):
+        container = container[name]
         steps.append(name)
-    held = arrays_of(inside)
-    if held and networks(held):
-        return held, ".".join(steps)
-    candidates = dict(_candidates(inside))
-    known = {path: arrays for path, arrays in candidates.items() if networks(arrays)}
-    several = known or ({} if held else candidates)
-    if len(several) == 1:
-        [(path, arrays)] = several.items()
+    arrays_here = arrays_of(container)
+    if arrays_here and networks(arrays_here):
+        return arrays_here, ".".join(steps)
+    candidates = dict(_candidates(container))
+    with_networks = {path: arrays for path, arrays in candidates.items() if networks(arrays)}
+    choices = with_networks or ({} if arrays_here else candidates)
+    if len(choices) == 1:
+        [(path, arrays)] = choices.items()
         return arrays, ".".join([*steps, path])
-    if several:
-        paths = [".".join([*steps, path]) for path in several]
+    if choices:
+        paths = [".".join([*steps, path]) for path in choices]
         raise UserError(
             f"{source} holds several sets of weights, {listed(sorted(paths))}: choose one with "
-            "--entry (of disco-jax import)."
+            "--entry (an option of disco-jax import)."
         )
-    if held:
-        return held, ".".join(steps)
-    raise UserError(f"{source} {_without_weights(inside)}")
+    if arrays_here:
+        return arrays_here, ".".join(steps)
+    raise UserError(f"{source} {_without_weights(container)}")
 
 
 def arrays_of(content: Any) -> dict[str, np.ndarray]:
-    """The arrays of a dict that have a text as their key; {} of anything else."""
+    """Returns the arrays of a dict that have string keys; {} for other objects."""
     if not isinstance(content, dict):
         return {}
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
@@ -71,12 +74,14 @@ def _entry(content: Any, source: str, entry: str) -> Any:
 
 
 def _holds_dict(content: Any, name: str) -> bool:
-    """Whether there is a dict with anything in it under a name."""
+    """Returns whether `content[name]` is a non-empty dict."""
     return isinstance(content, dict) and isinstance(content.get(name), dict) and content[name] != {}
 
 
-def _candidates(content: Any, depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Path -> arrays of the dicts in a dict that hold a layer's weights themselves."""
+def _candidates(
+    content: Any, depth: int = _MAX_DEPTH
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yields (path, arrays) of every nested dict that directly holds an array of 2 or more axes."""
     if not isinstance(content, dict) or not depth:
         return
     for name, inner in content.items():
@@ -86,12 +91,12 @@ def _candidates(content: Any, depth: int = _DEPTH) -> Iterator[tuple[str, dict[s
         if any(array.ndim > 1 for array in arrays.values()):
             yield name, arrays
         else:
-            for path, found in _candidates(inner, depth - 1):
-                yield f"{name}.{path}", found
+            for path, arrays in _candidates(inner, depth - 1):
+                yield f"{name}.{path}", arrays
 
 
 def _without_weights(content: Any) -> str:
-    """Says what is there instead of a state dict: the rest of a sentence."""
+    """Describes the content instead of a state dict: the rest of an error message."""
     parts = content.values() if isinstance(content, dict) else (content,)
     if model := next((part for part in parts if _is_model(part)), None):
         return (
@@ -105,7 +110,7 @@ def _without_weights(content: Any) -> str:
 
 
 def _is_model(content: Any) -> bool:
-    """Whether an object is a module of PyTorch."""
+    """Returns whether an object is a PyTorch module."""
     if not isinstance(content, Stub) or not isinstance(content.state, dict):
         return False
     return "_parameters" in content.state and "_modules" in content.state

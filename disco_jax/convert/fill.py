@@ -1,4 +1,4 @@
-"""Arrays of a state dict into the variables of a network, every key of both accounted for."""
+"""Fills a network's variables from a state dict and accounts for every key of both."""
 
 from collections.abc import Sequence
 
@@ -7,61 +7,65 @@ import ml_dtypes
 import numpy as np
 
 import disco_jax.convert.heads as heads
-from disco_jax.convert.names import Leaf
-from disco_jax.convert.recognise import Recognised, State, allowed, of_training
+from disco_jax.convert.names import ParamMap
+from disco_jax.convert.recognise import Recognised, State, is_allowed, serves_training
 from disco_jax.convert.table import entries
 from disco_jax.convert.text import listed, shown
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Encoder, Variables
 
-SIDE = 64  # of the images that shapes are worked out with, px; no weight depends on it
-_SHOWN = 20
-_EXTRAS = "queue", "queue_ptr", "queue2", "small_queue", "center"  # beside a network, no part of it
+SIDE = 64  # px, of the images used to infer shapes; no weight depends on it
+_MAX_LINES = 20
+# Arrays stored beside a network that are not part of it.
+_EXTRAS = "queue", "queue_ptr", "queue2", "small_queue", "center"
 
 Path = tuple[str, ...]
 
 
 def fill(
-    encoder: Encoder, state: State, found: Recognised, allow: tuple[str, ...], source: str
+    encoder: Encoder, state: State, network: Recognised, allow: tuple[str, ...], source: str
 ) -> tuple[Variables, dict[str, str], tuple[str, ...]]:
-    """Variables of `encoder`, key -> path for those taken, and the keys of other networks.
+    """Fills the variables of `encoder` from a state dict.
 
     Args:
-      encoder: what `found` describes.
+      encoder: the network that `network` describes.
       state: full keys to arrays in PyTorch's layout.
-      found: where the arrays are in it.
-      allow: patterns of keys that may be left over, and of our paths that may be missing.
-      source: what to call the state dict in messages.
+      network: where the network's arrays are in `state`.
+      allow: patterns of keys that may be left over, and of variables' paths that may be missing.
+      source: the name of the state dict in messages.
+
+    Returns:
+      The variables in float32, key -> path of every array used, and the unused keys.
 
     Raises:
-      UserError: keys are missing, left over or of another shape, or are no finite numbers.
+      UserError: keys are missing, left over or of the wrong shape, or weights are not finite.
     """
     like = jax.eval_shape(lambda: encoder.create(0, SIDE))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(dict(like))
-    wanted = {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
-    taken, keys, problems = _taken(encoder, state, found, wanted)
-    fresh = [path for path in wanted if path not in taken]
-    problems += [f"missing: {'/'.join(p)}" for p in fresh if not allowed("/".join(p), allow)]
-    left = [k for k in state if k not in keys and not k.endswith("num_batches_tracked")]
-    _refuse(problems, _unexplained(left, found, allow), found, source)
+    paths, structure = jax.tree_util.tree_flatten_with_path(dict(like))
+    shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in paths}
+    arrays, keys, problems = _convert(encoder, state, network, shapes)
+    missing = [path for path in shapes if path not in arrays]
+    problems += [f"missing: {'/'.join(p)}" for p in missing if not is_allowed("/".join(p), allow)]
+    unused = [k for k in state if k not in keys and not k.endswith("num_batches_tracked")]
+    _refuse(problems, _unexplained(unused, network, allow), network, source)
     check_numbers({key: state[key] for key in keys}, source)
-    if fresh:
-        taken |= _fresh(encoder, fresh)
-    arrays = [np.ascontiguousarray(taken[path], np.float32) for path in wanted]
-    return jax.tree.unflatten(structure, arrays), keys, tuple(left)
+    if missing:
+        arrays |= _initial_values(encoder, missing)
+    leaves = [np.ascontiguousarray(arrays[path], np.float32) for path in shapes]
+    return jax.tree.unflatten(structure, leaves), keys, tuple(unused)
 
 
 def check_numbers(arrays: State, source: str) -> None:
-    """Refuses weights that are no finite numbers, or that float32 does not hold.
+    """Refuses weights that are not floating-point numbers or not finite in float32.
 
     Raises:
       UserError: with the keys of such arrays.
     """
     others = [key for key, array in arrays.items() if not _is_floating(array)]
     if others:
-        kinds = listed(sorted({str(arrays[key].dtype) for key in others}))
+        dtypes = listed(sorted({str(arrays[key].dtype) for key in others}))
         raise UserError(
-            f"{source} has {kinds} numbers as weights, in {len(others)} of {len(arrays)} arrays "
+            f"{source} has {dtypes} numbers as weights, in {len(others)} of {len(arrays)} arrays "
             f"({listed(others)}): save them as float32, float16 or bfloat16."
         )
     with np.errstate(over="ignore", invalid="ignore"):
@@ -77,102 +81,106 @@ def _is_floating(array: np.ndarray) -> bool:
     return np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
 
 
-def _taken(
-    encoder: Encoder, state: State, found: Recognised, wanted: dict[Path, tuple[int, ...]]
+def _convert(
+    encoder: Encoder, state: State, network: Recognised, shapes: dict[Path, tuple[int, ...]]
 ) -> tuple[dict[Path, np.ndarray], dict[str, str], list[str]]:
-    """Our path -> array, key -> our path, and a line for each array of another shape."""
-    values = heads.defaults(state, found.place.head or found.place.prefix, found.head)
-    taken, keys, problems = {}, {}, []
-    for entry in entries(encoder, found.layout, found.place, found.head):
-        shape = wanted.get(entry.ours)
+    """Converts the arrays of a state dict to Flax's layout.
+
+    Returns:
+      Path in the variables -> array, key -> path, and one line per array of the wrong shape.
+    """
+    values = heads.defaults(state, network.prefix.head or network.prefix.root, network.head)
+    arrays, keys, problems = {}, {}, []
+    for entry in entries(encoder, network.layout.modules, network.prefix, network.head):
+        shape = shapes.get(entry.flax)
         if shape is None:
             continue
-        if entry.theirs in values:
-            taken[entry.ours] = np.full(shape, values[entry.theirs], np.float32)
-        elif entry.theirs in state:
-            array = state[entry.theirs]
-            keys[entry.theirs] = "/".join(entry.ours)
-            taken[entry.ours] = value = _turned(entry.leaf, array)
-            if value.shape != shape:
+        if entry.torch in values:
+            arrays[entry.flax] = np.full(shape, values[entry.torch], np.float32)
+        elif entry.torch in state:
+            stored = state[entry.torch]
+            keys[entry.torch] = "/".join(entry.flax)
+            arrays[entry.flax] = array = _to_flax(entry.param, stored)
+            if array.shape != shape:
                 problems.append(
-                    f"{shown(entry.theirs)}: shape {array.shape}, which makes {value.shape} "
+                    f"{shown(entry.torch)}: shape {stored.shape}, which becomes {array.shape} "
                     f"instead of {shape}"
                 )
-    return taken, keys, problems
+    return arrays, keys, problems
 
 
-def _turned(leaf: Leaf, array: np.ndarray) -> np.ndarray:
-    """An array as we have it; as it is, of a shape that will not do, if it lacks the axes."""
+def _to_flax(param: ParamMap, array: np.ndarray) -> np.ndarray:
+    """Converts an array to Flax's layout; returns it unchanged if its axes do not fit."""
     try:
-        return leaf.load(array)
+        return param.load(array)
     except (ValueError, IndexError):
         return array
 
 
 def _unexplained(
-    left: Sequence[str], found: Recognised, allow: tuple[str, ...]
+    unused: Sequence[str], network: Recognised, allow: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """What begins the keys of a module -> those of its keys that nothing explains.
+    """Groups the keys that nothing explains by the prefix of their module.
 
-    Those inside the backbone or the head are under "".
+    Keys inside the backbone or the head are grouped under "".
 
     Args:
-      left: keys that were not taken.
-      found: the network.
+      unused: keys whose arrays were not used.
+      network: the network.
       allow: patterns of keys that may be left over.
     """
-    place, head = found.place, found.head
-    known = tuple(f"{place.prefix}{root}." for root in head.classifiers)
-    inside: tuple[str, ...] = (place.head,) if place.head else ()
-    if place.backbone:
-        inside += (place.prefix + place.backbone,)
-        inside += (f"{place.prefix}{head.root}.",) if head.root else ()
+    prefix, head = network.prefix, network.head
+    classifiers = tuple(f"{prefix.root}{root}." for root in head.classifiers)
+    inside: tuple[str, ...] = (prefix.head,) if prefix.head else ()
+    if prefix.backbone:
+        inside += (prefix.root + prefix.backbone,)
+        inside += (f"{prefix.root}{head.root}.",) if head.root else ()
     unexplained: dict[str, list[str]] = {}
-    for key in left:
-        module = key.removeprefix(place.prefix).partition(".")[0]
-        if not key.startswith((place.prefix, *inside)) or key.startswith(known):
+    for key in unused:
+        module = key.removeprefix(prefix.root).partition(".")[0]
+        if not key.startswith((prefix.root, *inside)) or key.startswith(classifiers):
             continue
-        if key.rpartition(".")[2] in _EXTRAS or allowed(key, allow):
+        if key.rpartition(".")[2] in _EXTRAS or is_allowed(key, allow):
             continue
         if key.startswith(inside):
             unexplained.setdefault("", []).append(key)
-        elif not of_training(module):
-            beside = f"{place.prefix}{module}." if place.backbone else ""
+        elif not serves_training(module):
+            beside = f"{prefix.root}{module}." if prefix.backbone else ""
             unexplained.setdefault(beside, []).append(key)
     return unexplained
 
 
 def _refuse(
-    problems: Sequence[str], unexplained: dict[str, list[str]], found: Recognised, source: str
+    problems: Sequence[str], unexplained: dict[str, list[str]], network: Recognised, source: str
 ) -> None:
     """Raises a `UserError` if there are problems or keys that nothing explains."""
     if unexplained and not problems and "" not in unexplained:
         patterns = " ".join(f"--allow '{shown(start)}*'" for start in unexplained)
         raise UserError(
             f"{source} has {listed(start.removesuffix('.') for start in unexplained)} beside the "
-            f"backbone, which is no head that is known: to leave it out, add {patterns} (to "
+            f"backbone, which is not a known head: to leave it out, add {patterns} (an option of "
             "disco-jax import)."
         )
     lines = [*problems, *(f"left over: {shown(k)}" for keys in unexplained.values() for k in keys)]
     if not lines:
         return
-    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    more = f"\n  and {len(lines) - _MAX_LINES} more" if len(lines) > _MAX_LINES else ""
     raise UserError(
-        f"{source} does not fit the {found.spec['backbone']} with the head "
-        f"{found.spec['head']!r} that its keys speak of:\n  "
-        + "\n  ".join(lines[:_SHOWN])
+        f"{source} does not match the {network.spec['backbone']} with the head "
+        f"{network.spec['head']!r} that its keys describe:\n  "
+        + "\n  ".join(lines[:_MAX_LINES])
         + more
-        + "\nKeys that may be missing or left over can be allowed with --allow PATTERN (of "
+        + "\nTo allow missing or left-over keys, add --allow PATTERN (an option of "
         "disco-jax import)."
     )
 
 
-def _fresh(encoder: Encoder, paths: Sequence[Path]) -> dict[Path, np.ndarray]:
-    """Initial values of what a checkpoint does not hold."""
-    made, created = {}, encoder.create(0, SIDE)
+def _initial_values(encoder: Encoder, paths: Sequence[Path]) -> dict[Path, np.ndarray]:
+    """Returns the initial values of variables that a checkpoint does not hold."""
+    arrays, created = {}, encoder.create(0, SIDE)
     for path in paths:
         leaf = created
         for part in path:
             leaf = leaf[part]
-        made[path] = np.asarray(leaf)
-    return made
+        arrays[path] = np.asarray(leaf)
+    return arrays

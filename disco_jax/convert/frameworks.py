@@ -1,7 +1,7 @@
-"""Exported weights, run in timm or torchvision themselves, in a process of their own.
+"""Runs exported weights in timm or torchvision, in a separate process.
 
-PyTorch and TensorFlow bring compilers that abort when they meet in one process; this file is also
-the program of the other process, and imports nothing of this package.
+PyTorch and TensorFlow contain compilers that abort when both are loaded in one process. This file
+is also the program of the other process, so it imports nothing from this package.
 """
 
 import importlib.util
@@ -17,39 +17,42 @@ FRAMEWORKS = ("timm", "torchvision")
 
 
 def installed(framework: str) -> bool:
-    """Whether a framework of `FRAMEWORKS` can be run here."""
+    """Returns whether a framework of `FRAMEWORKS` can be run here."""
     return all(importlib.util.find_spec(name) for name in ("torch", framework))
 
 
 def features(framework: str, model: str, path: os.PathLike, images: np.ndarray) -> np.ndarray:
-    """What a model of a framework makes of images with the weights of a file.
+    """Computes features with a framework's model and the weights of a file.
 
     Args:
       framework: one of `FRAMEWORKS`; must be installed.
-      model: its name there.
+      model: the model's name in the framework.
       path: a state dict without a classifier, `.pth` or `.safetensors`.
       images: f32[B, H, W, 3], normalised.
 
     Returns:
-      f32[B, F], what its classifier would read.
+      f32[B, F], the input of the model's classifier.
 
     Raises:
-      RuntimeError: the weights do not load strictly, or anything else there.
+      RuntimeError: the weights do not load strictly, or the process fails in another way.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, made = pathlib.Path(folder, "images.npy"), pathlib.Path(folder, "features.npy")
-        np.save(given, images)
-        words = [framework, model, str(path), str(given), str(made)]
-        # -P: what stands beside this file must not hide packages of the same name.
-        child = subprocess.run(
-            [sys.executable, "-P", __file__, *words], capture_output=True, text=True, check=False
+        inputs, outputs = pathlib.Path(folder, "images.npy"), pathlib.Path(folder, "features.npy")
+        np.save(inputs, images)
+        arguments = [framework, model, str(path), str(inputs), str(outputs)]
+        # -P: modules beside this file must not shadow packages of the same name.
+        process = subprocess.run(
+            [sys.executable, "-P", __file__, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        if child.returncode:
-            raise RuntimeError(f"{framework} could not run {path}:\n{child.stderr[-2000:]}")
-        return np.load(made)
+        if process.returncode:
+            raise RuntimeError(f"{framework} could not run {path}:\n{process.stderr[-2000:]}")
+        return np.load(outputs)
 
 
-def _main(framework: str, model: str, path: str, given: str, made: str) -> None:
+def _main(framework: str, model: str, path: str, inputs: str, outputs: str) -> None:
     import torch
 
     if path.endswith(".safetensors"):
@@ -58,11 +61,11 @@ def _main(framework: str, model: str, path: str, given: str, made: str) -> None:
         state = load_file(path)
     else:
         state = torch.load(path, weights_only=True)
-    built = _without_classifier(framework, model)
-    built.load_state_dict(state, strict=True)
-    images = torch.from_numpy(np.load(given).transpose(0, 3, 1, 2).copy())
+    network = _without_classifier(framework, model)
+    network.load_state_dict(state, strict=True)
+    images = torch.from_numpy(np.load(inputs).transpose(0, 3, 1, 2).copy())
     with torch.inference_mode():
-        np.save(made, built.eval()(images).numpy())
+        np.save(outputs, network.eval()(images).numpy())
 
 
 def _without_classifier(framework: str, model: str):
@@ -73,14 +76,13 @@ def _without_classifier(framework: str, model: str):
     import torch
     import torchvision
 
-    built = torchvision.models.get_model(model)
-    if model.startswith("mobilenet_v3"):
-        built.classifier[3] = torch.nn.Identity()  # the layers before are features
-    elif hasattr(built, "fc"):
-        built.fc = torch.nn.Identity()
-    else:
-        built.classifier = torch.nn.Identity()
-    return built
+    network = torchvision.models.get_model(model)
+    # Only the last linear layer: earlier ones of a classifier belong to the backbone here.
+    layers = network.named_modules()
+    last = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)][-1]
+    parent, _, child = last.rpartition(".")
+    setattr(network.get_submodule(parent), child, torch.nn.Identity())
+    return network
 
 
 if __name__ == "__main__":

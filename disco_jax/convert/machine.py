@@ -1,9 +1,9 @@
-"""A machine that follows the opcodes of pickles and runs nothing of theirs.
+"""Interprets the opcodes of pickles without running code from a file.
 
-A pickle is a program. The stdlib's unpickler runs it, and lets a hostile one take any amount of
-memory or exhaust the stack even when it may call nothing. This machine knows containers, numbers,
-strings, tensors and arrays, calls the functions of `disco_jax.convert.rebuild` only, and makes an
-inert `Stub` of an object of any other class.
+A pickle is a program. The standard library's unpickler runs it, and a hostile pickle can use any
+amount of memory or exhaust the stack even if it may call nothing. This machine knows containers,
+numbers, strings, tensors and arrays, calls only the functions of `disco_jax.convert.rebuild`, and
+represents an object of any other class by an inert `Stub`.
 """
 
 import pickle
@@ -14,80 +14,80 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from disco_jax.convert.archive import STORAGES, Refused, StorageId
-from disco_jax.convert.rebuild import LATER, Global, Stub, atoms, fill, find, pairs
+from disco_jax.convert.rebuild import DEFERRED, Global, Stub, atoms, fill, find, pairs
 from disco_jax.convert.text import shown
 
-_MOST_STUBS = 100_000  # whole models have some thousands; each costs time
+_MAX_STUBS = 100_000  # whole models have a few thousand; each costs time
 
 
 class Machine:
-    """Follows the opcodes of one pickle.
+    """Interprets the opcodes of one pickle.
 
     Args:
-      storage: gives a storage for its name.
-      size: bytes of the file; what is copied in memory stays in proportion to it.
+      storage: returns the storage for an identifier.
+      size: bytes of the file; bounds what may be copied in memory.
     """
 
     def __init__(self, storage: Callable[[StorageId], Any], size: int):
         self.storage = storage
-        self._left = 4 * size + 2**20
+        self._budget = 4 * size + 2**20
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[Any, Any] = {}
         self._stubs = 0
-        self.unfilled: dict[int, np.ndarray] = {}  # arrays of which only the class is known yet
+        self.unfilled: dict[int, np.ndarray] = {}  # arrays whose content follows
 
     def spend(self, size: int) -> None:
-        """Counts bytes or items that are copied."""
-        self._left -= size
-        if self._left < 0:
+        """Counts copied bytes or items; refuses more than 4 times the file's size plus 2^20."""
+        self._budget -= size
+        if self._budget < 0:
             raise Refused("unpacks to far more than its size.")
 
     def stub(self, name: str) -> Stub:
-        """An object of a class that is not known."""
+        """Returns a `Stub` for an object of an unknown class; limits their number."""
         self._stubs += 1
-        if self._stubs > _MOST_STUBS:
+        if self._stubs > _MAX_STUBS:
             raise Refused(
-                f"holds more than {_MOST_STUBS:,} objects of classes that are not known, such as "
-                f"{shown(name)}: save the state_dict() of the model alone."
+                f"holds more than {_MAX_STUBS:,} objects of unknown classes, such as "
+                f"{shown(name)}: save model.state_dict() alone."
             )
         return Stub(name)
 
     def run(self, file: BinaryIO) -> Any:
-        """The object of the pickle; the file is left behind it."""
-        # One look-up an opcode: a file of a few megabytes can have millions of them.
-        following, read = _FOLLOWING, file.read
+        """Returns the object of a pickle and leaves the file positioned behind the pickle."""
+        # One look-up per opcode: a file of a few megabytes can hold millions of opcodes.
+        steps, read = _OPCODES, file.read
         while (code := read(1)) != _STOP:
-            if code not in following:
+            if code not in steps:
                 raise ValueError(f"the opcode {code!r} is unknown" if code else "it does not end")
-            argument, step = following[code]
+            argument, step = steps[code]
             if argument is None:
                 step(self)
             else:
                 step(self, argument(file))
         if self.unfilled:
-            raise Refused("is damaged: it has an array without content.")
+            raise Refused("is damaged: it holds an array without content.")
         return self._stack.pop()
 
     def push(self, item: Any) -> None:
         self._stack.append(item)
 
-    def put(self, place: int) -> None:
-        self._memo[place] = self._stack[-1]
+    def put(self, slot: int) -> None:
+        self._memo[slot] = self._stack[-1]
 
-    def get(self, place: int) -> None:
-        self._stack.append(self._memo[place])
+    def get(self, slot: int) -> None:
+        self._stack.append(self._memo[slot])
 
     def name(self, text: str) -> None:
-        """The class or function of an opcode that has "module name" as its argument."""
-        module, called = text.split(" ", 1)
-        self._stack.append(find(module, called))
+        """Pushes the class or function named by the opcode's argument, "module name"."""
+        module, name = text.split(" ", 1)
+        self._stack.append(find(module, name))
 
     def mark(self) -> None:
         self._marks.append(len(self._stack))
 
     def pop(self, count: int | None = None) -> list:
-        """Takes the last `count` items off the stack, or those above the last mark."""
+        """Removes and returns the last `count` items of the stack, or those above the last mark."""
         start = self._marks.pop() if count is None else len(self._stack) - count
         if start < 0:
             raise IndexError("the stack is empty")
@@ -105,37 +105,37 @@ class Machine:
         elif type(target) is set:
             target.update(atoms(items))
         elif type(target) is not Stub:
-            raise Refused("is damaged: it appends to something that is no list.")
+            raise Refused("is damaged: it appends to an object that is not a list.")
 
     def update(self, count: int | None = None) -> None:
         items, target = self.pop(count), self._stack[-1]
         if type(target) is dict:
             target.update(pairs(items))
         elif type(target) is not Stub:
-            raise Refused("is damaged: it sets items of something that is no dict.")
+            raise Refused("is damaged: it sets items of an object that is not a dict.")
 
     def memoize(self) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
 
     def named(self) -> None:
-        module, called = self.pop(2)
-        if type(module) is not str or type(called) is not str:
-            raise Refused("is damaged: the name of a class is no text.")
-        self._stack.append(find(module, called))
+        module, name = self.pop(2)
+        if type(module) is not str or type(name) is not str:
+            raise Refused("is damaged: the name of a class is not a string.")
+        self._stack.append(find(module, name))
 
     def persistent(self) -> None:
-        """An object that lies outside of the pickle: a storage, or a module with its source."""
-        kind, *name = self._stack.pop()
+        """Pushes an object stored outside the pickle: a storage, or a module with its source."""
+        kind, *fields = self._stack.pop()
         if kind == "module":
-            self._stack.append(name[0])
+            self._stack.append(fields[0])
             return
-        storage, key, _, count, *view = name
+        storage, key, _, count, *view = fields
         dtype = STORAGES.get(storage.name.split(".")[-1])
         view = tuple(view[0][1:]) if view and view[0] is not None else None
         if kind != "storage" or dtype is None or type(key) is not str:
-            raise Refused(f"has a storage of an unknown kind, {shown(storage.name)}.")
+            raise Refused(f"holds a storage of unknown type, {shown(storage.name)}.")
         if any(type(number) is not int or number < 0 for number in (count, *(view or ()))):
-            raise Refused(f"is damaged: storage {key!a} has no proper size.")
+            raise Refused(f"is damaged: storage {key!a} has an invalid size.")
         self._stack.append(self.storage(StorageId(dtype, key, count, view)))
 
     def reduce(self, count: int = 2) -> None:
@@ -148,7 +148,7 @@ class Machine:
         return function.call(self, *arguments)
 
     def build(self) -> None:
-        """Gives an object its state; attributes of dicts, tensors and the like are left out."""
+        """Gives an object its state; ignores attributes of dicts, tensors and the like."""
         target, state = self._stack[-2], self._stack.pop()
         if id(target) in self.unfilled:
             fill(self, self.unfilled.pop(id(target)), *state[-4:])
@@ -157,11 +157,11 @@ class Machine:
                 raise Refused("holds big-endian arrays, which are not supported.")
         elif type(target) is Stub:
             target.state = state
-        elif not isinstance(target, dict | np.ndarray) and target is not LATER:
-            raise Refused("is damaged: it gives a state to something that can have none.")
+        elif not isinstance(target, dict | np.ndarray) and target is not DEFERRED:
+            raise Refused("is damaged: it gives a state to an object that cannot have one.")
 
 
-# Opcodes that put their argument on the stack, those that put something new there, and others.
+# Opcodes that push their argument, opcodes that push a new object, and all others.
 _ARGUMENTS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
@@ -206,8 +206,8 @@ _STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _follow(name: str) -> Callable[..., Any]:
-    """What the machine does at an opcode, called with its argument if it has one."""
+def _step(name: str) -> Callable[..., Any]:
+    """Returns the step for an opcode; it is called with the opcode's argument if there is one."""
     if name in _ARGUMENTS:
         return Machine.push
     if name in _CONSTANTS:
@@ -217,17 +217,17 @@ def _follow(name: str) -> Callable[..., Any]:
 
 def _refuse(name: str) -> Callable[..., Any]:
     def refuse(machine: Machine, argument: Any = None) -> None:
-        raise Refused(f"has the pickle opcode {name}, which no checkpoint has a use for.")
+        raise Refused(f"uses the pickle opcode {name}, which no checkpoint needs.")
 
     return refuse
 
 
 _STOP = pickle.STOP
-# Opcode -> (what reads its argument, None if it has none; what the machine does).
-_FOLLOWING: dict[bytes, tuple[Callable[[BinaryIO], Any] | None, Callable[..., Any]]] = {
+# Opcode -> (reader of its argument or None, step of the machine).
+_OPCODES: dict[bytes, tuple[Callable[[BinaryIO], Any] | None, Callable[..., Any]]] = {
     opcode.code.encode("latin-1"): (
         opcode.arg.reader if opcode.arg else None,
-        _follow(opcode.name),
+        _step(opcode.name),
     )
     for opcode in pickletools.opcodes
 }

@@ -1,4 +1,4 @@
-"""ONNX: a network as one file for onnxruntime and whatever else reads the format."""
+"""ONNX: a network as one file for onnxruntime and other readers of the format."""
 
 import contextlib
 import importlib
@@ -16,24 +16,24 @@ from jax import Array
 from disco_jax import files
 from disco_jax.errors import UserError
 
-# The oldest version of the operators that jax2onnx writes without fault.
+# The oldest operator set that jax2onnx writes correctly.
 OPSET = 18
-# Protocol buffers hold less than 2 GiB; more would need a second file for the weights.
-_LARGEST = 2**31 - 1
+# Protocol buffers hold less than 2 GiB; larger weights would need a second file.
+_MAX_BYTES = 2**31 - 1
 
 
 def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -> None:
     """Writes a network as a model: "images" f32[batch, 3, size, size] -> "features" f32[batch, F].
 
     Args:
-      function: f32[B, size, size, 3] normalised images -> f32[B, F]; can be jitted, and its
-        weights are closed over. The file takes channels first, as ONNX has them.
+      function: f32[B, size, size, 3] normalised images -> f32[B, F]; may be jitted, and closes over
+        its weights. The file takes channels first, the convention of ONNX.
       size: of the images, px.
-      path: of the file; replaced whole, or left as it was when anything fails.
+      path: of the file; written completely, or left unchanged if anything fails.
 
     Raises:
-      UserError: jax2onnx is not installed or too old for this jax (0.17.1 is for some networks in
-        jax 0.12), or the weights are too large for one file.
+      UserError: jax2onnx is not installed or does not support this jax (0.17.1 lacks operations of
+        some networks in jax 0.12), or the weights are too large for one file.
     """
     with _quiet():
         to_onnx = _package("jax2onnx").to_onnx
@@ -53,21 +53,25 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
                 input_names=["images"],
                 output_names=["features"],
             )
-        # It reaches into jax, where names move, and knows the operations by name.
+        # jax2onnx uses jax's private names, which change, and looks operations up by name.
         except (AttributeError, NotImplementedError) as error:
             raise UserError(
-                f"The installed jax2onnx does not know jax {jax.__version__} ({error}): export in "
-                'an environment with jax 0.10 (pip install "jax<0.11" "disco-jax[onnx]"), or in '
+                f"The installed jax2onnx does not support jax {jax.__version__} ({error}): export "
+                'in an environment with jax 0.10 (pip install "jax<0.11" "disco-jax[onnx]"), or in '
                 "another format."
             ) from error
-    if model.ByteSize() > _LARGEST:
-        raise UserError("The weights take more than 2 GiB, the most that one ONNX file holds.")
+    if model.ByteSize() > _MAX_BYTES:
+        raise UserError("The weights exceed 2 GiB, the limit of one ONNX file.")
     with files.whole(path) as unfinished:
         unfinished.write_bytes(model.SerializeToString())
 
 
 def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
-    """What a file makes of normalised f32[B, size, size, 3] images in onnxruntime, on the CPU.
+    """Computes the output of a file for images in onnxruntime, on the CPU.
+
+    Args:
+      path: of the file.
+      images: f32[B, size, size, 3], normalised.
 
     Raises:
       UserError: onnxruntime is not installed.
@@ -89,26 +93,28 @@ def _package(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _padded_pools() -> Iterator[None]:
-    """Pads before max-pools: jax2onnx 0.17 reads any padding given in numbers as none."""
-    theirs = nn.max_pool
+    """Pads before max-pools: jax2onnx 0.17 ignores padding given in numbers."""
+    original = nn.max_pool
 
     def max_pool(x, window_shape, strides=None, padding="VALID"):
         if not isinstance(padding, str):
             widths = ((0, 0), *padding, (0, 0))
             x, padding = jnp.pad(x, widths, constant_values=-jnp.inf), "VALID"
-        return theirs(x, window_shape=window_shape, strides=strides, padding=padding)
+        return original(x, window_shape=window_shape, strides=strides, padding=padding)
 
     nn.max_pool = max_pool
     try:
         yield
     finally:
-        nn.max_pool = theirs
+        nn.max_pool = original
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line of log for each inner shape that the file does not note down, nor a traceback
-    for each package that jax2onnx could translate and does not find.
+    """Silences the loggers of jax2onnx.
+
+    They log a line for each inner shape that the file does not record, and a traceback for each
+    optional package that is not installed.
     """
     loggers = [logging.getLogger(name) for name in ("onnx_ir.serde", "jax2onnx")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints and pickles of arrays, read and written without PyTorch.
+"""Reads and writes PyTorch checkpoints and pickles of arrays without PyTorch.
 
 Nothing in a file is executed: see `disco_jax.convert.machine`.
 """
@@ -21,47 +21,47 @@ from disco_jax.convert.archive import (
     Archive,
     Refused,
     StorageId,
-    dense,
-    opened,
-    stream,
+    contiguous_strides,
+    file_bytes,
+    open_file,
+    read_storages,
+    reported_as_user_errors,
     tensor,
-    told_of,
-    view,
 )
 from disco_jax.convert.machine import Machine
-from disco_jax.convert.rebuild import LATER, Stub
+from disco_jax.convert.rebuild import DEFERRED, Stub
 from disco_jax.errors import UserError
 
 __all__ = ["Stub", "read", "write"]
 
-# What begins a file of PyTorch before 1.6: this number, and that of the protocol.
+# The first two numbers of a file written by PyTorch before 1.6.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DEPTH = 100  # of containers in one another
-# The classes of storages that `write` writes.
+_MAX_DEPTH = 100  # of nested containers
+# Element type -> storage class, for every type that `write` supports.
 _WRITTEN = {
     DTYPES[STORAGES[f"{name}Storage"]]: f"{name}Storage"
     for name in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
 }
-_ALIGNMENT = 64  # of the members that `write` writes, in bytes, as torch.save has it
+_ALIGNMENT = 64  # bytes, of the members of an archive, the value of torch.save
 
 
 def read(path: str | os.PathLike) -> Any:
-    """What torch.save wrote in a file, or the dict in a plain pickle; nothing in it is executed.
+    """Reads a file written by torch.save, or a pickled dict; executes nothing in it.
 
-    Of PyTorch both the zip archives (since 1.6) and the streams before them are read, whatever the
-    file is called. Tensors, parameters and arrays become np.ndarray of the same type, every dict
-    and OrderedDict a dict, a torch.dtype its name, an object of a class that we don't know a
-    `Stub`. Tensors that share a storage may share memory.
+    Reads PyTorch's zip archives (since 1.6) and the earlier stream format, whatever the suffix.
+    Tensors, parameters and arrays become np.ndarray of the same type, every dict and OrderedDict a
+    dict, a torch.dtype its name, and an object of an unknown class a `Stub`. Tensors that share a
+    storage may share memory.
 
     Raises:
-      UserError: no such file; one that is damaged, of another format or wants to run something.
+      UserError: the file does not exist, is damaged, has another format or asks to run code.
     """
-    with told_of(path):
-        return _flat(_parse(opened(path)))
+    with reported_as_user_errors(path):
+        return _check_nesting(_parse(open_file(path)))
 
 
 def _parse(file: Any) -> Any:
-    buffer = view(file)
+    buffer = file_bytes(file)
     if buffer[:4] == b"PK\3\4":
         members = Archive(file, buffer)
         pickled = io.BytesIO(members.member("data.pkl"))
@@ -74,81 +74,81 @@ def _parse(file: Any) -> Any:
             return content
     if buffer[257:262] == b"ustar":
         raise Refused(
-            "is a tar file. PyTorch before 0.1.10 wrote such checkpoints: torch.load and "
-            "torch.save it with a later one."
+            "is a tar file, the format of PyTorch before 0.1.10: torch.load and torch.save it "
+            "with a later version."
         )
-    raise Refused("is neither a checkpoint of PyTorch nor a pickled dict of arrays.")
+    raise Refused("is neither a PyTorch checkpoint nor a pickled dict of arrays.")
 
 
 def _parse_stream(file: BinaryIO, buffer: memoryview) -> Any:
-    """The rest of a file of PyTorch before 1.6, after its magic number.
+    """Reads the rest of a file written by PyTorch before 1.6, after its magic number.
 
-    The storages come last and without their types, so the object is read twice: first for the
-    types, then with the storages.
+    The storages follow the object and carry no types, so the object is read twice: first to collect
+    the types, then with the storages.
     """
     protocol, system = (Machine(_no_storage, len(buffer)).run(file) for _ in range(2))
     if protocol != _PROTOCOL or not isinstance(system, dict):
-        raise Refused("is damaged, or a stream that PyTorch has never written.")
+        raise Refused("is damaged, or PyTorch has never written it.")
     if system.get("little_endian") is not True:
         raise Refused("was written on a big-endian machine, which is not supported.")
-    named: dict[str, StorageId] = {}
+    identifiers: dict[str, StorageId] = {}
     start = file.tell()
 
-    def note(name: StorageId) -> Any:
-        if named.setdefault(name.key, name)[:3] != name[:3]:
-            raise Refused(f"is damaged: storage {name.key!a} has two types.")
-        return LATER
+    def record(storage_id: StorageId) -> Any:
+        if identifiers.setdefault(storage_id.key, storage_id)[:3] != storage_id[:3]:
+            raise Refused(f"is damaged: storage {storage_id.key!a} has two types.")
+        return DEFERRED
 
-    def part(name: StorageId) -> np.ndarray:
-        storage = storages[name.key]
-        if len(storage) != name.length:
-            raise Refused(f"is damaged: storage {name.key!a} has another size.")
-        if name.view is None:
+    def part(storage_id: StorageId) -> np.ndarray:
+        storage = storages[storage_id.key]
+        if len(storage) != storage_id.length:
+            raise Refused(f"is damaged: storage {storage_id.key!a} has the wrong size.")
+        if storage_id.view is None:
             return storage
-        first, count = name.view
+        first, count = storage_id.view
         return tensor(storage, first, (count,), (1,), spend=lambda size: None)
 
-    Machine(note, len(buffer)).run(file)
+    Machine(record, len(buffer)).run(file)
     keys = Machine(_no_storage, len(buffer)).run(file)
-    dtypes = {key: name.dtype for key, name in named.items()}
-    storages = stream(buffer, file.tell(), keys, dtypes)
+    dtypes = {key: storage_id.dtype for key, storage_id in identifiers.items()}
+    storages = read_storages(buffer, file.tell(), keys, dtypes)
     file.seek(start)
     return Machine(part, len(buffer)).run(file)
 
 
-def _no_storage(name: StorageId) -> Any:
-    raise Refused("is damaged: it has a tensor where there can be none.")
+def _no_storage(storage_id: StorageId) -> Any:
+    raise Refused("is damaged: it holds a tensor where none is allowed.")
 
 
-def _flat(content: Any) -> Any:
-    """Returns its argument, whose containers don't hold themselves and don't nest too deep."""
-    level = [content]
-    for _ in range(_DEPTH):
-        boxes = {id(item): item for item in level if isinstance(item, dict | list | tuple | set)}
-        level = [
+def _check_nesting(content: Any) -> Any:
+    """Returns its argument; refuses containers that are nested too deep or in themselves."""
+    items = [content]
+    for _ in range(_MAX_DEPTH):
+        boxes = {id(item): item for item in items if isinstance(item, dict | list | tuple | set)}
+        items = [
             item for box in boxes.values() for item in (box.values() if type(box) is dict else box)
         ]
-        if not level:
+        if not items:
             return content
-    raise Refused(f"nests more than {_DEPTH} containers, or one in itself.")
+    raise Refused(f"nests more than {_MAX_DEPTH} containers, or one in itself.")
 
 
 def write(
     path_or_file: Any, state: Mapping[str, np.ndarray], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes arrays as a .pth that torch.load(weights_only=True) reads, of PyTorch 1.6 or later.
+    """Writes arrays as a .pth that torch.load(weights_only=True) of PyTorch 1.6 or later reads.
 
-    The same content gives the same bytes.
+    Equal content gives equal bytes.
 
     Args:
       path_or_file: a path, or a file open for writing bytes.
       state: keys to arrays of float64, float32, float16, bfloat16, int64, int32, uint8 or bool;
         each becomes a contiguous tensor.
-      extra: if given, the file is {**extra, "state_dict": state} instead of the state itself;
-        numbers, strings, None, and dicts, lists and tuples of them.
+      extra: if not None, the file holds {**extra, "state_dict": state} instead of the state itself;
+        may contain numbers, strings, None, and dicts, lists and tuples of them.
 
     Raises:
-      UserError: names what cannot be written; nothing is written then.
+      UserError: a value cannot be written; no file is written then.
     """
     tensors = {str(key): _writable(key, value) for key, value in state.items()}
     content = tensors if extra is None else {**extra, "state_dict": tensors}
@@ -172,7 +172,7 @@ def _writable(key: str, value: Any) -> np.ndarray:
     native = value.dtype.newbyteorder("<")
     if native not in _WRITTEN:
         raise UserError(
-            f"{key} is of type {value.dtype}, which a .pth is not written with. Supported: "
+            f"{key} is of type {value.dtype}, which cannot be written to a .pth. Supported: "
             + ", ".join(sorted(map(str, _WRITTEN)))
             + "."
         )
@@ -180,7 +180,7 @@ def _writable(key: str, value: Any) -> np.ndarray:
 
 
 def _pickled(value: Any, records: list[np.ndarray]) -> bytes:
-    """The opcodes that make a value; the bytes of its arrays are appended to `records`."""
+    """Returns the opcodes of a value and appends the bytes of its arrays to `records`."""
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[value]
     if isinstance(value, int):
@@ -200,13 +200,13 @@ def _pickled(value: Any, records: list[np.ndarray]) -> bytes:
     if isinstance(value, list | tuple):
         begin, end = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
         return begin + b"".join(_pickled(item, records) for item in value) + end
-    raise UserError(f"extra holds a {type(value).__name__}, which a .pth is not written with.")
+    raise UserError(f"extra holds a {type(value).__name__}, which cannot be written to a .pth.")
 
 
 def _pickled_tensor(value: np.ndarray, records: list[np.ndarray]) -> bytes:
-    """A call of PyTorch's _rebuild_tensor_v2 on a storage that only this tensor has."""
+    """Returns a call of PyTorch's _rebuild_tensor_v2 on a storage of the tensor's own."""
     kind = _WRITTEN[value.dtype]
-    strides = tuple(dense([max(n, 1) for n in value.shape]))
+    strides = tuple(contiguous_strides([max(n, 1) for n in value.shape]))
     storage = [
         *(_pickled("storage", records), f"ctorch\n{kind}\n".encode()),
         *(_pickled(item, records) for item in (str(len(records)), "cpu", value.size)),
@@ -217,18 +217,18 @@ def _pickled_tensor(value: np.ndarray, records: list[np.ndarray]) -> bytes:
             b"ctorch._utils\n_rebuild_tensor_v2\n",  # the function
             *(b"((", *storage, b"tQ"),  # its first argument, a storage
             *(_pickled(item, records) for item in (0, value.shape, strides, False)),
-            b"ccollections\nOrderedDict\n)RtR",  # backward hooks, none; the call
+            b"ccollections\nOrderedDict\n)RtR",  # no backward hooks; the call
         ]
     )
 
 
 def _write_zip(file: BinaryIO, members: Mapping[str, Any]) -> None:
-    """Members one after the other, uncompressed, aligned and without the time of day."""
+    """Writes uncompressed, aligned members with a fixed date."""
     position = 0
     with zipfile.ZipFile(file, "w") as output:
         for name, content in members.items():
             info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
-            info.create_system = 3  # the same on every system
+            info.create_system = 3  # the same bytes on every system
             start = position + LOCAL_HEADER.size + len(info.filename) + 4
             padding = -start % _ALIGNMENT
             info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)

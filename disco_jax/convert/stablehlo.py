@@ -1,4 +1,4 @@
-"""StableHLO: a network as one file that JAX runs on CPUs, GPUs and TPUs without its code."""
+"""StableHLO: a network as one file that JAX runs on CPUs, GPUs and TPUs without its source code."""
 
 from collections.abc import Callable
 
@@ -9,23 +9,23 @@ from jax import Array, export
 
 from disco_jax import files
 
-# All in one file, whatever machine writes it.
+# Every file runs on all of them, whichever machine writes it.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -> None:
-    """Writes a network as a serialised `jax.export.Exported`, its weights inside.
+    """Writes a network as a serialised `jax.export.Exported` that contains its weights.
 
-    The batch is of any size. Products are as precise on a GPU or TPU as
-    `jax.default_matmul_precision` says where the function is traced, which the file keeps.
-    `jax.export.deserialize(data).mlir_module()` shows the program to other readers of StableHLO.
-    JAX promises to run it with its releases of the next six months.
+    The batch size is free. `jax.default_matmul_precision`, as set where the function is traced, is
+    stored in the file and determines the precision of products on a GPU or TPU.
+    `jax.export.deserialize(data).mlir_module()` returns the program for other readers of StableHLO.
+    JAX guarantees that its releases of the following six months run it.
 
     Args:
-      function: f32[B, size, size, 3] normalised images -> f32[B, F]; can be jitted, and its
-        weights are closed over.
+      function: f32[B, size, size, 3] normalised images -> f32[B, F]; may be jitted, and closes over
+        its weights.
       size: of the images, px.
-      path: of the file; replaced whole, or left as it was when anything fails.
+      path: of the file; written completely, or left unchanged if anything fails.
     """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
@@ -35,6 +35,6 @@ def write(function: Callable[[Array], Array], size: int, path: epath.PathLike) -
 
 
 def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
-    """What a file makes of normalised f32[B, size, size, 3] images on JAX's default device."""
+    """Runs a file on normalised f32[B, size, size, 3] images on JAX's default device."""
     exported = export.deserialize(bytearray(epath.Path(path).read_bytes()))
     return np.asarray(exported.call(np.asarray(images, np.float32)))

@@ -1,72 +1,82 @@
-"""Every array of one network in both worlds: what reading and writing a state dict share."""
+"""Lists every array of a network under its PyTorch and Flax names, for reading and writing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from disco_jax.convert.heads import Head
-from disco_jax.convert.names import LEAVES, Layout, Leaf, Name
-from disco_jax.convert.recognise import Place
+from disco_jax.convert.names import PARAM_MAPS, ModuleMap, ParamMap
+from disco_jax.convert.recognise import Prefix
 from disco_jax.models.encoder import Encoder
 
 
 class Entry(NamedTuple):
-    """One array.
+    """One array of a network.
 
     Attributes:
-      theirs: its full key in a state dict.
-      ours: its path in the variables: (collection, module, ..., name).
-      leaf: how to turn one into the other.
+      torch: its full key in a state dict.
+      flax: its path in the variables: (collection, module, ..., name).
+      param: converts the array between the two layouts.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
-    leaf: Leaf
+    torch: str
+    flax: tuple[str, ...]
+    param: ParamMap
 
 
 _PROTOTYPES = {
-    "weight": Leaf("weight", ("params", "kernel"), lambda x: x.T, lambda x: x.T),
-    "weight_v": Leaf("weight_v", ("params", "kernel"), lambda x: x.T, lambda x: x.T),
-    "weight_g": Leaf(
+    "weight": ParamMap("weight", ("params", "kernel"), lambda x: x.T, lambda x: x.T),
+    "weight_v": ParamMap("weight_v", ("params", "kernel"), lambda x: x.T, lambda x: x.T),
+    "weight_g": ParamMap(
         "weight_g", ("params", "scale"), lambda x: np.reshape(x, -1), lambda x: x[:, None]
     ),
 }
 
 
-def entries(encoder: Encoder, layout: Layout, place: Place, head: Head) -> Iterator[Entry]:
-    """Every array that a state dict can hold for `encoder`; biases that it has not included."""
-    for name in layout.names(encoder.backbone):
-        yield from _module(place.prefix + place.backbone, name, "backbone")
-    for name in _head_names(encoder, head):
-        yield from _module(place.head or place.prefix, name, "head")
-    for i, theirs in enumerate(head.prototypes):
-        normed = getattr(encoder.prototypes, "weight_norm", False)
-        kinds = ("weight_v", "weight_g") if normed else ("weight",)
-        for kind in kinds:
-            leaf = _PROTOTYPES[kind]
-            ours = ("params", "prototypes", f"{leaf.ours[1]}{i}")
-            yield Entry(f"{place.prefix}{theirs}.{kind}", ours, leaf)
+def entries(
+    encoder: Encoder, modules: Callable[[Any], Iterator[ModuleMap]], prefix: Prefix, head: Head
+) -> Iterator[Entry]:
+    """Yields every array that a state dict can hold for `encoder`.
+
+    Includes biases that the network may lack.
+
+    Args:
+      encoder: the network.
+      modules: yields the modules of its backbone under both names.
+      prefix: of the keys.
+      head: the names of the head's layers.
+    """
+    for module in modules(encoder.backbone):
+        yield from _module(prefix.root + prefix.backbone, module, "backbone")
+    for module in _head_modules(encoder, head):
+        yield from _module(prefix.head or prefix.root, module, "head")
+    for i, torch in enumerate(head.prototypes):
+        weight_norm = getattr(encoder.prototypes, "weight_norm", False)
+        for name in ("weight_v", "weight_g") if weight_norm else ("weight",):
+            param = _PROTOTYPES[name]
+            flax = ("params", "prototypes", f"{param.flax[1]}{i}")
+            yield Entry(f"{prefix.root}{torch}.{name}", flax, param)
 
 
-def _module(prefix: str, name: Name, part: str) -> Iterator[Entry]:
-    for leaf in LEAVES[name.kind]:
-        theirs = f"{prefix}{name.theirs}" + (f".{leaf.theirs}" if leaf.theirs else "")
-        collection, last = leaf.ours
-        path = (*name.ours.split("/"), last) if last else tuple(name.ours.split("/"))
-        yield Entry(theirs, (collection, part, *path), leaf)
+def _module(prefix: str, module: ModuleMap, part: str) -> Iterator[Entry]:
+    for param in PARAM_MAPS[module.kind]:
+        torch = f"{prefix}{module.torch}" + (f".{param.torch}" if param.torch else "")
+        collection, name = param.flax
+        path = (*module.flax.split("/"), name) if name else tuple(module.flax.split("/"))
+        yield Entry(torch, (collection, part, *path), param)
 
 
-def _head_names(encoder: Encoder, head: Head) -> Iterator[Name]:
-    linear, norm = our_head(encoder) if head.linear else ([], [])
-    for theirs, ours in zip(head.linear, linear, strict=True):
-        yield Name(f"{head.root}{theirs}", ours, "linear")
-    for theirs, ours in zip(head.norm, norm, strict=True):
-        yield Name(f"{head.root}{theirs}", ours, "batch_norm")
+def _head_modules(encoder: Encoder, head: Head) -> Iterator[ModuleMap]:
+    linear, norm = head_layers(encoder) if head.linear else ([], [])
+    for torch, flax in zip(head.linear, linear, strict=True):
+        yield ModuleMap(f"{head.root}{torch}", flax, "linear")
+    for torch, flax in zip(head.norm, norm, strict=True):
+        yield ModuleMap(f"{head.root}{torch}", flax, "batch_norm")
 
 
-def our_head(encoder: Encoder) -> tuple[list[str], list[str]]:
-    """Our names of the head's linear and BatchNorm layers, in the order of the computation."""
+def head_layers(encoder: Encoder) -> tuple[list[str], list[str]]:
+    """Returns the Flax names of the head's linear and BatchNorm layers, in computation order."""
     head: Any = encoder.head
     kind = type(head).__name__
     if kind == "Identity":

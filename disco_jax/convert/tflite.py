@@ -1,4 +1,4 @@
-"""TensorFlow Lite (LiteRT): a network as one file of builtin operators for phones and boards."""
+"""TensorFlow Lite (LiteRT): a network as one file of builtin operators for mobile devices."""
 
 import contextlib
 import os
@@ -22,29 +22,31 @@ def write(
 ) -> None:
     """Writes a network as a model: "images" f32[1, size, size, 3] -> "features" f32[1, F].
 
-    One image, because only then does TensorFlow's converter know every shape, fuse BatchNorm and
-    activations into the convolutions, and take every network.
+    The batch size is fixed at 1: only then does TensorFlow's converter know every shape, fuse
+    BatchNorm and activations into the convolutions, and accept every network.
 
     Args:
-      function: f32[B, size, size, 3] normalised images -> f32[B, F]; can be jitted, and its
-        weights are closed over.
+      function: f32[B, size, size, 3] normalised images -> f32[B, F]; may be jitted, and closes over
+        its weights.
       size: of the images, px.
-      path: of the file; replaced whole, or left as it was when anything fails.
-      int8: keep weights in 8 bits, with a scale for each channel; what they are multiplied with
-        is quantised on the fly ("dynamic range"). A quarter of the size.
+      path: of the file; written completely, or left unchanged if anything fails.
+      int8: store weights in 8 bits with one scale per channel and quantise activations at run time
+        ("dynamic range"). A quarter of the size.
 
     Raises:
-      UserError: this TensorFlow's converter lacks what this jax writes; seen with transformers in
-        jax 0.12 and TensorFlow 2.21.
+      UserError: this TensorFlow's converter lacks operations that this jax writes; known for
+        transformers in jax 0.12 and TensorFlow 2.21.
     """
     tf = _tensorflow()
     from jax.experimental import jax2tf
 
-    compute = jax2tf.convert(function, with_gradient=False, native_serialization_platforms=["cpu"])
+    tf_function = jax2tf.convert(
+        function, with_gradient=False, native_serialization_platforms=["cpu"]
+    )
     shape = tf.TensorSpec((1, size, size, 3), tf.float32, name="images")
-    module = tf.Module()  # without one the names of input and output are lost
+    module = tf.Module()  # preserves the names of input and output
     module.call = tf.function(
-        lambda images: {"features": compute(images)}, input_signature=[shape], autograph=False
+        lambda images: {"features": tf_function(images)}, input_signature=[shape], autograph=False
     )
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [module.call.get_concrete_function()], module
@@ -54,7 +56,7 @@ def write(
     try:
         with _silent():
             content = converter.convert()
-    except Exception as error:  # of a private module of TensorFlow
+    except Exception as error:  # the converter's own type is private
         raise UserError(
             f"TensorFlow {tf.__version__} cannot translate this network as jax {jax.__version__} "
             'writes it: export in an environment with jax 0.10 (pip install "jax<0.11" disco-jax), '
@@ -65,7 +67,7 @@ def write(
 
 
 def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
-    """What a file makes of normalised f32[B, size, size, 3] images, one after the other.
+    """Computes the output of a file for normalised f32[B, size, size, 3] images, one at a time.
 
     Raises:
       UserError: neither TensorFlow nor LiteRT can run it.
@@ -76,7 +78,7 @@ def run(path: epath.PathLike, images: np.ndarray) -> np.ndarray:
 
 
 def _tensorflow() -> ModuleType:
-    """TensorFlow, kept off the accelerators and silent."""
+    """Imports TensorFlow without its log output and without access to GPUs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
@@ -88,30 +90,32 @@ def _tensorflow() -> ModuleType:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what is written to stderr: the converter prints what it cannot translate, which is
-    the whole network with its weights. It does so from C++, past Python's `sys.stderr`.
+    """Discards output to stderr.
+
+    The converter prints what it cannot translate, which is the whole network with its weights. It
+    prints from C++, past Python's `sys.stderr`.
     """
     sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    os.close(devnull)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _interpreter(content: bytes) -> Any:
-    """The runtime that TensorFlow still brings, or else LiteRT's, where it has moved."""
+    """Returns an interpreter: TensorFlow's if it still has one, otherwise LiteRT's."""
     lite = _tensorflow().lite
     if not hasattr(lite, "Interpreter"):
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise UserError(
-                "This TensorFlow runs no TFLite files any more: pip install ai-edge-litert."
+                "This TensorFlow no longer runs TFLite files: pip install ai-edge-litert."
             ) from error
         return Interpreter(model_content=content)
     with warnings.catch_warnings():

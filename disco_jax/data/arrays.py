@@ -1,6 +1,6 @@
-"""Images held in memory: arrays and .npz files, without TensorFlow.
+"""In-memory images from arrays and .npz files, without TensorFlow.
 
-Every host holds the whole data set and reads its own share of each epoch's shuffle.
+Every host holds the whole data set and reads its own share of the shuffle of each epoch.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import UserError, unknown
 
 _THREADS = min(8, os.cpu_count() or 1)
-# Below this many pixels an image is handled faster than it is handed to another thread.
-_SMALL = 96 * 96
+# Below this number of pixels, cropping an image costs less than passing it to another thread.
+_MIN_THREADED_PIXELS = 96 * 96
 
 Images = np.ndarray | Sequence[np.ndarray]
 
@@ -40,20 +40,24 @@ class ArraySource:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Holds the arrays; nothing is copied.
+        """Wraps the arrays without copying them.
 
         Args:
           splits: split -> (images, labels). Images are u8[N, H, W], u8[N, H, W, 1 or 3] or a
-            list of u8[H, W] and u8[H, W, 3]; labels are whole numbers [N] or [N, 1] with -1 for
-            unknown, or None.
-          name: of the data set, for messages.
-          num_classes: by default the largest label + 1, None where no image has a label.
-          unreadable: names of what was left out.
-          process_index: of this host.
-          process_count: hosts that share the records.
+            list of u8[H, W] and u8[H, W, 3]. Labels are int[N] or int[N, 1] with -1 for
+            unlabelled images, or None.
+          name: name of the data set for messages.
+          num_classes: number of classes; by default the largest label + 1, or None if no image
+            has a label.
+          unreadable: names of records that were left out because they are unreadable.
+          process_index: index of this host.
+          process_count: number of hosts that share the records.
+
+        Raises:
+          UserError: there is no split, or its images or labels have a wrong type or shape.
         """
         if not splits:
-            raise UserError(f"{name} holds no split.")
+            raise UserError(f"{name} has no split.")
         self.name = name
         self.unreadable = UnreadableNames(unreadable)
         self.skipped = Skipped()
@@ -65,17 +69,17 @@ class ArraySource:
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike, **kwargs) -> "ArraySource":
-        """Reads `train_images`, `train_labels`, `test_images`, ... of an .npz file.
+        """Loads `train_images`, `train_labels`, `test_images`, ... from an .npz file.
 
-        Arrays with other names are not used; `skipped` names them.
+        Arrays with other names are ignored and listed in `skipped`.
 
         Args:
-          path: of the file; the labels of a split may be missing.
-          **kwargs: of the constructor.
+          path: path of the file; the labels of a split may be missing.
+          **kwargs: arguments of the constructor.
 
         Raises:
-          UserError: no such file, none of its arrays are images, or they or their labels will not
-            do.
+          UserError: the file does not exist or has no image array, or its images or labels have
+            a wrong type or shape.
         """
         path = pathlib.Path(path)
         if not path.is_file():
@@ -85,24 +89,24 @@ class ArraySource:
                 arrays = {key: stored[key] for key in stored.files}
         except Exception as error:
             raise UserError(f"{path} cannot be read as an .npz file: {error}") from error
-        names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
-        if not names:
+        splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
+        if not splits:
             raise UserError(
                 f"{path} has no array named like train_images; it has: {', '.join(arrays) or '-'}."
             )
-        splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
-        source = cls(splits, **{"name": path.stem, **kwargs})
-        for key in arrays.keys() - {f"{n}_{kind}" for n in names for kind in ("images", "labels")}:
+        pairs = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in splits}
+        source = cls(pairs, **{"name": path.stem, **kwargs})
+        for key in arrays.keys() - {f"{n}_{kind}" for n in splits for kind in ("images", "labels")}:
             source.skipped.add("named neither SPLIT_images nor SPLIT_labels", key)
         return source
 
     @property
     def splits(self) -> list[str]:
-        """The names of the splits."""
+        """Names of the splits."""
         return list(self._splits)
 
     def count(self, split: str) -> int:
-        """The number of records of a split, all hosts together."""
+        """Returns the number of records of a split over all hosts."""
         return len(self._split(split)[0])
 
     def fingerprint(self, split: str) -> dict[str, Any]:
@@ -117,17 +121,17 @@ class ArraySource:
             ),
         }
 
-    def pictures(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(place in the split, image, label or -1) of every record, in the stored order."""
-        return self.chosen(split, range(self.count(split)))
+    def iter_images(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yields (name, image, label or -1) of every record in the stored order."""
+        return self.take(split, range(self.count(split)))
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, int]]:
-        """The same of some records, in any order; see `base.Source`."""
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yields selected records like `iter_images`, in the order of `rows`."""
         images, labels = self._split(split)
         return ((f"record {row}", images[row], int(labels[row])) for row in rows)
 
     def part(self, split: str, count: int, seed: int) -> str:
-        """The split itself: its labels are in memory."""
+        """Returns `split`, whose labels are in memory."""
         return split
 
     def train(
@@ -139,7 +143,7 @@ class ArraySource:
         start: base.Position,
         max_unreadable: int,
     ) -> base.Batches:
-        """Random resized crops of shuffled images, without end; see `base.Source`."""
+        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
         check_crops(views)
         base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
         images, labels = self._split(split)
@@ -149,18 +153,20 @@ class ArraySource:
 
     def _train(self, images, labels, share, views, batch_size, seed, start):
         offset = start.offset
-        with _mapper(images, max(crop.size for crop in views.values())) as run:
+        with _map_function(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
                 order = base.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
                 for begin in range(offset, share - batch_size + 1, batch_size):
                     rows = order[begin : begin + batch_size]
-                    chosen = [images[i] for i in rows]
-                    made = {
-                        view: crop_all(chosen, crop, (seed, epoch, self._host, view, begin), run)
+                    batch_images = [images[i] for i in rows]
+                    crops = {
+                        view: crop_all(
+                            batch_images, crop, (seed, epoch, self._host, view, begin), run
+                        )
                         for view, crop in views.items()
                     }
                     after = base.next_position(epoch, begin + batch_size, share, batch_size)
-                    yield base.HostBatch(made, {}, after, labels[rows], rows)
+                    yield base.HostBatch(crops, {}, after, labels[rows], rows)
                 offset = 0
 
     def evaluate(
@@ -172,7 +178,7 @@ class ArraySource:
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The middle of every image once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `base.Source`."""
         base.check_evaluation(size, resize)
         images, labels = self._split(split)
         return self._evaluate(images, labels, size, resize, interpolation, batch_size, limit)
@@ -183,16 +189,16 @@ class ArraySource:
         last = first + base.share_of_limit(limit, share, self._host, self._hosts)
         batches = base.evaluation_batches(len(images), limit, batch_size, self._hosts)
 
-        def one(index):
+        def crop_row(index):
             return evaluated(images[index], size, resize, interpolation)
 
-        with _mapper(images, max(size, resize)) as run:
+        with _map_function(images, max(size, resize)) as run:
             for begin in range(first, first + batches * batch_size, batch_size):
                 end = max(begin, min(begin + batch_size, last))
                 out = np.zeros((end - begin, size, size, 3), np.uint8)
-                pictures = run(one, range(begin, end))
-                for row, picture in enumerate(pictures):
-                    out[row] = picture
+                cropped = run(crop_row, range(begin, end))
+                for row, image in enumerate(cropped):
+                    out[row] = image
                 yield base.padded(out, labels[begin:end], batch_size)
 
     def _split(self, split):
@@ -201,34 +207,40 @@ class ArraySource:
         return self._splits[split]
 
 
-def crop_all(images, crop, where, run):
-    """One view of a batch, u8[b, S, S, 3].
+def crop_all(images, crop, seeds, run):
+    """Crops one view of a batch of images.
 
     Args:
-      images: b of u8[H, W] or u8[H, W, 3].
-      crop: with the fields of `views.Crop`.
-      where: (seed, epoch, host, view, position of the first image), what the boxes follow.
-      run: a `map`, e.g. of threads.
+      images: b arrays u8[H, W] or u8[H, W, 3].
+      crop: an object with the fields of `views.Crop`.
+      seeds: (seed, epoch, host, view, position of the first image), which determine the boxes.
+      run: the builtin `map` or the `map` of a thread pool.
+
+    Returns:
+      u8[b, S, S, 3].
     """
     heights, widths = np.array([image.shape[:2] for image in images]).T
-    draws = uniforms(*where, len(images))
-    places = boxes(draws, heights, widths, crop.scale, crop.ratio)
+    draws = uniforms(*seeds, len(images))
+    crop_boxes = boxes(draws, heights, widths, crop.scale, crop.ratio)
     out = np.empty((len(images), crop.size, crop.size, 3), np.uint8)
 
-    def one(row):
-        top, left, height, width = places[row]
-        cut = images[row][top : top + height, left : left + width]
+    def crop_row(row):
+        top_edge, left_edge, height, width = crop_boxes[row]
+        cut = images[row][top_edge : top_edge + height, left_edge : left_edge + width]
         out[row] = resize(cut, crop.size, crop.size, crop.interpolation, crop.antialias)
 
-    for _ in run(one, range(len(images))):
+    for _ in run(crop_row, range(len(images))):
         pass
     return out
 
 
 @contextlib.contextmanager
-def _mapper(images, size):
-    """A map over rows: threaded where an image or a crop is large enough for that to pay."""
-    if size * size < _SMALL and max(image.shape[0] * image.shape[1] for image in images) < _SMALL:
+def _map_function(images, size):
+    """Yields a map over rows, threaded if the images or crops are large enough to benefit."""
+    if (
+        size * size < _MIN_THREADED_PIXELS
+        and max(image.shape[0] * image.shape[1] for image in images) < _MIN_THREADED_PIXELS
+    ):
         yield map
         return
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -236,42 +248,44 @@ def _mapper(images, size):
 
 
 def _checked(name, split, images, labels):
-    """A split as (images, i32[N] labels)."""
-    what = f"The split {split!r} of {name}"
+    """Validates a split and returns (images, i32[N] labels)."""
+    description = f"The split {split!r} of {name}"
     if isinstance(images, np.ndarray) and images.ndim == 0:
-        raise UserError(f"{what} is one number, not an array of images.")
+        raise UserError(f"{description} is a single number, not an array of images.")
     if len(images) == 0:
-        raise UserError(f"{what} holds no images.")
+        raise UserError(f"{description} has no images.")
     if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     for image in [images[0]] if isinstance(images, np.ndarray) else images:
         grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 3)
         if image.dtype != np.uint8 or not grey_or_rgb:
             raise UserError(
-                f"{what} holds an image of type {image.dtype} and shape {image.shape}; images are "
-                "uint8, [H, W] or [H, W, 3], with values from 0 to 255."
+                f"{description} has an image of type {image.dtype} and shape {image.shape}; images "
+                "must be uint8 of shape [H, W] or [H, W, 3], with values from 0 to 255."
             )
         if 0 in image.shape:
-            raise UserError(f"{what} holds an image of shape {image.shape}, which has no pixels.")
-    return images, _labels(what, len(images), labels)
+            raise UserError(
+                f"{description} has an image of shape {image.shape}, which has no pixels."
+            )
+    return images, _labels(description, len(images), labels)
 
 
-def _labels(what: str, count: int, labels: Any) -> np.ndarray:
-    """i32[count]; -1 everywhere without labels."""
+def _labels(description: str, count: int, labels: Any) -> np.ndarray:
+    """Validates labels and returns i32[count], all -1 if `labels` is None."""
     if labels is None:
         return np.full(count, -1, np.int32)
     labels = np.asarray(labels)
-    if labels.shape == (count, 1):  # as MedMNIST has them
+    if labels.shape == (count, 1):  # the layout of MedMNIST
         labels = labels[:, 0]
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"{what} has {count} images, but labels of type {labels.dtype} and shape "
-            f"{labels.shape}; labels are whole numbers, one an image."
+            f"{description} has {count} images, but labels of type {labels.dtype} and shape "
+            f"{labels.shape}; labels must be integers, one per image."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= base.MAX_CLASSES:
         raise UserError(
-            f"{what} has the label {low if low < -1 else high}; labels go from 0 to "
-            f"{base.MAX_CLASSES - 1}, and -1 is for an image without one."
+            f"{description} has the label {low if low < -1 else high}; labels must lie in 0 to "
+            f"{base.MAX_CLASSES - 1}, or be -1 for unlabelled images."
         )
     return labels.astype(np.int32)

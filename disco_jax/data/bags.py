@@ -1,4 +1,4 @@
-"""Bags: images that a teacher finds alike, and batches that show two members of a bag."""
+"""Bags of images with similar teacher features, and batches that pair two members of a bag."""
 
 import dataclasses
 import itertools
@@ -21,11 +21,13 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 @dataclasses.dataclass(frozen=True)
 class Bags:
-    """Which records of a split belong together, in its stored order.
+    """Groups of related records of a split; indices refer to its stored order.
+
+    Exactly one of the two attributes is set.
 
     Attributes:
-      neighbours: i32[N, k], the records nearest to each, itself not among them; None for clusters.
-      clusters: i32[N], the cluster of each; None for neighbours.
+      neighbours: i32[N, k], the nearest neighbours of each record, excluding itself.
+      clusters: i32[N], the cluster of each record.
     """
 
     neighbours: np.ndarray | None = None
@@ -36,22 +38,22 @@ class Bags:
 
     @classmethod
     def load(cls, path: str) -> "Bags":
-        """What `save` wrote.
+        """Loads a file written by `save`.
 
         Raises:
-          UserError: there is no such file, or it holds something else.
+          UserError: the file does not exist or does not hold bags.
         """
         file = epath.Path(path)
         if not file.is_file():
             raise UserError(
-                f"config.bags.file={path!r} does not exist; `disco-jax bags` makes such a file."
+                f"config.bags.file={path!r} does not exist; create it with `disco-jax bags`."
             )
         try:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-                found = {name: stored[name] for name in stored.files}
-            return cls(found.get("neighbours"), found.get("clusters"))
+                arrays = {name: stored[name] for name in stored.files}
+            return cls(arrays.get("neighbours"), arrays.get("clusters"))
         except Exception as error:
-            raise UserError(f"config.bags.file={path!r} holds no bags: {error}") from error
+            raise UserError(f"config.bags.file={path!r} does not hold bags: {error}") from error
 
     def save(self, file: Any) -> None:
         """Writes an .npz to an open binary file."""
@@ -62,47 +64,53 @@ class Bags:
         return len(self._labels if self.neighbours is None else self.neighbours)
 
     def members(self, records: np.ndarray, chance: np.ndarray) -> np.ndarray:
-        """Another record of the bag of each, drawn evenly.
+        """Draws another record from the bag of each record, uniformly.
 
         Args:
           records: i64[n].
-          chance: f64[n] in [0, 1).
+          chance: f64[n] in [0, 1), one uniform draw per record.
 
         Returns:
-          i64[n]; a record that is alone in its cluster stands for itself.
+          i64[n]. A record that is alone in its cluster is returned itself.
         """
         if self.neighbours is not None:
             columns = (chance * self.neighbours.shape[1]).astype(np.int64)
             return self.neighbours[records, columns].astype(np.int64)
         order, first, sizes = self._by_cluster()
-        own = self._labels[records]
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        others = np.maximum(sizes[own] - 1, 1)
-        step = np.where(sizes[own] > 1, 1 + (chance * others).astype(np.int64), 0)
-        return order[first[own] + (place[records] - first[own] + step) % np.maximum(sizes[own], 1)]
+        clusters = self._labels[records]
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        num_others = np.maximum(sizes[clusters] - 1, 1)
+        step = np.where(sizes[clusters] > 1, 1 + (chance * num_others).astype(np.int64), 0)
+        return order[
+            first[clusters]
+            + (rank[records] - first[clusters] + step) % np.maximum(sizes[clusters], 1)
+        ]
 
     def sampled(self, generator: np.random.Generator) -> np.ndarray:
-        """i64[N]: N records, each of a cluster drawn evenly among those that are not empty."""
+        """Returns i64[N], records drawn uniformly from clusters drawn uniformly.
+
+        Empty clusters are never drawn.
+        """
         order, first, sizes = self._by_cluster()
         clusters = generator.choice(np.flatnonzero(sizes), len(order))
         inside = (generator.random(len(order)) * sizes[clusters]).astype(np.int64)
         return order[first[clusters] + inside]
 
     def _by_cluster(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Records sorted by cluster; where each cluster starts there; its size."""
+        """Returns the records sorted by cluster, the start of each cluster there, and its size."""
         sizes = np.bincount(self._labels)
         return np.argsort(self._labels, kind="stable"), np.cumsum(sizes) - sizes, sizes
 
     @property
     def _labels(self) -> np.ndarray:
-        """`clusters`, where bags are clusters."""
+        """The clusters; fails if the bags are neighbours."""
         assert self.clusters is not None
         return self.clusters
 
 
 class _Row(NamedTuple):
-    """What a batch shows of one record: its picture and one of its bag, u8[H, W] or u8[H, W, 3]."""
+    """A record and another member of its bag; images are u8[H, W] or u8[H, W, 3]."""
 
     record: int
     image: np.ndarray
@@ -111,11 +119,11 @@ class _Row(NamedTuple):
 
 
 class BagSource:
-    """A `base.Source` whose training batches also show another member of each image's bag.
+    """A `base.Source` whose training batches also contain another member of each image's bag.
 
-    All but `train` is the wrapped source's. The pictures of a batch are read as it is made,
-    through `Source.chosen`, and none is kept: a data set of any size will do that can be read
-    out of order.
+    Everything except `train` is delegated to the wrapped source. The images of a batch are read
+    when the batch is built, through `Source.take`, and are not cached, so any size of data set
+    works if the source supports random access.
     """
 
     def __init__(
@@ -131,21 +139,22 @@ class BagSource:
         """Wraps `source`.
 
         Args:
-          source: where the images are from.
-          bags: of its training split.
-          members: views that show the other member; the rest show the image itself.
-          sampling: "images": each once an epoch; "clusters": see `Bags.sampled`.
-          process_index, process_count: of this host.
+          source: source of the images.
+          bags: bags of its training split.
+          members: views that show the other member; the remaining views show the image itself.
+          sampling: "images" reads each image once an epoch; "clusters": see `Bags.sampled`.
+          process_index: index of this host.
+          process_count: number of hosts.
 
         Raises:
-          UserError: sampling by clusters of bags that have none, or unknown.
+          UserError: `sampling` is unknown, or it is "clusters" and the bags have none.
         """
         if sampling not in SAMPLING:
             raise unknown("config.bags.sampling", sampling, SAMPLING)
         if sampling == "clusters" and bags.clusters is None:
             raise UserError(
-                "config.bags.sampling='clusters', but config.bags.file holds neighbours: make it "
-                "with `disco-jax bags --config.kind=kmeans`."
+                "config.bags.sampling='clusters', but config.bags.file holds neighbours: create "
+                "the file with `disco-jax bags --config.kind=kmeans`."
             )
         self._source, self._bags, self._members = source, bags, frozenset(members)
         self._sampling, self._host, self._hosts = sampling, process_index, process_count
@@ -154,18 +163,19 @@ class BagSource:
         return getattr(self._source, name)
 
     def check(self, split: str) -> None:
-        """Refuses a split whose records the bags do not name, or that cannot be picked out.
+        """Checks that the bags fit the split.
 
         Raises:
-          UserError: the bags are of another number of records, or see `base.Source.chosen`.
+          UserError: the bags have another number of records than the split, or the source does
+            not support random access (see `base.Source.take`).
         """
         count = self._source.count(split)
         if count != len(self._bags):
             raise UserError(
                 f"config.bags.file holds bags of {len(self._bags)} images, but split {split!r} of "
-                f"{self._source.name} has {count}: make them again with `disco-jax bags`."
+                f"{self._source.name} has {count}: recreate them with `disco-jax bags`."
             )
-        self._source.chosen(split, ())
+        self._source.take(split, ())
 
     def train(
         self,
@@ -176,10 +186,12 @@ class BagSource:
         start: base.Position,
         max_unreadable: int,
     ) -> base.Batches:
-        """Random resized crops; see `base.Source`. `aux` has "cluster", i32[b], if there are any.
+        """Yields batches of random resized crops; see `base.Source`.
+
+        If the bags are clusters, `aux` has "cluster", i32[b].
 
         Raises:
-          UserError: also for what `check` refuses.
+          UserError: see `base.Source.train` and `check`.
         """
         check_crops(views)
         self.check(split)
@@ -194,7 +206,7 @@ class BagSource:
                 anchors, others = self._order(seed, epoch)
                 any_batch = offset > 0
                 while share - offset >= batch_size:
-                    where, begin = (seed, epoch, self._host), offset
+                    seeds, begin = (seed, epoch, self._host), offset
                     rows, offset = self._readable(
                         pool, split, anchors, others, offset, share, batch_size, limit
                     )
@@ -204,14 +216,14 @@ class BagSource:
                     after = base.next_position(epoch, offset, share, batch_size)
                     labels = np.array([row.label for row in rows], np.int32)
                     records = np.array([row.record for row in rows], np.int64)
-                    made = self._batch(pool, views, rows, where, begin)
-                    yield base.HostBatch(*made, after, labels, records)
-                if not any_batch:  # too much is unreadable to fill one batch
+                    views_and_aux = self._batch(pool, views, rows, seeds, begin)
+                    yield base.HostBatch(*views_and_aux, after, labels, records)
+                if not any_batch:  # too few readable records to fill a batch
                     base.check_batch_size(self._source.name, split, 0, batch_size)
                 offset = 0
 
     def _order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """This host's records of an epoch, and another member of each one's bag."""
+        """Returns this host's records of an epoch and another member of the bag of each."""
         generator = np.random.default_rng(base.seed_words(seed, epoch))
         if self._sampling == "clusters":
             anchors = self._bags.sampled(generator)
@@ -221,41 +233,44 @@ class BagSource:
         return anchors[self._host :: self._hosts], others[self._host :: self._hosts]
 
     def _readable(self, pool, split, anchors, others, offset, share, batch_size, limit):
-        """The next batch and the offset after it; of a pair both must be readable."""
+        """Returns the next batch of readable pairs and the offset after it.
+
+        A pair is skipped if either of its images is unreadable.
+        """
         rows = []
         while len(rows) < batch_size and offset < share:
             end = min(offset + batch_size - len(rows), share)
-            wanted = np.stack([anchors[offset:end], others[offset:end]], axis=1)
+            pairs = np.stack([anchors[offset:end], others[offset:end]], axis=1)
             if not self._members:
-                wanted = wanted[:, :1]
-            stored = self._source.chosen(split, wanted.ravel().tolist())
+                pairs = pairs[:, :1]
+            stored = self._source.take(split, pairs.ravel().tolist())
             read = list(pool.map(_decoded, stored))
             bad = [name for name, image, _ in read if image is None]
             base.report_unreadable(self._source.name, self._source.unreadable, bad, limit)
-            pairs = zip(*[iter(read)] * wanted.shape[1], strict=True)
-            for record, pair in zip(wanted[:, 0], pairs, strict=True):
+            read_pairs = zip(*[iter(read)] * pairs.shape[1], strict=True)
+            for record, pair in zip(pairs[:, 0], read_pairs, strict=True):
                 if all(image is not None for _, image, _ in pair):
                     rows.append(_Row(record, pair[0][1], pair[-1][1], pair[0][2]))
             offset = end
         return rows, offset
 
-    def _batch(self, pool, views, rows, where, begin):
-        """The crops of every view, and the clusters of the images."""
+    def _batch(self, pool, views, rows, seeds, begin):
+        """Returns the crops of every view, and the auxiliary inputs (clusters, if any)."""
         records, images, others, _ = zip(*rows, strict=True)
-        made = {
+        crops = {
             view: crop_all(
-                others if view in self._members else images, crop, (*where, view, begin), pool.map
+                others if view in self._members else images, crop, (*seeds, view, begin), pool.map
             )
             for view, crop in views.items()
         }
         aux = {}
         if self._bags.clusters is not None:
             aux["cluster"] = self._bags.clusters[np.array(records)].astype(np.int32)
-        return made, aux
+        return crops, aux
 
 
 def _decoded(stored: tuple[str, Any, int]) -> tuple[str, np.ndarray | None, int]:
-    """A record with its picture as u8[H, W] or u8[H, W, 3]; None if it cannot be decoded."""
+    """Decodes the image of a record to u8[H, W] or u8[H, W, 3], or None if it is unreadable."""
     name, image, label = stored
     if isinstance(image, np.ndarray):
         grey = image.ndim == 3 and image.shape[-1] == 1

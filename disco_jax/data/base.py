@@ -1,8 +1,8 @@
-"""The contract of a data source: positions, host batches, and who reads which records.
+"""The data source contract: positions, host batches, and the sharding of records across hosts.
 
 An epoch is a fresh shuffle of this host's share of a split and a pure function of (seed, epoch,
-host). Batches never span epochs and an epoch's remainder is dropped, so a `Position` is all that
-a run has to save in order to read on as if it had never stopped.
+host). Batches never span epochs and the remainder of an epoch is dropped, so saving a `Position`
+is enough to resume a run exactly.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from disco_jax.data.skips import Skipped, UnreadableNames, printable
 from disco_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-_NAMES_SHOWN = 10  # of the unreadable records, in an error
-MAX_CLASSES = 2**24  # labels from there on are taken for a mistake
+_NAMES_SHOWN = 10  # unreadable records or classes listed in a message
+MAX_CLASSES = 2**24  # larger labels are rejected as mistakes
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far into the shuffled order of an epoch this host has read.
+    """A position in the shuffled order of an epoch on this host.
 
     Attributes:
-      epoch: counts from 0.
-      offset: records of this host's shuffled order that are used up, unreadable ones included.
+      epoch: index of the epoch, from 0.
+      offset: number of records of the shuffled order already consumed, including unreadable ones.
     """
 
     epoch: int
@@ -37,19 +37,19 @@ class Position:
 
     @classmethod
     def start(cls) -> "Position":
-        """The first record of the first epoch."""
+        """Returns the position of the first record of the first epoch."""
         return cls(0, 0)
 
 
 class HostBatch(NamedTuple):
-    """What a host reads for one step.
+    """The data one host reads for one training step.
 
     Attributes:
-      views: view -> u8[b, S, S, 3], its crop of each image.
-      aux: name -> array[b, ...] or a tree of them, what else a method reads; {} where nothing is.
-      position: where the next batch starts.
-      labels: i32[b], -1 where there is none; for probes alone, no method reads them.
-      rows: i64[b], the place of each image in the stored order of its split, of all hosts.
+      views: view -> u8[b, S, S, 3], the crop of each image for that view.
+      aux: name -> array[b, ...] or a tree of arrays, additional inputs of a method; {} if none.
+      position: start of the next batch.
+      labels: i32[b], -1 for unlabelled images. Only probes read them, no method does.
+      rows: i64[b], index of each image in the stored order of its split, across all hosts.
     """
 
     views: dict[int, np.ndarray]
@@ -59,19 +59,19 @@ class HostBatch(NamedTuple):
     rows: np.ndarray
 
 
-# Without end; whoever reads no further closes them.
+# An infinite generator; the consumer must close it.
 Batches = Generator[HostBatch, None, None]
 
 
 class Source(Protocol):
-    """Where images come from; arrays, folders and TFDS have one each.
+    """A data set of images; arrays, folders and TFDS each have an implementation.
 
     Attributes:
-      name: of the data set.
-      num_classes: how many labels there are; None where nothing is labelled.
-      class_names: of the labels, in their order; () where they are numbers alone.
-      skipped: what lies in the place of the data set and is not used.
-      unreadable: the names of the records skipped so far because they could not be decoded.
+      name: name of the data set.
+      num_classes: number of classes; None if no image has a label.
+      class_names: names of the classes in label order; () if the labels are plain numbers.
+      skipped: files found at the location of the data set that are not used.
+      unreadable: names of the records skipped so far because they could not be decoded.
     """
 
     name: str
@@ -82,45 +82,46 @@ class Source(Protocol):
 
     @property
     def splits(self) -> list[str]:
-        """The names of the splits."""
+        """Names of the splits."""
 
     def count(self, split: str) -> int:
-        """The number of records of a split, all hosts together."""
+        """Returns the number of records of a split over all hosts."""
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns what tells the images of a split from others, at little cost.
+        """Returns a cheap fingerprint that identifies the images of a split.
 
-        The same wherever the data set lies. Of files it is their number and a checksum over their
-        names and sizes, of arrays one over the values, of TFDS the version and the lengths of the
-        shards. Keys are words for a message, values are numbers and texts.
+        It does not depend on the location of the data set. For files it holds their number and a
+        checksum of their names and sizes, for arrays a checksum of the values, and for TFDS the
+        version and the shard lengths. Keys are descriptions for messages; values are numbers and
+        strings.
         """
 
-    def pictures(self, split: str) -> Iterator[tuple[str, Any, int]]:
-        """Every record of a split as it is kept, in the stored order, whatever the host.
+    def iter_images(self, split: str) -> Iterator[tuple[str, Any, int]]:
+        """Yields every record of a split as stored, in the stored order, on every host.
 
-        Yields its name, then the image (a path, encoded bytes, or u8[H, W] or u8[H, W, 3]), then
-        its label, -1 where there is none.
+        Each item is (name, image, label). The image is a path, encoded bytes, u8[H, W] or
+        u8[H, W, 3]; the label is -1 for unlabelled images.
         """
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
-        """Some records of a split, as `pictures` yields them, in the order of `rows`.
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
+        """Yields selected records of a split like `iter_images`, in the order of `rows`.
 
         Args:
-          split: e.g. "train".
-          rows: places in the stored order, in any order, repeated or not.
+          split: name of the split, e.g. "train".
+          rows: indices in the stored order, in any order, possibly repeated.
 
         Raises:
-          UserError: at once, before a record is read or `rows` is looked at, where the split
-            cannot be read out of order.
+          UserError: the split does not support random access. Raised immediately, before a record
+            is read or `rows` is inspected.
         """
 
     def part(self, split: str, count: int, seed: int) -> str:
-        """A split to draw a sample from: this one, or a part of it where all is too much to read.
+        """Returns the split to sample from: `split`, or a slice of it if it is too large to read.
 
         Args:
-          split: e.g. "test".
-          count: records that the part has at least, if the split has so many.
-          seed: of the place of the part.
+          split: name of the split, e.g. "test".
+          count: minimum number of records of the slice, if the split has that many.
+          seed: seed for the position of the slice.
         """
 
     def train(
@@ -132,18 +133,20 @@ class Source(Protocol):
         start: Position,
         max_unreadable: int,
     ) -> Batches:
-        """Random resized crops of shuffled images, epoch after epoch, without end.
+        """Yields batches of random resized crops of shuffled images, indefinitely.
 
         Args:
-          split: e.g. "train".
+          split: name of the split, e.g. "train".
           views: view -> its crop, an object with the fields of `views.Crop`.
-          batch_size: of this host.
-          seed: of the order and of the crops.
-          start: where to begin; any saved position gives what an unbroken iteration gives.
-          max_unreadable: how many records may be skipped before it is an error.
+          batch_size: batch size of this host.
+          seed: seed for the order and the crops.
+          start: position to start at. Resuming from a saved position yields the same batches as
+            an uninterrupted iteration.
+          max_unreadable: number of unreadable records to skip before raising an error.
 
         Raises:
-          UserError: when the split is missing or smaller than a batch, or too much is unreadable.
+          UserError: the split is missing or smaller than a batch, or too many records are
+            unreadable.
         """
 
     def evaluate(
@@ -155,59 +158,61 @@ class Source(Protocol):
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The middle of every image of this host's share, once, in the stored order.
+        """Yields the center crop of every image of this host's share once, in the stored order.
 
         Every host yields the same number of batches, so that collectives in the loop match.
 
         Args:
-          split: e.g. "test".
-          size: S, the side of the square that is cut out.
-          resize: the shorter side before the cut, >= size; 0 squeezes the whole image to SxS.
+          split: name of the split, e.g. "test".
+          size: S, the side of the square crop in pixels.
+          resize: length of the shorter side before cropping, >= size; 0 resizes the whole image
+            to SxS and ignores its aspect ratio.
           interpolation: "bilinear" or "bicubic", antialiased.
-          batch_size: b, of this host.
-          limit: read no more than this many records over all hosts; 0 reads all.
+          batch_size: b, the batch size of this host.
+          limit: maximum number of records to read over all hosts; 0 reads all.
 
         Returns:
-          Batches of {"image": u8[b, S, S, 3], "label": i32[b], -1 where there is none,
-          "mask": bool[b], False for the rows that fill up the last batch}.
+          Batches of {"image": u8[b, S, S, 3], "label": i32[b], "mask": bool[b]}. The label is -1
+          for unlabelled images; the mask is False for the padding of the last batch.
         """
 
 
-def checksum(parts: Iterable[bytes | memoryview]) -> int:
-    """Returns the CRC-32 over bytes that come in parts."""
-    return functools.reduce(lambda value, part: zlib.crc32(part, value), parts, 0)
+def checksum(blocks: Iterable[bytes | memoryview]) -> int:
+    """Returns the CRC-32 of the concatenation of blocks of bytes."""
+    return functools.reduce(lambda value, block: zlib.crc32(block, value), blocks, 0)
 
 
 def next_position(epoch: int, offset: int, share: int, batch_size: int) -> Position:
-    """The position after a batch that ends at `offset`; skips a remainder too small for one more.
+    """Returns the position after a batch; skips a remainder of the epoch smaller than a batch.
 
     Args:
-      epoch: of the batch.
-      offset: of the record after its last one.
-      share: how many records an epoch of this host has.
-      batch_size: of this host.
+      epoch: epoch of the batch.
+      offset: offset of the record after the last one of the batch.
+      share: number of records this host reads in an epoch.
+      batch_size: batch size of this host.
     """
     return Position(epoch + 1, 0) if share - offset < batch_size else Position(epoch, offset)
 
 
 def seed_words(*numbers: int, words: int = 2) -> np.ndarray:
-    """u64[words], well mixed from any whole numbers; the same on every platform."""
+    """Hashes integers to seed words u64[words]; the result is the same on every platform."""
     entropy = [int(number) % 2**64 for number in numbers]
     return np.random.SeedSequence(entropy).generate_state(words, np.uint64)
 
 
 def shuffled_share(count: int, seed: int, epoch: int, host: int, hosts: int) -> np.ndarray:
-    """i64[count // hosts]: what a host reads of `count` records in an epoch, and in which order.
+    """Returns i64[count // hosts], the records one host reads in an epoch, in reading order.
 
-    All hosts draw one permutation and each takes its own places of it, so that no record is read
-    twice in an epoch; up to hosts - 1 records, others in each epoch, are left out.
+    All hosts draw the same permutation of `count` records and each takes every hosts-th entry, so
+    that no record is read twice in an epoch. Up to hosts - 1 records are dropped, different ones
+    in each epoch.
     """
     order = np.random.default_rng(seed_words(seed, epoch)).permutation(count)
     return order[host::hosts][: count // hosts]
 
 
 def check_batch_size(name: str, split: str, share: int, batch_size: int) -> None:
-    """Raises UserError unless a host's share of a split holds one batch at least."""
+    """Raises UserError unless a host's share of a split holds at least one batch."""
     if not 0 < batch_size <= share:
         raise UserError(
             f"config.batch_size gives this host {batch_size} images a step, but its share of the "
@@ -216,7 +221,7 @@ def check_batch_size(name: str, split: str, share: int, batch_size: int) -> None
 
 
 def check_evaluation(size: int, resize: int) -> None:
-    """Raises UserError when the square to cut out does not fit into the resized image."""
+    """Raises UserError if the center crop does not fit into the resized image."""
     if resize and resize < size:
         raise UserError(
             f"resize={resize} is smaller than the crop of {size} px cut from it: choose "
@@ -225,10 +230,10 @@ def check_evaluation(size: int, resize: int) -> None:
 
 
 def share_of_limit(limit: int, share: int, index: int, hosts: int) -> int:
-    """How many records host `index` evaluates, so that all hosts together read at most `limit`.
+    """Returns the number of records host `index` evaluates under a limit over all hosts.
 
-    They read exactly that many but where `limit` falls a few short of all there are: the share of
-    a host is then the smaller.
+    The counts of all hosts sum to `limit`, or to a little less if `limit` is close to the size of
+    the split, because a host never evaluates more than its share.
     """
     if not limit:
         return share
@@ -236,18 +241,18 @@ def share_of_limit(limit: int, share: int, index: int, hosts: int) -> int:
 
 
 def evaluation_batches(count: int, limit: int, batch_size: int, hosts: int) -> int:
-    """How many batches each host yields: enough for the largest share, the same everywhere."""
+    """Returns the number of batches every host yields, enough for the largest share."""
     records = min(count, limit) if limit else count
     return math.ceil(math.ceil(records / hosts) / batch_size)
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    """One batch of an evaluation, filled up with black images, label -1 and mask False.
+    """Pads an evaluation batch with black images, label -1 and mask False.
 
     Args:
       images: u8[n, S, S, 3], n <= batch_size.
-      labels: whole numbers [n].
-      batch_size: b.
+      labels: int[n].
+      batch_size: b, the size of the padded batch.
     """
     n = len(images)
     image = np.zeros((batch_size, *images.shape[1:]), np.uint8)
@@ -257,7 +262,7 @@ def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str,
 
 
 def contents(source: Source) -> list[str]:
-    """What a data set has, and what lies beside it and is not used, a line each."""
+    """Returns lines that describe a data set and the files at its location that are not used."""
     splits = ", ".join(f"{split} {source.count(split):,}" for split in source.splits)
     classes = "no labels"
     if source.num_classes:
@@ -272,39 +277,41 @@ def contents(source: Source) -> list[str]:
 
 
 def unreadable_limit(count: int, least: int, percent: float) -> int:
-    """How many records may be unreadable before it is an error.
+    """Returns the number of unreadable records that are tolerated.
 
     Args:
-      count: of the records that this host reads.
-      least: config.data.max_unreadable, allowed whatever the count.
-      percent: config.data.max_unreadable_percent, of the records.
+      count: number of records this host reads.
+      least: config.data.max_unreadable, tolerated for any count.
+      percent: config.data.max_unreadable_percent, percentage of `count`.
     """
     return max(least, math.floor(count * percent / 100))
 
 
-def report_unreadable(source: str, known: list[str], names: list[str], limit: int) -> None:
-    """Adds new names to `known`, each with one warning.
+def report_unreadable(source: str, reported: list[str], names: list[str], limit: int) -> None:
+    """Appends new names to `reported` and logs one warning for each.
 
     Args:
-      source: the name of the data set.
-      known: those reported before, of earlier starts too; changed in place.
-      names: what could not be decoded just now.
+      source: name of the data set.
+      reported: names reported before, including earlier starts of the run; changed in place.
+      names: names of the records that could not be decoded now.
       limit: see `unreadable_limit`.
 
     Raises:
-      UserError: when more than `limit` are known.
+      UserError: more than `limit` names have been reported.
     """
     for name in names:
-        if name not in known:
-            known.append(name)
+        if name not in reported:
+            reported.append(name)
             _LOG.warning("%s: skipped %s, which cannot be decoded.", source, name)
-    if len(known) > limit:
-        more = ", ..." if len(known) > _NAMES_SHOWN else ""
-        file = known.file if isinstance(known, UnreadableNames) else ""
-        kept = f" {file} keeps their names over restarts: remove it after a repair." if file else ""
+    if len(reported) > limit:
+        more = ", ..." if len(reported) > _NAMES_SHOWN else ""
+        file = reported.file if isinstance(reported, UnreadableNames) else ""
+        hint = (
+            f" {file} keeps their names across restarts: delete it after a repair." if file else ""
+        )
         raise UserError(
-            f"{len(known)} records of {source} cannot be decoded, more than {limit} (see "
+            f"{len(reported)} records of {source} cannot be decoded, more than {limit} (see "
             "config.data.max_unreadable and config.data.max_unreadable_percent): "
-            f"{', '.join(known[:_NAMES_SHOWN])}{more}. Repair or remove them, or raise one of the "
-            f"two settings.{kept}"
+            f"{', '.join(reported[:_NAMES_SHOWN])}{more}. Repair or remove them, or raise one of "
+            f"the two settings.{hint}"
         )

@@ -1,4 +1,4 @@
-"""Whether the images of a data set come out nearly black, as those of 12 bits in files of 16 do."""
+"""Detection of data sets that decode to nearly black images, e.g. 12-bit data in 16-bit files."""
 
 import itertools
 from collections.abc import Iterable
@@ -9,30 +9,35 @@ import numpy as np
 from disco_jax.data import base, decode
 from disco_jax.errors import UserError
 
-NEARLY_BLACK = 64  # of 255: where no image of a data set has a brighter value
-_LOOKED_AT = 16
+NEARLY_BLACK = 64  # of 255; warn if no image has a value this bright
+_NUM_SAMPLED = 16
 
 
-def brightest(source: base.Source, split: str, count: int = _LOOKED_AT) -> int | None:
-    """The highest value in some images of a split; None if none of them can be read.
+def brightest(source: base.Source, split: str, count: int = _NUM_SAMPLED) -> int | None:
+    """Returns the highest pixel value in a sample of a split, or None if all are unreadable.
 
     Args:
-      source: of the images.
-      split: e.g. "train".
-      count: images, spread over the stored order; the first ones where a source cannot pick.
+      source: source of the images.
+      split: name of the split, e.g. "train".
+      count: number of images, spread evenly over the stored order; the first ones if the source
+        does not support random access.
     """
     total = source.count(split)
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
     try:
-        records: Iterable[tuple[str, Any, int]] = source.chosen(split, rows)
+        records: Iterable[tuple[str, Any, int]] = source.take(split, rows)
     except UserError:
-        records = itertools.islice(source.pictures(split), count)
+        records = itertools.islice(source.iter_images(split), count)
     values = [value for _, image, _ in records if (value := brightest_of(image)) is not None]
     return max(values, default=None)
 
 
 def brightest_of(image: Any) -> int | None:
-    """The highest value of an image, as `Source.pictures` gives it; None if it is unreadable."""
+    """Returns the highest pixel value of an image, or None if it is unreadable.
+
+    Args:
+      image: image from `Source.iter_images`, as an array or encoded.
+    """
     try:
         return int((image if isinstance(image, np.ndarray) else decode.decode(image)).max())
     except decode.Unreadable:
@@ -40,7 +45,7 @@ def brightest_of(image: Any) -> int | None:
 
 
 def warning(name: str, value: int | None) -> str:
-    """What to tell of a data set whose brightest value is this; "" if nothing."""
+    """Returns the warning for a data set with this highest pixel value, or ""."""
     if value is None or value >= NEARLY_BLACK:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, written once as a TFDS data set; nothing is downloaded."""
+"""scikit-learn's handwritten digits as a TFDS data set, written once and without a download."""
 
 import os
 import pathlib
@@ -16,50 +16,52 @@ _INFO = "dataset_info.json"
 
 
 def write(data_dir: str) -> str:
-    """Writes the data set below `data_dir` unless it is there; returns its version folder.
+    """Writes the data set to `data_dir` unless it exists; returns its version folder.
 
-    Features: image u8[8, 8, 1] (PNG; the values 0..16 stretched to 0..255) and label (10 classes).
-    Splits: train and test, the same share of every class in both.
+    Features: image u8[8, 8, 1] (PNG, values 0..16 scaled to 0..255) and label (10 classes).
+    Splits: train and test, stratified by class.
 
     Raises:
-      UserError: without scikit-learn.
+      UserError: scikit-learn is not installed.
     """
     folder = pathlib.Path(data_dir) / NAME / VERSION
     if (folder / _INFO).exists():
         return str(folder)
     arrays = _load()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, so that a description in the right folder means a whole data set.
-    # Inside the temporary folder, which is private: its child gets the usual permissions.
+    # Written under another name first, so that dataset_info.json in the final folder implies a
+    # complete data set. `mkdtemp` makes a private folder; its subfolder has default permissions.
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished_", dir=folder.parent))
     try:
-        made = unfinished / VERSION
-        made.mkdir()
-        _write(str(made), arrays)
-        _move(made, folder)
+        version_folder = unfinished / VERSION
+        version_folder.mkdir()
+        _write(str(version_folder), arrays)
+        _move(version_folder, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return str(folder)
 
 
-def _move(made: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts a finished data set in its place, unless another process was faster."""
+def _move(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves a finished data set to `folder`, unless another process has finished first."""
     if folder.exists() and not (folder / _INFO).exists():
-        shutil.rmtree(folder)  # left behind half-written
+        shutil.rmtree(folder)  # incomplete, from an interrupted process
     try:
-        os.replace(made, folder)
+        os.replace(source, folder)
     except OSError:
         if not (folder / _INFO).exists():
             raise
 
 
 def _load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Split -> (u8[N, 8, 8], i64[N])."""
+    """Loads the digits as split -> (images u8[N, 8, 8], labels i64[N])."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise UserError('The digits need the extra: pip install "disco-jax[demo]".') from None
+        raise UserError(
+            'The digits need scikit-learn: run pip install "disco-jax[demo]".'
+        ) from None
     loaded = load_digits()
     images = np.rint(loaded.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(
@@ -69,7 +71,7 @@ def _load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _write(folder: str, arrays: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """TFRecords and the description that `tfds.builder_from_directory` reads."""
+    """Writes TFRecords and the metadata that `tfds.builder_from_directory` reads."""
     tf, tfds = tensorflow()
     features = tfds.features.FeaturesDict(
         {

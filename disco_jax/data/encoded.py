@@ -1,7 +1,7 @@
-"""What sources of encoded pictures share: crops and evaluations made by threads, in order.
+"""The base class of sources of encoded images: threaded decoding and cropping, in order.
 
-A subclass says which records a split has and in which order an epoch reads them; here they are
-decoded, cut and put into batches, and those that cannot be decoded are named and passed over.
+A subclass defines the records of a split and their order in an epoch. This class decodes them,
+crops them and builds batches; it reports and skips records that cannot be decoded.
 """
 
 import abc
@@ -20,17 +20,17 @@ from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import unknown
 
 _THREADS = os.cpu_count() or 1
-_AHEAD = 2  # batches whose pictures are being decoded
-_CHUNK = 16  # pictures that a thread takes at a time: their boxes are drawn together
+_BATCHES_AHEAD = 2  # batches decoded in advance
+_CHUNK = 16  # images per task of a thread; their boxes are drawn together
 
 
 class Record(NamedTuple):
-    """One picture of a split.
+    """One encoded image of a split.
 
     Attributes:
-      row: its place in the stored order of the split.
-      file: what the picture's file holds, or where it lies.
-      label: -1 where there is none.
+      row: index in the stored order of the split.
+      file: encoded bytes of the image, or their location.
+      label: class of the image, -1 if it has none.
     """
 
     row: int
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 
 class EncodedSource(abc.ABC):
-    """A `base.Source` over records that hold a picture's file each."""
+    """A `base.Source` whose records are encoded images."""
 
     name: str
     num_classes: int | None
@@ -51,16 +51,16 @@ class EncodedSource(abc.ABC):
         process_count: int,
         *,
         max_unreadable_percent: float = 0.0,
-        rules: decode.Rules = decode.USUAL,
+        rules: decode.Rules = decode.DEFAULT_RULES,
     ):
-        """The part of a source that does not depend on where records are kept.
+        """Initializes the state shared by all storage formats.
 
         Args:
-          max_unreadable: how many records `evaluate` may skip, whatever the size of a split.
-          process_index: of this host.
-          process_count: hosts that share the records.
-          max_unreadable_percent: how many it may skip, of this host's records of a split.
-          rules: how pictures are read.
+          max_unreadable: number of records `evaluate` may skip for any size of a split.
+          process_index: index of this host.
+          process_count: number of hosts that share the records.
+          max_unreadable_percent: percentage of this host's records of a split it may skip.
+          rules: settings for decoding images.
         """
         self.unreadable = UnreadableNames()
         self.skipped = Skipped()
@@ -71,47 +71,51 @@ class EncodedSource(abc.ABC):
     @property
     @abc.abstractmethod
     def splits(self) -> list[str]:
-        """The names of the splits."""
+        """Names of the splits."""
 
     @abc.abstractmethod
     def count(self, split: str) -> int:
-        """The number of records of a split, readable or not, all hosts together."""
+        """Returns the number of records of a split over all hosts, readable or not."""
 
     @abc.abstractmethod
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns what tells the images of a split from others; see `base.Source`."""
+        """Returns a fingerprint of the images of a split; see `base.Source`."""
 
     @abc.abstractmethod
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
-        """The records from `first` to before `last`, in the stored order, whatever the host."""
+        """Returns the records first..last - 1 in the stored order, the same on every host."""
 
     @abc.abstractmethod
-    def _chosen(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
-        """The records of any rows in their order; refuses at once what cannot be read so."""
+    def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
+        """Returns the records of `rows` in that order.
+
+        Raises UserError immediately if the split does not support random access.
+        """
 
     @abc.abstractmethod
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
-        """This host's count // hosts records of an epoch, from the one at `offset` on."""
+        """Returns this host's count // hosts records of an epoch, starting at `offset`."""
 
     @abc.abstractmethod
     def _name(self, split: str, row: int) -> str:
-        """What a person would look for to find a record."""
+        """Returns the name of a record for messages."""
 
-    def pictures(self, split: str) -> Iterator[tuple[str, decode.File, int]]:
-        """(name, encoded image or file, label or -1) of every record, in the stored order."""
-        return self._shown(split, self._stored(split, 0, self.count(split)))
+    def iter_images(self, split: str) -> Iterator[tuple[str, decode.File, int]]:
+        """Yields (name, encoded image, label or -1) of every record in the stored order."""
+        return self._items(split, self._stored(split, 0, self.count(split)))
 
-    def chosen(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, decode.File, int]]:
-        """The same of some records, in any order; see `base.Source`."""
-        return self._shown(split, self._chosen(split, rows))
+    def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, decode.File, int]]:
+        """Yields selected records like `iter_images`, in the order of `rows`."""
+        return self._items(split, self._selected(split, rows))
 
     def part(self, split: str, count: int, seed: int) -> str:
-        """The split itself: its labels are in memory."""
+        """Returns `split`, whose labels are in memory."""
         return split
 
-    def _shown(
+    def _items(
         self, split: str, records: Iterable[Record]
     ) -> Iterator[tuple[str, decode.File, int]]:
+        """Yields (name, file with decoding rules, label) of records."""
         return (
             (self._name(split, r.row), decode.ruled(r.file, self._rules), r.label) for r in records
         )
@@ -125,7 +129,7 @@ class EncodedSource(abc.ABC):
         start: base.Position,
         max_unreadable: int,
     ) -> base.Batches:
-        """Random resized crops of shuffled pictures, without end; see `base.Source`."""
+        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
         check_crops(views)
         share = self.count(split) // self._hosts
         base.check_batch_size(self.name, split, share, batch_size)
@@ -135,42 +139,49 @@ class EncodedSource(abc.ABC):
         offset = start.offset
         with _pool() as submit:
             for epoch in itertools.count(start.epoch):
-                where = (seed, epoch, self._host)
+                seeds = (seed, epoch, self._host)
 
-                def crops(chunk, where=where):
-                    place, records = chunk
+                def crops(chunk, seeds=seeds):
+                    first, records = chunk
                     files = [decode.ruled(r.file, self._rules) for r in records]
-                    return decode.crops_of(files, views, where, place)
+                    return decode.crops_of(files, views, seeds, first)
 
                 records = self._shuffled(split, seed, epoch, offset)
                 chunks = _chunks(offset, records, min(_CHUNK, batch_size))
-                made = _in_order(submit, crops, chunks, _ahead(batch_size))
+                chunk_crops = _in_order(submit, crops, chunks, _chunks_ahead(batch_size))
                 any_batch = offset > 0
-                for after, crops_of, records in self._batches(split, made, batch_size, limit):
+                for end, batch_crops, records in self._batches(
+                    split, chunk_crops, batch_size, limit
+                ):
                     any_batch = True
-                    columns = zip(*crops_of, strict=True)
-                    cut = {view: np.stack(c) for view, c in zip(views, columns, strict=True)}
-                    after = base.next_position(epoch, after, share, batch_size)
+                    columns = zip(*batch_crops, strict=True)
+                    stacked = {
+                        view: np.stack(column) for view, column in zip(views, columns, strict=True)
+                    }
+                    position = base.next_position(epoch, end, share, batch_size)
                     labels = np.array([record.label for record in records], np.int32)
                     rows = np.array([record.row for record in records], np.int64)
-                    yield base.HostBatch(cut, {}, after, labels, rows)
-                if not any_batch:  # too much is unreadable to fill one batch
+                    yield base.HostBatch(stacked, {}, position, labels, rows)
+                if not any_batch:  # too few readable records to fill a batch
                     base.check_batch_size(self.name, split, 0, batch_size)
                 offset = 0
 
-    def _batches(self, split, made, batch_size, limit):
-        """(position after it, crops, records) of each full batch; names what cannot be read."""
-        crops, read = [], []
-        for (place, records), found in made:
-            for position, record, cut in zip(itertools.count(place), records, found, strict=False):
-                if isinstance(cut, decode.Unreadable):
-                    self._skip(split, record, cut, limit)
+    def _batches(self, split, chunk_crops, batch_size, limit):
+        """Yields (offset after the batch, crops, records) of each full batch.
+
+        Reports and skips unreadable records.
+        """
+        batch_crops, batch_records = [], []
+        for (first, records), crops in chunk_crops:
+            for position, record, crop in zip(itertools.count(first), records, crops, strict=False):
+                if isinstance(crop, decode.Unreadable):
+                    self._skip(split, record, crop, limit)
                     continue
-                crops.append(cut)
-                read.append(record)
-                if len(crops) == batch_size:
-                    yield position + 1, crops, read
-                    crops, read = [], []
+                batch_crops.append(crop)
+                batch_records.append(record)
+                if len(batch_crops) == batch_size:
+                    yield position + 1, batch_crops, batch_records
+                    batch_crops, batch_records = [], []
 
     def evaluate(
         self,
@@ -181,41 +192,43 @@ class EncodedSource(abc.ABC):
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The middle of every picture once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `base.Source`."""
         base.check_evaluation(size, resize)
         if interpolation not in decode.FILTERS:
             raise unknown("config.augment.interpolation", interpolation, decode.FILTERS)
         self.count(split)
         return self._evaluate(split, (size, resize, interpolation), batch_size, limit)
 
-    def _evaluate(self, split, how, batch_size, limit):
+    def _evaluate(self, split, options, batch_size, limit):
         count = self.count(split)
         first = self._host * count // self._hosts
         share = (self._host + 1) * count // self._hosts - first
         last = first + base.share_of_limit(limit, share, self._host, self._hosts)
         batches = base.evaluation_batches(count, limit, batch_size, self._hosts)
 
-        def middles(chunk):
-            return [_middle(decode.ruled(r.file, self._rules), how) for r in chunk[1]]
+        def center_crops(chunk):
+            return [_center_crop(decode.ruled(r.file, self._rules), options) for r in chunk[1]]
 
         with _pool() as submit:
             chunks = _chunks(first, self._stored(split, first, last), _CHUNK)
-            made = self._readable_of(split, _in_order(submit, middles, chunks, _ahead(batch_size)))
+            items = self._readable_of(
+                split, _in_order(submit, center_crops, chunks, _chunks_ahead(batch_size))
+            )
             for begin in range(first, first + batches * batch_size, batch_size):
                 rows = max(min(batch_size, last - begin), 0)
-                found = [pair for pair in itertools.islice(made, rows) if pair is not None]
-                images = np.zeros((len(found), how[0], how[0], 3), np.uint8)
-                for i, (image, _) in enumerate(found):
+                readable = [pair for pair in itertools.islice(items, rows) if pair is not None]
+                images = np.zeros((len(readable), options[0], options[0], 3), np.uint8)
+                for i, (image, _) in enumerate(readable):
                     images[i] = image
-                labels = np.array([label for _, label in found], np.int32)
+                labels = np.array([label for _, label in readable], np.int32)
                 yield base.padded(images, labels, batch_size)
 
-    def _readable_of(self, split, made):
-        """(image, label) of each record in turn, None of those that cannot be decoded."""
+    def _readable_of(self, split, chunk_images):
+        """Yields (image, label) of each record, or None if it cannot be decoded."""
         share = self.count(split) // self._hosts
         limit = base.unreadable_limit(share, self._least, self._percent)
-        for (_, records), found in made:
-            for record, image in zip(records, found, strict=True):
+        for (_, records), images in chunk_images:
+            for record, image in zip(records, images, strict=True):
                 if isinstance(image, decode.Unreadable):
                     self._skip(split, record, image, limit)
                     yield None
@@ -228,35 +241,35 @@ class EncodedSource(abc.ABC):
 
 
 def check_crops(views: Mapping[int, Any]) -> None:
-    """Raises UserError for a crop that cannot be made."""
+    """Raises UserError if a crop has an unknown interpolation."""
     for crop in views.values():
         if crop.interpolation not in decode.FILTERS:
             raise unknown("config.augment.interpolation", crop.interpolation, decode.FILTERS)
 
 
-def _middle(file: decode.File, how: tuple) -> np.ndarray | decode.Unreadable:
+def _center_crop(file: decode.File, options: tuple) -> np.ndarray | decode.Unreadable:
     try:
-        return decode.evaluated(decode.decode(file), *how)
+        return decode.evaluated(decode.decode(file), *options)
     except decode.Unreadable as error:
         return error
 
 
-def _ahead(batch_size: int) -> int:
-    """Chunks under way: enough for every thread and for whole batches."""
-    return max(_AHEAD * -(-batch_size // min(_CHUNK, batch_size)), 2 * _THREADS)
+def _chunks_ahead(batch_size: int) -> int:
+    """Returns the number of chunks to decode in advance: enough for all threads and batches."""
+    return max(_BATCHES_AHEAD * -(-batch_size // min(_CHUNK, batch_size)), 2 * _THREADS)
 
 
-def _chunks(place: int, records: Iterable[Record], size: int) -> Iterator[tuple[int, list[Record]]]:
-    """(place of the first, up to `size` records) until there are no more."""
+def _chunks(first: int, records: Iterable[Record], size: int) -> Iterator[tuple[int, list[Record]]]:
+    """Yields (position of the first record, up to `size` records) until the records end."""
     records = iter(records)
     while chunk := list(itertools.islice(records, size)):
-        yield place, chunk
-        place += len(chunk)
+        yield first, chunk
+        first += len(chunk)
 
 
 @contextlib.contextmanager
 def _pool() -> Iterator[Callable[..., Future]]:
-    """A function that runs another in a thread: (function, argument) -> Future."""
+    """Yields the `submit` method of a thread pool: (function, argument) -> Future."""
     pool = ThreadPoolExecutor(_THREADS)
     try:
         yield pool.submit
@@ -265,16 +278,16 @@ def _pool() -> Iterator[Callable[..., Future]]:
 
 
 def _in_order(submit: Any, function: Any, items: Iterable[Any], ahead: int) -> Iterator[tuple]:
-    """(item, its result) in the order of `items`, `ahead` of them under way."""
-    waiting: collections.deque[tuple[Any, Future]] = collections.deque()
-    rest = iter(items)
+    """Yields (item, function(item)) in the order of `items`, with `ahead` items in flight."""
+    pending: collections.deque[tuple[Any, Future]] = collections.deque()
+    remaining = iter(items)
 
     def fill() -> None:
-        for item in itertools.islice(rest, ahead - len(waiting)):
-            waiting.append((item, submit(function, item)))
+        for item in itertools.islice(remaining, ahead - len(pending)):
+            pending.append((item, submit(function, item)))
 
     fill()
-    while waiting:
-        item, future = waiting.popleft()
+    while pending:
+        item, future = pending.popleft()
         fill()
         yield item, future.result()

@@ -1,4 +1,4 @@
-"""Lists in text files: names of pictures, one a line, perhaps with a label behind each."""
+"""Text files that list images, one per line, optionally followed by a label."""
 
 import csv
 import pathlib
@@ -15,8 +15,8 @@ class Line(NamedTuple):
     """A line of a list.
 
     Attributes:
-      file: as it is written, a path or a name.
-      label: what follows the first comma or tab, up to the next; "" if nothing does.
+      file: path or name as written in the list.
+      label: text between the first and the second comma or tab; "" if there is none.
     """
 
     file: str
@@ -24,40 +24,40 @@ class Line(NamedTuple):
 
 
 def is_list(path: str) -> bool:
-    """Whether a name is that of a list."""
+    """Returns whether a path has a suffix of a list."""
     return path.lower().endswith(SUFFIXES)
 
 
 def read(path: str, setting: str) -> list[Line]:
-    """The lines of a list that are not empty, those of further columns cut off.
+    """Reads the lines of a list that are not empty; ignores columns after the label.
 
-    A line is "path", "path,label" (quoted as in CSV if need be) or "path<tab>label". Names that
-    are not UTF-8 keep their bytes, as file names do (`surrogateescape`).
+    A line is "path", "path,label" (with CSV quoting if needed) or "path<tab>label". Bytes of names
+    that are not UTF-8 are preserved, as in file names (`surrogateescape`).
 
     Args:
-      path: of the list.
-      setting: that names it, for messages.
+      path: path of the list.
+      setting: name of the setting that holds the path, for messages.
 
     Raises:
-      UserError: it cannot be read, or is empty.
+      UserError: the list cannot be read or is empty.
     """
     file = pathlib.Path(path).expanduser()
     try:
-        if not file.is_file():  # a pipe would never end
+        if not file.is_file():  # reading a pipe could block forever
             raise FileNotFoundError(f"there is no file {file}")
         text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}={path!r} cannot be read as a list of files: {error}") from error
     if "\0" in text:
-        raise UserError(f"{setting}={path!r} is no list of files: it is not a text.")
+        raise UserError(f"{setting}={path!r} is not a list of files: it is not a text file.")
     lines = list(_lines(text))
     if not lines:
-        raise UserError(f"{setting}={path!r} holds no file name.")
+        raise UserError(f"{setting}={path!r} has no file names.")
     return lines
 
 
 def _lines(text: str) -> Iterator[Line]:
-    # Not `splitlines`, which also ends lines at characters that names may hold.
+    # `splitlines` would also split at characters that file names may contain.
     for line in text.replace("\r\n", "\n").split("\n"):
         if not line.strip():
             continue
@@ -71,6 +71,6 @@ def _lines(text: str) -> Iterator[Line]:
 
 
 def _is_one_name(line: str) -> bool:
-    """Whether a comma belongs to the name of a picture."""
+    """Returns whether the comma in a line is part of an image's file name."""
     first = line.partition(",")[0].strip()
     return line.strip().lower().endswith(suffixes()) and not first.lower().endswith(suffixes())

@@ -1,4 +1,4 @@
-"""From a config to device-ready batches: sources by name, device layout, prefetch."""
+"""The input pipeline: opens the source of a config, lays out batches for devices, prefetches."""
 
 import logging
 import pathlib
@@ -13,14 +13,14 @@ import numpy as np
 
 from disco_jax.data import decode, lists
 from disco_jax.data.base import Source, contents
-from disco_jax.data.base import unreadable_limit as limit_of
+from disco_jax.data.base import unreadable_limit as base_unreadable_limit
 from disco_jax.errors import UserError, unknown
 
 _LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
-# Fields of `config.data` that are of some sources alone, and their default.
-_OF_KINDS = (
+# Fields of `config.data` that only some sources support: (field, default, sources).
+_SOURCE_FIELDS = (
     ("splits", "", ("folder",)),
     ("labels", "", ("folder",)),
     ("range", "full", ("folder", "tfds")),
@@ -28,25 +28,25 @@ _OF_KINDS = (
 
 
 def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
-    """The source that `config.data` describes.
+    """Opens the source that `config.data` describes.
 
     Args:
       data: `config.data`.
-      shared: each host reads its own part; False: every host reads everything.
-      tell: whether the first host logs what the data set has, and what is there and not used.
+      shared: whether each host reads only its own share; if False, every host reads everything.
+      tell: whether host 0 logs the contents of the data set and the files that are not used.
 
     Raises:
-      UserError: an unknown kind of source, or one that is not there.
+      UserError: the kind of source is unknown, or the data set does not exist.
     """
-    source = _opened(data, shared)
+    source = _create(data, shared)
     if tell and jax.process_index() == 0:
         for line in contents(source):
             _LOG.info("%s", line)
     return source
 
 
-def _opened(data: Any, shared: bool) -> Source:
-    """The source, nothing said."""
+def _create(data: Any, shared: bool) -> Source:
+    """Opens the source without logging its contents."""
     _check_fields(data)
     hosts = dict(
         process_index=jax.process_index() if shared else 0,
@@ -74,7 +74,7 @@ def _opened(data: Any, shared: bool) -> Source:
     if data.source not in SOURCES:
         raise unknown("config.data.source", data.source, SOURCES)
     if not data.dir:
-        raise UserError(f"config.data.source={data.source!r} reads config.data.dir: set it.")
+        raise UserError(f"config.data.source={data.source!r} needs config.data.dir: set it.")
     if data.source == "folder":
         from disco_jax.data.folders import FolderSource
 
@@ -87,8 +87,8 @@ def _opened(data: Any, shared: bool) -> Source:
         )
     if data.subset:
         raise UserError(
-            f"config.data.subset={data.subset!r} picks files by name; the images of an .npz file "
-            "have none. Leave it empty."
+            f"config.data.subset={data.subset!r} selects files by name, but the images of an .npz "
+            "file have no names. Leave it empty."
         )
     from disco_jax.data.arrays import ArraySource
 
@@ -96,34 +96,34 @@ def _opened(data: Any, shared: bool) -> Source:
 
 
 def _check_fields(data: Any) -> None:
-    """Refuses fields that would do nothing for this kind of source, or mean nothing."""
+    """Raises UserError for fields that are invalid or have no effect on this kind of source."""
     percent = data.get("max_unreadable_percent", 0.0)
     if not 0 <= percent <= 100:
         raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
-    for field, usual, kinds in _OF_KINDS:
-        given = data.get(field, usual)
-        if given != usual and data.source in SOURCES and data.source not in kinds:
+    for field, default, kinds in _SOURCE_FIELDS:
+        value = data.get(field, default)
+        if value != default and data.source in SOURCES and data.source not in kinds:
             raise UserError(
-                f"config.data.{field}={given!r} does nothing with config.data.source="
-                f"{data.source!r}; it is for {' and '.join(kinds)}. Set it to {usual!r}."
+                f"config.data.{field}={value!r} has no effect with config.data.source="
+                f"{data.source!r}; it is for {' and '.join(kinds)}. Set it to {default!r}."
             )
 
 
 def unreadable_limit(data: Any, source: Source, split: str) -> int:
-    """How many records of a split this host may skip before it is an error.
+    """Returns the number of unreadable records of a split that this host tolerates.
 
     Args:
       data: `config.data`.
-      source: of the split.
-      split: e.g. "train".
+      source: source of the split.
+      split: name of the split, e.g. "train".
     """
     share = source.count(split) // jax.process_count()
     percent = data.get("max_unreadable_percent", 0.0)
-    return limit_of(share, data.max_unreadable, percent)
+    return base_unreadable_limit(share, data.max_unreadable, percent)
 
 
 def _subset(data: Any) -> dict[str, frozenset[str]]:
-    """Split -> names, from the list that `config.data.subset` names; {} without one."""
+    """Reads the list `config.data.subset` as split -> file names; {} if it is not set."""
     if not data.subset:
         return {}
     lines = lists.read(data.subset, "config.data.subset")
@@ -131,17 +131,17 @@ def _subset(data: Any) -> dict[str, frozenset[str]]:
 
 
 def to_devices(tree: Any, local_devices: int) -> Any:
-    """[b, ...] of a host -> [local_devices, b / local_devices, ...], for every leaf."""
+    """Reshapes every leaf from [b, ...] to [local_devices, b / local_devices, ...]."""
     return jax.tree.map(
         lambda x: np.reshape(x, (local_devices, len(x) // local_devices, *x.shape[1:])), tree
     )
 
 
 class Prefetcher:
-    """An iterator that works ahead in a thread of its own.
+    """An iterator that prefetches items in a background thread.
 
     Attributes:
-      waited_s: seconds that the consumer has waited for items.
+      waited_s: total time the consumer has waited for items, in seconds.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class Prefetcher:
         depth: int = 2,
         transform: Callable[[Any], Any] = lambda item: item,
     ):
-        """Starts at once.
+        """Starts the background thread immediately.
 
         Args:
-          iterator: what to read; only the thread touches it.
-          depth: items kept ready.
-          transform: applied to each item in the thread.
+          iterator: iterator to prefetch from; only the background thread uses it.
+          depth: maximum number of prefetched items.
+          transform: function applied to each item in the background thread.
         """
         self.waited_s = 0.0
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
@@ -185,7 +185,7 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Ends the thread; what it had ready is dropped."""
+        """Stops the background thread and drops prefetched items."""
         self._stop.set()
         self._thread.join(timeout=10)
         self._ended = StopIteration()
@@ -196,7 +196,7 @@ class Prefetcher:
                 if not self._put((transform(item), None)):
                     return
             self._put((None, StopIteration()))
-        except BaseException as error:  # whatever reading raises belongs to the consumer
+        except BaseException as error:  # re-raised in the consumer
             self._put((None, error))
 
     def _put(self, entry: tuple[Any, BaseException | None]) -> bool:

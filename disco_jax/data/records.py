@@ -1,6 +1,7 @@
-"""Encoded records of a prepared TFDS split, by row: TFRecord files in runs, array_record at will.
+"""Access to the encoded records of a prepared TFDS split by row.
 
-TFDS says which files hold a split; they are read by tf.data, or by array_record's own reader.
+TFDS lists the files of a split. TFRecord files are read in runs of consecutive rows by tf.data;
+array_record files support random access through their own reader.
 """
 
 import contextlib
@@ -13,15 +14,15 @@ import numpy as np
 from disco_jax.data.encoded import Record
 from disco_jax.errors import UserError
 
-_READ_AT_ONCE = 256  # records handed over by TensorFlow together
-_FILES_AT_ONCE = 16  # read side by side
-_BLOCK = 16  # records of one file before the next has its turn
+_RECORDS_PER_READ = 256  # records per batch from TensorFlow
+_PARALLEL_FILES = 16
+_BLOCK = 16  # consecutive records from one file when files are interleaved
 
 
 def tensorflow():
-    """(tensorflow, tensorflow_datasets), kept off the accelerators and silent."""
+    """Imports and returns (tensorflow, tensorflow_datasets), without GPUs and without log lines."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it says on standard error that it is on
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints a message on stderr
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -31,98 +32,102 @@ def tensorflow():
 
 
 class Rows:
-    """The records of one split, numbered in the stored order.
+    """The records of one split, indexed in the stored order.
 
     Attributes:
-      count: how many there are.
-      runs: i64[F, 2], the first row of each file's part of the split and that after its last.
-      at_will: whether any rows can be read in any order at no cost (array_record).
+      count: number of records.
+      runs: i64[F, 2], the row range [first, end) of each file.
+      random_access: whether rows can be read in any order at no cost (array_record).
     """
 
     def __init__(self, builder: Any, split: str, image: str, label: str, text: str = ""):
-        """Reads the description of a split, no record.
+        """Reads the metadata of a split but no record.
 
         Args:
-          builder: of TFDS, read-only.
-          split: as TFDS writes it, "train" or "train[:80%]".
-          image: the feature to read, not decoded.
-          label: likewise; "": there is none.
-          text: likewise, a text that tells records apart; "": there is none.
+          builder: read-only TFDS builder.
+          split: split in TFDS syntax, e.g. "train" or "train[:80%]".
+          image: name of the image feature, which is not decoded.
+          label: name of the label feature; "" if there is none.
+          text: name of a text feature that identifies records; "" if there is none.
         """
         _, tfds = tensorflow()
         self._builder, self._split = builder, split
         self._image, self._label, self._text = image, label, text
-        self._instructions = parts = builder.info.splits[split].file_instructions
-        self._files = [os.fspath(part.filename) for part in parts]
-        self._skips = np.array([part.skip for part in parts], np.int64)
-        takes = [part.examples_in_shard if part.take < 0 else part.take for part in parts]
-        ends = np.cumsum(takes, dtype=np.int64)
-        self.runs = np.stack([ends - takes, ends], axis=1)
-        self.count = int(ends[-1]) if len(parts) else 0
-        self.at_will = builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+        self._instructions = files = builder.info.splits[split].file_instructions
+        self._files = [os.fspath(file.filename) for file in files]
+        self._skips = np.array([file.skip for file in files], np.int64)
+        counts = [file.examples_in_shard if file.take < 0 else file.take for file in files]
+        ends = np.cumsum(counts, dtype=np.int64)
+        self.runs = np.stack([ends - counts, ends], axis=1)
+        self.count = int(ends[-1]) if len(files) else 0
+        self.random_access = builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
         self._source: Any = None
 
     def name(self, row: int) -> str:
-        """What TFDS calls a record: its file and the number in it."""
+        """Returns the TFDS name of a record: its file and the index in it."""
         file = int(np.searchsorted(self.runs[:, 1], row, side="right"))
         number = self._skips[file] + row - self.runs[file, 0]
         return f"{os.path.basename(self._files[file])}__{number}"
 
     def stored(self, first: int, last: int) -> Iterator[Record]:
-        """The records from `first` to before `last`, in the stored order."""
-        return (record for record, _ in self._any(first, last))
+        """Returns the records first..last - 1 in the stored order."""
+        return (record for record, _ in self._range(first, last))
 
-    def told_apart(self) -> Iterator[tuple[str, Record]]:
-        """(its text, record) of the whole split, in the stored order."""
-        return ((text, record) for record, text in self._any(0, self.count))
+    def iter_named(self) -> Iterator[tuple[str, Record]]:
+        """Yields (text, record) for the whole split, in the stored order."""
+        return ((text, record) for record, text in self._range(0, self.count))
 
-    def chosen(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
-        """The records of any rows in any order; where `at_will`."""
-        return (record for record, _ in self._at_will(rows))
+    def take(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
+        """Returns the records of `rows` in that order; requires `random_access`."""
+        return (record for record, _ in self._read_rows(rows))
 
     def mixed(self, runs: Sequence[tuple[int, int]]) -> list[Record]:
-        """All records of some runs of rows, read side by side; the order is always the same.
+        """Reads all records of some runs of rows with interleaved files, in a deterministic order.
 
         Raises:
-          UserError: the files hold fewer records than their description says, or are damaged.
+          UserError: the files hold fewer records than the metadata states, or are damaged.
         """
-        return [record for record, _ in self._in_runs(runs, _FILES_AT_ONCE)]
+        return [record for record, _ in self._read_runs(runs, _PARALLEL_FILES)]
 
-    def _any(self, first: int, last: int) -> Iterator[tuple[Record, str]]:
-        return self._at_will(range(first, last)) if self.at_will else self._in_runs([(first, last)])
+    def _range(self, first: int, last: int) -> Iterator[tuple[Record, str]]:
+        return (
+            self._read_rows(range(first, last))
+            if self.random_access
+            else self._read_runs([(first, last)])
+        )
 
-    def _at_will(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Record, str]]:
+    def _read_rows(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Record, str]]:
         decoders, features = self._decoding()
-        for begin in range(0, len(rows), _READ_AT_ONCE):
-            part = [int(row) for row in rows[begin : begin + _READ_AT_ONCE]]
-            with self._whole_files():
+        for begin in range(0, len(rows), _RECORDS_PER_READ):
+            chunk = [int(row) for row in rows[begin : begin + _RECORDS_PER_READ]]
+            with self._damage_as_user_error():
                 if self._source is None:
                     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
                     self._source = ArrayRecordDataSource(self._instructions)
-                found = self._source.__getitems__(part)
-            for row, raw in zip(part, found, strict=True):
+                raw_records = self._source.__getitems__(chunk)
+            for row, raw in zip(chunk, raw_records, strict=True):
                 record = features.deserialize_example_np(raw, decoders=decoders.decoders)
                 label = int(record[self._label]) if self._label else -1
                 text = bytes(record[self._text]).decode() if self._text else ""
                 yield Record(row, bytes(record[self._image]), label), text
 
-    def _in_runs(self, runs, files_at_once: int = 1) -> Iterator[tuple[Record, str]]:
-        wanted, found = sum(last - first for first, last in runs), 0
-        with self._whole_files():
-            for columns in self._dataset(runs, files_at_once).as_numpy_iterator():
-                found += len(columns[0])
+    def _read_runs(self, runs, parallel_files: int = 1) -> Iterator[tuple[Record, str]]:
+        expected, num_read = sum(last - first for first, last in runs), 0
+        with self._damage_as_user_error():
+            for columns in self._dataset(runs, parallel_files).as_numpy_iterator():
+                num_read += len(columns[0])
                 for row, encoded, label, text in zip(*columns, strict=True):
                     yield Record(int(row), encoded, int(label)), text.decode()
-        if found < wanted:
+        if num_read < expected:
             raise UserError(
                 f"The files of the split {self._split!r} of {self._builder.info.name} in "
-                f"{self._builder.data_path} lack {wanted - found} of {wanted} records; prepare "
-                "the data set again."
+                f"{self._builder.data_path} lack {expected - num_read} of {expected} records; "
+                "prepare the data set again."
             )
 
-    def _dataset(self, runs, files_at_once: int):
-        """Batches of (row, encoded, label, text)."""
+    def _dataset(self, runs, parallel_files: int):
+        """Returns a tf.data pipeline of batches of (row, encoded image, label, text)."""
         tf, _ = tensorflow()
         decoders, features = self._decoding()
 
@@ -141,16 +146,16 @@ class Rows:
         columns = tuple(tf.constant(c, t) for c, t in zip(parts, types, strict=True))
         read = tf.data.Dataset.from_tensor_slices(columns).interleave(
             records,
-            cycle_length=files_at_once,
+            cycle_length=parallel_files,
             block_length=_BLOCK,
-            num_parallel_calls=files_at_once,
+            num_parallel_calls=parallel_files,
             deterministic=True,
         )
         read = read.map(parsed, num_parallel_calls=2, deterministic=True)
-        return read.batch(_READ_AT_ONCE).prefetch(2)
+        return read.batch(_RECORDS_PER_READ).prefetch(2)
 
     def _parts(self, runs) -> Iterator[tuple[str, int, int, int]]:
-        """(file, records to skip, records to take, row of the first) that make up the runs."""
+        """Yields (file, records to skip, records to take, first row) for each part of the runs."""
         for first, last in runs:
             file = int(np.searchsorted(self.runs[:, 1], first, side="right"))
             while first < last:
@@ -160,16 +165,16 @@ class Rows:
                 first, file = stop, file + 1
 
     def _decoding(self) -> tuple[Any, Any]:
-        """What to decode of a record, and the features that are read for it."""
+        """Returns the partial decoding of a record and the features it reads."""
         _, tfds = tensorflow()
-        wanted = {key: True for key in (self._image, self._label, self._text) if key}
+        features = {key: True for key in (self._image, self._label, self._text) if key}
         skip = {self._image: tfds.decode.SkipDecoding()}
-        decoders = tfds.decode.PartialDecoding(wanted, decoders=skip)
+        decoders = tfds.decode.PartialDecoding(features, decoders=skip)
         return decoders, decoders.extract_features(self._builder.info.features)
 
     @contextlib.contextmanager
-    def _whole_files(self) -> Iterator[None]:
-        """Turns a reader's error about a damaged file into one that names the data set."""
+    def _damage_as_user_error(self) -> Iterator[None]:
+        """Converts a reader's error about a damaged file to a UserError that names the data set."""
         tf, _ = tensorflow()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a data set leaves out, counted and named: files that are not used, damaged records."""
+"""Records of skipped data: files that are not used, and images that cannot be decoded."""
 
 import collections
 import contextlib
@@ -10,15 +10,15 @@ from etils import epath
 
 from disco_jax.files import whole
 
-_NAMES_KEPT = 5  # of what is left out, for each reason
+_NAMES_PER_REASON = 5
 _REASONS_SHOWN = 12
 
 
 class Skipped:
-    """What a place holds beside the records of a data set: how much, why, and the first names."""
+    """Counts of skipped files by reason, with the first few names for each reason."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Starts with no skipped files."""
         self.counts: collections.Counter[str] = collections.Counter()
         self.names: dict[str, list[str]] = {}
 
@@ -26,29 +26,29 @@ class Skipped:
         return bool(self.counts)
 
     def add(self, reason: str, name: str) -> None:
-        """Counts a file or folder.
+        """Counts a skipped file or folder.
 
         Args:
-          reason: why it is left out, as it reads after a number: "with suffix .txt".
-          name: of it; a folder's ends in "/".
+          reason: reason for skipping it, phrased to follow a number, e.g. "with suffix .txt".
+          name: name of the file, or of the folder with a trailing "/".
         """
         self.counts[reason] += 1
         names = self.names.setdefault(reason, [])
-        if len(names) < _NAMES_KEPT:
+        if len(names) < _NAMES_PER_REASON:
             names.append(printable(name))
 
     def lines(self) -> list[str]:
-        """One line a reason, the most frequent first: "3 with suffix .txt: a.txt, b.txt, c.txt"."""
-        made = []
+        """Returns a line per reason, most frequent first: "2 with suffix .txt: a.txt, b.txt"."""
+        lines = []
         for reason, count in self.counts.most_common(_REASONS_SHOWN):
-            more = ", ..." if count > _NAMES_KEPT else ""
-            made.append(f"{count:,} {reason}: {', '.join(self.names[reason])}{more}")
-        if rest := self.counts.total() - sum(n for _, n in self.counts.most_common(len(made))):
-            made.append(f"{rest:,} for {len(self.counts) - len(made)} other reasons")
-        return made
+            more = ", ..." if count > _NAMES_PER_REASON else ""
+            lines.append(f"{count:,} {reason}: {', '.join(self.names[reason])}{more}")
+        if rest := self.counts.total() - sum(n for _, n in self.counts.most_common(len(lines))):
+            lines.append(f"{rest:,} for {len(self.counts) - len(lines)} other reasons")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Reason -> {"count", "names"}, the names being the first few."""
+        """Returns reason -> {"count", "names"}, with the first few names."""
         return {
             reason: {"count": count, "names": self.names[reason]}
             for reason, count in self.counts.most_common()
@@ -56,18 +56,18 @@ class Skipped:
 
 
 class UnreadableNames(list[str]):
-    """The names of the records that could not be decoded, kept in a file over restarts."""
+    """Names of records that could not be decoded, optionally stored in a file across restarts."""
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        """Holds some names already; no file is written before `keep_in`."""
+        """Starts with some names; no file is written before `keep_in` is called."""
         super().__init__(names)
         self._file: epath.Path | None = None
 
     def keep_in(self, file: epath.PathLike) -> None:
-        """Adds the names in a file, if it is there, and writes every new one to it.
+        """Loads the names stored in a file, if it exists, and stores every new name in it.
 
         Args:
-          file: a JSON string a line; a line that is damaged is passed over.
+          file: path of the file, with one JSON string per line; damaged lines are ignored.
         """
         self._file = epath.Path(file)
         text = self._file.read_bytes().decode("utf-8", "replace") if self._file.exists() else ""
@@ -78,24 +78,24 @@ class UnreadableNames(list[str]):
                     super().append(name)
 
     def append(self, name: str) -> None:
-        """Adds a name."""
+        """Appends a name and updates the file, if there is one."""
         super().append(name)
         if self._file is not None:
             with whole(self._file) as file:
-                file.write_text("".join(json.dumps(one) + "\n" for one in self))
+                file.write_text("".join(json.dumps(stored) + "\n" for stored in self))
 
     @property
     def file(self) -> str:
-        """Where the names are kept; "": nowhere."""
+        """Path of the file with the names; "" if there is none."""
         return str(self._file or "")
 
 
 def utf8(name: str) -> str:
-    """A name of a file whose bytes that are not UTF-8 are escapes, as in "caf\\xe9.jpg"."""
+    """Escapes the bytes of a file name that are not UTF-8, e.g. "caf\\xe9.jpg"."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def printable(name: str) -> str:
-    """A name that any terminal takes: as `utf8`, with control characters as escapes too."""
+    """Escapes non-UTF-8 bytes and control characters, so that any terminal can print the name."""
     text = utf8(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,7 @@
-"""Which folders of a data set are its splits: by their names, by hand, or by a question."""
+"""Recognition of the splits of a data set from folder names or `config.data.splits`.
+
+Ambiguous names raise an error that shows the possible settings.
+"""
 
 import os
 import re
@@ -6,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 from disco_jax.errors import UserError
 
-# What people call the folder of a split, in lower case.
+# Common folder names of splits in lower case.
 NAMES = {
     "train": "train",
     "training": "train",
@@ -17,34 +20,34 @@ NAMES = {
     "test": "test",
     "testing": "test",
 }
-WHOLE = "."  # in config.data.splits: the place itself
+WHOLE = "."  # in config.data.splits: the whole data set
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
-_SHOWN = 3  # names in a question
+_SHOWN = 3  # names in a message
 
 
 def recognise(name: str) -> str:
-    """The split that a folder of this name is, whatever its case; "" if it is none."""
+    """Returns the split with this folder name, ignoring case; "" if it is not a split."""
     return NAMES.get(name.lower(), "")
 
 
 def resemble(name: str) -> str:
-    """The split of which one word of a name speaks, as in "train2017" and "test_set", or ""."""
-    found = {recognise(word) for word in _WORD.findall(name)} - {""}
-    return found.pop() if len(found) == 1 else ""
+    """Returns the split that a word of a name denotes, e.g. in "train2017" or "test_set", or ""."""
+    matches = {recognise(word) for word in _WORD.findall(name)} - {""}
+    return matches.pop() if len(matches) == 1 else ""
 
 
-def parse(given: str) -> dict[str, str]:
-    """`config.data.splits` as split -> place: "train=Training set,test=." and so on.
+def parse(text: str) -> dict[str, str]:
+    """Parses `config.data.splits`, e.g. "train=Training set,test=.", to split -> place.
 
     Raises:
-      UserError: it is written in another way.
+      UserError: the syntax is invalid.
     """
     places: dict[str, str] = {}
-    for pair in filter(str.strip, given.split(",")):
+    for pair in filter(str.strip, text.split(",")):
         split, equals, place = (part.strip() for part in pair.partition("="))
         if not (split and equals and place) or split in places:
             raise UserError(
-                f"config.data.splits={given!r} must name each split once with its folder, as in "
+                f"config.data.splits={text!r} must name each split once with its folder, e.g. "
                 "train=Training,test=Testing."
             )
         places[split] = WHOLE if place == WHOLE else os.path.normpath(place).replace(os.sep, "/")
@@ -52,78 +55,85 @@ def parse(given: str) -> dict[str, str]:
 
 
 def of_folders(where: str, folders: Iterable[str], filled: Collection[str]) -> dict[str, str]:
-    """Finds the splits of a data set.
+    """Recognises the splits of a data set by folder names.
 
     Args:
-      where: the place, for messages.
-      folders: all folders below it, relative, with "/" between names.
-      filled: those of them that hold pictures, themselves or further below.
+      where: location of the data set for messages.
+      folders: relative paths of all folders of the data set, separated by "/".
+      filled: the folders that contain images, directly or in subfolders.
 
     Returns:
-      Split -> its folder, in the order of the folders; {"train": "."} if none looks like a split.
+      Split -> its folder, in the order of the folders; {"train": "."} if no folder is a split.
 
     Raises:
-      UserError: the names allow more than one answer; it asks for `config.data.splits`.
+      UserError: the names are ambiguous. The message shows values for `config.data.splits`.
     """
     top = sorted(folder for folder in folders if "/" not in folder)
     exact = {folder: recognise(folder) for folder in top if recognise(folder)}
     for split in dict.fromkeys(exact.values()):
-        same = [folder for folder, of in exact.items() if of == split]
-        if len(same) > 1:
-            raise _question(f"{where} has both {' and '.join(same)}", _places(exact))
-    others = [folder for folder in top if folder in filled and folder not in exact]
-    if exact and (len(exact) > 1 or not others):
+        duplicates = [folder for folder, name in exact.items() if name == split]
+        if len(duplicates) > 1:
+            raise _ambiguity_error(f"{where} has both {' and '.join(duplicates)}", _places(exact))
+    unrecognised = [folder for folder in top if folder in filled and folder not in exact]
+    if exact and (len(exact) > 1 or not unrecognised):
         inside = [f for f in filled if f.split("/")[0] in exact]
         _check_below(where, inside)
         return {split: folder for folder, split in exact.items()}
-    alike = exact or {folder: resemble(folder) for folder in others if resemble(folder)}
-    if alike:
-        beside = [folder for folder in others if folder not in alike]
-        fact = f"{where} has {_few(alike)}" + (f" beside {_few(beside)}" if beside else "")
-        raise _question(fact, _places(alike))
+    similar = exact or {folder: resemble(folder) for folder in unrecognised if resemble(folder)}
+    if similar:
+        remaining = [folder for folder in unrecognised if folder not in similar]
+        fact = f"{where} has {_shorten(similar)}" + (
+            f" beside {_shorten(remaining)}" if remaining else ""
+        )
+        raise _ambiguity_error(fact, _places(similar))
     _check_below(where, filled, single=True)
     return {"train": WHOLE}
 
 
 def check_paths(where: str, folders: Collection[str]) -> None:
-    """Asks if files that are all taken for one split lie in folders of several.
+    """Checks that files taken for one split do not lie in folders named like several splits.
 
     Args:
       where: the list or pattern that names the files, for messages.
-      folders: in which they lie, relative to one place, and the folders above those.
+      folders: relative paths of the folders of the files and of their parents.
 
     Raises:
-      UserError: two folders beside one another have names of different splits.
+      UserError: two sibling folders have names of different splits.
     """
     _check_below(where, folders, top=True)
 
 
 def of_files(where: str, names: Iterable[str]) -> dict[str, str]:
-    """Name -> split of archives in one folder, by the words in their names.
+    """Recognises the splits of archives in one folder by the words in their names.
+
+    Returns:
+      Name -> split; "train" for all if no name denotes a split.
 
     Raises:
-      UserError: only some of them name a split.
+      UserError: only some of the names denote a split.
     """
-    found = {name: resemble(os.path.splitext(os.path.basename(name))[0]) for name in names}
-    unknown = [name for name, split in found.items() if not split]
-    if len(unknown) == len(found):
-        return dict.fromkeys(found, "train")
-    if unknown:
-        named = {name: split for name, split in found.items() if split}
-        raise _question(f"{where} has {_few(named)} beside {_few(unknown)}", _places(named))
-    return found
+    by_name = {name: resemble(os.path.splitext(os.path.basename(name))[0]) for name in names}
+    unrecognised = [name for name, split in by_name.items() if not split]
+    if len(unrecognised) == len(by_name):
+        return dict.fromkeys(by_name, "train")
+    if unrecognised:
+        named = {name: split for name, split in by_name.items() if split}
+        raise _ambiguity_error(
+            f"{where} has {_shorten(named)} beside {_shorten(unrecognised)}", _places(named)
+        )
+    return by_name
 
 
 def _check_below(
     where: str, folders: Iterable[str], *, single: bool = False, top: bool = False
 ) -> None:
-    """Asks about folders of splits that would become classes, or parts of a class.
+    """Raises UserError if folders named like splits would be used as classes or inside a class.
 
     Args:
-      where: the place, for the message.
-      folders: that are used.
-      single: one folder with the very name of a split is asked about, too.
-      top: so are folders directly in the place, which is no folder itself.
+      where: location for the message.
+      folders: relative paths of the folders with images.
+      single: whether one folder with the exact name of a split suffices for the error.
+      top: whether to check top-level folders too; set if `where` is not a folder.
     """
     by_parent: dict[str, dict[str, str]] = {}
     for folder in sorted(folders):
@@ -131,30 +141,32 @@ def _check_below(
         split = recognise(name) or resemble(name)
         if split and (parent or top):
             by_parent.setdefault(parent, {})[folder] = split
-    asked = [
-        found
-        for found in by_parent.values()
-        if len(set(found.values())) > 1
-        or (single and any(recognise(folder.rpartition("/")[2]) for folder in found))
+    ambiguous = [
+        siblings
+        for siblings in by_parent.values()
+        if len(set(siblings.values())) > 1
+        or (single and any(recognise(folder.rpartition("/")[2]) for folder in siblings))
     ]
-    if asked:
-        fact = f"{where} has {_few(folder for found in asked for folder in found)}"
-        raise _question(fact, _places(asked[0]) if len(asked) == 1 and not top else {})
+    if ambiguous:
+        fact = f"{where} has {_shorten(folder for siblings in ambiguous for folder in siblings)}"
+        raise _ambiguity_error(
+            fact, _places(ambiguous[0]) if len(ambiguous) == 1 and not top else {}
+        )
 
 
 def _places(folders: dict[str, str]) -> dict[str, str]:
-    """Split -> the first of its folders."""
+    """Returns split -> the first of its folders."""
     return {split: folder for folder, split in reversed(list(folders.items()))}
 
 
-def _few(names: Iterable[str]) -> str:
+def _shorten(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def _question(fact: str, places: dict[str, str]) -> UserError:
-    """One sentence with the answers to choose from."""
+def _ambiguity_error(fact: str, places: dict[str, str]) -> UserError:
+    """Returns the error for ambiguous splits, with the possible settings in one sentence."""
     if places:
         written = ",".join(f"{split}={place}" for split, place in places.items())
         splits = "these are splits" if len(places) > 1 else "this is the split"

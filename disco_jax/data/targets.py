@@ -1,10 +1,10 @@
-"""What a teacher said of the crops of some epochs: kept batch by batch, read back beside them.
+"""A disk cache of teacher outputs for the crops of some epochs.
 
-Crops and photometric operations are functions of the seed, the epoch and the place, so a later run
-makes the same views again and takes the teacher's outputs from here.
+Crops and photometric operations are functions of the seed, the epoch and the position, so a later
+run recreates the same views and reads the teacher's outputs from the cache.
 
-targets.json                       what they belong to, see `tasks/cache.py`
-host_00000_of_00001/000000.npz     some batches: their positions, bfloat16 outputs
+targets.json                       metadata, see `tasks/cache.py`
+host_00000_of_00001/000000.npz     a few batches: their positions and bfloat16 outputs
 """
 
 import functools
@@ -29,33 +29,34 @@ Outputs = dict[int, dict[str, np.ndarray]]  # view -> name -> [b, D]
 
 
 def size_bytes(outputs: Mapping[int, Mapping[str, int]], batch_size: int, steps: int) -> int:
-    """What all hosts together keep.
+    """Returns the size of the cache in bytes over all hosts.
 
     Args:
-      outputs: view -> name -> D.
-      batch_size: over all hosts.
-      steps: of the epochs that are kept.
+      outputs: view -> name -> D, the dimension of the output.
+      batch_size: batch size over all hosts.
+      steps: number of cached steps.
     """
     width = sum(dim for named in outputs.values() for dim in named.values())
     return 2 * width * batch_size * steps
 
 
 class Writer:
-    """One host's part, a file for some batches; what is there already stays.
+    """Writes the cache of one host, a few batches per file; continues an existing cache.
 
     Attributes:
-      steps: batches that are kept.
-      position: where the next one starts.
+      steps: number of cached batches.
+      position: start of the next batch.
     """
 
     def __init__(self, folder: epath.Path, host: int, hosts: int):
-        """Opens what an earlier start has left.
+        """Opens the cache at the position where an earlier start ended.
 
         Args:
-          folder: of all hosts.
-          host, hosts: this one, and how many there are.
+          folder: folder of all hosts.
+          host: index of this host.
+          hosts: number of hosts.
         """
-        self._folder = _place(folder, host, hosts)
+        self._folder = _host_folder(folder, host, hosts)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[Position, dict[str, np.ndarray]]] = []
         after = _positions(self._folder)
@@ -63,10 +64,10 @@ class Writer:
         self.position = after[-1] if after else Position.start()
 
     def add(self, after: Position, outputs: Outputs) -> None:
-        """Keeps a batch; on the disk when enough have come together.
+        """Adds a batch; writes a file once enough batches are pending.
 
         Args:
-          after: where the next batch starts.
+          after: start of the next batch.
           outputs: view -> name -> float[b, D].
         """
         rows = {
@@ -81,11 +82,14 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending."""
+        """Writes the pending batches to a file."""
         if not self._pending:
             return
         positions, rows = zip(*self._pending, strict=True)
-        arrays = {name: np.stack([one[name] for one in rows]).view(np.uint16) for name in rows[0]}
+        arrays = {
+            name: np.stack([arrays_of_batch[name] for arrays_of_batch in rows]).view(np.uint16)
+            for name in rows[0]
+        }
         first = self.steps - len(self._pending)
         with whole(self._folder / f"{first:08d}.npz") as path, path.open("wb") as file:
             after = np.array([(p.epoch, p.offset) for p in positions])
@@ -94,82 +98,84 @@ class Writer:
 
 
 class Targets:
-    """One host's part, read.
+    """Reads the cache of one host.
 
     Attributes:
-      meta: of targets.json.
-      after: where the batch after each starts.
+      meta: contents of targets.json.
+      after: position after each batch.
     """
 
     def __init__(self, folder: str, host: int, hosts: int):
-        """Opens a finished folder.
+        """Opens a complete cache.
 
         Raises:
-          UserError: there is none, it is not finished, or of another number of hosts.
+          UserError: the cache does not exist, is incomplete, or was written by another number of
+            hosts.
         """
         path = epath.Path(folder)
         self.meta = read_meta(folder)
-        place = _place(path, host, hosts)
-        self._parts = sorted(place.glob("*.npz"))
-        self.after = _positions(place)
+        host_folder = _host_folder(path, host, hosts)
+        self._parts = sorted(host_folder.glob("*.npz"))
+        self.after = _positions(host_folder)
         if len(self.after) != self.meta["steps"]:
             raise UserError(
                 f"config.teacher.cache={folder!r} holds {len(self.after)} of "
                 f"{self.meta['steps']} batches of host {host} of {hosts}: run `disco-jax cache` "
-                "to its end, with as many hosts as the training has."
+                "to its end, with the same number of hosts as the training."
             )
         self._firsts = [int(part.stem) for part in self._parts]
         self._load = functools.lru_cache(maxsize=2)(_load)
         starts = [Position.start(), *self.after[:-1]]
-        self._of_start = {start: n for n, start in enumerate(starts)}
+        self._index_by_start = {start: n for n, start in enumerate(starts)}
 
     def __len__(self) -> int:
         return len(self.after)
 
     @property
     def epochs(self) -> int:
-        """That its batches reach into."""
+        """Number of epochs covered by the batches, rounded up."""
         last = self.after[-1]
         return last.epoch + bool(last.offset)
 
     def number(self, start: Position) -> int:
-        """Of the batch that starts at a position.
+        """Returns the index of the batch that starts at a position.
 
         Raises:
-          UserError: there is none: the images are others.
+          UserError: no batch starts there, so the images have changed.
         """
-        if start not in self._of_start:
+        if start not in self._index_by_start:
             raise self.other_images(start)
-        return self._of_start[start]
+        return self._index_by_start[start]
 
     def other_images(self, position: Position) -> UserError:
-        """Of a place at which no batch ended."""
+        """Returns the error for a position at which no cached batch ends."""
         return UserError(
-            f"config.teacher.cache knows of no batch that ends at epoch {position.epoch}, image "
-            f"{position.offset}: the images are not those that it was made of."
+            f"config.teacher.cache has no batch that ends at epoch {position.epoch}, image "
+            f"{position.offset}: the images differ from those it was computed from."
         )
 
     def batch(self, number: int) -> Outputs:
-        """view -> name -> bfloat16[b, D].
+        """Loads a batch as view -> name -> bfloat16[b, D].
 
         Raises:
           UserError: the file is damaged.
         """
-        part = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        arrays = self._load(self._parts[part])
-        made: Outputs = {}
+        index = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        arrays = self._load(self._parts[index])
+        outputs: Outputs = {}
         for key, rows in arrays.items():
             if key != _POSITIONS:
                 view, name = key.split("/")
-                row = rows[number - self._firsts[part]].view(ml_dtypes.bfloat16)
-                made.setdefault(int(view), {})[name] = row
-        return made
+                row = rows[number - self._firsts[index]].view(ml_dtypes.bfloat16)
+                outputs.setdefault(int(view), {})[name] = row
+        return outputs
 
 
 class ReplayedSource:
-    """A `base.Source` that reads the epochs of `Targets` again and again, with the outputs.
+    """A `base.Source` that repeats the epochs of `Targets` and adds the cached outputs.
 
-    `HostBatch.aux["teacher"]` has them. All but `train` is the wrapped source's.
+    The outputs are in `HostBatch.aux["teacher"]`. Everything except `train` is delegated to the
+    wrapped source.
     """
 
     def __init__(self, source: base.Source, targets: Targets):
@@ -187,36 +193,36 @@ class ReplayedSource:
         start: Position,
         max_unreadable: int,
     ) -> base.Batches:
-        """Random resized crops; see `base.Source`."""
-        kept, epochs = self._targets, self._targets.epochs
-        round_, epoch = divmod(start.epoch, epochs)
-        here = Position(epoch, start.offset)
+        """Yields batches of random resized crops; see `base.Source`."""
+        targets, epochs = self._targets, self._targets.epochs
+        cycle, epoch = divmod(start.epoch, epochs)
+        position = Position(epoch, start.offset)
         while True:
-            first = kept.number(here)
-            batches = self._source.train(split, views, batch_size, seed, here, max_unreadable)
-            for number, batch in zip(range(first, len(kept)), batches, strict=False):
-                if batch.position != kept.after[number]:
-                    raise kept.other_images(batch.position)
-                at = Position(round_ * epochs + batch.position.epoch, batch.position.offset)
-                if number == len(kept) - 1:
-                    at = Position((round_ + 1) * epochs, 0)
-                aux = {**batch.aux, KEY: kept.batch(number)}
-                yield batch._replace(aux=aux, position=at)
+            first = targets.number(position)
+            batches = self._source.train(split, views, batch_size, seed, position, max_unreadable)
+            for number, batch in zip(range(first, len(targets)), batches, strict=False):
+                if batch.position != targets.after[number]:
+                    raise targets.other_images(batch.position)
+                after = Position(cycle * epochs + batch.position.epoch, batch.position.offset)
+                if number == len(targets) - 1:
+                    after = Position((cycle + 1) * epochs, 0)
+                aux = {**batch.aux, KEY: targets.batch(number)}
+                yield batch._replace(aux=aux, position=after)
             batches.close()
-            round_, here = round_ + 1, Position.start()
+            cycle, position = cycle + 1, Position.start()
 
 
 def read_meta(folder: str) -> dict[str, Any]:
-    """What targets.json says.
+    """Reads targets.json.
 
     Raises:
-      UserError: there is none.
+      UserError: the file does not exist.
     """
     file = epath.Path(folder) / FILE
     if not file.exists():
         raise UserError(
-            f"config.teacher.cache={folder!r} holds no {FILE}; `disco-jax cache` makes such a "
-            "folder."
+            f"config.teacher.cache={folder!r} has no {FILE}; create the folder with "
+            "`disco-jax cache`."
         )
     return read_json(file)
 
@@ -227,26 +233,26 @@ def write_meta(folder: epath.Path, meta: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
 
-def _place(folder: epath.Path, host: int, hosts: int) -> epath.Path:
+def _host_folder(folder: epath.Path, host: int, hosts: int) -> epath.Path:
     return folder / f"host_{host:05d}_of_{hosts:05d}"
 
 
-def _positions(place: epath.Path) -> list[Position]:
-    """Where the batch after each starts, over all files in their order."""
-    found: list[Position] = []
-    for part in sorted(place.glob("*.npz")):
-        if int(part.stem) != len(found):
-            break  # one in between was lost
-        found += [Position(int(e), int(o)) for e, o in _load(part, only=_POSITIONS)[_POSITIONS]]
-    return found
+def _positions(host_folder: epath.Path) -> list[Position]:
+    """Returns the position after each batch, over all files in order."""
+    positions: list[Position] = []
+    for part in sorted(host_folder.glob("*.npz")):
+        if int(part.stem) != len(positions):
+            break  # a file in between is missing
+        positions += [Position(int(e), int(o)) for e, o in _load(part, only=_POSITIONS)[_POSITIONS]]
+    return positions
 
 
 def _load(part: epath.Path, only: str = "") -> dict[str, np.ndarray]:
-    """The arrays of a file, or one of them."""
+    """Loads the arrays of a file, or only one of them."""
     try:
         with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ([only] if only else arrays.files)}
-    except Exception as error:  # whatever a damaged archive makes the readers raise
+    except Exception as error:  # the readers raise many exceptions for a damaged archive
         raise UserError(f"{part} is damaged ({error}): remove it and run `disco-jax cache`.") from (
             error
         )

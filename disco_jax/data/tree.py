@@ -1,4 +1,4 @@
-"""Walks folders of pictures without opening a file, and says why it leaves something out."""
+"""Traversal of folders of images without opening files, with a reason for each skipped file."""
 
 import os
 from collections.abc import Collection, Iterable
@@ -8,48 +8,48 @@ from disco_jax.data.decode import suffixes
 from disco_jax.data.skips import Skipped, printable
 from disco_jax.errors import UserError
 
-NO_FILE = "no file (a pipe, device or socket)"
+NO_FILE = "not a regular file (a pipe, device or socket)"
 ARCHIVE = ".tar"
 
 
 class Tree(NamedTuple):
-    """What lies below a folder; all names are relative to it, with "/" between folders.
+    """The contents of a folder; all names are relative to it and separated by "/".
 
     Attributes:
-      real: path of the folder itself.
-      pictures: sorted.
-      archives: .tar files, sorted.
-      folders: name -> real path of every folder that is not hidden, those that links show too.
+      real: real path of the folder.
+      images: sorted names of images.
+      archives: sorted names of .tar files.
+      folders: name -> real path of every folder that is not hidden, including linked folders.
     """
 
     real: str
-    pictures: list[str]
+    images: list[str]
     archives: list[str]
     folders: dict[str, str]
 
 
-def walk(root: str, skipped: Skipped, known: Collection[str] = ()) -> Tree:
-    """Walks a folder, through links to folders too, but not in circles; opens no file.
+def walk(root: str, skipped: Skipped, ignored: Collection[str] = ()) -> Tree:
+    """Walks a folder without opening files; follows links to folders but detects cycles.
 
     Args:
-      root: the folder.
-      skipped: takes what is left out.
-      known: real paths of files in it that are used for something else, as lists are.
+      root: path of the folder.
+      skipped: counts the files that are not used; changed in place.
+      ignored: real paths of files with another use, e.g. lists, which are not counted as skipped.
 
     Raises:
-      UserError: the folder itself cannot be read.
+      UserError: the folder cannot be read.
     """
     top = os.path.realpath(root)
-    pictures: list[str] = []
+    images: list[str] = []
     archives: list[str] = []
     folders: dict[str, str] = {}
-    seen: dict[str, set[str]] = {}  # first folder -> real paths that were walked below it
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
+    walked_below: dict[str, set[str]] = {}  # top-level folder -> real paths visited below it
+    stack = [""]
+    while stack:
+        folder = stack.pop()
         path = os.path.join(root, folder) if folder else root
         real = os.path.realpath(path)
-        walked = seen.setdefault(folder.partition("/")[0], {top} if folder else set())
+        walked = walked_below.setdefault(folder.partition("/")[0], {top} if folder else set())
         if real in walked:
             skipped.add("duplicate", f"{folder}/")
             continue
@@ -64,38 +64,41 @@ def walk(root: str, skipped: Skipped, known: Collection[str] = ()) -> Tree:
                 raise UserError(f"{root} cannot be read: {error.strerror or error}.") from error
             skipped.add("unreadable", f"{folder}/")
             continue
-        inside = []
+        subfolders = []
         for child in children:
             name = f"{folder}/{child.name}" if folder else child.name
             kind = _kind(child)
             if kind == "folder":
-                inside.append(name)
-            elif kind == "picture":
-                pictures.append(name)
+                subfolders.append(name)
+            elif kind == "image":
+                images.append(name)
             elif kind == "archive":
                 archives.append(name)
-            elif not known or os.path.realpath(child.path) not in known:
+            elif not ignored or os.path.realpath(child.path) not in ignored:
                 skipped.add(kind, name)
-        waiting += reversed(inside)
-    return Tree(top, sorted(pictures), sorted(archives), folders)
+        stack += reversed(subfolders)
+    return Tree(top, sorted(images), sorted(archives), folders)
 
 
-def pictures(root: str, skipped: Skipped) -> list[str]:
-    """The pictures below a folder, relative to it, those directly in it first; each folder once."""
-    found = walk(root, skipped)
-    for name in found.archives:
+def list_images(root: str, skipped: Skipped) -> list[str]:
+    """Lists the images below a folder by relative path, those directly in it first.
+
+    Folders reached more than once through links are listed once.
+    """
+    contents = walk(root, skipped)
+    for name in contents.archives:
         skipped.add(suffix_reason(name), name)
-    return sorted(each_once(found, found.pictures, skipped), key=first_folder)
+    return sorted(each_once(contents, contents.images, skipped), key=first_folder)
 
 
 def first_folder(name: str) -> str:
-    """The folder that a path begins with; "" for a file directly in the place."""
+    """Returns the first folder of a relative path; "" for a file without a folder."""
     first, inside, _ = name.partition("/")
     return first if inside else ""
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """ "folder", "picture", "archive", or why an entry of a folder is left out."""
+    """Returns "folder", "image", "archive", or the reason to skip an entry of a folder."""
     if entry.name.startswith("."):
         return "hidden"
     try:
@@ -103,7 +106,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "folder"
         if entry.is_file():
             return _kind_of_name(entry.name)
-        os.stat(entry.path)  # raises for a link to nothing
+        os.stat(entry.path)  # raises for a broken link
         return NO_FILE
     except OSError:
         return "unreadable"
@@ -111,36 +114,38 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def _kind_of_name(name: str) -> str:
     if name.lower().endswith(suffixes()):
-        return "picture"
+        return "image"
     return "archive" if name.lower().endswith(ARCHIVE) else suffix_reason(name)
 
 
 def suffix_reason(name: str) -> str:
-    """Why a file whose name does not end as that of a picture is left out."""
+    """Returns the reason to skip a file without the suffix of an image."""
     suffix = os.path.splitext(os.path.basename(name))[1].lower()
     return f"with suffix {printable(suffix)}" if suffix else "without a suffix"
 
 
 def above(names: Iterable[str]) -> set[str]:
-    """The folders that hold some files, themselves or further below."""
-    found: set[str] = set()
+    """Returns all parent folders of some files."""
+    folders: set[str] = set()
     for name in names:
         while name := name.rpartition("/")[0]:
-            if name in found:
+            if name in folders:
                 break
-            found.add(name)
-    return found
+            folders.add(name)
+    return folders
 
 
-def each_once(found: Tree, names: list[str], skipped: Skipped) -> list[str]:
-    """The files without those of folders that links show once more."""
+def each_once(contents: Tree, names: list[str], skipped: Skipped) -> list[str]:
+    """Returns the files except those in folders reached a second time through a link."""
     by_real: dict[str, list[str]] = {}
     for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
-        by_real.setdefault(found.folders[folder], []).append(folder)
-    again: set[str] = set()
-    for real, same in by_real.items():
-        itself = [folder for folder in same if os.path.join(found.real, folder) == real]
-        again |= set(same) - {(itself or same)[0]}
-    for folder in sorted(again):
+        by_real.setdefault(contents.folders[folder], []).append(folder)
+    repeated: set[str] = set()
+    for real, aliases in by_real.items():
+        original = [folder for folder in aliases if os.path.join(contents.real, folder) == real]
+        repeated |= set(aliases) - {(original or aliases)[0]}
+    for folder in sorted(repeated):
         skipped.add("duplicate", f"{folder}/")
-    return [name for name in names if name.rpartition("/")[0] not in again] if again else names
+    return (
+        [name for name in names if name.rpartition("/")[0] not in repeated] if repeated else names
+    )

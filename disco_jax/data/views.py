@@ -1,4 +1,4 @@
-"""A recipe: crops drawn on the host, photometric operations named for the step."""
+"""Augmentation recipes: crops on the host, photometric operations in the training step."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from disco_jax.data import crops
 from disco_jax.errors import UserError, did_you_mean, unknown
 from disco_jax.ops import augment as ops
 
-# What `order` may name. The place in this table is also the column of the draw that decides
-# whether the operation acts, so a recipe that leaves one out draws the same for the others.
+# The operations allowed in `order`. The index in this table is also the column of the draw that
+# decides whether the operation is applied, so omitting one does not change the draws of others.
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "flip": ops.flip,
     "jitter": ops.jitter,
@@ -25,24 +25,25 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
     "blur": ops.gaussian_blur,
     "solarize": ops.solarize,
 }
-# Settings that may be given for each global view, as DINO's and ReSSL's two differ in them.
+# Settings that accept a value per global view; the two views of DINO and ReSSL differ in them.
 PER_VIEW = ("jitter_prob", "grey_prob", "blur_prob", "solarize_prob")
-# So many views of one size and the same operations are made in a loop, which is compiled once.
-LOOPED = 3
+# From this number of views with the same size and operations on, a loop that is compiled once
+# augments them.
+LOOP_MIN_VIEWS = 3
 INTERPOLATIONS = ("bilinear", "bicubic")
 ANTIALIAS = ("exact", "area", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """What the host draws for one view: torchvision's RandomResizedCrop.
+    """Parameters of torchvision's RandomResizedCrop for one view, applied on the host.
 
     Attributes:
-      size: height and width of the result, in pixels.
-      scale: (lowest, highest) share of the image's area that a crop covers.
-      ratio: (lowest, highest) width over height of a crop.
+      size: height and width of the crop after resizing, in pixels.
+      scale: (lowest, highest) fraction of the image area covered by the crop.
+      ratio: (lowest, highest) width / height of the crop.
       interpolation: "bilinear" or "bicubic".
-      antialias: "exact", "area" or "none": what shrinking averages over, see `decode.resize`.
+      antialias: "exact", "area" or "none", see `decode.resize`.
     """
 
     size: int
@@ -54,22 +55,22 @@ class Crop:
 
 @dataclasses.dataclass(frozen=True)
 class Photometric:
-    """What the step does to the bytes of one view; distributions as in torchvision.
+    """Photometric augmentation of one view in the training step, distributed as in torchvision.
 
-    An operation of probability 0, or jitter of no strength, is left out of the compiled step.
+    Operations of probability 0 and jitter of strength 0 are omitted from the compiled step.
 
     Attributes:
-      order: names in `OPERATIONS`, in the order in which they act.
-      flip_prob: probability of a left-right flip.
-      jitter: strengths x of brightness, contrast and saturation, factors ~ U(max(0, 1-x), 1+x),
-        then h <= 0.5 of hue, shift ~ U(-h, h) turns.
-      jitter_prob: probability of the four together.
-      grey_prob: probability of a grey image.
+      order: names in `OPERATIONS`, in the order of application.
+      flip_prob: probability of a horizontal flip.
+      jitter: strengths x of brightness, contrast and saturation with factors
+        ~ U(max(0, 1-x), 1+x), and strength h <= 0.5 of hue with a shift ~ U(-h, h) turns.
+      jitter_prob: probability of applying all four jitter operations.
+      grey_prob: probability of conversion to greyscale.
       blur_prob: probability of a Gaussian blur.
       blur_sigma: (lo, hi) in pixels, sigma ~ U(lo, hi).
-      solarize_prob: probability of inverting the upper half of the values.
-      mean: of the three channels, subtracted at the end.
-      std: of the three channels, divided by at the end.
+      solarize_prob: probability of inverting the values in the upper half of the range.
+      mean: per-channel mean, subtracted at the end.
+      std: per-channel standard deviation, divided by at the end.
     """
 
     order: tuple[str, ...]
@@ -84,23 +85,23 @@ class Photometric:
     std: tuple[float, float, float]
 
     def __call__(self, images: Array, key: Array, positions: Array) -> Array:
-        """Augmented and normalised images.
+        """Augments and normalises images.
 
         Args:
           images: u8[B, H, W, 3].
-          key: of this view and step, equal on every replica.
-          positions: i32[B], where each image stands in the global batch.
+          key: PRNG key of this view and step, equal on every replica.
+          positions: i32[B], index of each image in the global batch.
 
         Returns:
           f32[B, H, W, 3], normalised by `mean` and `std`.
 
         Raises:
-          AssertionError: while tracing, when a shape or dtype above does not hold.
+          AssertionError: a shape or dtype is wrong; raised during tracing.
         """
         draws = self.draw(key, positions)
         images = _unit(images)
         if {"blur", "flip"} <= draws.keys():
-            # Mirroring can come at any place, and the blur's matrix does it for nothing.
+            # A flip commutes with all operations, and the blur matrix includes it at no cost.
             draws["blur"] += draws.pop("flip")
         for name in filter(draws.__contains__, self.active):
             images = OPERATIONS[name](images, *draws[name])
@@ -108,31 +109,32 @@ class Photometric:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The operations that can change an image, in the order in which they act."""
+        """Names of the operations that can change an image, in the order of application."""
         strength = {**dict.fromkeys(OPERATIONS, 1.0), "jitter": max(self.jitter)}
         return tuple(n for n in self.order if self.probability(n) > 0 and strength[n] > 0)
 
     def probability(self, name: str) -> float:
-        """The probability in [0, 1] of the operation `name`."""
+        """Returns the probability in [0, 1] of the operation `name`."""
         return getattr(self, f"{name}_prob")
 
     def draw(self, key: Array, positions: Array) -> dict[str, tuple[Array, ...]]:
-        """The random arguments of every active operation, after its images.
+        """Draws the random arguments of every active operation.
 
-        An image's draws depend on the key and on its place in the global batch alone, so they are
-        the same on any number of devices.
+        The draws of an image depend only on the key and on its index in the global batch, so they
+        are the same on any number of devices.
 
         Args:
-          key: of this view and step, equal on every replica.
-          positions: i32[B], where each image stands in the global batch.
+          key: PRNG key of this view and step, equal on every replica.
+          positions: i32[B], index of each image in the global batch.
 
         Returns:
           {"flip": (bool[B],), "jitter": (f32[B, 4], i32[4]), "grey": (bool[B],),
-          "blur": (f32[B],), "solarize": (bool[B],)}, less what is not active. Images that escape
-          jitter have factors (1, 1, 1, 0), and those that escape blur have sigma 0.
+          "blur": (f32[B],), "solarize": (bool[B],)}, restricted to active operations: the
+          arguments that follow the images. Images without jitter have factors (1, 1, 1, 0), images
+          without blur have sigma 0.
 
         Raises:
-          AssertionError: while tracing, when a shape or dtype above does not hold.
+          AssertionError: a shape or dtype is wrong; raised during tracing.
         """
         chex.assert_type(positions, jnp.int32)
         chex.assert_rank(positions, 1)
@@ -144,20 +146,20 @@ class Photometric:
         if "blur" in masks:
             draws["blur"] = (self._sigma(masks["blur"], amount[:, 4]),)
         if "jitter" in masks:
-            # torchvision draws an order for every image. Here the batch shares one, from the key
-            # alone: with an order an image, each of the four positions would compute all four
-            # operations for everyone and keep one. Replicas agree on it because their keys do.
+            # torchvision draws an order per image. Here the whole batch shares one order: with an
+            # order per image, each of the four positions would compute all four operations for
+            # every image and discard three. The order follows from the key, so replicas agree.
             order = jax.random.permutation(order_key, jnp.arange(4, dtype=jnp.int32))
             draws["jitter"] = (self._factors(masks["jitter"], amount[:, :4]), order)
         return draws
 
     def _sigma(self, mask: Array, amount: Array) -> Array:
-        """f32[B]: widths of the blur, 0 where the mask is off."""
+        """Returns f32[B], the sigma of the blur in pixels, 0 where the mask is False."""
         low, high = self.blur_sigma
         return jnp.where(mask, low + (high - low) * amount, 0.0)
 
     def _factors(self, mask: Array, amount: Array) -> Array:
-        """f32[B, 4]: jitter factors, those that change nothing where the mask is off."""
+        """Returns f32[B, 4], the jitter factors, neutral where the mask is False."""
         *strengths, turns = self.jitter
         low = jnp.asarray([[*(max(0.0, 1.0 - x) for x in strengths), -turns]], jnp.float32)
         high = jnp.asarray([[*(1.0 + x for x in strengths), turns]], jnp.float32)
@@ -167,11 +169,11 @@ class Photometric:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the views of an image are made, global views first.
+    """The augmentation of all views of an image, global views first.
 
     Attributes:
-      crops: what the host draws, one entry a view.
-      photometric_ops: what the step does afterwards, one entry a view.
+      crops: crop of each view, applied on the host.
+      photometric_ops: photometric augmentation of each view, applied in the training step.
     """
 
     crops: tuple[Crop, ...]
@@ -179,50 +181,50 @@ class Recipe:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Height and width of every view, in pixels."""
+        """Side length of every view, in pixels."""
         return tuple(crop.size for crop in self.crops)
 
     def photometric(
         self, views: Mapping[int, Array], key: Array, positions: Array
     ) -> dict[int, Array]:
-        """Augmented and normalised views; each draws for itself.
+        """Augments and normalises views, with independent draws for each view.
 
         Args:
-          views: {v: u8[B, H, W, 3]}, view numbers of this recipe.
-          key: of this step, equal on every replica.
-          positions: i32[B], where each image stands in the global batch.
+          views: {v: u8[B, H, W, 3]}, where v is the number of a view of this recipe.
+          key: PRNG key of this step, equal on every replica.
+          positions: i32[B], index of each image in the global batch.
 
         Returns:
           {v: f32[B, H, W, 3]}, normalised.
 
         Raises:
-          AssertionError: while tracing, when a shape or dtype above does not hold.
+          AssertionError: a shape or dtype is wrong; raised during tracing.
         """
-        made = {}
+        augmented = {}
         for group in self._alike(views):
             operations = self.photometric_ops[group[0]]
             keys = [jax.random.fold_in(key, view) for view in group]
-            if len(group) < LOOPED:
-                for view, own in zip(group, keys, strict=True):
-                    made[view] = operations(views[view], own, positions)
+            if len(group) < LOOP_MIN_VIEWS:
+                for view, view_key in zip(group, keys, strict=True):
+                    augmented[view] = operations(views[view], view_key, positions)
                 continue
             stacked = jnp.stack([views[view] for view in group])
             out = jax.lax.map(
                 lambda pair, run=operations: run(pair[1], pair[0], positions),
                 (jnp.stack(keys), stacked),
             )
-            made.update(zip(group, out, strict=True))
-        return {view: made[view] for view in views}
+            augmented.update(zip(group, out, strict=True))
+        return {view: augmented[view] for view in views}
 
     def _alike(self, views: Mapping[int, Array]) -> list[list[int]]:
-        """View numbers, those of one size and the same operations together."""
+        """Groups the view numbers by size and operations."""
         groups: dict[Any, list[int]] = {}
         for view, images in views.items():
             groups.setdefault((images.shape, self.photometric_ops[view]), []).append(view)
         return list(groups.values())
 
     def plain(self, images: Array) -> Array:
-        """Normalised images and nothing else, as evaluation sees them.
+        """Normalises images without augmentation, for evaluation.
 
         Args:
           images: u8[B, H, W, 3].
@@ -231,7 +233,7 @@ class Recipe:
           f32[B, H, W, 3], normalised by the mean and std of view 0.
 
         Raises:
-          AssertionError: while tracing, when a shape or dtype above does not hold.
+          AssertionError: a shape or dtype is wrong; raised during tracing.
         """
         first = self.photometric_ops[0]
         return ops.normalize(_unit(images), first.mean, first.std)
@@ -240,18 +242,18 @@ class Recipe:
 def pixel_scale_ratio(
     large: Crop, small: Crop, height: int = 375, width: int = 500, draws: int = 20_000
 ) -> float:
-    """How much finer, on average, a local view's pixels are than a global view's.
+    """Estimates the mean ratio of pixel scales of global and local views.
 
-    SSLight (arXiv:2210.02808) eq. 1: the pixel scale of a view is its final area over the area it
-    covers of the image; the ratio is the mean of PS_global / PS_local over pairs of crops. From
-    crops drawn as the pipeline draws them, always the same ones.
+    In SSLight (arXiv:2210.02808, eq. 1) the pixel scale PS of a view is its final area over the
+    area it covers of the image; the ratio is the mean of PS_global / PS_local over pairs of crops.
+    The crops have the pipeline's distribution and a fixed seed.
 
     Args:
-      large: of the global view.
-      small: of the local view.
-      height: of the image in px; the default is ImageNet's most frequent size.
-      width: likewise.
-      draws: crops of each kind.
+      large: crop of the global view.
+      small: crop of the local view.
+      height: height of the image in pixels; by default ImageNet's most frequent size.
+      width: width of the image in pixels; by default ImageNet's most frequent size.
+      draws: number of crops of each kind.
     """
     sides = np.full(draws, height), np.full(draws, width)
     scales = []
@@ -265,31 +267,31 @@ def pixel_scale_ratio(
 def build(
     augment: Mapping[str, Any], count: int = 2, local: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """The recipe of `count` global views with the settings `augment`, and of local views.
+    """Builds the recipe of global and local views from config settings.
 
     Args:
-      augment: a mapping or ConfigDict with the fields of a stack in `stacks.py`, all of them.
-        `blur_prob` and `solarize_prob` may be tuples with a number for each global view.
-      count: how many global views, at least 1.
-      local: the fields of `stacks.LOCALS`: how many further, smaller views, and in what their
-        settings differ; None: there are none.
+      augment: a mapping or ConfigDict with all fields of a preset in `presets.py`. The fields in
+        `PER_VIEW` may be tuples with a number for each global view.
+      count: number of global views, at least 1.
+      local: fields of `presets.LOCALS`, the number of local views and the settings in which they
+        differ from global views; None for no local views.
 
     Raises:
-      UserError: a field is missing, unknown or out of its range; named as config.augment.FIELD
-        or config.local.FIELD.
+      UserError: a field is missing, unknown or out of range; the message names it as
+        config.augment.FIELD or config.local.FIELD.
     """
     assert count >= 1, count
-    settings = _Given({name: augment[name] for name in augment})
+    settings = _ViewSettings({name: augment[name] for name in augment})
     _check_fields(settings)
-    views = [_of_view(settings, view, count) for view in range(count)]
-    further = 0 if local is None else local["count"]
-    if not isinstance(further, numbers.Integral) or int(further) < 0:
-        raise UserError(f"config.local.count={further!r} will not do; use 0 or more views.")
-    if local is not None and further:
+    views = [_for_global_view(settings, view, count) for view in range(count)]
+    num_local = 0 if local is None else local["count"]
+    if not isinstance(num_local, numbers.Integral) or int(num_local) < 0:
+        raise UserError(f"config.local.count={num_local!r} is invalid; use 0 or more views.")
+    if local is not None and num_local:
         changes = {name: local[name] for name in local if name != "count"}
-        views += [_Given({**settings, **changes}, changes.keys())] * further
+        views += [_ViewSettings({**settings, **changes}, changes.keys())] * num_local
     for view in views:
-        for check in (_check_crop, _check_order, _check_photometric, _check_effects):
+        for check in (_check_crop, _check_order, _check_photometric, _check_unused):
             check(view)
     return Recipe(
         tuple(_make(Crop, view) for view in views),
@@ -297,8 +299,8 @@ def build(
     )
 
 
-class _Given(dict):
-    """Settings of a view, and where each was given."""
+class _ViewSettings(dict):
+    """Settings of a view that remember the config section of each field."""
 
     def __init__(self, values: Mapping[str, Any], local: Iterable[str] = ()):
         super().__init__(values)
@@ -308,15 +310,15 @@ class _Given(dict):
         return f"config.{'local' if field in self._local else 'augment'}.{field}"
 
 
-def _of_view(settings: _Given, view: int, count: int) -> _Given:
-    """The settings of one global view, where some are given for each."""
-    made = _Given(settings)
+def _for_global_view(settings: _ViewSettings, view: int, count: int) -> _ViewSettings:
+    """Returns the settings of one global view, resolving fields with a value per view."""
+    view_settings = _ViewSettings(settings)
     for field in PER_VIEW:
         if isinstance(settings[field], (tuple, list)):
-            each = f"a probability in 0..1, or {count} of them, one for each global view"
-            _require(len(settings[field]) == count, settings, field, each)
-            made[field] = settings[field][view]
-    return made
+            allowed = f"a probability in 0..1, or {count} of them, one for each global view"
+            _require(len(settings[field]) == count, settings, field, allowed)
+            view_settings[field] = settings[field][view]
+    return view_settings
 
 
 def _make(cls: type, settings: Mapping[str, Any]) -> Any:
@@ -325,15 +327,18 @@ def _make(cls: type, settings: Mapping[str, Any]) -> Any:
 
 
 def _unit(images: Array) -> Array:
-    """u8[B, H, W, 3] -> f32[B, H, W, 3] in [0, 1]."""
+    """Converts u8[B, H, W, 3] to f32[B, H, W, 3] in [0, 1]."""
     chex.assert_type(images, jnp.uint8)
-    # A channel at a time, as the operations that follow read them.
+    # One channel at a time, because the following operations read them so.
     planes = (images[..., channel].astype(jnp.float32) / 255.0 for channel in range(3))
     return jnp.stack(tuple(planes), axis=-1)
 
 
 def _uniforms(key: Array, positions: Array) -> tuple[Array, Array]:
-    """f32[B, 5] and f32[B, 5] in [0, 1): a chance an operation; four jitter amounts and a sigma."""
+    """Draws f32[B, 5] and f32[B, 5] in [0, 1) for each image.
+
+    The first holds one draw per operation, the second the four jitter amounts and the blur sigma.
+    """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
     draws = jax.vmap(lambda k: jax.random.uniform(k, (len(OPERATIONS) + 5,)))(keys)
     return draws[:, : len(OPERATIONS)], draws[:, len(OPERATIONS) :]
@@ -344,26 +349,26 @@ def _names(cls: type) -> list[str]:
 
 
 def _check_fields(settings: Mapping[str, Any]) -> None:
-    fields = _names(Crop) + _names(Photometric)
-    for given in settings:
-        if given not in fields:
+    allowed = _names(Crop) + _names(Photometric)
+    for field in settings:
+        if field not in allowed:
             raise UserError(
-                f"config.augment.{given} is not a setting.{did_you_mean(given, fields)} "
-                f"Allowed: {', '.join(fields)}."
+                f"config.augment.{field} is not a setting.{did_you_mean(field, allowed)} "
+                f"Allowed: {', '.join(allowed)}."
             )
-    if missing := [f"config.augment.{field}" for field in fields if field not in settings]:
+    if missing := [f"config.augment.{field}" for field in allowed if field not in settings]:
         raise UserError(
-            f"{', '.join(missing)} must be set; every stack in data/stacks.py has all fields."
+            f"{', '.join(missing)} must be set; every preset in data/presets.py has all fields."
         )
 
 
-def _check_crop(settings: _Given) -> None:
+def _check_crop(settings: _ViewSettings) -> None:
     size, scale, ratio = (settings[field] for field in ("size", "scale", "ratio"))
     whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
     _require(whole and size >= 1, settings, "size", "a whole number of pixels, 1 or more")
-    shares = "two shares of the image's area, 0 < lowest <= highest <= 1"
+    shares = "two fractions of the image area, 0 < lowest <= highest <= 1"
     _require(_are_numbers(scale, 2) and 0 < scale[0] <= scale[1] <= 1, settings, "scale", shares)
-    ratios = "two quotients of width and height, 0 < lowest <= highest"
+    ratios = "two ratios width / height, 0 < lowest <= highest"
     _require(_are_numbers(ratio, 2) and 0 < ratio[0] <= ratio[1], settings, "ratio", ratios)
     if settings["interpolation"] not in INTERPOLATIONS:
         raise unknown("config.augment.interpolation", settings["interpolation"], INTERPOLATIONS)
@@ -371,24 +376,24 @@ def _check_crop(settings: _Given) -> None:
         raise unknown("config.augment.antialias", settings["antialias"], ANTIALIAS)
 
 
-def _check_order(settings: _Given) -> None:
+def _check_order(settings: _ViewSettings) -> None:
     order = settings["order"]
-    names = f"a tuple of names, each once, among {', '.join(OPERATIONS)}"
+    names = f"a tuple of distinct names among {', '.join(OPERATIONS)}"
     _require(isinstance(order, (tuple, list)), settings, "order", names)
     for name in order:
-        if name not in tuple(OPERATIONS):  # compares, as a name from a config may not hash
+        if name not in tuple(OPERATIONS):  # a name from a config may not be hashable
             raise unknown("config.augment.order", name, OPERATIONS)
     _require(len(set(order)) == len(order), settings, "order", names)
 
 
-def _check_photometric(settings: _Given) -> None:
+def _check_photometric(settings: _ViewSettings) -> None:
     for name in OPERATIONS:
         value = settings[f"{name}_prob"]
         ok = _are_numbers([value], 1) and 0 <= value <= 1
         _require(ok, settings, f"{name}_prob", "a probability in 0..1")
     jitter, sigma = settings["jitter"], settings["blur_sigma"]
     ok = _are_numbers(jitter, 4) and min(jitter) >= 0 and jitter[3] <= 0.5
-    strengths = "brightness, contrast, saturation, hue: four numbers from 0 up, hue to 0.5 turns"
+    strengths = "four numbers >= 0: brightness, contrast, saturation, and hue <= 0.5 turns"
     _require(ok, settings, "jitter", strengths)
     ok = _are_numbers(sigma, 2) and 0 <= sigma[0] <= sigma[1]
     _require(ok, settings, "blur_sigma", "two widths in pixels, 0 <= lowest <= highest")
@@ -397,21 +402,23 @@ def _check_photometric(settings: _Given) -> None:
     _require(ok, settings, "std", "three numbers above 0")
 
 
-def _check_effects(settings: _Given) -> None:
-    """Refuses a probability that nothing would read."""
+def _check_unused(settings: _ViewSettings) -> None:
+    """Raises UserError for a probability of an operation that `order` lacks."""
     for name in OPERATIONS:
-        idle = settings[f"{name}_prob"] > 0 and name not in settings["order"]
-        where = f"0, as config.augment.order={settings['order']!r} lacks {name!r}, or add it there"
-        _require(not idle, settings, f"{name}_prob", where)
+        unused = settings[f"{name}_prob"] > 0 and name not in settings["order"]
+        allowed = (
+            f"0, as config.augment.order={settings['order']!r} lacks {name!r}, or add it there"
+        )
+        _require(not unused, settings, f"{name}_prob", allowed)
 
 
-def _require(ok: bool, settings: _Given, field: str, allowed: str) -> None:
+def _require(ok: bool, settings: _ViewSettings, field: str, allowed: str) -> None:
     if not ok:
-        raise UserError(f"{settings.name(field)}={settings[field]!r} will not do; use {allowed}.")
+        raise UserError(f"{settings.name(field)}={settings[field]!r} is invalid; use {allowed}.")
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    """Whether `values` is a tuple or list of `count` finite numbers."""
+    """Returns whether `values` is a tuple or list of `count` finite numbers."""
     return (
         isinstance(values, (tuple, list))
         and len(values) == count

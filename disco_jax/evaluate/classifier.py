@@ -1,4 +1,4 @@
-"""A linear layer on what a network says of an image: its state, its step and its scores."""
+"""Linear classifier on the output of a network: its state, its training step and its scores."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,21 +17,21 @@ from disco_jax.ops.losses import softened_cross_entropy, unit
 
 INITS = ("normal", "torch")
 REDUCTIONS = ("element", "batch")
-_EPSILON = 1e-5  # added to a variance, as CompRess does
-_ROWS = 4096  # scored at once
+_EPSILON = 1e-5  # added to variances, as in CompRess
+_ROWS = 4096  # rows per device call
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProbeState:
-    """What is trained with labels.
+    """State of a training with labels.
 
     Attributes:
-      step: i32[].
+      step: i32[], steps taken.
       params: {"classifier": {"kernel": f32[F, C], "bias": f32[C]}}, and "network" if all layers
         are trained.
-      stats: the network's BatchNorm statistics, {} if it is frozen.
-      opt_state: the optimizer's.
+      stats: BatchNorm statistics of the network, {} if it is frozen.
+      opt_state: state of the optimizer.
     """
 
     step: Array
@@ -42,37 +42,40 @@ class ProbeState:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained layer.
+    """Trained linear classifier.
 
     Attributes:
       kernel: f32[F, C].
       bias: f32[C].
-      standard: {"mean", "deviation": f32[F]} of rows of length 1, {} to take rows as they are.
+      feature_stats: {"mean", "deviation": f32[F]} of L2-normalized features, see
+        `classifier.feature_stats`; {} if the classifier reads features unchanged.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
-    standard: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    feature_stats: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
-        """f32[N, F] -> f32[N, C]."""
+        """Computes logits f32[N, C] of features f32[N, F], in blocks of rows."""
         params = {"kernel": self.kernel, "bias": self.bias}
         parts = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
-        return np.concatenate([np.asarray(_logits(params, x, dict(self.standard))) for x in parts])
+        return np.concatenate(
+            [np.asarray(_logits(params, x, dict(self.feature_stats))) for x in parts]
+        )
 
 
 def init(kind: str, dim: int, classes: int, seed: int) -> dict[str, np.ndarray]:
-    """A fresh {"kernel": f32[dim, classes], "bias": f32[classes]}.
+    """Initializes {"kernel": f32[dim, classes], "bias": f32[classes]}.
 
     Args:
-      kind: "normal": N(0, 0.01) and bias 0, as MoCo starts; "torch": torch's own,
+      kind: "normal": kernel from N(0, 0.01), bias 0, as in MoCo; "torch": PyTorch's default,
         U(+-1/sqrt(dim)) for both.
-      dim: F.
-      classes: C.
-      seed: of the draws.
+      dim: F, width of the features.
+      classes: C, number of classes.
+      seed: seed of the random draws.
 
     Raises:
-      UserError: for another kind.
+      UserError: if `kind` is unknown.
     """
     if kind not in INITS:
         raise errors.unknown("config.init", kind, INITS)
@@ -85,11 +88,14 @@ def init(kind: str, dim: int, classes: int, seed: int) -> dict[str, np.ndarray]:
     return {name: rng.uniform(-bound, bound, s).astype(np.float32) for name, s in shapes.items()}
 
 
-def standard(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and deviation of every dimension of rows of length 1 (CompRess, arXiv:2010.14713).
+def feature_stats(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Computes per-dimension statistics of L2-normalized features (CompRess, arXiv:2010.14713).
 
     Args:
-      rows: f32[N, F], of the training images.
+      rows: f32[N, F], features of the training images.
+
+    Returns:
+      {"mean": f32[F], "deviation": f32[F]}; the deviation is sqrt(variance + 1e-5).
     """
     scaled = np.concatenate(
         [np.asarray(unit(jnp.asarray(rows[i : i + _ROWS]))) for i in range(0, len(rows), _ROWS)]
@@ -97,17 +103,21 @@ def standard(rows: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": scaled.mean(0), "deviation": np.sqrt(scaled.var(0) + _EPSILON)}
 
 
-def logits(params: Mapping[str, Array], rows: Array, standard: Mapping[str, Array]) -> Array:
-    """f32[B, C] of rows f32[B, F], at full precision whatever the accelerator's default."""
-    if standard:
-        rows = (unit(rows) - standard["mean"][None]) / standard["deviation"][None]
+def logits(params: Mapping[str, Array], rows: Array, feature_stats: Mapping[str, Array]) -> Array:
+    """Computes logits f32[B, C] of features f32[B, F].
+
+    The matrix product runs at full float32 precision, whatever the default of the accelerator. A
+    non-empty `feature_stats` normalizes the features first.
+    """
+    if feature_stats:
+        rows = (unit(rows) - feature_stats["mean"][None]) / feature_stats["deviation"][None]
     product = jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + params["bias"][None]
 
 
 _logits = jax.jit(logits)
 
-# (params, state, frozen, batch) -> logits f32[B, C], and the network's new statistics.
+# (params, state, frozen, batch) -> logits f32[B, C] and updated BatchNorm statistics.
 Forward = Callable[[Any, ProbeState, Any, Any], tuple[Array, Any]]
 
 
@@ -119,14 +129,17 @@ def make_step(
     distill: ConfigDict | None = None,
     teach: Callable[[ProbeState, Any, Any], Array] | None = None,
 ):
-    """The step of one replica, with the loop's signature: (state, frozen, batch).
+    """Builds the training step of one replica, with the loop's signature (state, frozen, batch).
 
     Args:
       tx: the optimizer.
       forward: see `Forward`.
-      head_rate: the classifier's learning rate over that of the network.
+      head_rate: learning rate of the classifier divided by that of the network.
       distill: fields weight, temperature and reduction; see `softened_cross_entropy`.
-      teach: (state, frozen, batch) -> the teacher's logits f32[B, C]; None: labels alone.
+      teach: (state, frozen, batch) -> logits f32[B, C] of the teacher; None trains on labels only.
+
+    Returns:
+      A function (state, frozen, batch) -> (`ProbeState`, {"loss", "accuracy" in percent}).
     """
 
     def step(state: ProbeState, frozen: Any, batch: Mapping[str, Array]):
@@ -135,30 +148,30 @@ def make_step(
         def loss_fn(params):
             scores, stats = forward(params, state, frozen, batch)
             losses = _losses(scores, batch["labels"], target, distill)
-            right = jnp.argmax(scores, axis=-1) == batch["labels"]
-            return jnp.mean(losses), (stats, jnp.mean(right.astype(jnp.float32)))
+            correct = jnp.argmax(scores, axis=-1) == batch["labels"]
+            return jnp.mean(losses), (stats, jnp.mean(correct.astype(jnp.float32)))
 
-        (loss, (stats, right)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        grads, stats, loss, right = pmean((grads, stats, loss, right))
+        (loss, (stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, stats, loss, correct = pmean((grads, stats, loss, correct))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         if head_rate != 1.0:
-            faster = jax.tree.map(lambda u: head_rate * u, updates["classifier"])
-            updates = {**updates, "classifier": faster}
+            scaled = jax.tree.map(lambda u: head_rate * u, updates["classifier"])
+            updates = {**updates, "classifier": scaled}
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "accuracy": 100 * right}
+        metrics = {"loss": loss, "accuracy": 100 * correct}
         return ProbeState(state.step + 1, params, stats, opt_state), metrics
 
     return step
 
 
 def check_distill(distill: ConfigDict) -> None:
-    """Refuses settings of a distillation that cannot be.
+    """Checks the distillation settings.
 
     Raises:
-      UserError: names the setting.
+      UserError: names the invalid setting.
     """
     if not 0 <= distill.weight <= 1:
-        raise errors.UserError(f"config.distill.weight={distill.weight} must lie in 0..1.")
+        raise errors.UserError(f"config.distill.weight={distill.weight} must be in the range 0..1.")
     if distill.temperature <= 0:
         raise errors.UserError("config.distill.temperature must be above 0.")
     if distill.reduction not in REDUCTIONS:
@@ -166,14 +179,14 @@ def check_distill(distill: ConfigDict) -> None:
     if bool(distill.weight) != bool(distill.teacher):
         raise errors.UserError(
             f"config.distill.weight={distill.weight} and config.distill.teacher="
-            f"{distill.teacher!r}: a distillation needs both, and without one neither is set."
+            f"{distill.teacher!r}: distillation needs both; set both or neither."
         )
 
 
 def _losses(
     scores: Array, labels: Array, target: Array | None, distill: ConfigDict | None
 ) -> Array:
-    """f32[B]."""
+    """Computes the loss of each image, f32[B]."""
     if target is None or distill is None:
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     return softened_cross_entropy(

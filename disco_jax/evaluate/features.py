@@ -1,4 +1,4 @@
-"""Features of a whole split, extracted once; every probe reads them."""
+"""Features of a whole split, extracted once and shared by all probes."""
 
 import dataclasses
 import functools
@@ -14,21 +14,22 @@ from disco_jax import errors, models
 from disco_jax.data import pipeline, views
 from disco_jax.data.base import Source
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
-from disco_jax.models.vit import ViT
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import checkpoint, workdir
-from disco_jax.train.state import everywhere
+from disco_jax.run import checkpoint, workdir
+from disco_jax.train.state import replicate
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a network makes of a split, in the order of the split; no columns if not asked for.
+    """Outputs of a network for a split, in the order of the split.
+
+    An output that was not requested has no columns.
 
     Attributes:
       features: f32[N, F], pooled.
-      embedding: f32[N, D], after the head, not normalised.
-      labels: i32[N], -1 where there is none.
-      hidden: f32[N, W], what the head's last layer reads.
+      embedding: f32[N, D], output of the head, not normalized.
+      labels: i32[N], -1 for unlabelled images.
+      hidden: f32[N, W], input of the head's last layer.
     """
 
     features: np.ndarray
@@ -36,19 +37,26 @@ class Features:
     labels: np.ndarray
     hidden: np.ndarray | None = None
 
-    def rows(self, chosen: np.ndarray) -> "Features":
-        """Some of the images: whole numbers or bool[N]."""
+    def rows(self, index: np.ndarray) -> "Features":
+        """Selects images by integer indices or a mask bool[N]."""
         return Features(
-            self.features[chosen],
-            self.embedding[chosen],
-            self.labels[chosen],
-            None if self.hidden is None else self.hidden[chosen],
+            self.features[index],
+            self.embedding[index],
+            self.labels[index],
+            None if self.hidden is None else self.hidden[index],
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A network of a run, ready to be evaluated."""
+class TrainedModel:
+    """Network of a run, ready for evaluation.
+
+    Attributes:
+      encoder: the network.
+      variables: its weights and BatchNorm statistics.
+      config: config of the run; `data` and `augment` define how images are read.
+      step: training step of the checkpoint.
+    """
 
     encoder: Encoder
     variables: Variables
@@ -59,15 +67,15 @@ class Trained:
 NETWORKS = ("student", "momentum")
 
 
-def load(run: str, network: str = "student") -> Trained:
-    """The newest good checkpoint of `run`.
+def load(run: str, network: str = "student") -> TrainedModel:
+    """Loads the newest intact checkpoint of a run.
 
     Args:
-      run: a run's directory.
+      run: directory of the run.
       network: "student", or "momentum" for its EMA copy.
 
     Raises:
-      UserError: when there is no such run, checkpoint or network.
+      UserError: if the run, its checkpoint or the network does not exist.
     """
     if network not in NETWORKS:
         raise errors.unknown("config.network", network, NETWORKS)
@@ -76,21 +84,23 @@ def load(run: str, network: str = "student") -> Trained:
     like = jax.eval_shape(lambda: encoder.create(0, config.augment.size))
     if not checkpoint.has(run, network):
         raise errors.UserError(
-            f"config.network={network!r}, but the checkpoints of {run} hold no such network (an "
-            "import and a method without one have none). Set --config.network=student."
+            f"config.network={network!r}, but the checkpoints of {run} contain no such network "
+            "(an imported network and some methods have only a student). Set "
+            "--config.network=student."
         )
     variables, step = checkpoint.load(run, network, like)
-    return Trained(encoder, variables, config, step)
+    return TrainedModel(encoder, variables, config, step)
 
 
-def untrained(config: ConfigDict) -> Trained:
-    """The student of a config with its initial weights: what a probe finds without training."""
+def untrained(config: ConfigDict) -> TrainedModel:
+    """Returns the student of a config with its initial weights, as a baseline for probes."""
     encoder = _encoder(config)
-    return Trained(encoder, encoder.create(config.seed, config.augment.size), config, 0)
+    return TrainedModel(encoder, encoder.create(config.seed, config.augment.size), config, 0)
 
 
 def _encoder(config: ConfigDict) -> Encoder:
-    return models.by_shifts(models.build_encoder(config.student, config.dtype), config)
+    compute = models.Compute(models.compute_dtype(config.dtype)).for_inference(config)
+    return models.build_encoder(config.student, compute)
 
 
 def extract(
@@ -102,39 +112,41 @@ def extract(
     blocks: int = 1,
     mirrored: bool = False,
 ) -> Features:
-    """Encodes every image once, on all devices, BatchNorm on stored statistics.
+    """Encodes every image once, on all devices, with stored BatchNorm statistics.
 
     Args:
       encoder: the network.
       variables: its weights.
-      batches: this host's {"image": u8[b, S, S, 3], "label": i32[b], "mask": bool[b]}, all of one
-        size that the local devices divide, as many on each host; rows where the mask is false are
-        padding and left out.
-      recipe: for the normalisation.
-      outputs: what is wanted of `encoder.OUTPUTS`; the rest has no columns.
+      batches: this host's {"image": u8[b, S, S, 3], "label": i32[b], "mask": bool[b]}. All batches
+        have the same size, which the local devices divide, and every host has the same number of
+        them. Rows with a false mask are padding and are dropped.
+      recipe: defines the normalization.
+      outputs: outputs to return, see `encoder.OUTPUTS`; the others have no columns.
       blocks: see `Encoder.read`.
-      mirrored: left and right change places in every image.
+      mirrored: whether to flip every image horizontally.
 
     Returns:
-      The features of all hosts' images, host after host: the stored order of a source that hosts
-      share.
+      The features of all hosts' images, host after host, which is the stored order of a source that
+      hosts share.
     """
 
-    local = tuple(jax.local_devices())
-    apply = _compiled(encoder, recipe, tuple(outputs), blocks, mirrored, local)
-    variables, devices = everywhere(variables, local), len(local)
-    parts: list[list[dict[str, np.ndarray]]] = []  # batch -> host -> columns
+    local_devices = tuple(jax.local_devices())
+    apply = _compiled(encoder, recipe, tuple(outputs), blocks, mirrored, local_devices)
+    variables, count = replicate(variables, local_devices), len(local_devices)
+    by_batch: list[list[dict[str, np.ndarray]]] = []  # batch -> host -> columns
     for batch in batches:
-        made = jax.device_get(apply(variables, pipeline.to_devices(batch["image"], devices)))
-        columns = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in made.items()}
-        parts.append(_of_hosts({**columns, "labels": batch["label"]}, batch["mask"]))
-    by_host = [rows for host in zip(*parts, strict=True) for rows in host]
-    found = {name: np.concatenate([p[name] for p in by_host]) for name in (*outputs, "labels")}
-    empty = np.zeros((len(found["labels"]), 0), np.float32)
-    return Features(**{name: empty for name in OUTPUTS if name not in outputs}, **found)
+        encoded = jax.device_get(apply(variables, pipeline.to_devices(batch["image"], count)))
+        columns = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in encoded.items()}
+        by_batch.append(_of_hosts({**columns, "labels": batch["label"]}, batch["mask"]))
+    by_host = [rows for host in zip(*by_batch, strict=True) for rows in host]
+    arrays = {
+        name: np.concatenate([part[name] for part in by_host]) for name in (*outputs, "labels")
+    }
+    empty = np.zeros((len(arrays["labels"]), 0), np.float32)
+    return Features(**{name: empty for name in OUTPUTS if name not in outputs}, **arrays)
 
 
-@functools.lru_cache(maxsize=8)  # a network is looked at again and again while it trains
+@functools.lru_cache(maxsize=8)  # monitoring evaluates the same network repeatedly
 def _compiled(
     encoder: Encoder,
     recipe: views.Recipe,
@@ -143,11 +155,11 @@ def _compiled(
     mirrored: bool,
     devices: tuple[jax.Device, ...],
 ) -> Any:
-    """(variables, u8[devices, B, S, S, 3]) -> {output: f32[devices, B, D]}."""
+    """Compiles (variables, u8[devices, B, S, S, 3]) -> {output: f32[devices, B, D]}."""
 
     def encode(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
         images = images[:, :, ::-1] if mirrored else images
-        made: Any = encoder.apply(
+        encoded: Any = encoder.apply(
             variables,
             recipe.plain(images),
             norm="running",
@@ -155,13 +167,13 @@ def _compiled(
             blocks=blocks,
             method="read",
         )
-        return made
+        return encoded
 
     return jax.pmap(encode, AXIS, in_axes=(None, 0), devices=devices)
 
 
 def _of_hosts(columns: dict[str, np.ndarray], mask: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """The rows of a batch that are no padding, for each host."""
+    """Returns the rows of a batch without padding, for each host."""
     if jax.process_count() == 1:
         return [{name: rows[mask] for name, rows in columns.items()}]
     columns, masks = multihost_utils.process_allgather((columns, mask))
@@ -169,7 +181,7 @@ def _of_hosts(columns: dict[str, np.ndarray], mask: np.ndarray) -> list[dict[str
 
 
 def of_split(
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     split: str,
     batch_size: int,
@@ -178,20 +190,20 @@ def of_split(
     limit: int = 0,
     mirrored: bool = False,
 ) -> Features:
-    """`extract` on a split of a source, resized and cropped as the run's config says.
+    """Runs `extract` on a split, with images resized and cropped as the run's config says.
 
     Args:
-      trained: a network and its config, whose `data` and `augment` say how images are prepared.
-      source: images, shared between the hosts.
-      split: of it.
-      batch_size: images encoded at once by each host.
+      trained: a network and its config, whose `data` and `augment` define how images are read.
+      source: images, sharded across hosts.
+      split: name of the split.
+      batch_size: images that each host encodes at once.
       outputs: see `extract`.
       blocks: see `extract`.
-      limit: no more than this many images over all hosts; 0: all.
+      limit: maximum number of images over all hosts; 0: no limit.
       mirrored: see `extract`.
 
     Raises:
-      UserError: the network has no such output, a label is missing, or the split is empty.
+      UserError: if the network has no such output, a label is missing, or the split is empty.
     """
     data, augment = trained.config.data, trained.config.augment
     check_outputs(trained, outputs, blocks)
@@ -207,17 +219,19 @@ def of_split(
         limit,
     )
     recipe = views.build(augment, trained.config.views)
-    found = extract(trained.encoder, trained.variables, batches, recipe, outputs, blocks, mirrored)
-    if (found.labels < 0).any():
+    extracted = extract(
+        trained.encoder, trained.variables, batches, recipe, outputs, blocks, mirrored
+    )
+    if (extracted.labels < 0).any():
         raise unlabelled(source, split)
-    return found
+    return extracted
 
 
 def classes(source: Source, split: str) -> int:
-    """How many labels there are.
+    """Returns the number of classes.
 
     Raises:
-      UserError: nothing is labelled.
+      UserError: if the source has no labels.
     """
     if source.num_classes is None:
         raise unlabelled(source, split)
@@ -225,18 +239,19 @@ def classes(source: Source, split: str) -> int:
 
 
 def unlabelled(source: Source, split: str) -> errors.UserError:
-    """The error for a split that has images without a label."""
+    """Builds the error for a split that contains unlabelled images."""
     return errors.UserError(
         f"Split {split!r} of {source.name} has images without a label; kNN and linear probes "
-        "need labels: for a folder, one sub-folder a class."
+        "need labels. A folder needs one sub-folder per class."
     )
 
 
-def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> None:
-    """Refuses outputs that the network does not have.
+def check_outputs(trained: TrainedModel, outputs: Sequence[str], blocks: int = 1) -> None:
+    """Checks that the network has the requested outputs.
 
     Raises:
-      UserError: for an unknown output, one of a head that is not there, or blocks that are not.
+      UserError: if an output is unknown, needs a head or hidden layer that the network lacks, or
+        `blocks` exceeds the number of transformer blocks.
     """
     spec = trained.config.student
     for output in outputs:
@@ -244,7 +259,7 @@ def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> 
             raise errors.unknown("config.output", output, OUTPUTS)
         if output != "features" and spec.head == "none":
             raise errors.UserError(
-                f"config.output={output!r}, but the checkpoint holds {spec.backbone} without a "
+                f"config.output={output!r}, but the checkpoint contains {spec.backbone} without a "
                 "head. Set --config.output=features."
             )
         if output == "hidden" and (spec.head == "regression" or not spec.hidden):
@@ -252,10 +267,7 @@ def check_outputs(trained: Trained, outputs: Sequence[str], blocks: int = 1) -> 
                 f"config.output='hidden', but the head ({spec.head}, hidden={spec.hidden}) has no "
                 "hidden layer. Set --config.output=features or embedding."
             )
-    depth = getattr(trained.encoder.backbone, "depth", 1)
-    most = depth if isinstance(trained.encoder.backbone, ViT) else 1
+    most = trained.encoder.backbone.readable_blocks
     if not 1 <= blocks <= most:
-        raise errors.UserError(
-            f"config.blocks={blocks}: {spec.backbone} has {most} to read"
-            + (", as it is no ViT." if most == 1 else ".")
-        )
+        allowed = f"1 to {most}" if most > 1 else "only 1, as it is not a ViT"
+        raise errors.UserError(f"config.blocks={blocks}, but {spec.backbone} allows {allowed}.")

@@ -1,4 +1,4 @@
-"""K-means by cosine, for as many rows as the host's memory holds."""
+"""Spherical k-means for all rows that fit into the host's memory."""
 
 import functools
 
@@ -14,27 +14,28 @@ from disco_jax.ops.losses import unit
 def kmeans(
     rows: np.ndarray, count: int, *, iterations: int = 20, seed: int = 0, block: int = 8192
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters of rows by the direction they point in.
+    """Clusters rows by direction (spherical k-means).
 
-    Starts from different rows drawn evenly; in each iteration a centroid becomes the direction of
-    the sum of its unit rows, and one without any the row that fits its own centroid worst.
+    The initial centroids are distinct rows drawn uniformly. Each iteration sets a centroid to the
+    direction of the sum of its L2-normalized rows; an empty cluster gets the row with the lowest
+    similarity to its own centroid.
 
     Args:
       rows: f32[N, D].
-      count: of the clusters, at most N.
-      iterations: at most; ends earlier when no row changes its cluster.
-      seed: of the start.
-      block: rows compared at once; f32[block, count] is all that is held on the device.
+      count: number of clusters, at most N.
+      iterations: maximum number of iterations; stops earlier when no row changes its cluster.
+      seed: seed of the initial centroids.
+      block: rows compared at once; the device holds f32[block, count] similarities.
 
     Returns:
-      f32[count, D] centroids, unit rows, and i32[N], the cluster of each row.
+      f32[count, D] L2-normalized centroids, and i32[N], the cluster of each row.
 
     Raises:
-      UserError: when `count` is not between 1 and N.
+      UserError: if `count` is not between 1 and N.
     """
     if not 1 <= count <= len(rows):
         raise errors.UserError(
-            f"config.clusters={count} must lie between 1 and the {len(rows)} images."
+            f"config.clusters={count} must be between 1 and the number of images, {len(rows)}."
         )
     start = np.random.default_rng(seed).choice(len(rows), count, replace=False)
     centroids = np.asarray(unit(jnp.asarray(rows[np.sort(start)])))
@@ -53,14 +54,16 @@ def kmeans(
 def _pass(
     rows: np.ndarray, centroids: np.ndarray, block: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """i32[N] nearest centroids, f32[N] cosines with them, f32[K, D] sums of the unit rows."""
+    """Returns i32[N] nearest centroids, f32[N] their cosines, f32[K, D] sums of normalized rows."""
     labels, fits, sums = [], [], np.zeros_like(centroids)
-    bank = jnp.asarray(centroids)
+    on_device = jnp.asarray(centroids)
     for i in range(0, len(rows), block):
-        label, fit, total = _assign(jnp.asarray(rows[i : i + block]), bank, len(centroids))
+        label, fit, partial_sums = _assign(
+            jnp.asarray(rows[i : i + block]), on_device, len(centroids)
+        )
         labels.append(np.asarray(label))
         fits.append(np.asarray(fit))
-        sums += np.asarray(total)
+        sums += np.asarray(partial_sums)
     return np.concatenate(labels), np.concatenate(fits), sums
 
 

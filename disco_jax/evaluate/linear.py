@@ -1,4 +1,4 @@
-"""The linear probe: one linear layer on features extracted once, through the one loop."""
+"""Linear probe: a linear classifier on features extracted once, trained by the shared loop."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,23 +14,23 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, scores
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.ops.schedules import Schedule
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
 from disco_jax.train import loop, optimizer
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
-from disco_jax.train.state import everywhere
+from disco_jax.train.state import replicate
 from disco_jax.train.step import parallel
 
-# (step, state) -> metrics of the test images.
+# (step, state) -> metrics on the test images.
 Evaluate = Callable[[int, ProbeState], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a probe trains.
+    """Batch size and schedule of a probe.
 
     Attributes:
       batch_size: over all devices.
-      steps_per_epoch: whole batches an epoch.
+      steps_per_epoch: number of full batches in an epoch.
       rate: step -> learning rate.
     """
 
@@ -40,15 +40,15 @@ class Plan:
 
 
 def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
-    """Batch and learning rate of a probe.
+    """Computes the batch size and the learning rate schedule of a probe.
 
     Args:
-      config: see `common.classification`.
-      count: training images.
-      hosts: that read images of their own; a batch is then at most what the smallest share gives.
+      config: see `probes.classification`.
+      count: number of training images.
+      hosts: number of hosts that read disjoint shards; the smallest shard limits the batch size.
 
     Raises:
-      UserError: fewer images than devices.
+      UserError: if there are fewer images than devices.
     """
     devices = jax.device_count()
     batch_size = min(config.batch_size, count // hosts * hosts) // devices * devices
@@ -68,88 +68,88 @@ def train(
     test: tuple[np.ndarray, np.ndarray] | None = None,
     workdir: str | None = None,
 ) -> tuple[Classifier, dict[str, float]]:
-    """Trains the layer.
+    """Trains a linear classifier on extracted features.
 
-    MoCo (arXiv:1911.05722, section 4.1) and DisCo: SGD with momentum, no weight decay, the rate
-    divided by 10 at epochs 60 and 80 of 100; weights from N(0, 0.01), bias 0.
+    The protocol of MoCo (arXiv:1911.05722, section 4.1) and DisCo: SGD with momentum, no weight
+    decay, learning rate divided by 10 at epochs 60 and 80 of 100, weights from N(0, 0.01), bias 0.
 
     Args:
       config: see `configs/linear.py`.
-      variants: f32[N, F], or several of them: of the images and of their mirror images. Each time
-        an image is read, one of its variants is drawn.
+      variants: f32[N, F], or several such arrays, e.g. features of the images and of their mirror
+        images. Each read of an image draws one of its variants.
       labels: i32[N].
       num_classes: C.
-      test: (f32[M, F], i32[M]) to look at every `evaluate_every_epochs`; None: never.
-      workdir: where metrics go; None: nowhere.
+      test: (f32[M, F], i32[M]) to evaluate every `evaluate_every_epochs`; None: no evaluation.
+      workdir: directory of the metrics; None writes none.
 
     Returns:
-      The layer after the last step, and `Best.result` of the looks at `test`.
+      The classifier after the last step, and `Best.result` of the evaluations on `test`.
     """
     variants = [variants] if isinstance(variants, np.ndarray) else list(variants)
-    how = plan(config, len(labels))
-    tx = optimizer.build(config.optimizer, how.rate)
-    standard = classifier.standard(variants[0]) if config.normalise else {}
+    probe_plan = plan(config, len(labels))
+    tx = optimizer.build(config.optimizer, probe_plan.rate)
+    feature_stats = classifier.feature_stats(variants[0]) if config.normalise else {}
     head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
     params = {"classifier": head}
     start = ProbeState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
-    best = Best(how.steps_per_epoch)
+    best = Best(probe_plan.steps_per_epoch)
 
-    def look(step, state):
-        return best(step, layer(state, standard).scores(test[0]), test[1])
+    def eval_fn(step, state):
+        return best(step, layer(state, feature_stats).scores(test[0]), test[1])
 
     def forward(params, state, frozen, batch):
         rows = batch["features"]
-        return classifier.logits(params["classifier"], rows, frozen["standard"]), state.stats
+        return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), state.stats
 
     state = fit(
         config,
-        how,
+        probe_plan,
         classifier.make_step(tx, forward),
         start,
-        {"standard": standard},
-        batches(variants, labels, how.batch_size, config.seed),
+        {"feature_stats": feature_stats},
+        batches(variants, labels, probe_plan.batch_size, config.seed),
         Logger(workdir, tensorboard=False),
-        evaluate=look if test else None,
-        evaluate_steps=config.evaluate_every_epochs * how.steps_per_epoch,
+        evaluate=eval_fn if test else None,
+        evaluate_steps=config.evaluate_every_epochs * probe_plan.steps_per_epoch,
     )
-    return layer(state, standard), best.result
+    return layer(state, feature_stats), best.result
 
 
 class Best:
-    """Remembers the best of many looks at the test images.
+    """Tracks the best of several evaluations on the test images.
 
-    The papers choose by the very test images that they report on, so the best is kept apart from
-    the last.
+    The papers select the reported result on the test images, so the best is reported separately
+    from the last.
 
     Attributes:
-      result: {"best_top1": percent, "best_epoch"}, {} before the first look.
+      result: {"best_top1": percent, "best_epoch"}, {} before the first evaluation.
     """
 
     def __init__(self, steps_per_epoch: int):
         self.result: dict[str, float] = {}
         self._steps_per_epoch = steps_per_epoch
 
-    def __call__(self, step: int, found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """{"test/top1"} in percent, of scores f32[M, C]."""
-        top1 = scores.top_k(found, labels, 1)
+    def __call__(self, step: int, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Records the top-1 of scores f32[M, C]; returns {"test/top1": percent}."""
+        top1 = scores.top_k(logits, labels, 1)
         self.note(step, top1)
         return {"test/top1": top1}
 
     def note(self, step: int, top1: float) -> None:
-        """Takes a look into account that was had before."""
+        """Records an earlier evaluation."""
         if top1 > self.result.get("best_top1", -1.0):
             self.result = {"best_top1": top1, "best_epoch": step / self._steps_per_epoch}
 
 
-def layer(state: ProbeState, standard: Mapping[str, np.ndarray]) -> Classifier:
-    """The layer of a state, on the host."""
+def layer(state: ProbeState, feature_stats: Mapping[str, np.ndarray]) -> Classifier:
+    """Copies the classifier of a state to the host."""
     head = jax.device_get(state.params["classifier"])
-    return Classifier(head["kernel"], head["bias"], standard)
+    return Classifier(head["kernel"], head["bias"], feature_stats)
 
 
 def fit(
     config: ConfigDict,
-    how: Plan,
+    probe_plan: Plan,
     step: Any,
     start: ProbeState,
     frozen: Any,
@@ -161,32 +161,32 @@ def fit(
     checkpoints: Checkpoints | None = None,
     verbose: bool = False,
 ) -> ProbeState:
-    """The loop with the durations of an evaluation's config.
+    """Runs the training loop with the durations of an evaluation's config.
 
     Args:
-      config: see `common.classification`.
-      how: see `plan`.
-      step: of one replica.
-      start: the state to begin with.
-      frozen: what the step reads and never changes.
+      config: see `probes.classification`.
+      probe_plan: see `plan`.
+      step: step of one replica.
+      start: the initial state.
+      frozen: input of the step that is never updated.
       batches: see `loop.run`.
-      logger: for the metrics.
+      logger: destination of the metrics.
       evaluate: called every `evaluate_steps` steps and at the end; None: never.
-      evaluate_steps: 0: never.
-      checkpoints: None saves nothing.
+      evaluate_steps: interval of `evaluate`; 0: never.
+      checkpoints: destination of the checkpoints; None saves none.
       verbose: whether to print the progress line.
     """
-    steps = how.steps_per_epoch
+    steps = probe_plan.steps_per_epoch
     return loop.run(
         parallel(step),
-        everywhere(start),
-        everywhere(frozen),
+        replicate(start),
+        replicate(frozen),
         batches,
         loop.Schedule(
             start=int(start.step),
             total=config.total_epochs * steps,
             steps_per_epoch=steps,
-            batch_size=how.batch_size,
+            batch_size=probe_plan.batch_size,
             log_steps=config.log_every_epochs * steps,
             checkpoint_steps=config.checkpoint_every_epochs * steps,
             evaluate_steps=evaluate_steps if evaluate else 0,
@@ -201,19 +201,22 @@ def fit(
 def batches(
     variants: Sequence[np.ndarray], labels: np.ndarray, batch_size: int, seed: int
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """A fresh shuffle each epoch, the remainder dropped; of each batch, this host's part."""
+    """Yields this host's part of shuffled batches, and their place in the data.
+
+    Every epoch has a new permutation; an incomplete last batch is dropped.
+    """
     host, hosts = jax.process_index(), jax.process_count()
-    devices, epoch, own = jax.local_device_count(), 0, batch_size // hosts
+    devices, epoch, per_host = jax.local_device_count(), 0, batch_size // hosts
     while True:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(labels))
-        kinds = rng.integers(0, len(variants), len(labels))
+        variant_ids = rng.integers(0, len(variants), len(labels))
         for i in range(0, len(order) - batch_size + 1, batch_size):
-            rows = order[i + host * own : i + (host + 1) * own]
-            chosen = variants[0][rows]
-            for kind in range(1, len(variants)):
-                other = kinds[rows] == kind
-                chosen[other] = variants[kind][rows[other]]
-            tree = {"features": chosen, "labels": labels[rows]}
+            rows = order[i + host * per_host : i + (host + 1) * per_host]
+            features = variants[0][rows]
+            for variant in range(1, len(variants)):
+                selected = variant_ids[rows] == variant
+                features[selected] = variants[variant][rows[selected]]
+            tree = {"features": features, "labels": labels[rows]}
             yield to_devices(tree, devices), (epoch, i + batch_size)
         epoch += 1

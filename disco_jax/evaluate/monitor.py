@@ -1,4 +1,4 @@
-"""Whether a run learns: kNN accuracy of the student while it trains."""
+"""kNN accuracy of the student during training, to see whether a run learns."""
 
 import functools
 from collections.abc import Callable
@@ -8,20 +8,20 @@ import jax
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import chosen
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, knn, subsets
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.encoder import Encoder
 
-_AMONG = 10  # times as many images are looked at for a sample, where all are too many to read
+_POOL_FACTOR = 10  # a sample is drawn from this many times its size, not from a whole large split
 
 
 def check(config: ConfigDict, source: Source) -> None:
-    """Refuses a split that kNN cannot be taken in, before the run begins.
+    """Checks, before the run begins, that kNN can be computed on the split.
 
     Raises:
-      UserError: no such split, an empty one, one without labels, or too few images.
+      UserError: if the split does not exist, is empty or unlabelled, or has too few images.
     """
     monitor = config.monitor
     if not monitor.knn_every_steps:
@@ -30,41 +30,41 @@ def check(config: ConfigDict, source: Source) -> None:
     count = min(source.count(split), monitor.images or source.count(split))
     if source.num_classes is None:
         raise errors.UserError(
-            f"config.monitor.knn_every_steps={monitor.knn_every_steps}, but {source.name} has no "
-            "labels to compare with: set it to 0, or give labelled images (for a folder, one "
-            "sub-folder a class)."
+            f"config.monitor.knn_every_steps={monitor.knn_every_steps} needs labels, but "
+            f"{source.name} has none: set it to 0, or give labelled images (a folder needs one "
+            "sub-folder per class)."
         )
     if not monitor.k < count:
         raise errors.UserError(
-            f"config.monitor.k={monitor.k} must be below the {count} images that are looked at "
+            f"config.monitor.k={monitor.k} must be below the {count} images that are evaluated "
             f"in the split {split!r} of {source.name} (config.monitor.images={monitor.images})."
         )
 
 
 def sample(config: ConfigDict, source: Source) -> tuple[Source, str]:
-    """The images that are scored, always the same for a seed, as a split of a source.
+    """Draws the evaluated images, always the same ones for a seed, as a split of a source.
 
-    `config.monitor.images` of them, evenly over the classes: the first in the stored order would
-    be the first classes of a folder. Reads the labels of the split once (of a large one of TFDS,
-    those of a part) and keeps the sample as it is stored.
+    Draws `config.monitor.images` of them, evenly over the classes, because the first images in the
+    stored order of a folder belong to its first classes. Reads the labels of the split once (of a
+    large TFDS split, those of a part of it) and keeps the sampled images in their stored encoding.
 
     Args:
-      config: of the run; `monitor` has the fields split, images and k.
-      source: its images.
+      config: config of the run; `monitor` has the fields split, images and k.
+      source: images of the run.
 
     Raises:
-      UserError: an image has no label.
+      UserError: if an image has no label.
     """
-    split, most = _split(config), config.monitor.images
-    if not most or most >= source.count(split):
+    split, max_images = _split(config), config.monitor.images
+    if not max_images or max_images >= source.count(split):
         return source, split
-    split = source.part(split, _AMONG * most, config.seed)
-    labels = chosen.labels(source, split)
+    split = source.part(split, _POOL_FACTOR * max_images, config.seed)
+    labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
-    rows = subsets.even(labels, most, config.seed)
+    rows = subsets.even(labels, max_images, config.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return chosen.ChosenSource(source, split, rows, **hosts), split
+    return SubsetSource(source, split, rows, **hosts), split
 
 
 def knn_of(
@@ -73,24 +73,24 @@ def knn_of(
     source: Source,
     drawn: Callable[[], tuple[Source, str]] | None = None,
 ) -> Callable[[int, Any], dict[str, float]]:
-    """What the loop calls: (step, `TrainState`) -> {"knn/top1": percent}.
+    """Builds the loop's evaluation function (step, `TrainState`) -> {"knn/top1": percent}.
 
     Args:
-      config: of the run; `monitor` has the fields split, images and k.
+      config: config of the run; `monitor` has the fields split, images and k.
       encoder: the student.
-      source: its images.
-      drawn: gives what `sample` does, where several runs share it; None: of this run alone.
+      source: images of the run.
+      drawn: returns the result of `sample`, for runs that share it; None draws it for this run.
     """
     drawn = drawn or functools.cache(lambda: sample(config, source))
 
-    def look(step: int, state: Any) -> dict[str, float]:
-        trained = Trained(encoder, state.student, config, step)
-        found = features.of_split(trained, *drawn(), config.batch_size, ("features",))
-        return {"knn/top1": knn.leave_one_out(found.features, found.labels, config.monitor.k)}
+    def eval_fn(step: int, state: Any) -> dict[str, float]:
+        trained = TrainedModel(encoder, state.student, config, step)
+        encoded = features.of_split(trained, *drawn(), config.batch_size, ("features",))
+        return {"knn/top1": knn.leave_one_out(encoded.features, encoded.labels, config.monitor.k)}
 
-    return look
+    return eval_fn
 
 
 def _split(config: ConfigDict) -> str:
-    """The split whose images are scored."""
+    """Returns the name of the evaluated split."""
     return config.monitor.split or config.data.eval_split

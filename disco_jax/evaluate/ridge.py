@@ -1,18 +1,17 @@
-"""Few-shot evaluation: a ridge regression in closed form on a few images a class."""
+"""Few-shot evaluation: closed-form ridge regression on a few images per class."""
 
 import numpy as np
 
-# Tried for the ridge, times the mean square of a feature and the number of rows.
+# Candidate regularization strengths, scaled by the mean square of a feature and the row count.
 STRENGTHS = tuple(10.0 ** (i / 2) for i in range(-12, 7))
 
 
 def fit(rows: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A linear classifier by regression to +1 for the own class and -1 for the others.
+    """Fits a linear classifier by ridge regression to targets +1 (own class) and -1 (others).
 
-    The protocol of ViT (arXiv:2010.11929, section 4.1). Ridge and bias: the bias is not
-    penalised; the strength is the one of `STRENGTHS` with the best leave-one-out accuracy on the
-    rows themselves, which has a closed form, so that no further image is needed (ties: the
-    strongest).
+    The protocol of ViT (arXiv:2010.11929, section 4.1). The bias is not penalized. The strength is
+    the one in `STRENGTHS` with the best leave-one-out accuracy on the rows themselves (ties: the
+    strongest); that accuracy has a closed form, so no validation images are needed.
 
     Args:
       rows: f[N, F].
@@ -24,20 +23,20 @@ def fit(rows: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndar
     """
     rows = rows.astype(np.float64)
     targets = np.where(labels[:, None] == np.arange(num_classes)[None], 1.0, -1.0)
-    mean, level = rows.mean(0), targets.mean(0)
-    left, values, right = np.linalg.svd(rows - mean, full_matrices=False)
-    own = left.T @ (targets - level)
+    mean, target_mean = rows.mean(0), targets.mean(0)
+    u, values, vt = np.linalg.svd(rows - mean, full_matrices=False)
+    projected = u.T @ (targets - target_mean)
     scale = max(float(np.sum(values**2)) / rows.shape[1], 1e-30)
     best, kernel = -1.0, np.zeros((rows.shape[1], num_classes))
     for strength in sorted(STRENGTHS, reverse=True):
         shrunk = values**2 / (values**2 + strength * scale)
-        fitted = level + left @ (shrunk[:, None] * own)
-        leverage = 1 / len(rows) + np.sum(left**2 * shrunk, axis=1)
-        rest = np.maximum(1 - leverage, 1e-9)[:, None]
-        without = targets - (targets - fitted) / rest
-        right_share = np.mean(without.argmax(1) == labels)
-        if right_share > best:
-            best = right_share
+        fitted = target_mean + u @ (shrunk[:, None] * projected)
+        leverage = 1 / len(rows) + np.sum(u**2 * shrunk, axis=1)
+        residual_factor = np.maximum(1 - leverage, 1e-9)[:, None]
+        left_out = targets - (targets - fitted) / residual_factor
+        accuracy = np.mean(left_out.argmax(1) == labels)
+        if accuracy > best:
+            best = accuracy
             factors = values / (values**2 + strength * scale)
-            kernel = right.T @ (factors[:, None] * own)
-    return kernel, level - mean @ kernel
+            kernel = vt.T @ (factors[:, None] * projected)
+    return kernel, target_mean - mean @ kernel

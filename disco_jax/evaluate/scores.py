@@ -1,4 +1,4 @@
-"""What scores say: top-k, classes apart, confusions, and how sure a number is."""
+"""Metrics of logits: top-k, per-class accuracy, confusion matrix and confidence interval."""
 
 import math
 from collections.abc import Mapping
@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-_NORMAL_95 = 1.959963984540054  # the normal distribution's quantile at 0.975
+_NORMAL_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Percent of rows whose label is among the k highest scores.
+    """Computes the percentage of rows whose label is among the k highest scores.
 
-    A label tied with others counts as ranked after those of lower index, so that equal scores do
-    not all count as right. A score that is no number ranks before all that are, and a label whose
-    own score is none after all others, so that a layer that diverged is right about nothing.
+    Ties rank by class index, so that equal scores do not all count as correct. A NaN score ranks
+    above every number, and a label whose own score is NaN ranks last, so that a diverged classifier
+    is never correct.
 
     Args:
       scores: f32[N, C].
       labels: i32[N].
-      k: how many guesses.
+      k: number of guesses.
     """
     own = scores[np.arange(len(labels)), labels][:, None]
     lower_index = np.arange(scores.shape[1])[None, :] < labels[:, None]
@@ -28,7 +28,7 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """i64[C, C]: images of class row that are taken for class column; ties to the lower class.
+    """Counts i64[C, C] images by true class (row) and predicted class (column); ties: lowest index.
 
     Args:
       scores: f32[N, C].
@@ -40,25 +40,24 @@ def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def wilson(percent: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` independent images, in percent.
+    """Computes the 95 % confidence interval of a proportion of `count` independent images.
 
-    Wilson's score interval (JASA 22, 1927): unlike mean +- 1.96 s it stays within 0..100 and does
-    not shrink to nothing at the ends. It covers the choice of test images, not that of the
-    training.
+    Wilson's score interval (JASA 22, 1927). Unlike mean +- 1.96 s it stays within 0..100 and does
+    not vanish at the ends. It covers the sampling of test images, not the variance of training.
 
     Args:
-      percent: the share found, 0..100.
-      count: images, at least 1.
+      percent: observed proportion, 0..100.
+      count: number of images, at least 1.
     """
-    share, square = percent / 100, _NORMAL_95**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    half = _NORMAL_95 * spread / (1 + square / count)
-    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+    proportion, z2 = percent / 100, _NORMAL_95**2
+    centre = (proportion + z2 / (2 * count)) / (1 + z2 / count)
+    deviation = math.sqrt(proportion * (1 - proportion) / count + z2 / (4 * count**2))
+    half_width = _NORMAL_95 * deviation / (1 + z2 / count)
+    return 100 * max(centre - half_width, 0.0), 100 * min(centre + half_width, 1.0)
 
 
 def summary(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What a results' file says of scores.
+    """Computes the metrics for a results file.
 
     Args:
       scores: f32[N, C].
@@ -66,7 +65,7 @@ def summary(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
     Returns:
       {"top1", "top5": percent, "top1_interval": its 95 % interval (Wilson), "class_top1": percent
-      for each class, None where it has no image, "images": N}.
+      for each class, None for a class without images, "images": N}.
     """
     table = confusion(scores, labels)
     counts, hits = table.sum(axis=1), np.diag(table)
@@ -74,7 +73,7 @@ def summary(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {
         "top1": top1,
         "top5": top_k(scores, labels, 5),
-        "top1_interval": [round(end, 3) for end in wilson(top1, len(labels))],
+        "top1_interval": [round(bound, 3) for bound in wilson(top1, len(labels))],
         "class_top1": [
             round(100 * hit / count, 2) if count else None
             for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)
@@ -84,7 +83,7 @@ def summary(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A result for people: "top-1 71.20 % (70.80 to 71.59), top-5 90.10 % of 50000 images"."""
+    """Formats a result: "top-1 71.20 % (95 %: 70.80 to 71.59), top-5 90.10 % of 50000 images"."""
     low, high = result["top1_interval"]
     return (
         f"top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}), "

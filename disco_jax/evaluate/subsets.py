@@ -1,4 +1,4 @@
-"""Class-balanced parts of a split: few labels, few shots, and what is held out."""
+"""Class-balanced subsets of a split: few labels, few shots, and held-out rows."""
 
 import numpy as np
 
@@ -6,94 +6,99 @@ from disco_jax.errors import UserError
 
 
 def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """i64[C * per_class]: `per_class` rows of every class that occurs, in the stored order.
+    """Selects `per_class` rows of every class, i64[C * per_class], in the stored order.
 
-    With one seed the rows of a smaller number are among those of a larger one.
+    For one seed, the rows of a smaller `per_class` are a subset of those of a larger one.
 
     Args:
       labels: i32[N], at least 0.
-      per_class: rows a class.
-      seed: of the choice.
+      per_class: number of rows per class.
+      seed: seed of the selection.
 
     Raises:
-      UserError: when a class has fewer.
+      UserError: if a class has fewer rows.
     """
-    chosen = []
+    selected = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         if len(rows) < per_class:
             raise UserError(
-                f"Class {label} has {len(rows)} labelled images, fewer than the {per_class} asked "
-                "for a class: ask for fewer (config.labelled.per_class, .percent, config.shots)."
+                f"Class {label} has {len(rows)} labelled images, fewer than the {per_class} "
+                "requested per class: reduce config.labelled.per_class, config.labelled.percent "
+                "or config.shots."
             )
         order = np.random.default_rng([seed, int(label)]).permutation(rows)
-        chosen.append(order[:per_class])
-    return np.sort(np.concatenate(chosen))
+        selected.append(order[:per_class])
+    return np.sort(np.concatenate(selected))
 
 
 def share(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """`balanced` with `percent` of the split shared evenly between its classes, at least 1 each.
+    """Selects `percent` of the rows with `balanced`, at least one row per class.
 
-    1 % of ImageNet is 12 or 13 images a class, as SimCLR's lists have it; here it is 12.
+    1 % of ImageNet is 12 or 13 images per class in SimCLR's lists; here it is 12.
 
     Args:
       labels: i32[N].
       percent: above 0, at most 100.
-      seed: of the choice.
+      seed: seed of the selection.
 
     Raises:
-      UserError: for a percentage out of range, or a class that has too few.
+      UserError: if `percent` is out of range, or a class has too few rows.
     """
     if not 0 < percent <= 100:
-        raise UserError(f"config.labelled.percent={percent} must lie above 0 and up to 100.")
+        raise UserError(f"config.labelled.percent={percent} must be above 0 and at most 100.")
     classes = len(np.unique(labels))
     return balanced(labels, max(int(len(labels) * percent / 100 / classes), 1), seed)
 
 
 def even(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """i64[count]: rows drawn evenly over the classes, in the stored order.
+    """Draws rows evenly over the classes, i64[count], in the stored order.
 
-    Classes that are too small give all of their rows, and the others more. Which of them give one
-    more, where the rest does not divide, is drawn too.
+    Classes that are too small contribute all their rows, and the others contribute more. If the
+    remaining number is not divisible, the classes that contribute one more are drawn, too.
 
     Args:
       labels: i32[N].
-      count: rows, at most N.
-      seed: of the draw.
+      count: number of rows, at most N.
+      seed: seed of the draw.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    taken = np.zeros(len(classes), np.int64)
-    while rest := count - int(taken.sum()):
-        larger = np.flatnonzero(sizes > taken)
-        if rest < len(larger):
-            taken[np.random.default_rng([seed, count]).permutation(larger)[:rest]] += 1
+    per_class = np.zeros(len(classes), np.int64)
+    while remaining := count - int(per_class.sum()):
+        larger = np.flatnonzero(sizes > per_class)
+        if remaining < len(larger):
+            per_class[np.random.default_rng([seed, count]).permutation(larger)[:remaining]] += 1
         else:
-            taken[larger] = np.minimum(sizes, taken + rest // len(larger))[larger]
-    chosen = [
+            per_class[larger] = np.minimum(sizes, per_class + remaining // len(larger))[larger]
+    selected = [
         np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))[:n]
-        for label, n in zip(classes, taken, strict=True)
+        for label, n in zip(classes, per_class, strict=True)
     ]
-    return np.sort(np.concatenate(chosen))
+    return np.sort(np.concatenate(selected))
 
 
 def held_out(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """bool[N]: about `percent` of every class, one row at least, but never all of it.
+    """Selects about `percent` of every class, bool[N]: at least one row, but never all rows.
+
+    Classes with a single row are not held out.
 
     Args:
       labels: i32[N].
       percent: in 0..100.
-      seed: of the choice.
+      seed: seed of the selection.
 
     Raises:
-      UserError: when no class has two rows.
+      UserError: if no class has two rows.
     """
-    out = np.zeros(len(labels), bool)
+    mask = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = np.random.default_rng([seed, int(label)]).permutation(
             np.flatnonzero(labels == label)
         )
-        wanted = max(round(len(rows) * percent / 100), 1)
-        out[rows[: min(wanted, len(rows) - 1)]] = True
-    if not out.any():
-        raise UserError("Every class has one labelled image: nothing can be held out to choose by.")
-    return out
+        count = max(round(len(rows) * percent / 100), 1)
+        mask[rows[: min(count, len(rows) - 1)]] = True
+    if not mask.any():
+        raise UserError(
+            "Every class has only one labelled image: no image can be held out to select by."
+        )
+    return mask

@@ -1,4 +1,4 @@
-"""What a network is evaluated on: its run's own data set or another, checked beforehand."""
+"""Data set of an evaluation: the run's own or another one, checked before anything is trained."""
 
 import dataclasses
 from typing import Any
@@ -7,29 +7,31 @@ import jax
 import numpy as np
 
 from disco_jax import errors
-from disco_jax.data import chosen, pipeline
+from disco_jax.data import pipeline
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 
-_EVALUATED = ("validation", "test", "val")
+_TEST_SPLITS = ("validation", "test", "val")
 
 
-def aimed(trained: Trained, data: Any) -> Trained:
-    """The network with the data that an evaluation's config names instead of its run's.
+def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
+    """Replaces the run's data by the data that an evaluation's config specifies.
 
     Args:
-      trained: of a run.
+      trained: network of a run.
       data: fields source, name, dir, train_split, eval_split, interpolation, subset, splits,
-        labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the run's; of
-        another data set or size: the size, so that the shorter side is cut to a square).
+        labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the run's; for
+        another data set or size it defaults to the size, so that the shorter side is cropped to a
+        square).
 
     Returns:
-      The same network; `config.data` and `config.augment` say how images are read.
+      The same network; its `config.data` and `config.augment` define how images are read.
     """
     config = trained.config.copy_and_resolve_references()
-    other = bool(data.source or data.name or data.dir)
-    if other:
+    is_other = bool(data.source or data.name or data.dir)
+    if is_other:
         kind = "npz" if str(data.dir).endswith(".npz") else "folder" if data.dir else "tfds"
         kind = data.source or ("tfds" if data.name else kind)
         config.data.update(
@@ -37,26 +39,26 @@ def aimed(trained: Trained, data: Any) -> Trained:
         )
         config.data.update(splits="", labels="", range="full")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
-        if given := data.get(field):
-            config.data[field] = given
+        if value := data.get(field):
+            config.data[field] = value
     if data.size:
         config.augment.size = data.size
     if data.interpolation:
         config.augment.interpolation = data.interpolation
     if data.eval_resize >= 0:
         config.data.eval_resize = data.eval_resize
-    elif other or data.size:
+    elif is_other or data.size:
         config.data.eval_resize = config.augment.size
     return dataclasses.replace(trained, config=config)
 
 
-def opened(trained: Trained, source: Source | None = None) -> tuple[Trained, Source]:
-    """The data that `trained.config` names, and the config with its test split filled in.
+def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
+    """Opens the data of `trained.config`, and fills in the test split of the config.
 
-    Everything that can be known without reading images is checked here.
+    Checks everything that needs no images to be read.
 
     Raises:
-      UserError: no such data or split, an empty one, or nothing labelled.
+      UserError: if the data or a split does not exist, a split is empty, or nothing is labelled.
     """
     config = trained.config
     source = source or pipeline.open_source(config.data)
@@ -71,15 +73,15 @@ def opened(trained: Trained, source: Source | None = None) -> tuple[Trained, Sou
 
 
 def few_labels(source: Source, split: str, labelled: Any) -> Source:
-    """The source with a class-balanced part of `split`, if `config.labelled` asks for one.
+    """Returns the source with a class-balanced subset of `split`, if `config.labelled` is set.
 
     Args:
       source: images.
-      split: what is trained on.
-      labelled: fields percent and per_class (0: all), and seed.
+      split: split to train on.
+      labelled: fields percent and per_class (0: all images), and seed.
 
     Raises:
-      UserError: both are set, or a class has too few.
+      UserError: if both are set, or a class has too few images.
     """
     if labelled.percent and labelled.per_class:
         raise errors.UserError(
@@ -88,7 +90,7 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
         )
     if not labelled.percent and not labelled.per_class:
         return source
-    labels = chosen.labels(source, split)
+    labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
     if labelled.percent:
@@ -96,53 +98,56 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
     else:
         rows = subsets.balanced(labels, labelled.per_class, labelled.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return chosen.ChosenSource(source, split, rows, **hosts)
+    return SubsetSource(source, split, rows, **hosts)
 
 
 def check_labels(source: Source, train_split: str, eval_split: str, thorough: bool) -> None:
-    """Refuses labels that would only turn out wrong at the end of a long training.
+    """Checks labels whose errors would otherwise appear only at the end of a long training.
 
     Args:
       source: images.
-      train_split: what is trained on.
-      eval_split: what is tested on; its labels are read.
-      thorough: read those of `train_split` too, which takes minutes where they lie beside the
-        images of ImageNet.
+      train_split: split to train on.
+      eval_split: split to test on; its labels are read.
+      thorough: whether to read the labels of `train_split`, too. This takes minutes for ImageNet
+        if the labels are stored beside the images.
 
     Raises:
-      UserError: images without a label, or classes that are tested and not trained.
+      UserError: if images have no label, or a tested class is never trained.
     """
     splits = (train_split, eval_split) if thorough else (eval_split,)
-    found = {split: chosen.labels(source, split) for split in splits}
-    for split, labels in found.items():
+    by_split = {split: read_labels(source, split) for split in splits}
+    for split, labels in by_split.items():
         if (labels < 0).any():
             raise features.unlabelled(source, split)
     if thorough:
-        match(source, found[train_split], found[eval_split])
+        match(source, by_split[train_split], by_split[eval_split])
 
 
 def match(source: Source, train: np.ndarray, test: np.ndarray) -> None:
-    """Refuses a test split with classes that the training split lacks.
+    """Checks that every class of the test split occurs in the training split.
 
     Args:
-      source: for its name.
-      train: i32[N] labels.
-      test: i32[M] labels.
+      source: provides the name for the error message.
+      train: i32[N], labels.
+      test: i32[M], labels.
+
+    Raises:
+      UserError: names a class without training images.
     """
-    strange = sorted(set(test.tolist()) - set(train.tolist()))
-    if strange:
+    untrained = sorted(set(test.tolist()) - set(train.tolist()))
+    if untrained:
         raise errors.UserError(
-            f"{source.name}: {len(strange)} classes of the test split have no training image, "
-            f"class {strange[0]} for one. For folders: the sub-folders of both splits must bear "
-            "the same names. Set config.data.train_split and config.data.eval_split."
+            f"{source.name}: {len(untrained)} classes of the test split have no training image, "
+            f"e.g. class {untrained[0]}. In a folder, the sub-folders of both splits need the same "
+            "names. Check config.data.train_split and config.data.eval_split."
         )
 
 
 def _test_split(source: Source) -> str:
-    there = [name for name in _EVALUATED if name in source.splits]
-    if len(there) == 1:
-        return there[0]
+    matches = [name for name in _TEST_SPLITS if name in source.splits]
+    if len(matches) == 1:
+        return matches[0]
     raise errors.UserError(
         f"config.data.eval_split is not set, and {source.name} has the splits "
-        f"{', '.join(source.splits)}: choose the one to test on."
+        f"{', '.join(source.splits)}: set it to the split to test on."
     )

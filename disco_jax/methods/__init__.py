@@ -1,4 +1,4 @@
-"""Methods from configs: the objectives whose weight is not 0, and the networks they need."""
+"""Builds methods from configs: objectives with nonzero weight and the networks they need."""
 
 import dataclasses
 from typing import Any
@@ -44,42 +44,42 @@ REUSABLE = ("head",)
 
 
 def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
-    """The method that a config's `objectives`, `student`, `momentum` and `teacher` describe.
+    """Builds the method of a config's `objectives`, `student`, `momentum` and `teacher`.
 
     Args:
       config: a pretraining config; see `configs/common.py`.
-      views: how many global views the recipe makes, numbered from 0.
-      local_views: how many local ones, numbered after them.
+      views: number of global views, numbered from 0.
+      local_views: number of local views, numbered after the global ones.
 
     Raises:
-      UserError: when no objective is left, or the settings contradict one another.
+      UserError: if all objectives have weight 0 or settings contradict each other.
     """
-    method = _planned(config, views, local_views)
+    method = _without_networks(config, views, local_views)
     objectives = method.objectives
     checks.check(method, config)
     reuse = _reused(config, method)
     networks = {name: _network(name, config) for name in method.plan}
     if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
-        networks["teacher"] = _raw(networks["teacher"])
+        networks["teacher"] = _unnormalized(networks["teacher"])
     checks.check_widths(objectives, config)
     return Method(networks, objectives, method.views, reuse)
 
 
 def check(config: Any) -> None:
-    """Refuses objectives that `build` would refuse, whatever the networks are.
+    """Validates the objectives without building networks.
 
     Raises:
       UserError: see `build`.
     """
-    checks.check(_planned(config, config.views, config.local.count), config)
+    checks.check(_without_networks(config, config.views, config.local.count), config)
 
 
-def _planned(config: Any, views: int, local_views: int) -> Method:
-    """The method without its networks."""
-    objectives = _quick(_objectives(config), config)
+def _without_networks(config: Any, views: int, local_views: int) -> Method:
+    """Builds the method with its objectives and views only."""
+    objectives = _with_fast_settings(_objectives(config), config)
     if not objectives:
         raise errors.UserError(
-            "Every objective has weight 0, so there is nothing to learn from. Set one of "
+            "All objectives have weight 0. Set at least one of "
             + ", ".join(f"config.objectives.{name}.weight" for name in config.objectives)
             + "."
         )
@@ -88,99 +88,91 @@ def _planned(config: Any, views: int, local_views: int) -> Method:
 
 
 def plan(config: Any) -> dict[str, tuple[int, ...]]:
-    """`Method.plan` of a config that need not be complete yet."""
+    """Returns `Method.plan` of a config, which may still lack the widths of networks."""
     views = tuple(range(config.views + config.local.count))
-    known = Views(views[: config.views], views[config.views :])
-    return Method({}, _objectives(config), known).plan
+    split = Views(views[: config.views], views[config.views :])
+    return Method({}, _objectives(config), split).plan
 
 
 def _objectives(config: Any) -> dict[str, Objective]:
-    made, problems = {}, errors.Problems()
-    for name, given in config.objectives.items():
-        if given["weight"]:
-            made[name] = problems.attempt(_objective, name, _tuples(given))
+    objectives, problems = {}, errors.Problems()
+    for name, fields in config.objectives.items():
+        if fields["weight"]:
+            objectives[name] = problems.attempt(_objective, name, _tuples(fields))
     problems.raise_any()
-    return {name: objective for name, objective in made.items() if objective is not None}
+    return {name: objective for name, objective in objectives.items() if objective is not None}
 
 
-def _objective(name: str, given: dict[str, Any]) -> Objective:
-    """An objective from its part of a config."""
+def _objective(name: str, values: dict[str, Any]) -> Objective:
+    """Creates an objective from its config section."""
     if name not in OBJECTIVES:
         raise errors.unknown("The objective of config.objectives", name, OBJECTIVES)
-    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
-    for field in given:
-        if field not in known:
-            raise errors.unknown(f"The field of config.objectives.{name}", field, known)
-    return OBJECTIVES[name](**given)
+    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    for field in values:
+        if field not in fields:
+            raise errors.unknown(f"The field of config.objectives.{name}", field, fields)
+    return OBJECTIVES[name](**values)
 
 
-def _quick(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
-    """Objectives that read and keep their queues as the config's `fast` has it."""
-    quick = _fast(config, "losses", True)
-    reading = Reading(quick, models.compute_dtype(config.dtype) if quick else jnp.float32)
-    given = {
+def _with_fast_settings(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
+    """Sets how objectives store and process their queues, from `config.fast`."""
+    one_pass = _fast(config, "losses", True)
+    reading = Reading(one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32)
+    settings = {
         "reading": reading,
         "half": _fast(config, "half_queue", False),
         "shared": config.batch_size if _fast(config, "shard_queue", False) else 0,
     }
     return {
-        name: dataclasses.replace(o, **{k: v for k, v in given.items() if hasattr(o, k)})
+        name: dataclasses.replace(o, **{k: v for k, v in settings.items() if hasattr(o, k)})
         for name, o in objectives.items()
     }
 
 
 def _fast(config: Any, field: str, default: Any) -> Any:
-    """A field of `config.fast`, which configs of earlier versions do not have."""
+    """Returns a field of `config.fast`, or `default` for configs of earlier versions."""
     return config.get("fast", {}).get(field, default)
 
 
 def _tuples(fields: Any) -> dict[str, Any]:
-    """Fields with tuples for lists, which is what comes back from JSON."""
+    """Converts lists, as read from JSON, to tuples at all depths."""
 
-    def fixed(value: Any) -> Any:
-        return tuple(map(fixed, value)) if isinstance(value, (list, tuple)) else value
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
 
-    return {name: fixed(value) for name, value in fields.items()}
+    return {name: convert(value) for name, value in fields.items()}
 
 
-def _raw(network: models.Network) -> models.Network:
-    """A network whose head does not scale the embedding to length 1."""
+def _unnormalized(network: models.Network) -> models.Network:
+    """Returns the network with a head that does not scale the embedding to length 1."""
     head = network.encoder.head
     if not network.encoder.normalised():
         return network
-    encoder = network.encoder.clone(head=head.clone(unit=False))
+    encoder = network.encoder.clone(head=head.clone(l2_normalized=False))
     return dataclasses.replace(network, encoder=encoder)
 
 
 def _network(name: str, config: Any) -> models.Network:
-    # The momentum network is the student with other statistics.
+    """Builds a network of `NETWORKS` with the settings of `config.fast`."""
+    # The momentum network is the student with other batch statistics.
     spec = config.teacher if name == "teacher" else config.student
+    compute = models.Compute.from_config(config, name)
     augment = tuple(config.augment.mean), tuple(config.augment.std)
-    network = models.build_network(spec, config[name].norm, config.dtype, f"config.{name}", augment)
-    encoder = network.encoder
-    if not _fast(config, "stem", True):
-        encoder = models.plain_stem(encoder)
-    if models.taken(_fast(config, "columns", "auto"), "config.fast.columns", "tpu"):
-        encoder = models.packed_columns(encoder)
-    statistics = _fast(config, "statistics", "auto")
-    by_product = models.taken(statistics, "config.fast.statistics", "tpu")
-    if by_product and name != "student":  # with a gradient it saves nothing
-        encoder = models.by_product(encoder)
-    network = dataclasses.replace(network, encoder=models.by_shifts(encoder, config))
-    exchange = models.exchange(_fast(config, "exchange", "auto"))
-    carried = network.encoder.backbone.dtype
-    network = dataclasses.replace(
-        network, grouped=config.group_views, exchange=exchange, carried=carried
-    )
+    network = models.build_network(spec, config[name].norm, compute, f"config.{name}", augment)
+    network = dataclasses.replace(network, grouped=config.group_views)
     if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
-        # BatchNorm in a reused head keeps the teacher's statistics (disagreement R2).
+        # BatchNorm in a reused head uses the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")
         return dataclasses.replace(network, encoder=encoder)
     return network
 
 
 def _reused(config: Any, method: Method) -> tuple[str, ...]:
-    """The parts of the teacher that the student reuses; refuses what cannot be."""
+    """Returns the parts of the teacher that the student reuses.
+
+    Raises:
+      UserError: if a part is unknown, no objective has a teacher, or the heads differ.
+    """
     for part in config.student.reuse:
         if part not in REUSABLE:
             raise errors.unknown("config.student.reuse", part, REUSABLE)
@@ -189,22 +181,22 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
     if "teacher" not in method.plan:
         raise errors.UserError(
             f"config.student.reuse={tuple(config.student.reuse)}: no objective has a teacher whose "
-            "head could be reused. Give config.objectives.distill a weight, or leave reuse at ()."
+            "head could be reused. Set config.objectives.distill.weight, or set reuse to ()."
         )
     if config.teacher.head == "none":
         raise errors.UserError(
             "config.student.reuse=('head',): the teacher has no head (config.teacher.head='none'). "
-            "Take weights with their projection head, or leave reuse at ()."
+            "Use weights that include the projection head, or set reuse to ()."
         )
-    ours, theirs = (
+    student, teacher = (
         [spec.get(f, 0) for f in ("head", "dim", "hidden", "layers")]
         for spec in (config.student, config.teacher)
     )
-    if ours != theirs or not config.student.adapter:
+    if student != teacher or not config.student.adapter:
         raise errors.UserError(
-            f"config.student.reuse=('head',) takes the teacher's head: set config.student.head="
-            f"{theirs[0]}, dim={theirs[1]}, hidden={theirs[2]}, layers={theirs[3]} and adapter="
-            f"{models.width(config.teacher)}, or call teacher.resolve, which does."
+            f"config.student.reuse=('head',) copies the teacher's head: set config.student.head="
+            f"{teacher[0]}, dim={teacher[1]}, hidden={teacher[2]}, layers={teacher[3]} and adapter="
+            f"{models.width(config.teacher)}, or call teacher.resolve, which sets them."
         )
     return tuple(config.student.reuse)
 
@@ -214,13 +206,13 @@ def _row(size: int) -> jax.ShapeDtypeStruct:
 
 
 def memory_bytes(method: Method, config: Any) -> int:
-    """Bytes that the objectives remember from step to step, on every device.
+    """Returns the bytes of the objectives' memory on each device.
 
-    Of queues that devices share, on all of them together.
+    Sharded queues count with their size on all devices together.
 
     Args:
-      method: what `build` made of `config`.
-      config: resolved: the widths of its networks are known.
+      method: result of `build(config)`.
+      config: a resolved config, which has the widths of its networks.
     """
     encoded = {}
     for name, views in method.plan.items():

@@ -1,4 +1,4 @@
-"""Attention transfer: the student's feature maps are active where the teacher's are."""
+"""Attention transfer: matches the spatial attention of student and teacher feature maps."""
 
 import dataclasses
 from typing import ClassVar, TypeVar
@@ -20,16 +20,16 @@ Layers = TypeVar("Layers", tuple[Array, ...], list[tuple[int, int]])
 class Attention(Objective):
     """Squared difference of activation-based attention. AT (arXiv:1612.03928) eq. 2.
 
-    DisCo lists results with AT but its code does not run it (disagreement A3): the layers, their
-    sum and the weight are AT's own.
+    DisCo reports results with AT, but its code does not run it (disagreement A3). The layers, the
+    sum over layers and the weight are those of AT.
 
     Attributes:
-      weight: of the term; AT's beta for this mean over places is 1e3.
-      view: that student and teacher encode.
-      layers: "all" maps at the ends of the backbones' stages, "last" the coarsest alone; the
-        losses of the layers are added.
-      resize: "none": every map of the teacher needs one of its size in the student. "linear": the
-        maps are paired from the coarsest up and the teacher's is resized to the student's.
+      weight: factor of the term; AT's beta for this mean over positions is 1e3.
+      view: view encoded by student and teacher.
+      layers: "all": the maps at the ends of all stages of the backbones; "last": only the coarsest
+        map. The losses of the layers are summed.
+      resize: "none": the student must have a map of the size of every teacher map. "linear": maps
+        are paired from the coarsest on, and the teacher's are resized to the student's.
     """
 
     reads_maps: ClassVar[bool] = True
@@ -52,35 +52,37 @@ class Attention(Objective):
             sizes[name] = [(x.shape[1], x.shape[2]) for x in record.maps(name, self.view)]
             if not sizes[name]:
                 raise errors.UserError(
-                    f"{setting}: config.{name}.backbone has no feature maps to compare; take a "
-                    "ResNet, an EfficientNet or a MobileNet, or another objective."
+                    f"{setting}: config.{name}.backbone has no feature maps to compare. Set it to "
+                    "a ResNet, an EfficientNet or a MobileNet, or use another objective."
                 )
-        missing = [size for size in self._wanted(sizes["teacher"]) if size not in sizes["student"]]
+        missing = [
+            size for size in self._selected(sizes["teacher"]) if size not in sizes["student"]
+        ]
         if self.resize == "none" and missing:
             raise errors.UserError(
                 f"{setting}: the teacher has a map of {missing[0][0]}x{missing[0][1]}, the student "
-                f"maps of {', '.join(f'{h}x{w}' for h, w in sizes['student'])}. Set "
-                f"{setting}.resize=linear, or give both the same config.*.stem."
+                f"has maps of {', '.join(f'{h}x{w}' for h, w in sizes['student'])}. Set "
+                f"{setting}.resize=linear, or set config.student.stem=config.teacher.stem."
             )
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         student, teacher = (record.maps(name, self.view) for name in ("student", "teacher"))
         pairs = self._pairs(student, teacher)
-        losses = [jnp.mean(attention_distance(ours, theirs)) for ours, theirs in pairs]
-        sizes = [f"size_{ours.shape[1]}" for ours, _ in pairs]
+        losses = [jnp.mean(attention_distance(*pair)) for pair in pairs]
+        sizes = [f"size_{student_map.shape[1]}" for student_map, _ in pairs]
         metrics = dict(zip(sizes, losses, strict=True))
         return Term(jnp.sum(jnp.stack(losses)), memory, metrics)
 
     def _pairs(
         self, student: tuple[Array, ...], teacher: tuple[Array, ...]
     ) -> list[tuple[Array, Array]]:
-        """(student's map, teacher's map) of each layer."""
-        teacher = self._wanted(teacher)
+        """Returns the student's and the teacher's map of each layer."""
+        teacher = self._selected(teacher)
         if self.resize == "none":
-            of_size = {x.shape[1:3]: x for x in student}
-            return [(of_size[x.shape[1:3]], x) for x in teacher]
+            by_size = {x.shape[1:3]: x for x in student}
+            return [(by_size[x.shape[1:3]], x) for x in teacher]
         count = min(len(student), len(teacher))
         return list(zip(student[-count:], teacher[-count:], strict=True))
 
-    def _wanted(self, layers: Layers) -> Layers:
+    def _selected(self, layers: Layers) -> Layers:
         return layers if self.layers == "all" else layers[-1:]

@@ -1,4 +1,4 @@
-"""BINGO: an image and another of its bag, which the teacher's features made, belong together."""
+"""BINGO: contrast with bags, groups of images with similar teacher features, as positives."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,24 +22,25 @@ QUERY, KEY, MEMBER_QUERY, MEMBER_KEY, MIXED = range(5)
 class Bags(Objective):
     """InfoNCE with the teacher's keys of the image and of its bag. BINGO (arXiv:2107.01691).
 
-    The student's query of the image, that of the member and that of their CutMix each look for
-    the teacher's key of the image and for that of the member among past keys of images; the mean
-    of the three is the loss. The queries of the image and the member weigh their own key (intra-
-    sample) with 1 / 2 and the other's (inter-sample) with 1 / 2, the mixed one by the share of
-    each in it. Past keys are read before this step's, of the images alone, enter.
+    There are three student queries: the image, another member of its bag, and the CutMix of both.
+    Each is contrasted with the teacher's key of the image and with that of the member, against past
+    keys of images; the loss is the mean over the three queries. The queries of image and member
+    weight their own key (intra-sample) and the other key (inter-sample) by 1/2 each. The mixed
+    query weights the keys by the fraction of each image in it. The queue is used before this step's
+    keys, of the images only, are pushed.
 
     Attributes:
-      weight: of the term in the method's loss.
-      temperature: tau > 0; the code has 0.2, and 0.12 for EfficientNets.
-      queue_size: keys remembered; a multiple of the global batch.
-      queue_init: "random", or "teacher" to start from the teacher's own queue.
-      cutmix: whether there is a mixed query; without it the mean is over two.
-      own_epochs: for so many epochs the first two queries look for their own key alone.
-      steps_per_epoch: filled in when a run knows its data.
-      reading: how the queue is read, and `half`, whether it is kept in bfloat16: filled in from
-        the config's `fast`.
-      shared: rows that enter the queue in a step, where every replica keeps its own; 0: each
-        keeps all. Filled in likewise.
+      weight: factor of the term in the method's loss.
+      temperature: tau > 0; BINGO's code uses 0.2, and 0.12 for EfficientNets.
+      queue_size: number of past keys; a multiple of the global batch.
+      queue_init: "random", or "teacher" to start from the queue in the teacher's checkpoint.
+      cutmix: whether to add the mixed query; without it the mean is over two queries.
+      own_epochs: epochs at the start in which the first two queries use only their own key.
+      steps_per_epoch: unit of `own_epochs`; set by the run.
+      reading: settings of the computation over the queue; set from `config.fast`, as are `half` and
+        `shared`.
+      half: whether the queue is stored in bfloat16.
+      shared: rows that all replicas push per step if the queue is sharded; 0: not sharded.
     """
 
     members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
@@ -80,8 +81,8 @@ class Bags(Objective):
         if not self.cutmix:
             return views, aux
         images, others = views[QUERY], views[MEMBER_QUERY]
-        mixed, kept = cutmix(images, others, *draw_box(rng, *images.shape[1:3]))
-        return {**views, MIXED: mixed}, {**aux, "mix_ratio": kept}
+        mixed, fraction = cutmix(images, others, *draw_box(rng, *images.shape[1:3]))
+        return {**views, MIXED: mixed}, {**aux, "mix_ratio": fraction}
 
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
         keys = [unit(record.embedding("teacher", view)) for view in (KEY, MEMBER_KEY)]
@@ -90,7 +91,7 @@ class Bags(Objective):
         if self.cutmix:
             shares[MIXED] = record.aux["mix_ratio"]
         queries = {view: unit(record.embedding("student", view)) for view in shares}
-        banks = compared_together(
+        similarities = compared_together(
             queries,
             memory.vectors,
             temperature=self.temperature,
@@ -102,13 +103,13 @@ class Bags(Objective):
             losses = [
                 jnp.mean(
                     info_nce_beside(
-                        queries[view], key, banks[view].total, temperature=self.temperature
+                        queries[view], key, similarities[view].total, temperature=self.temperature
                     )
                 )
                 for key in keys
             ]
             terms.append(share * losses[0] + (1 - share) * losses[1])
-        query, nearest = queries[QUERY], banks[QUERY].nearest
+        query, nearest = queries[QUERY], similarities[QUERY].nearest
         metrics = {
             "image": terms[0],
             "member": terms[1],

@@ -1,7 +1,7 @@
-"""The core abstraction: a method is networks plus a sum of objectives.
+"""The core abstraction: a method consists of networks and a sum of objectives.
 
-An objective says which views it needs of which network, keeps its own memory and returns a
-`Term`. What is encoded follows from the needs, so nothing is encoded that nobody reads.
+An objective declares which views it needs from which network, maintains its own memory and returns
+a `Term`. The forward passes follow from the declared needs, so no unused output is computed.
 """
 
 import dataclasses
@@ -16,26 +16,26 @@ from disco_jax.models.encoder import Encoded, Network
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import Queue
 
-NETWORKS = ("student", "momentum", "teacher")  # learned; its EMA copy; frozen
+NETWORKS = ("student", "momentum", "teacher")  # trained; its EMA copy; frozen
 OUTPUTS = ("embedding", "features")  # after the head; after pooling
 
 
 class Views(NamedTuple):
-    """The numbers of the views that a recipe makes; 0 is the query, 1 the key."""
+    """Indices of the views that a recipe creates; 0 is the query, 1 the key."""
 
     globals: tuple[int, ...]
     locals: tuple[int, ...] = ()
 
 
 class Record(NamedTuple):
-    """Who encoded which view into what.
+    """Outputs of all networks for the views of a batch.
 
     Attributes:
-      encoded: network -> view -> `Encoded`, of this replica's images.
-      aux: whatever else the pipeline made, name -> array[B, ...].
-      views: which views there are, and which of them are local.
-      score: network -> f32[N, D] -> f32[N, K]: other embeddings on the network's prototypes as
-        they are in this step, without a gradient.
+      encoded: network -> view -> `Encoded`, for this replica's images.
+      aux: other arrays from the data pipeline, name -> array[B, ...].
+      views: indices of the global and local views.
+      score: network -> function f32[N, D] -> f32[N, K] that scores any embeddings on the network's
+        prototypes of this step, without a gradient.
     """
 
     encoded: Mapping[str, Mapping[int, Encoded]]
@@ -44,35 +44,52 @@ class Record(NamedTuple):
     score: Mapping[str, Callable[[Array], Array]] = {}
 
     def embedding(self, network: str, view: int) -> Array:
-        """f32[B, D], not normalised."""
+        """Returns the embedding of a view, f32[B, D], not normalised."""
         return self.output(network, view, "embedding")
 
     def output(self, network: str, view: int, name: str) -> Array:
-        """f32[B, D], not normalised: "embedding" or "features", see `OUTPUTS`."""
-        found = getattr(self.encoded[network][view], name)
-        assert found is not None, f"the {name} of the {network} was not kept"
-        return found
+        """Returns an output of a network for a view, f32[B, D], not normalised.
+
+        Args:
+          network: a name in `NETWORKS`.
+          view: index of the view.
+          name: an element of `OUTPUTS`.
+
+        Raises:
+          AssertionError: if the record does not contain this output.
+        """
+        output = getattr(self.encoded[network][view], name)
+        assert output is not None, f"the record has no {name} of the {network}"
+        return output
 
     def scores(self, network: str, view: int) -> Array:
-        """f32[B, K], of the embedding on the network's prototypes, which there must be."""
+        """Returns the scores of a view's embedding on the network's prototypes, f32[B, K].
+
+        Raises:
+          AssertionError: if the network has no prototypes.
+        """
         scores = self.encoded[network][view].scores
         assert scores is not None, f"the {network} has no prototypes"
         return scores
 
     def maps(self, network: str, view: int) -> tuple[Array, ...]:
-        """Feature maps of the network's backbone, which its objective must read (`reads_maps`)."""
+        """Returns the feature maps of the network's backbone.
+
+        Raises:
+          AssertionError: if no objective that uses the network sets `reads_maps`.
+        """
         maps = self.encoded[network][view].maps
-        assert maps is not None, f"nobody reads the maps of the {network}"
+        assert maps is not None, f"no objective sets reads_maps for the {network}"
         return maps
 
 
 class Term(NamedTuple):
-    """What an objective makes of a record.
+    """Result of an objective for one step.
 
     Attributes:
-      loss: f32[], the mean over this replica's batch, before the weight.
-      memory: the objective's next memory, equal on all replicas.
-      metrics: diagnostics, name -> f32[], averaged over replicas before they are logged.
+      loss: f32[], the mean over this replica's batch, not yet weighted.
+      memory: the objective's memory for the next step, equal on all replicas.
+      metrics: diagnostics, name -> f32[], averaged over replicas before logging.
     """
 
     loss: Array
@@ -83,16 +100,16 @@ class Term(NamedTuple):
 class Objective(Protocol):
     """One term of a method's loss.
 
-    Only `needs` and the call have to be written; the rest is for those that want more.
+    A subclass must define `needs` and `__call__`; all other members have defaults.
 
     Attributes:
-      weight: of the term in the method's loss.
-      reads_maps: whether it reads the backbones' feature maps.
-      members: views that must show another image of the bag, see `data/bags.py`.
-      aux: names of what it reads of `Record.aux`.
+      weight: factor of the term in the method's loss.
+      reads_maps: whether the objective uses the backbones' feature maps.
+      members: views that must show another image of the same bag; see `data/bags.py`.
+      aux: keys of `Record.aux` that the objective uses.
     """
 
-    # Objectives are dataclasses: fields are filled in by `dataclasses.replace`.
+    # Objectives are dataclasses; `dataclasses.replace` changes their fields.
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     weight: float
@@ -102,55 +119,55 @@ class Objective(Protocol):
 
     @property
     def makes(self) -> tuple[int, ...]:
-        """Views that `mix` adds to the recipe's."""
+        """Indices of the views that `mix` adds to those of the recipe."""
         return ()
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
-        """Network -> views that the objective reads."""
+        """Returns the views whose outputs the objective uses, by network."""
         ...
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Any:
-        """The memory at step 0, () if none.
+        """Returns the memory at step 0; () for an objective without memory.
 
         Args:
-          rng: a key of this objective.
-          record: of shapes (`jax.ShapeDtypeStruct` leaves).
-          inherited: the queue that came with the teacher, if one did.
+          rng: a random key for this objective.
+          record: a record with `jax.ShapeDtypeStruct` leaves.
+          inherited: the queue stored in the teacher's checkpoint, or None.
         """
         return ()
 
     def matches(self) -> str | None:
-        """What of the teacher is as wide as the student's embedding.
+        """Returns the teacher output whose width must equal the student's embedding, or None.
 
-        "embedding" or "features"; None where the two may differ.
+        The output is an element of `OUTPUTS`; None means that widths may differ.
         """
         return None
 
     def reads(self, network: str) -> str:
-        """Which output of a network in `needs`: a field of `Encoded`."""
+        """Returns the name of the output used from a network in `needs`, a field of `Encoded`."""
         return "embedding"
 
     def check(self, setting: str, record: Record) -> None:
-        """Refuses networks whose outputs it cannot compare.
+        """Checks that the objective can compare the outputs of the networks.
 
         Args:
-          setting: where the objective stands in the config, for messages.
-          record: of shapes (`jax.ShapeDtypeStruct` leaves).
+          setting: path of the objective in the config, for messages.
+          record: a record with `jax.ShapeDtypeStruct` leaves.
 
         Raises:
-          UserError: with the shapes and what would do.
+          UserError: if it cannot, with the shapes and the settings to change.
         """
-        return None  # without a body type checkers take a protocol's method for an abstract one
+        return None  # type checkers treat a protocol's method without a body as abstract
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
     ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
-        """Views and what else there is of a batch, with what the objective makes of them.
+        """Returns a batch's views and auxiliary arrays with the objective's additions.
 
         Args:
           views: view -> f32[B, H, W, 3], normalised.
-          aux: name -> array[B, ...] or what earlier objectives made.
-          rng: a key of this step, equal on every replica.
+          aux: name -> array[B, ...], or a value added by an earlier objective.
+          rng: a random key for this step, equal on all replicas.
         """
         return views, aux
 
@@ -159,13 +176,13 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Networks and the objectives that are summed over what they encode.
+    """Networks and the sum of objectives on their outputs.
 
     Attributes:
-      networks: name -> network; only those that some objective reads, and the student.
+      networks: name -> network; only the student and networks that an objective uses.
       objectives: name -> objective.
-      views: what the recipe makes of an image.
-      reuse: parts of the student that are the teacher's, copied and never changed, e.g. "head".
+      views: indices of the views that the recipe creates from an image.
+      reuse: parts of the student that are copied from the teacher and stay frozen, e.g. "head".
     """
 
     networks: Mapping[str, Network]
@@ -175,25 +192,28 @@ class Method:
 
     @property
     def plan(self) -> dict[str, tuple[int, ...]]:
-        """Network -> the views that it encodes, in order, once each."""
-        wanted: dict[str, set[int]] = {}
+        """The views that each network encodes, sorted and without duplicates."""
+        needs: dict[str, set[int]] = {}
         for objective in self.objectives.values():
             for network, views in objective.needs(self.views).items():
-                wanted.setdefault(network, set()).update(views)
-        return {name: tuple(sorted(wanted[name])) for name in NETWORKS if name in wanted}
+                needs.setdefault(network, set()).update(views)
+        return {name: tuple(sorted(needs[name])) for name in NETWORKS if name in needs}
 
     def reads_maps(self, network: str) -> bool:
-        """Whether some objective reads the feature maps of a network."""
+        """Returns whether any objective uses the feature maps of a network."""
         return any(
             objective.reads_maps and network in objective.needs(self.views)
             for objective in self.objectives.values()
         )
 
     def teacher_outputs(self, record: Record) -> dict[int, dict[str, int]]:
-        """View -> field of `Encoded` -> width: what the objectives read of the teacher.
+        """Returns the widths of the teacher outputs that objectives use.
 
         Args:
-          record: of shapes (`jax.ShapeDtypeStruct` leaves).
+          record: a record with `jax.ShapeDtypeStruct` leaves.
+
+        Returns:
+          view -> field of `Encoded` -> width.
         """
         readers = [o for o in self.objectives.values() if "teacher" in o.needs(self.views)]
         names = sorted({objective.reads("teacher") for objective in readers})
@@ -203,20 +223,20 @@ class Method:
         }
 
     def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The student's parameters that are learned, and those that are the teacher's."""
+        """Splits the student's parameters into trained ones and those reused from the teacher."""
         learned = {part: tree for part, tree in params.items() if part not in self.reuse}
         return learned, {part: params[part] for part in self.reuse if part in params}
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
     ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
-        """See `Objective.mix`, of all objectives."""
+        """Applies `Objective.mix` of all objectives, in the order of their names."""
         for i, (_, objective) in enumerate(sorted(self.objectives.items())):
             views, aux = objective.mix(views, aux, jax.random.fold_in(rng, i))
         return views, aux
 
     def paced(self, steps_per_epoch: int) -> "Method":
-        """The method whose objectives know how long an epoch is, where they ask."""
+        """Returns the method with `steps_per_epoch` set in every objective that has this field."""
         objectives = {
             name: dataclasses.replace(objective, steps_per_epoch=steps_per_epoch)
             if hasattr(objective, "steps_per_epoch")
@@ -226,32 +246,33 @@ class Method:
         return dataclasses.replace(self, objectives=objectives)
 
     def check(self, record: Record) -> None:
-        """See `Objective.check`, of all objectives."""
+        """Calls `Objective.check` of all objectives."""
         for name, objective in self.objectives.items():
             objective.check(f"config.objectives.{name}", record)
 
     def memory(self, rng: Array, record: Record, inherited: Queue | None = None) -> dict[str, Any]:
-        """Every objective's memory at step 0; see `Objective.init`."""
+        """Returns every objective's memory at step 0, by name; see `Objective.init`."""
         return {
             name: objective.init(jax.random.fold_in(rng, i), record, inherited)
             for i, (name, objective) in enumerate(sorted(self.objectives.items()))
         }
 
     def total(self, terms: Mapping[str, Term]) -> Array:
-        """f32[]: the weighted sum of the terms' losses."""
+        """Returns the weighted sum of the terms' losses, f32[]."""
         weighted = [self.objectives[name].weight * term.loss for name, term in terms.items()]
         return jnp.sum(jnp.stack(weighted))
 
 
 def alpha(global_share: float) -> float | None:
-    """A config's `global_share` as `rebalanced` takes it: below 0, every pair counts the same."""
+    """Converts a config's `global_share` for `rebalanced`: negative values become None."""
     return None if global_share < 0 else global_share
 
 
 def usage(scores: Array, temperature: float) -> Array:
-    """f32[]: the share of the prototypes in use, 1 if all are alike, 1/K if it is one for all.
+    """Returns the perplexity of the prototypes' mean assignment divided by K, f32[].
 
-    exp(entropy) / K of the mean over the global batch of softmax(scores / temperature).
+    exp(entropy) / K of the mean over the global batch of softmax(scores / temperature). It is 1 if
+    all prototypes are used equally and 1/K if all examples share one prototype.
 
     Args:
       scores: f32[B, K], of this replica.
@@ -263,9 +284,10 @@ def usage(scores: Array, temperature: float) -> Array:
 
 
 def spread(embedding: Array) -> Array:
-    """f32[]: how far unit rows spread over the global batch, 1 if evenly, 0 if collapsed.
+    """Returns the standard deviation of unit rows over the global batch, f32[].
 
-    The square root of the variance summed over the dimensions.
+    The square root of the variance summed over the dimensions: 1 for rows with mean zero, 0 for a
+    collapsed embedding.
 
     Args:
       embedding: f32[B, D], unit rows of this replica.

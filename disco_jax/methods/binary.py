@@ -1,4 +1,4 @@
-"""Binary contrast: is this the teacher's embedding of the image? One of what SEED compares with."""
+"""Binary contrast with a queue of teacher embeddings: a baseline of SEED."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from disco_jax.ops.memory import Queue
 
 @dataclasses.dataclass(frozen=True)
 class BinaryContrast(Objective):
-    """One decision an embedding of a queue. SEED (arXiv:2101.04731) appendix; CRD eq. 17-18.
+    """One binary decision per queue row. SEED (arXiv:2101.04731), appendix; CRD eq. 17-18.
 
     Attributes:
-      weight: of the term in the method's loss.
-      view: that student and teacher encode.
-      temperature: tau > 0; SEED states none, CRD uses 0.07.
-      queue_size: teacher embeddings remembered; a multiple of the global batch.
+      weight: factor of the term in the method's loss.
+      view: view encoded by student and teacher.
+      temperature: tau > 0; SEED does not state it, CRD uses 0.07.
+      queue_size: number of past teacher embeddings; a multiple of the global batch.
     """
 
     weight: float = 1.0
@@ -40,7 +40,7 @@ class BinaryContrast(Objective):
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
         student = unit(record.embedding("student", self.view))
         teacher = unit(record.embedding("teacher", self.view))
-        # CRD's code keeps that of its first batch; here it follows.
+        # CRD's code computes it on the first batch only; here it is updated in every step.
         potential = mean_potential(student, memory.vectors, temperature=self.temperature)
         losses = binary_contrast(
             student,

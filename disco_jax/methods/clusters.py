@@ -1,4 +1,4 @@
-"""Learning the teacher's clusters: K-means pseudo labels made beforehand, or online."""
+"""Classification of the teacher's clusters: precomputed K-means labels, or online centroids."""
 
 import dataclasses
 from typing import ClassVar
@@ -18,12 +18,12 @@ from disco_jax.ops.memory import Queue
 class PseudoLabels(Objective):
     """Cross-entropy with the K-means cluster of an image. SEED (arXiv:2101.04731), appendix.
 
-    `disco-jax bags` makes the clusters from the teacher's features; the student's prototypes
-    are the classifier, and no teacher runs in the step.
+    `disco-jax bags` computes the clusters from the teacher's features. The student's prototypes
+    are the classifier, and the step runs no teacher.
 
     Attributes:
-      weight: of the term in the method's loss.
-      view: that the student encodes.
+      weight: factor of the term in the method's loss.
+      view: view encoded by the student.
     """
 
     aux: ClassVar[tuple[str, ...]] = ("cluster",)
@@ -37,16 +37,16 @@ class PseudoLabels(Objective):
     def check(self, setting: str, record: Record) -> None:
         if record.encoded["student"][self.view].scores is None:
             raise errors.UserError(
-                f"{setting} classifies with the student's prototypes, and there are none. Set "
+                f"{setting} classifies with the student's prototypes, but there are none. Set "
                 "config.student.prototypes to the number of clusters, e.g. (4096,), and "
-                "config.student.head=none to put them on the features."
+                "config.student.head=none to apply them to the features."
             )
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         scores, labels = record.scores("student", self.view), record.aux["cluster"]
-        right = jnp.argmax(scores, axis=-1) == labels
+        correct = jnp.argmax(scores, axis=-1) == labels
         metrics = {
-            "accuracy": jnp.mean(right.astype(jnp.float32)),
+            "accuracy": jnp.mean(correct.astype(jnp.float32)),
             "student_std": spread(unit(record.embedding("student", self.view))),
         }
         return Term(jnp.mean(class_cross_entropy(scores, labels)), memory, metrics)
@@ -55,11 +55,11 @@ class PseudoLabels(Objective):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Centroids:
-    """What online clustering remembers.
+    """Memory of `OnlineClusters`.
 
     Attributes:
       vectors: f32[K, D], unit rows.
-      usage: f32[K], running share of the images that each has won.
+      usage: f32[K], running fraction of the images assigned to each centroid.
     """
 
     vectors: Array
@@ -70,18 +70,18 @@ class Centroids:
 class OnlineClusters(Objective):
     """Cross-entropy with the nearest of running centroids of the teacher's embeddings.
 
-    SEED (arXiv:2101.04731), appendix, leaves the details open. Here: each of the teacher's
-    embeddings belongs to the centroid of the highest cosine; the student's cosines over the
-    temperature are its logits; afterwards a centroid moves to the mean of what it won in the
-    global batch, as an EMA, and centroids that win nothing are set to embeddings of the batch.
+    SEED (arXiv:2101.04731), appendix, does not specify the details. Here each teacher embedding is
+    assigned to the centroid of highest cosine, and the student's logits are its cosines divided by
+    the temperature. Each centroid then moves towards the mean of its assigned embeddings in the
+    global batch, as an EMA. Unused centroids are replaced by embeddings of the batch.
 
     Attributes:
-      weight: of the term in the method's loss.
-      view: that student and teacher encode.
-      count: centroids.
+      weight: factor of the term in the method's loss.
+      view: view encoded by student and teacher.
+      count: number of centroids.
       temperature: > 0, of the student's logits.
-      rate: share of a centroid that is kept where it won, and of the running usage.
-      idle: a centroid whose usage is below this share of an even one is replaced.
+      rate: EMA rate of the centroids and of their running usage.
+      idle: centroids with usage below `idle` / `count` are replaced.
     """
 
     weight: float = 1.0
@@ -105,27 +105,33 @@ class OnlineClusters(Objective):
     def __call__(self, record: Record, memory: Centroids, step: Array) -> Term:
         student = unit(record.embedding("student", self.view))
         teacher = unit(record.embedding("teacher", self.view))
-        won = jnp.argmax(teacher @ memory.vectors.T, axis=-1)
+        assigned = jnp.argmax(teacher @ memory.vectors.T, axis=-1)
         logits = jnp.matmul(student, memory.vectors.T, precision=jax.lax.Precision.HIGHEST)
-        loss = jnp.mean(class_cross_entropy(logits / self.temperature, won))
-        after = self.follow(memory, gather(teacher), gather(won))
-        right = (jnp.argmax(logits, axis=-1) == won).astype(jnp.float32)
+        loss = jnp.mean(class_cross_entropy(logits / self.temperature, assigned))
+        updated = self.follow(memory, gather(teacher), gather(assigned))
+        correct = (jnp.argmax(logits, axis=-1) == assigned).astype(jnp.float32)
         metrics = {
-            "accuracy": jnp.mean(right),
-            "used": jnp.mean((after.usage > self.idle / self.count).astype(jnp.float32)),
+            "accuracy": jnp.mean(correct),
+            "used": jnp.mean((updated.usage > self.idle / self.count).astype(jnp.float32)),
             "student_std": spread(student),
         }
-        return Term(loss, after, metrics)
+        return Term(loss, updated, metrics)
 
-    def follow(self, memory: Centroids, rows: Array, won: Array) -> Centroids:
-        """The centroids after the embeddings f32[B, D] of a global batch, won by i32[B]."""
-        counts = jnp.zeros(self.count).at[won].add(1.0)
-        sums = jnp.zeros_like(memory.vectors).at[won].add(rows)
+    def follow(self, memory: Centroids, rows: Array, assigned: Array) -> Centroids:
+        """Returns the centroids updated by a global batch.
+
+        Args:
+          memory: the centroids before the update.
+          rows: f32[B, D], unit embeddings of the global batch.
+          assigned: i32[B], the centroid of each row.
+        """
+        counts = jnp.zeros(self.count).at[assigned].add(1.0)
+        sums = jnp.zeros_like(memory.vectors).at[assigned].add(rows)
         moved = unit(self.rate * memory.vectors + (1 - self.rate) * unit(sums))
         vectors = jnp.where((counts > 0)[:, None], moved, memory.vectors)
         usage = self.rate * memory.usage + (1 - self.rate) * counts / len(rows)
-        # The least used make room for embeddings of this batch, as many as there are of these.
+        # The least used centroids, at most one per row of the batch, are candidates to be replaced.
         least = jnp.argsort(usage)[: len(rows)]
         idle = usage[least] < self.idle / self.count
-        fresh = jnp.where(idle[:, None], rows[: len(least)], vectors[least])
-        return Centroids(vectors.at[least].set(fresh), usage)
+        replaced = jnp.where(idle[:, None], rows[: len(least)], vectors[least])
+        return Centroids(vectors.at[least].set(replaced), usage)

@@ -1,4 +1,4 @@
-"""CompRess: similarities to anchor points, each network among its own, copy the teacher's."""
+"""CompRess: matches the student's similarities to anchor points with the teacher's."""
 
 import dataclasses
 
@@ -20,18 +20,17 @@ BANKS = ("momentum", "student", "teacher")
 class Compress(Objective):
     """KL divergence of similarities to anchor points. CompRess (arXiv:2010.14713) eq. 1-2.
 
-    Both networks see the same view. The anchors are past images; those of this step enter after
-    they were compared, and an image is not among its own anchors.
+    All networks encode the same view. The anchors are embeddings of past images: those of this step
+    are pushed after the comparison, so an image is not its own anchor.
 
     Attributes:
-      weight: of the term in the method's loss.
-      view: that the networks encode.
-      bank: where the student's anchors come from: its "momentum" copy (CompRess-2q), itself
-        ("student": 2q without momentum), or the "teacher" (1q, whose student must be as wide as
-        the teacher).
+      weight: factor of the term in the method's loss.
+      view: view encoded by all networks.
+      bank: network that encodes the student's anchors: "momentum" (CompRess-2q), "student" (2q
+        without momentum) or "teacher" (1q, which requires equal widths of student and teacher).
       teacher_output: "features" after pooling, as published, or "embedding".
       temperature: of both softmaxes, > 0.
-      queue_size: anchors; at least the global batch.
+      queue_size: number of anchors; at least the global batch.
     """
 
     weight: float = 1.0
@@ -77,9 +76,9 @@ class Compress(Objective):
             student_temperature=self.temperature,
             target_temperature=self.temperature,
         )
-        banks = {"teacher": memory["teacher"].push(gather(teacher))}
+        queues = {"teacher": memory["teacher"].push(gather(teacher))}
         if self.bank != "teacher":
-            own = unit(jax.lax.stop_gradient(record.embedding(self.bank, self.view)))
-            banks["student"] = anchors.push(gather(own))
+            keys = unit(jax.lax.stop_gradient(record.embedding(self.bank, self.view)))
+            queues["student"] = anchors.push(gather(keys))
         metrics = {"student_std": spread(student), "teacher_std": spread(teacher)}
-        return Term(jnp.mean(losses), banks, metrics)
+        return Term(jnp.mean(losses), queues, metrics)

@@ -1,4 +1,4 @@
-"""ReSSL: a view's similarities to past images copy those of a weaker view."""
+"""ReSSL: matches a view's similarities to past images with those of a weakly augmented view."""
 
 import dataclasses
 
@@ -17,12 +17,12 @@ class Consistency(Objective):
     """Cross-entropy of similarities to a queue of keys. ReSSL (arXiv:2107.09282) eq. 5.
 
     Attributes:
-      weight: of the term in the method's loss.
-      query_view: that the student encodes.
-      key_view: that the momentum network encodes; weakly augmented.
+      weight: factor of the term in the method's loss.
+      query_view: view encoded by the student.
+      key_view: view encoded by the momentum network, weakly augmented.
       student_temperature: > 0.
-      target_temperature: > 0, the sharper one.
-      queue_size: keys remembered; a multiple of the global batch.
+      target_temperature: > 0, lower than the student's.
+      queue_size: number of past keys; a multiple of the global batch.
     """
 
     weight: float = 1.0

@@ -1,4 +1,4 @@
-"""The student's embedding copies the teacher's: DisCo, SimReg, and SEED's squared distance."""
+"""Regression of the teacher's embedding: DisCo, SimReg and SEED's squared-distance baseline."""
 
 import dataclasses
 
@@ -16,16 +16,18 @@ class Distill(Objective):
     """Squared distance of unit embeddings on each view. DisCo (arXiv:2104.09124) eq. 1.
 
     Attributes:
-      weight: of the term. The paper prints 1; the official code sums over the 32 images of each
-        of 8 devices and averages the gradients, which is weight 32 on the mean (disagreement D1).
-      views: on which student and teacher are compared; their losses are added.
-      reduction: "mean" over the batch; "sum" over this replica's batch, as the official code
-        writes it, which makes the effective weight depend on the number of devices.
-      teacher_output: "embedding", or "features": SimReg (arXiv:2201.05131) copies the teacher's
-        features after pooling; on unit vectors the squared distance is its 2 - 2 cos.
-      teacher_views: which view of the teacher belongs to each of `views`; (): the same one.
-      teacher_unit: whether the teacher's embedding is scaled to length 1 too. DisCo's code for
-        SwAV compares unit students with the teacher's embedding as it is (disagreement W1).
+      weight: factor of the term. The paper states 1. The official code sums over the 32 images of
+        each of 8 devices and averages the gradients, which is weight 32 on the mean (disagreement
+        D1).
+      views: student views to compare; their losses are summed.
+      reduction: "mean" over the batch, or "sum" over this replica's batch, as in the official code,
+        which makes the effective weight depend on the number of devices.
+      teacher_output: "embedding" or "features". SimReg (arXiv:2201.05131) regresses the teacher's
+        features after pooling; for unit vectors the squared distance equals its 2 - 2 cos.
+      teacher_views: the teacher view for each of `views`; (): the same views.
+      teacher_unit: whether the teacher's embedding is also scaled to length 1. DisCo's code for
+        SwAV compares the student's unit embedding with the teacher's unscaled one (disagreement
+        W1).
     """
 
     weight: float = 32.0
@@ -47,9 +49,9 @@ class Distill(Objective):
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         reduce = jnp.mean if self.reduction == "mean" else jnp.sum
         losses, cosines = [], []
-        for view, theirs in zip(self.views, self.teacher_views or self.views, strict=True):
+        for view, teacher_view in zip(self.views, self.teacher_views or self.views, strict=True):
             student = unit(record.embedding("student", view))
-            raw = record.output("teacher", theirs, self.teacher_output)
+            raw = record.output("teacher", teacher_view, self.teacher_output)
             teacher = unit(raw)
             target = teacher if self.teacher_unit else raw
             losses.append(reduce(squared_distance(student, target)))

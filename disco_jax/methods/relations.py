@@ -1,4 +1,4 @@
-"""RKD: the student's distances and angles within a batch copy the teacher's."""
+"""RKD: matches the student's distances and angles within a batch with the teacher's."""
 
 import dataclasses
 
@@ -16,13 +16,14 @@ class Relations(Objective):
     """Relational distillation on the unit embeddings of one view. RKD (arXiv:1904.05068).
 
     Attributes:
-      weight: of the term in the method's loss.
-      view: that student and teacher encode.
+      weight: factor of the term in the method's loss.
+      view: view encoded by student and teacher.
       distance: weight of the pairwise distances.
-      angle: weight of the angles; its cost grows with the cube of the group. DisCo's code takes 1
-        and 1, RKD's paper 1 and 2 (disagreement A2).
-      group: images among which relations are taken, a divisor of a device's batch; 0: all of a
-        device's, so that the loss depends on the number of devices. DisCo's runs have 32.
+      angle: weight of the angles; its cost grows with the cube of `group`. DisCo's code uses 1 for
+        distance and 1 for angle, RKD's paper 1 and 2 (disagreement A2).
+      group: number of images among which relations are computed, a divisor of a device's batch; 0:
+        a device's whole batch, so that the loss depends on the number of devices. DisCo's runs use
+        32.
     """
 
     weight: float = 1.0
@@ -38,13 +39,13 @@ class Relations(Objective):
         student, teacher = (
             self._groups(unit(record.embedding(name, self.view))) for name in ("student", "teacher")
         )
-        terms, total = {}, jnp.zeros(())
-        for name, loss in (("distance", rkd_distance), ("angle", rkd_angle)):
+        terms, loss = {}, jnp.zeros(())
+        for name, relation in (("distance", rkd_distance), ("angle", rkd_angle)):
             if weight := getattr(self, name):
-                terms[name] = jnp.mean(jax.vmap(loss)(student, teacher))
-                total += weight * terms[name]
-        return Term(total, memory, terms)
+                terms[name] = jnp.mean(jax.vmap(relation)(student, teacher))
+                loss += weight * terms[name]
+        return Term(loss, memory, terms)
 
     def _groups(self, rows: Array) -> Array:
-        """f32[B, D] -> f32[G, group, D]."""
+        """Reshapes f32[B, D] to f32[B / group, group, D]."""
         return rows.reshape(-1, self.group or len(rows), rows.shape[-1])

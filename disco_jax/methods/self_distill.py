@@ -1,4 +1,4 @@
-"""DINO: the student's scores predict those of its own EMA copy, centred and sharpened."""
+"""DINO: the student's scores predict the centred and sharpened scores of its EMA copy."""
 
 import dataclasses
 from typing import ClassVar
@@ -19,21 +19,21 @@ from disco_jax.ops.memory import Queue
 class SelfDistill(Objective):
     """Self-distillation without labels. DINO (arXiv:2104.14294) eq. 1 to 4.
 
-    The momentum network encodes the views `targets`, the student all of them; the loss is the mean
-    over all pairs of different views. The centre is read as it is before this step's scores enter
-    it, and follows their mean over the global batch.
+    The momentum network encodes the views `targets`, the student all views; the loss is the mean
+    over all pairs of different views. The centre is an EMA of the scores' mean over the global
+    batch. Targets use the centre before the update by this step's scores.
 
     Attributes:
-      weight: of the term in the method's loss.
-      targets: global views that the momentum network encodes.
+      weight: factor of the term in the method's loss.
+      targets: global views encoded by the momentum network.
       student_temperature: tau_s > 0.
-      momentum_temperature: tau_t > 0, after the warm-up.
+      momentum_temperature: tau_t > 0 after the warm-up.
       warmup_temperature: tau_t in the first epoch.
-      warmup_epochs: epochs of the straight line between the two, constant inside an epoch.
-      centre_rate: share of the old centre kept.
-      global_share: of the pairs of two global views in the loss, alpha in SSLight's eq. 3
-        (arXiv:2210.02808); -1: every pair counts the same.
-      steps_per_epoch: what `warmup_epochs` counts in.
+      warmup_epochs: length of the linear warm-up of tau_t, which is constant within an epoch.
+      centre_rate: EMA rate of the centre, the weight of its previous value.
+      global_share: weight of the pairs of two global views in the loss, alpha in SSLight's eq. 3
+        (arXiv:2210.02808); -1: all pairs weigh equally.
+      steps_per_epoch: unit of `warmup_epochs`; set by the run.
     """
 
     reads_scores: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class SelfDistill(Objective):
         return jnp.zeros(record.scores("momentum", self.targets[0]).shape[-1:], jnp.float32)
 
     def temperature_at(self, step: Array) -> Array:
-        """f32[]: tau_t at a step."""
+        """Returns tau_t at a step, f32[]."""
         ramp = schedules.line(
             self.warmup_temperature, self.momentum_temperature, self.warmup_epochs
         )
@@ -63,10 +63,10 @@ class SelfDistill(Objective):
 
     def __call__(self, record: Record, memory: Array, step: Array) -> Term:
         temperature = self.temperature_at(step)
-        raw = {view: record.scores("momentum", view) for view in self.targets}
-        targets = {v: sharpened(scores, memory, temperature) for v, scores in raw.items()}
+        scores = {view: record.scores("momentum", view) for view in self.targets}
+        targets = {view: sharpened(x, memory, temperature) for view, x in scores.items()}
         loss = pair_loss(record, targets, self.student_temperature, self.global_share)
-        mean = pmean(jnp.mean(jnp.concatenate(list(raw.values())), axis=0))
+        mean = pmean(jnp.mean(jnp.concatenate(list(scores.values())), axis=0))
         centre = self.centre_rate * memory + (1 - self.centre_rate) * mean
         first = self.targets[0]
         metrics = {

@@ -1,4 +1,4 @@
-"""SEED: the student's similarities to a queue of teacher embeddings copy the teacher's."""
+"""SEED: matches the student's similarities to a queue of teacher embeddings with the teacher's."""
 
 import dataclasses
 
@@ -17,28 +17,28 @@ Pairs = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Similarity(Objective):
-    """Soft cross-entropy over a queue that the teacher fills. SEED (arXiv:2101.04731) eq. 5.
+    """Soft cross-entropy over a queue of teacher embeddings. SEED (arXiv:2101.04731) eq. 5.
 
-    The similarities use the queue as it is before this step's teacher embeddings enter it.
+    The similarities use the queue before this step's teacher embeddings are pushed.
 
     Attributes:
-      weight: of the term in the method's loss.
-      groups: of (student view, teacher view) pairs. A group's loss is the mean over its pairs, its
-        queue that of the first pair's teacher view, which is also what enters the queue; the
-        groups' losses are added. SEED's four ways (fig. 6 of its appendix), view 0 large, 1 to 6
-        small:
+      weight: factor of the term in the method's loss.
+      groups: groups of (student view, teacher view) pairs. A group's loss is the mean over its
+        pairs; the losses of groups are summed. A group uses, and pushes to, the queue of its first
+        pair's teacher view. SEED's four strategies (fig. 6 of its appendix), where view 0 is large
+        and views 1 to 6 are small:
           identical   (((0, 0),),)
           cross       (((0, 1),),), two large views
-          to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is the large view's, always
+          to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is always the large view
           small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
       student_temperature: tau_S > 0.
-      teacher_temperature: tau_T >= 0; 0.01 is the paper's, 1e-4 the code's (disagreement S1); at
-        0 the target is one-hot and the loss InfoNCE.
-      queue_size: teacher embeddings remembered a queue; a multiple of the global batch.
-      queue_init: "random" as SEED starts, "teacher" to start from the teacher's own queue.
-      reading: how queues are read; filled in from the config's `fast`.
-      shared: rows that enter a queue in a step, where every replica keeps its own; 0: each keeps
-        all. Filled in likewise.
+      teacher_temperature: tau_T >= 0; 0.01 in the paper, 1e-4 in the code (disagreement S1); at 0
+        the target is one-hot and the loss equals InfoNCE.
+      queue_size: number of past teacher embeddings per queue; a multiple of the global batch.
+      queue_init: "random" as in SEED, or "teacher" to start from the queue in the teacher's
+        checkpoint.
+      reading: settings of the computation over queues; set from `config.fast`, as is `shared`.
+      shared: rows that all replicas push per step if queues are sharded; 0: not sharded.
     """
 
     weight: float = 1.0
@@ -58,47 +58,49 @@ class Similarity(Objective):
         return "embedding"
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
-        banks = {}
+        queues = {}
         for group in self.groups:
             view = group[0][1]
             dim = record.embedding("teacher", view).shape[-1]
             if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-                begin = inherited.rewound()
+                initial = inherited.rewound()
             else:
-                begin = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
-            banks[_bank(group)] = begin.stored(False, self.shared)
-        return banks
+                initial = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
+            queues[_queue_name(group)] = initial.stored(False, self.shared)
+        return queues
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
-        losses, banks = [], {}
+        losses, queues = [], {}
         for group in self.groups:
-            bank = memory[_bank(group)]
-            losses.append(self._group(record, bank, group))
-            banks[_bank(group)] = bank.push_all(unit(record.embedding("teacher", group[0][1])))
-        view, theirs = self.groups[0][0]
-        student, teacher = record.embedding("student", view), record.embedding("teacher", theirs)
+            queue = memory[_queue_name(group)]
+            losses.append(self._group_loss(record, queue, group))
+            keys = unit(record.embedding("teacher", group[0][1]))
+            queues[_queue_name(group)] = queue.push_all(keys)
+        view, teacher_view = self.groups[0][0]
+        student = record.embedding("student", view)
+        teacher = record.embedding("teacher", teacher_view)
         metrics = {
             "cosine": jnp.mean(jnp.sum(unit(student) * unit(teacher), axis=-1)),
             "student_std": spread(unit(student)),
             "teacher_std": spread(unit(teacher)),
         }
-        return Term(jnp.sum(jnp.stack(losses)), banks, metrics)
+        return Term(jnp.sum(jnp.stack(losses)), queues, metrics)
 
-    def _group(self, record: Record, bank: Queue, group: Pairs) -> Array:
-        """The mean over the pairs, whose rows go through the bank together."""
+    def _group_loss(self, record: Record, queue: Queue, group: Pairs) -> Array:
+        """Returns the mean loss over the pairs, computed in one pass over the queue."""
         students = [unit(record.embedding("student", view)) for view, _ in group]
         teachers = [unit(record.embedding("teacher", view)) for _, view in group]
-        each = soft_cross_entropy(
+        losses = soft_cross_entropy(
             jnp.concatenate(students),
             jnp.concatenate(teachers),
-            bank.vectors,
+            queue.vectors,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             reading=self.reading,
-            shared=bool(bank.shared),
+            shared=bool(queue.shared),
         )
-        return jnp.mean(each)
+        return jnp.mean(losses)
 
 
-def _bank(group: Pairs) -> str:
+def _queue_name(group: Pairs) -> str:
     return f"view_{group[0][1]}"

@@ -1,4 +1,4 @@
-"""SwAV: a view's scores on prototypes predict another view's balanced assignment to them."""
+"""SwAV: a view's scores on prototypes predict another view's balanced assignment."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -19,21 +19,22 @@ from disco_jax.ops.sinkhorn import sinkhorn
 class Swapped(Objective):
     """Swapped prediction of balanced assignments. SwAV (arXiv:2006.09882) eq. 1 to 5.
 
-    Assignments are made by Sinkhorn's algorithm on the global batch, beside a queue of past
-    embeddings where there is one. The queue is scored on the prototypes of this step and is read
-    as it is before this step's embeddings enter it.
+    Sinkhorn's algorithm computes the assignments on the global batch and, optionally, a queue of
+    past embeddings. The queue is scored on the prototypes of this step, before this step's
+    embeddings are pushed.
 
     Attributes:
-      weight: of the term in the method's loss.
-      assign: views whose assignments the others predict; global ones.
+      weight: factor of the term in the method's loss.
+      assign: global views whose assignments the other views predict.
       temperature: tau > 0 of the prediction.
-      epsilon: of Sinkhorn's algorithm, > 0.
-      iterations: of Sinkhorn's algorithm, 1 or more.
-      queue_size: embeddings remembered a view of `assign`, a multiple of the global batch; 0: none.
-      queue_epochs: epochs before the queue starts to fill; it is read once it is full.
-      global_share: of the pairs of two global views in the loss, alpha in SSLight's eq. 3
-        (arXiv:2210.02808); -1: every pair counts the same.
-      steps_per_epoch: what `queue_epochs` counts in.
+      epsilon: entropy weight of Sinkhorn's algorithm, > 0.
+      iterations: rounds of Sinkhorn's algorithm, at least 1.
+      queue_size: number of past embeddings per view of `assign`, a multiple of the global batch; 0:
+        no queue.
+      queue_epochs: epochs before the queue starts to fill; it is used once it is full.
+      global_share: weight of the pairs of two global views in the loss, alpha in SSLight's eq. 3
+        (arXiv:2210.02808); -1: all pairs weigh equally.
+      steps_per_epoch: unit of `queue_epochs`; set by the run.
     """
 
     reads_scores: ClassVar[bool] = True
@@ -55,7 +56,7 @@ class Swapped(Objective):
         if not self.queue_size:
             return {}
         dim = record.embedding("student", self.assign[0]).shape[-1]
-        return {_bank(view): Queue.empty(self.queue_size, dim) for view in self.assign}
+        return {_queue_name(view): Queue.empty(self.queue_size, dim) for view in self.assign}
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
         targets = {view: self._assignments(record, memory, view) for view in self.assign}
@@ -67,33 +68,36 @@ class Swapped(Objective):
             "student_std": spread(unit(record.embedding("student", first))),
         }
         if memory:
-            metrics["queue_full"] = memory[_bank(first)].full.astype(jnp.float32)
+            metrics["queue_full"] = memory[_queue_name(first)].full.astype(jnp.float32)
         return Term(loss, self._remember(record, memory, step), metrics)
 
     def _assignments(self, record: Record, memory: dict[str, Queue], view: int) -> Array:
-        """f32[B, K]: targets of one view, from this step's embeddings and the queue's."""
+        """Returns the targets of one view, f32[B, K], from this step's embeddings and the queue."""
         scores = record.scores("student", view)
         options: dict[str, Any] = dict(epsilon=self.epsilon, iterations=self.iterations)
         if not self.queue_size:
             return sinkhorn(scores, **options)
-        queue = memory[_bank(view)]
-        kept = record.score["student"](share(queue.vectors))  # each replica scores its part
-        there = jnp.broadcast_to(queue.full.astype(jnp.float32), kept.shape[:1])
-        mask = jnp.concatenate([there, jnp.ones(scores.shape[:1], jnp.float32)])
-        plan = sinkhorn(jnp.concatenate([kept, scores]), mask=mask, **options)
-        return plan[kept.shape[0] :]
+        queue = memory[_queue_name(view)]
+        # Each replica scores its slice of the queue.
+        queue_scores = record.score["student"](share(queue.vectors))
+        is_full = jnp.broadcast_to(queue.full.astype(jnp.float32), queue_scores.shape[:1])
+        mask = jnp.concatenate([is_full, jnp.ones(scores.shape[:1], jnp.float32)])
+        plan = sinkhorn(jnp.concatenate([queue_scores, scores]), mask=mask, **options)
+        return plan[queue_scores.shape[0] :]
 
     def _remember(self, record: Record, memory: dict[str, Queue], step: Array) -> dict[str, Queue]:
-        """The queues with this step's embeddings, once the run is old enough."""
+        """Pushes this step's embeddings to the queues after `queue_epochs` epochs."""
         started = step >= self.queue_epochs * self.steps_per_epoch
         pushed = {}
         for view in self.assign if self.queue_size else ():
-            old = memory[_bank(view)]
+            old = memory[_queue_name(view)]
             rows = jax.lax.stop_gradient(unit(record.embedding("student", view)))
             new = old.push(gather(rows))
-            pushed[_bank(view)] = jax.tree.map(lambda a, b: jnp.where(started, a, b), new, old)
+            pushed[_queue_name(view)] = jax.tree.map(
+                lambda a, b: jnp.where(started, a, b), new, old
+            )
         return pushed
 
 
-def _bank(view: int) -> str:
+def _queue_name(view: int) -> str:
     return f"view_{view}"

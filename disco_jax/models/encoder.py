@@ -1,4 +1,4 @@
-"""Encoder = backbone + adapter? + head + prototypes?; how it encodes the views of a method."""
+"""Encoders (backbone, adapter, head, prototypes), and how they encode the views of a method."""
 
 import dataclasses
 import functools
@@ -10,30 +10,31 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.maps import COLLECTION, by_size
-from disco_jax.models.norm import MODES
+from disco_jax.models.layers.compute import Compute
+from disco_jax.models.layers.feature_maps import COLLECTION, by_size
+from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import shuffle, unshuffle
 
 Variables = Mapping[str, Any]
-# Keys of views from here on are dropout's; below, shuffling's.
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+# Added to a view's number to get a key for dropout; the number itself gives the key of shuffling.
 _DROPOUT = 1 << 16
 
-
-# What `Encoder.read` gives.
+# Outputs that `Encoder.read` offers.
 OUTPUTS = ("features", "embedding", "hidden")
 
 
 class Encoded(NamedTuple):
-    """What a network says of a batch of images.
+    """Outputs of an `Encoder` for a batch of images.
 
     Attributes:
-      features: f32[B, F], after pooling; what linear probes and kNN read. None, as the embedding
-        may be too, only of a teacher's outputs that were kept, where no objective reads it.
-      embedding: f32[B, D], after the head; of length 1 only where the head itself ends so
-        (SwAV, SimCLR, DINO).
-      scores: f32[B, K], of the embedding on the prototypes; None without them.
-      maps: float[B, H, W, C], what leaves the backbone's stages, the last of each size, the
-        finest first; None unless an objective reads them, () of networks without.
+      features: f32[B, F], pooled; read by linear probes and kNN. It and the embedding are None only
+        in cached outputs of a teacher, if no objective reads them.
+      embedding: f32[B, D], after the head; of length 1 only if the head normalizes it (SwAV,
+        SimCLR, DINO).
+      scores: f32[B, K], the embedding's similarities to prototypes; None without prototypes.
+      maps: float[B, H, W, C], the last stage output of each size, finest first; () if the backbone
+        records none, None unless an objective reads them.
     """
 
     features: Array | None
@@ -43,14 +44,14 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A backbone and the head on top of it.
+    """A backbone with its adapter, head and prototypes.
 
     Attributes:
-      backbone: float[B, H, W, 3], norm -> f32[B, F].
-      head: float[B, F], norm -> f32[B, D].
-      adapter: float[B, F] -> what the head reads instead; RETRO's.
-      prototypes: f32[B, D] -> f32[B, K].
-      head_norm: BatchNorm mode of the head; "": the one that the call is given.
+      backbone: maps float[B, H, W, 3] and a BatchNorm mode to f32[B, F].
+      head: maps float[B, F] and a BatchNorm mode to f32[B, D].
+      adapter: maps float[B, F] to the input of the head (RETRO).
+      prototypes: maps f32[B, D] to f32[B, K].
+      head_norm: BatchNorm mode of the head; "": that of the call.
     """
 
     backbone: nn.Module
@@ -60,90 +61,114 @@ class Encoder(nn.Module):
     head_norm: str = ""
 
     def __call__(self, images: Array, *, norm: str) -> Encoded:
-        """Encodes float[B, H, W, 3] normalised images; `norm` is "local", "sync" or "running"."""
-        return self._head(self.backbone(images, norm=norm), norm)
+        """Encodes images.
 
-    def _head(self, features: Array, norm: str) -> Encoded:
+        Args:
+          images: float[B, H, W, 3], normalized.
+          norm: BatchNorm mode, "local", "sync" or "running".
+        """
+        return self._encode_features(self.backbone(images, norm=norm), norm)
+
+    def _encode_features(self, features: Array, norm: str) -> Encoded:
+        """Computes embedding and scores of f32[B, F]."""
         adapted = features if self.adapter is None else self.adapter(features)
         embedding = self.head(adapted, norm=self.head_norm or norm)
         scores = None if self.prototypes is None else self.prototypes(embedding)
         return Encoded(features, embedding, scores)
 
     def together(self, images: Sequence[Array], *, norm: str) -> Encoded:
-        """Encodes images of several sizes; the rows of the result follow one another.
+        """Encodes images of several sizes; the outputs are concatenated along the batch.
 
-        The backbone is called once a size and the head once for all, as SwAV's and DINO's codes
-        do: batch statistics in the head are those of all sizes together.
+        Calls the backbone once per size and the head once for all, as SwAV's and DINO's codes do:
+        batch statistics in the head are those of all sizes together.
 
         Args:
-          images: float[N, H, W, 3] each, normalised.
+          images: one float[N, H, W, 3] per size, normalized.
           norm: see `__call__`.
         """
         features = jnp.concatenate([self.backbone(x, norm=norm) for x in images])
-        return self._head(features, norm)
+        return self._encode_features(features, norm)
 
     def score(self, embedding: Array) -> Array:
-        """f32[N, D] -> f32[N, K]: embeddings on the prototypes, which there must be."""
+        """Maps f32[N, D] to the scores f32[N, K] of prototypes, which must exist."""
         assert self.prototypes is not None
         return self.prototypes(embedding)
 
     def read(self, images: Array, *, norm: str, outputs: Iterable[str], blocks: int = 1):
-        """What evaluations ask of a network.
+        """Computes outputs for evaluations.
 
         Args:
-          images: float[B, H, W, 3], normalised.
+          images: float[B, H, W, 3], normalized.
           norm: see `__call__`.
           outputs: names in `OUTPUTS`.
-          blocks: of a ViT: the class tokens of so many last blocks are the features.
+          blocks: for a ViT, the number of last blocks whose class tokens are the features.
 
         Returns:
-          {output: f32[B, D]}: "features", pooled; "embedding", after the head; "hidden", what the
-          head's last layer reads.
+          {output: f32[B, D]}: "features", pooled; "embedding", after the head; "hidden", the input
+          of the head's last layer.
         """
-        several = {"blocks": blocks} if blocks > 1 else {}
-        made = {"features": self.backbone(images, norm=norm, **several)}
+        options = {"blocks": blocks} if blocks > 1 else {}
+        arrays = {"features": self.backbone(images, norm=norm, **options)}
         if set(outputs) - {"features"}:
-            last = made["features"]
+            last = arrays["features"]
             last = last[:, last.shape[-1] - last.shape[-1] // blocks :]
             adapted = last if self.adapter is None else self.adapter(last)
             for name in sorted({"embedding", "hidden"} & set(outputs)):
-                asked = {"hidden": True} if name == "hidden" else {}
-                made[name] = self.head(adapted, norm=self.head_norm or norm, **asked)
-        return {name: made[name] for name in outputs}
+                options = {"hidden": True} if name == "hidden" else {}
+                arrays[name] = self.head(adapted, norm=self.head_norm or norm, **options)
+        return {name: arrays[name] for name in outputs}
 
     def create(self, seed: int, size: int) -> Variables:
-        """Fresh {"params": ..., "batch_stats": ...} for images of `size` px; compiles nothing."""
+        """Draws variables without compiling anything.
+
+        Args:
+          seed: seed of the initial values.
+          size: size of the images in px.
+
+        Returns:
+          {"params": ..., "batch_stats": ...}.
+        """
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         rng = jax.random.key(seed)
         variables = self.lazy_init(rng, images, norm="running")
         return {"batch_stats": {}, **variables}
 
     def normalised(self) -> bool:
-        """Whether the network itself ends on the unit sphere."""
-        return getattr(self.head, "unit", False)
+        """Returns whether the head normalizes the embedding to length 1."""
+        return self.head.l2_normalized
+
+    @property
+    def compute(self) -> Compute:
+        """The `Compute` of the backbone."""
+        return self.backbone.compute
+
+    def with_compute(self, compute: Compute) -> "Encoder":
+        """Returns the encoder with another `Compute` for the backbone."""
+        return self.clone(backbone=self.backbone.clone(compute=compute))
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An encoder and the statistics that its BatchNorm layers use while training.
+    """An encoder and how a training step applies it.
 
     Attributes:
-      encoder: what encodes; tests put other modules with its call in its place.
-      norm: "local", "sync", "shuffle" or "running"; see `BatchNorm` and `collectives.shuffle`.
-      rescale: a factor and an offset for each channel, which turn images with the recipe's
-        normalisation into images with the one this network was trained with; None: the same.
-      grouped: views of one size go through the network together and share batch statistics, as
-        SwAV, DINO and SSLight train; else one after the other, as MoCo and DisCo do.
+      encoder: the encoder; tests pass other modules with its call.
+      norm: BatchNorm mode, "local", "sync", "shuffle" or "running"; see `BatchNorm` and
+        `collectives.shuffle`.
+      rescale: (factor, offset) per channel, which map images with the recipe's normalization to
+        images with the normalization that the network was trained with; None if they are equal.
+      grouped: whether views of one size pass the network together and share batch statistics, as
+        in SwAV, DINO and SSLight; otherwise one after the other, as in MoCo and DisCo.
       exchange: how "shuffle" moves images, see `collectives.shuffle`.
-      carried: dtype in which it does: that of the computation.
+      shuffle_dtype: dtype in which "shuffle" moves images.
     """
 
     encoder: Encoder
     norm: str = "local"
-    rescale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    rescale: Normalization | None = None
     grouped: bool = False
     exchange: str = "gather"
-    carried: jnp.dtype = jnp.float32
+    shuffle_dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
         assert self.norm in MODES, self.norm
@@ -158,63 +183,67 @@ def encode(
     dropout: bool = False,
     maps: bool = False,
 ) -> tuple[dict[int, Encoded], Any]:
-    """Encodes views one after the other, or all of them together if the network is `grouped`.
+    """Encodes views one after the other, or all together if the network is `grouped`.
 
-    One after the other, each has its own batch statistics, and the stored ones pass from view to
-    view: two views update them twice, as two forward passes of the papers' codes do.
+    One after the other, each view has its own batch statistics, and the stored statistics pass from
+    view to view: two views update them twice, as two forward passes of the papers' codes do.
 
     Args:
-      network: what encodes.
+      network: the network.
       variables: {"params": ..., "batch_stats": ...} of `network.encoder`.
-      images: view -> f32[B, H, W, 3].
-      views: which of them to encode.
+      images: {view: f32[B, H, W, 3]}.
+      views: views to encode.
       rng: key for "shuffle" and dropout, equal on all replicas.
-      dropout: whether dropout and stochastic depth act, where the network has them.
-      maps: whether somebody reads the backbone's feature maps.
+      dropout: whether dropout and stochastic depth are active.
+      maps: whether to return the backbone's feature maps.
 
     Returns:
-      view -> `Encoded`, in this replica's order, and the new batch_stats.
+      {view: `Encoded`} in the order of this replica's images, and the new batch_stats.
     """
     encoded, stats, views = {}, variables["batch_stats"], tuple(views)
     for group in [views] if network.grouped else [(view,) for view in views]:
         current = {**variables, "batch_stats": stats}
-        mine = {view: _rescaled(images[view], network.rescale) for view in group}
+        inputs = {view: _rescale(images[view], network.rescale) for view in group}
         orders = {}
         if network.norm == "shuffle":
             for view in group:
-                # Images travel as the network takes them: half as many bytes in bfloat16.
-                sent = mine[view].astype(network.carried)
+                # The network casts images anyway; bfloat16 halves the bytes that move.
+                rows = inputs[view].astype(network.shuffle_dtype)
                 key = jax.random.fold_in(rng, view)
-                mine[view], orders[view] = shuffle(key, sent, network.exchange)
-        drops = {"dropout": jax.random.fold_in(rng, _DROPOUT + group[0])} if dropout else {}
-        out, stats = _apply(network, current, mine, drops, maps)
+                inputs[view], orders[view] = shuffle(key, rows, network.exchange)
+        rngs = {"dropout": jax.random.fold_in(rng, _DROPOUT + group[0])} if dropout else {}
+        out, stats = _apply(network, current, inputs, rngs, maps)
         for view, order in orders.items():
             out[view] = jax.tree.map(lambda rows, order=order: unshuffle(rows, order), out[view])
         encoded.update(out)
     return encoded, stats
 
 
-def _rescaled(images: Array, rescale: tuple[tuple[float, ...], ...] | None) -> Array:
+def _rescale(images: Array, rescale: Normalization | None) -> Array:
     if rescale is None:
         return images
     factor, offset = (jnp.asarray(x, images.dtype).reshape(1, 1, 1, -1) for x in rescale)
     return images * factor + offset
 
 
-def rescaling(
-    own: tuple[tuple[float, ...], tuple[float, ...]],
-    given: tuple[tuple[float, ...], tuple[float, ...]],
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """`Network.rescale` for a network of mean and deviation `own` on images normalised by `given`.
+def rescaling(own: Normalization, recipe: Normalization) -> Normalization | None:
+    """Returns `Network.rescale` for images that the recipe normalizes.
 
-    None where both are equal. (x - m) / s of the network is
-    y * s' / s + (m' - m) / s of the recipe's y = (x - m') / s'.
+    The network expects (x - m) / s. In terms of the recipe's y = (x - m') / s', this is
+    y * s' / s + (m' - m) / s.
+
+    Args:
+      own: mean m and standard deviation s that the network was trained with.
+      recipe: mean m' and standard deviation s' of the recipe.
+
+    Returns:
+      (factor, offset) per channel; None if both normalizations are equal.
     """
-    (mean, std), (their_mean, their_std) = own, given
-    if tuple(mean) == tuple(their_mean) and tuple(std) == tuple(their_std):
+    (mean, std), (recipe_mean, recipe_std) = own, recipe
+    if tuple(mean) == tuple(recipe_mean) and tuple(std) == tuple(recipe_std):
         return None
-    factor = tuple(theirs / ours for theirs, ours in zip(their_std, std, strict=True))
-    offset = tuple((m_ - m) / s for m_, m, s in zip(their_mean, mean, std, strict=True))
+    factor = tuple(s_ / s for s_, s in zip(recipe_std, std, strict=True))
+    offset = tuple((m_ - m) / s for m_, m, s in zip(recipe_mean, mean, std, strict=True))
     return factor, offset
 
 
@@ -225,34 +254,36 @@ def _apply(
     rngs: dict[str, Array],
     maps: bool,
 ) -> tuple[dict[int, Encoded], Any]:
-    """The views of `images` in one application: one call of the backbone a size.
+    """Applies the network to all views of `images`, with one call of the backbone per size.
 
-    Feature maps are of one size: where they are read, views go one after the other.
+    Feature maps have one size: with `maps`, all views of a call must have the same size.
     """
     norm = "local" if network.norm == "shuffle" else network.norm
     sizes: dict[tuple[int, ...], list[int]] = {}
     for view, x in images.items():
         sizes.setdefault(x.shape, []).append(view)
-    # The views of an image stand side by side, so that an image's place in the global batch, from
+    # The views of an image are adjacent rows. So the position of an image in the global batch, from
     # which dropout draws, does not depend on the number of devices.
-    stacked = [_side_by_side([images[view] for view in group]) for group in sizes.values()]
-    kept = ["batch_stats", COLLECTION] if maps else ["batch_stats"]
-    apply = functools.partial(network.encoder.apply, variables, norm=norm, mutable=kept, rngs=rngs)
-    out, new = apply(stacked[0]) if len(stacked) == 1 else apply(stacked, method="together")
+    batches = [_interleave([images[view] for view in group]) for group in sizes.values()]
+    mutable = ["batch_stats", COLLECTION] if maps else ["batch_stats"]
+    apply = functools.partial(
+        network.encoder.apply, variables, norm=norm, mutable=mutable, rngs=rngs
+    )
+    out, new = apply(batches[0]) if len(batches) == 1 else apply(batches, method="together")
     if maps:
         out = out._replace(maps=by_size(new.get(COLLECTION, {})))
     encoded, start = {}, 0
-    for rows, group in zip(stacked, sizes.values(), strict=True):
-        stop = start + rows.shape[0]
+    for batch, group in zip(batches, sizes.values(), strict=True):
+        stop = start + batch.shape[0]
         for i, view in enumerate(group):
-            own = slice(start + i, stop, len(group))
-            encoded[view] = jax.tree.map(lambda x, own=own: x[own], out)
+            rows = slice(start + i, stop, len(group))
+            encoded[view] = jax.tree.map(lambda x, rows=rows: x[rows], out)
         start = stop
     return encoded, new.get("batch_stats", variables["batch_stats"])
 
 
-def _side_by_side(views: Sequence[Array]) -> Array:
-    """[B, ...] each -> [B * len(views), ...]: all views of the first image, then of the second."""
+def _interleave(views: Sequence[Array]) -> Array:
+    """Stacks [B, ...] arrays to [B * len(views), ...]: all views of an image, then of the next."""
     if len(views) == 1:
         return views[0]
     return jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])

@@ -1,10 +1,11 @@
-"""Similarities to a bank of rows, in one pass over it: what contrasts and attention read.
+"""Similarities between rows and a queue of embeddings, computed in one pass over the queue.
 
-A softmax over a queue needs no array of its size. Rows of length 1 have no product above 1, so
-that e^((q.n - 1) / tau) can neither overflow nor, for temperatures down to `COLDEST`, vanish: no
-maximum is looked for first, and one pass gives the sum and the mean row, which is the gradient.
-Such sums add up over the parts of a bank, too: where replicas share one, each makes the sums of
-everyone's rows over its own part, and all that crosses between them is of the size of the rows.
+A softmax over a queue needs no array of the queue's size. The product of two unit rows is at most
+1, so e^((q.n - 1) / tau) cannot overflow and, for temperatures of at least `COLDEST`, cannot
+vanish. No maximum has to be subtracted first, and one pass computes both the sum and the weighted
+mean row, which is the gradient. The sums are additive over shards of a queue: where replicas shard
+it, each replica sums over its own shard for the rows of all replicas, and only arrays of the size
+of the rows are communicated.
 """
 
 import dataclasses
@@ -19,25 +20,26 @@ from jax import Array
 
 from disco_jax.ops.collectives import gather, highest, positions, scatter, share
 
-# e^(-2 / tau), of two opposite rows, must be a normal float32.
+# The lowest temperature of the one-pass sums: e^(-2 / tau), the term of two opposite rows, must be
+# a normal float32.
 COLDEST = 1 / 40
-# Rows of the bank that a CPU reads at once; they and their products stay in its cache.
+# Queue rows that a CPU processes at once. A block and its products fit in the cache.
 BLOCK = 4096
-# Up to so many rows a CPU is faster with the bank's rows first in the products (`_lines`).
+# Up to this batch size, products of shape [queue, batch] are faster on CPUs (`_sum_lines`).
 FEW = 32
-# Rows of the bank whose products with such few rows make one line.
+# Queue rows whose products with such a small batch form one line of the reduction.
 _LINE = 64
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a bank is read; every way has the same result up to rounding.
+    """Settings of the computation over a queue. Results are equal up to rounding for all of them.
 
     Attributes:
-      one_pass: whether sum and gradient come from one pass over the bank, block by block on CPUs;
-        else the products with the whole bank are kept for the gradient.
-      dtype: of the factors of a student's products, float32 or bfloat16; sums are float32.
+      one_pass: compute sum and gradient in one pass over the queue, block by block on CPUs. If
+        False, the products with the whole queue are stored for the gradient.
+      dtype: of the factors of the student's products, float32 or bfloat16; sums are float32.
     """
 
     one_pass: bool = True
@@ -48,7 +50,7 @@ USUAL = Reading()
 
 
 class Compared(NamedTuple):
-    """Rows beside a bank.
+    """Similarities of a batch of rows q_i to the rows n_j of a queue.
 
     Attributes:
       total: f32[B], log sum_j e^{q_i.n_j / tau}.
@@ -61,225 +63,246 @@ class Compared(NamedTuple):
 
 def compared(
     rows: Array,
-    bank: Array,
+    queue: Array,
     *,
     temperature: float,
     reading: Reading = USUAL,
     shared: bool = False,
 ) -> Compared:
-    """The part of a softmax's denominator that a bank makes up, and the nearest row of it.
+    """Computes the log-sum-exp of similarities to a queue, and the largest similarity.
 
     Args:
-      rows: f32[B, D], unit rows; the only input that gets a gradient.
-      bank: f32 or bf16[K, D], unit rows.
-      temperature: tau > 0. Below `COLDEST` the bank is read as without `one_pass`.
-      reading: how.
-      shared: whether `bank` is this replica's part of the bank, the parts being as long as one
-        another.
+      rows: f32[B, D], unit rows; the only input that receives a gradient.
+      queue: f32 or bf16[K, D], unit rows.
+      temperature: tau > 0. Below `COLDEST`, `reading.one_pass` is ignored and products are stored.
+      reading: settings of the computation.
+      shared: whether `queue` is this replica's shard. All shards have equally many rows.
+
+    Returns:
+      `Compared`, over the rows of all shards.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
-    _check(rows, bank)
-    bank = jax.lax.stop_gradient(bank)
+    _check(rows, queue)
+    queue = jax.lax.stop_gradient(queue)
     if reading.one_pass and temperature >= COLDEST:
-        return _compared(rows, bank, temperature, jnp.dtype(reading.dtype).name, shared)
-    products = _products(gather(rows) if shared else rows, bank, reading.dtype)
+        return _one_pass(rows, queue, temperature, jnp.dtype(reading.dtype).name, shared)
+    products = _products(gather(rows) if shared else rows, queue, reading.dtype)
     nearest = jax.lax.stop_gradient(jnp.max(products, axis=-1))
     if not shared:
         return Compared(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
     nearest = highest(nearest)
     weights = jnp.exp((products - nearest[:, None]) / temperature)
-    total = jnp.log(scatter(jnp.sum(weights, axis=-1)))
+    log_sum = jnp.log(scatter(jnp.sum(weights, axis=-1)))
     nearest = share(nearest)
-    return Compared(total + nearest / temperature, nearest)
+    return Compared(log_sum + nearest / temperature, nearest)
 
 
 def compared_together(
     rows: Mapping[int, Array],
-    bank: Array,
+    queue: Array,
     *,
     temperature: float,
     reading: Reading = USUAL,
     shared: bool = False,
 ) -> dict[int, Compared]:
-    """`compared` of several batches, for which the bank is read once.
+    """Applies `compared` to several batches in one pass over the queue.
 
     Args:
-      rows: name -> f32[B, D], unit rows; B is the same for all.
-      bank, temperature, reading, shared: see `compared`.
+      rows: name -> f32[B, D], unit rows; B is the same for all names.
+      queue, temperature, reading, shared: see `compared`.
+
+    Returns:
+      name -> `Compared` of its batch.
     """
-    together = jnp.concatenate(list(rows.values()))
-    found = compared(together, bank, temperature=temperature, reading=reading, shared=shared)
-    split = [jnp.split(part, len(rows)) for part in found]
+    batches = jnp.concatenate(list(rows.values()))
+    similarities = compared(batches, queue, temperature=temperature, reading=reading, shared=shared)
+    split = [jnp.split(part, len(rows)) for part in similarities]
     return {name: Compared(*parts) for name, *parts in zip(rows, *split, strict=True)}
 
 
-def attended(rows: Array, bank: Array, *, temperature: float, shared: bool = False) -> Array:
-    """What rows read of themselves and a bank by attention: sum_j p_ij d_j.
+def attended(rows: Array, queue: Array, *, temperature: float, shared: bool = False) -> Array:
+    """Computes attention of each row over itself and a queue: sum_j p_ij d_j.
 
-    p_i is the softmax of r_i.d_j / tau over d = [r_i, n_1, ..., n_K]. No row is closer to r_i than
-    itself, so that its own product is the shift of the exponent, at any temperature.
+    p_i is the softmax of r_i.d_j / tau over d = [r_i, n_1, ..., n_K]. A row's product with itself
+    is the largest, so it is subtracted in the exponent at any temperature.
 
     Args:
       rows: f32[B, D], unit rows.
-      bank: f32[K, D], unit rows.
-      temperature: tau > 0. Products are float32: 1e-4 leaves no digit of bfloat16's.
+      queue: f32[K, D], unit rows.
+      temperature: tau > 0. Products are float32: at 1e-4, bfloat16 would leave no correct digit.
       shared: see `compared`.
 
     Returns:
-      f32[B, D]; no gradient passes.
+      f32[B, D], without a gradient.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
-    _check(rows, bank)
-    chex.assert_type(bank, jnp.float32)
-    rows, bank = jax.lax.stop_gradient((rows, bank))
+    _check(rows, queue)
+    chex.assert_type(queue, jnp.float32)
+    rows, queue = jax.lax.stop_gradient((rows, queue))
     scaled = rows / temperature
     own = jnp.sum(scaled * rows, axis=-1)
-    # The mean of rows is not divided by the temperature: three products of bfloat16 are enough.
-    sums = _read(scaled, bank, own, jnp.float32, jax.lax.Precision.HIGH, shared)
+    # The weighted mean is not divided by the temperature: three bfloat16 products are enough.
+    sums = _sum(scaled, queue, own, jnp.float32, jax.lax.Precision.HIGH, shared)
     return (sums.rows + rows) / (sums.weight + 1)[:, None]
 
 
-def closest(rows: Array, bank: Array, *, shared: bool = False) -> Array:
-    """i32[B]: which row of a bank has the largest product with each row; the first of several.
+def closest(rows: Array, queue: Array, *, shared: bool = False) -> Array:
+    """Returns the index of the queue row with the largest product with each row, i32[B].
+
+    Ties resolve to the lowest index.
 
     Args:
       rows: f32[B, D].
-      bank: f32 or bf16[K, D].
-      shared: see `compared`. Rows of the bank then count in the order of the replicas.
+      queue: f32 or bf16[K, D].
+      shared: see `compared`. Indices then number the rows of all shards in the order of replicas.
     """
-    products = (gather(rows) if shared else rows) @ bank.T
+    products = (gather(rows) if shared else rows) @ queue.T
     best = jnp.argmax(products, axis=-1)
     if not shared:
         return best
     most = jnp.take_along_axis(products, best[:, None], axis=-1)[:, 0]
-    # Compared once, where all are: a maximum that is compared with its own copies asks for equality
-    # of numbers that each replica may have computed twice.
-    each, numbers = gather(most[None]), gather(positions(len(bank))[best][None])
-    winner = jnp.argmax(each, axis=0)[None]
-    return share(jnp.take_along_axis(numbers, winner, axis=0)[0])
+    # The argmax runs once on the gathered maxima. Comparing a pmax with the local maximum instead
+    # would test floats for equality that each replica may have rounded differently.
+    maxima, indices = gather(most[None]), gather(positions(len(queue))[best][None])
+    winner = jnp.argmax(maxima, axis=0)[None]
+    return share(jnp.take_along_axis(indices, winner, axis=0)[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _compared(rows: Array, bank: Array, temperature: float, dtype: str, shared: bool) -> Compared:
-    return _forward(rows, bank, temperature, dtype, shared)[0]
+def _one_pass(rows: Array, queue: Array, temperature: float, dtype: str, shared: bool) -> Compared:
+    return _forward(rows, queue, temperature, dtype, shared)[0]
 
 
 def _forward(
-    rows: Array, bank: Array, temperature: float, dtype: str, shared: bool
+    rows: Array, queue: Array, temperature: float, dtype: str, shared: bool
 ) -> tuple[Compared, Array]:
-    """And the gradient of the total by the rows, f32[B, D]."""
+    """Returns `Compared` and the gradient of `total` with respect to the rows, f32[B, D]."""
     most = jnp.full(len(rows), 1 / temperature)
-    mixing = _HIGHEST if dtype == "float32" else None
-    sums = _read(rows / temperature, bank, most, jnp.dtype(dtype), mixing, shared)
+    precision = _HIGHEST if dtype == "float32" else None
+    sums = _sum(rows / temperature, queue, most, jnp.dtype(dtype), precision, shared)
     gradient = sums.rows / (sums.weight[:, None] * temperature)
-    return Compared(jnp.log(sums.weight) + most, sums.highest * temperature), gradient
+    return Compared(jnp.log(sums.weight) + most, sums.largest * temperature), gradient
 
 
-def _backward(temperature: float, dtype: str, shared: bool, gradient: Array, given: Compared):
-    return given.total[:, None] * gradient, None
+def _backward(temperature: float, dtype: str, shared: bool, gradient: Array, cotangent: Compared):
+    return cotangent.total[:, None] * gradient, None
 
 
-_compared.defvjp(_forward, _backward)
+_one_pass.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):
-    """Over a bank: f32[B] sum_j w_ij, f32[B, D] sum_j w_ij n_j and f32[B] max_j r_i.n_j."""
+    """Sums over a queue: f32[B] sum_j w_ij, f32[B, D] sum_j w_ij n_j and f32[B] max_j r_i.n_j."""
 
     weight: Array
     rows: Array
-    highest: Array
+    largest: Array
 
 
-def _read(rows: Array, bank: Array, shift: Array, dtype, mixing, shared: bool) -> _Sums:
-    """`_Sums` with w_ij = e^(r_i.n_j - shift_i), `mixing` the precision of their mean row."""
-    if not shared:
-        return _read_here(rows, bank, shift, dtype, mixing)
-    sums = _read_here(gather(rows), bank, gather(shift), dtype, mixing)
-    return _Sums(scatter(sums.weight), scatter(sums.rows), share(highest(sums.highest)))
-
-
-def _read_here(rows: Array, bank: Array, shift: Array, dtype, mixing) -> _Sums:
-    """See `_read`, over this replica's part of a bank that is shared."""
-    one = functools.partial(_block, rows, shift=shift, dtype=dtype, mixing=mixing)
-
-    def by_blocks(bank: Array) -> _Sums:
-        if len(rows) > FEW:
-            return _by_blocks(one, one, bank)
-        line = jax.lax.optimization_barrier(jnp.tile(shift, _LINE))
-        few = functools.partial(_lines, rows, shift=line, dtype=dtype, mixing=mixing)
-        return _by_blocks(one, few, bank)
-
-    return jax.lax.platform_dependent(bank, cpu=by_blocks, default=one)
-
-
-def _block(rows: Array, bank: Array, *, shift, dtype, mixing) -> _Sums:
-    """See `_read`, all of `bank` at once."""
-    products = _products(rows, bank, dtype)
-    weights = jnp.exp(products - shift[:, None])
-    mixed = _mixed(weights, bank, dtype, mixing)
-    return _Sums(jnp.sum(weights, axis=-1), mixed, jnp.max(products, axis=-1))
-
-
-def _lines(rows: Array, bank: Array, *, shift: Array, dtype, mixing) -> _Sums:
-    """`_block` of few rows and a multiple of `_LINE` rows of the bank, the bank's rows first.
-
-    Exponentials and sums then run over lines of `_LINE` x B numbers instead of ends of B, across
-    which a CPU's compiler adds one by one. The barriers keep it from fusing them with the products
-    and from taking each exponential twice.
+def _sum(rows: Array, queue: Array, shift: Array, dtype, precision, shared: bool) -> _Sums:
+    """Computes `_Sums` with w_ij = e^(r_i.n_j - shift_i) over the whole queue.
 
     Args:
-      shift: f32[_LINE * B], the shift of each row again and again.
+      rows: f32[B, D], r.
+      queue: [K, D], n.
+      shift: f32[B].
+      dtype: of the factors of both matrix products.
+      precision: of the weighted sum of queue rows.
+      shared: see `compared`.
     """
-    products = _products(bank, rows, dtype)
+    if not shared:
+        return _sum_local(rows, queue, shift, dtype, precision)
+    sums = _sum_local(gather(rows), queue, gather(shift), dtype, precision)
+    return _Sums(scatter(sums.weight), scatter(sums.rows), share(highest(sums.largest)))
+
+
+def _sum_local(rows: Array, queue: Array, shift: Array, dtype, precision) -> _Sums:
+    """Computes `_sum` over the rows that this replica stores."""
+    block = functools.partial(_sum_block, rows, shift=shift, dtype=dtype, precision=precision)
+
+    def by_blocks(queue: Array) -> _Sums:
+        if len(rows) > FEW:
+            return _sum_by_blocks(block, block, queue)
+        line = jax.lax.optimization_barrier(jnp.tile(shift, _LINE))
+        lines = functools.partial(_sum_lines, rows, shift=line, dtype=dtype, precision=precision)
+        return _sum_by_blocks(block, lines, queue)
+
+    return jax.lax.platform_dependent(queue, cpu=by_blocks, default=block)
+
+
+def _sum_block(rows: Array, queue: Array, *, shift, dtype, precision) -> _Sums:
+    """Computes `_sum` over all of `queue` at once."""
+    products = _products(rows, queue, dtype)
+    weights = jnp.exp(products - shift[:, None])
+    weighted = _weighted_rows(weights, queue, dtype, precision)
+    return _Sums(jnp.sum(weights, axis=-1), weighted, jnp.max(products, axis=-1))
+
+
+def _sum_lines(rows: Array, queue: Array, *, shift: Array, dtype, precision) -> _Sums:
+    """Computes `_sum_block` for a small batch, with products of shape [queue, batch].
+
+    Exponentials and sums then run over lines of `_LINE` x B numbers. Over rows of only B numbers, a
+    CPU's compiler adds one by one. The barriers stop the compiler from fusing the exponentials with
+    the products and from computing each exponential twice.
+
+    Args:
+      rows: f32[B, D].
+      queue: [K, D], K a multiple of `_LINE`.
+      shift: f32[_LINE * B], the shifts of the B rows repeated `_LINE` times.
+      dtype, precision: see `_sum`.
+    """
+    products = _products(queue, rows, dtype)
     lines = jax.lax.optimization_barrier(products).reshape(-1, len(shift))
     weights = jax.lax.optimization_barrier(jnp.exp(lines - shift[None]))
-    mixed = _mixed(weights.reshape(products.shape).T, bank, dtype, mixing)
+    weighted = _weighted_rows(weights.reshape(products.shape).T, queue, dtype, precision)
 
-    def by_row(over: Callable[..., Array], lines: Array) -> Array:
+    def reduce(over: Callable[..., Array], lines: Array) -> Array:
         return over(over(lines, axis=0).reshape(_LINE, -1), axis=0)
 
-    return _Sums(by_row(jnp.sum, weights), mixed, by_row(jnp.max, lines))
+    return _Sums(reduce(jnp.sum, weights), weighted, reduce(jnp.max, lines))
 
 
-def _mixed(weights: Array, bank: Array, dtype, precision) -> Array:
-    """f32[B, D], sums of the bank's rows by f32[B, K]."""
+def _weighted_rows(weights: Array, queue: Array, dtype, precision) -> Array:
+    """Returns f32[B, D], the sums of queue rows with weights f32[B, K]."""
     return jnp.matmul(
-        weights.astype(dtype), bank.astype(dtype), precision=precision,
+        weights.astype(dtype), queue.astype(dtype), precision=precision,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
-def _by_blocks(one: Callable[[Array], _Sums], full: Callable[[Array], _Sums], bank: Array) -> _Sums:
-    """`full` of each full block of the bank and `one` of what they leave over, summed."""
-    rest = len(bank) % BLOCK
+def _sum_by_blocks(
+    partial: Callable[[Array], _Sums], full: Callable[[Array], _Sums], queue: Array
+) -> _Sums:
+    """Sums `full` over the queue's full blocks and `partial` over the remaining rows."""
+    rest = len(queue) % BLOCK
     first = rest or BLOCK
 
-    def further(sums: _Sums, start: Array) -> tuple[_Sums, None]:
-        block = full(jax.lax.dynamic_slice_in_dim(bank, start, BLOCK))
-        highest = jnp.maximum(sums.highest, block.highest)
-        return _Sums(sums.weight + block.weight, sums.rows + block.rows, highest), None
+    def add_block(sums: _Sums, start: Array) -> tuple[_Sums, None]:
+        block = full(jax.lax.dynamic_slice_in_dim(queue, start, BLOCK))
+        largest = jnp.maximum(sums.largest, block.largest)
+        return _Sums(sums.weight + block.weight, sums.rows + block.rows, largest), None
 
-    begin = (one if rest else full)(bank[:first])
-    if first == len(bank):
-        return begin
-    return jax.lax.scan(further, begin, jnp.arange(first, len(bank), BLOCK))[0]
+    initial = (partial if rest else full)(queue[:first])
+    if first == len(queue):
+        return initial
+    return jax.lax.scan(add_block, initial, jnp.arange(first, len(queue), BLOCK))[0]
 
 
-def _products(rows: Array, bank: Array, dtype) -> Array:
-    """f32[B, K]. They are divided by temperatures: float32 ones must be exact everywhere."""
+def _products(rows: Array, queue: Array, dtype) -> Array:
+    """Returns f32[B, K]. float32 products must be exact: they are divided by temperatures."""
     return jnp.matmul(
         rows.astype(dtype),
-        bank.T.astype(dtype),
+        queue.T.astype(dtype),
         precision=_HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
 
 
-def _check(rows: Array, bank: Array) -> None:
+def _check(rows: Array, queue: Array) -> None:
     chex.assert_type(rows, jnp.float32)
-    chex.assert_shape(bank, (None, rows.shape[-1]))
-    assert bank.dtype in (jnp.float32, jnp.bfloat16), bank.dtype
+    chex.assert_shape(queue, (None, rows.shape[-1]))
+    assert queue.dtype in (jnp.float32, jnp.bfloat16), queue.dtype

@@ -1,6 +1,6 @@
-"""Everything that crosses replicas. The only file that names the device axis.
+"""Collective operations between replicas. No other file names the device axis.
 
-The functions run inside `pmap` or `vmap` with `axis_name=AXIS`, on one device as on many.
+The functions run inside `pmap` or `vmap` with `axis_name=AXIS`, on any number of devices.
 """
 
 from typing import TypeVar
@@ -10,103 +10,110 @@ import jax.numpy as jnp
 from jax import Array
 
 AXIS = "replica"
-# How `shuffle` moves rows.
+# Algorithms of `shuffle`.
 EXCHANGES = ("gather", "all_to_all")
 
 Tree = TypeVar("Tree")
 
 
 def pmean(tree: Tree) -> Tree:
-    """The mean of every leaf over the replicas."""
+    """Returns the mean of every leaf over the replicas."""
     return jax.lax.pmean(tree, AXIS)
 
 
 def total(tree: Tree) -> Tree:
-    """The sum of every leaf over the replicas."""
+    """Returns the sum of every leaf over the replicas."""
     return jax.lax.psum(tree, AXIS)
 
 
 def highest(tree: Tree) -> Tree:
-    """The elementwise maximum of every leaf over the replicas; no gradient passes."""
+    """Returns the elementwise maximum of every leaf over the replicas, without a gradient."""
     return jax.lax.pmax(jax.lax.stop_gradient(tree), AXIS)
 
 
 def gather(rows: Array) -> Array:
-    """[B, ...] of this replica -> [replicas * B, ...] of all, in the order of the replicas."""
+    """Concatenates the rows [B, ...] of all replicas, in their order, to [replicas * B, ...]."""
     return jax.lax.all_gather(rows, AXIS, tiled=True)
 
 
 def scatter(rows: Array) -> Array:
-    """[replicas * B, ...] of each replica -> [B, ...]: this one's part of the sum of them all."""
+    """Sums [replicas * B, ...] over the replicas and returns this replica's slice [B, ...]."""
     return jax.lax.psum_scatter(rows, AXIS, tiled=True)
 
 
 def positions(batch: int) -> Array:
-    """i32[B]: where this replica's `batch` rows stand in the global batch."""
+    """Returns the indices of this replica's `batch` rows in the global batch, i32[batch]."""
     return jax.lax.axis_index(AXIS) * batch + jnp.arange(batch, dtype=jnp.int32)
 
 
 def shuffle(rng: Array, rows: Array, exchange: str = "gather") -> tuple[Array, Array]:
-    """Trades rows between replicas by one permutation that all of them draw.
+    """Permutes the rows of the global batch across replicas.
 
     MoCo's shuffled BatchNorm (arXiv:1911.05722, section 3.3): a key's batch statistics must not
-    come from the very images that its query was normalised with.
+    come from the same images as its query's.
 
     Args:
-      rng: a key, equal on all replicas.
+      rng: a random key, equal on all replicas.
       rows: [B, ...] of this replica.
-      exchange: "gather" has every replica receive all rows; "all_to_all" the B it needs, on TPUs
-        alone. The result is the same.
+      exchange: "gather": every replica receives all rows. "all_to_all": every replica receives only
+        its B rows; available on TPUs only. Both return the same rows.
 
     Returns:
-      [B, ...], this replica's part of the permuted global batch, and i32[replicas * B], the
-      permutation, for `unshuffle`.
+      [B, ...], this replica's slice of the permuted global batch, and i32[replicas * B], the
+      permutation, which `unshuffle` takes.
+
+    Raises:
+      AssertionError: if `exchange` is not one of `EXCHANGES`.
     """
     assert exchange in EXCHANGES, exchange
     batch = rows.shape[0]
     order = jax.random.permutation(rng, batch * replicas())
     if exchange == "all_to_all":
-        return _traded(rows, order), order
+        return _exchange(rows, order), order
     return gather(rows)[order[positions(batch)]], order
 
 
-def _traded(rows: Array, order: Array) -> Array:
-    """This replica's part of the global rows in the order `order`, by a ragged all-to-all.
+def _exchange(rows: Array, order: Array) -> Array:
+    """Returns this replica's slice of the global rows in order `order`, by a ragged all-to-all.
 
-    Rows leave sorted by where they go and arrive sorted by where they come from.
+    Rows are sent sorted by target replica and received sorted by source replica.
     """
     batch, me = rows.shape[0], jax.lax.axis_index(AXIS)
-    source = order // batch  # replica that a place gets its row from
-    target = jnp.arange(len(order)) // batch  # replica that has a place
+    source = order // batch  # the replica that sends the row of each position
+    target = jnp.arange(len(order)) // batch  # the replica that holds each position
     counts = jnp.zeros((replicas(), replicas()), jnp.int32).at[source, target].add(1)
-    leave = jnp.argsort(jnp.argsort(order)[positions(batch)])  # own rows by their places
+    outgoing = jnp.argsort(jnp.argsort(order)[positions(batch)])  # own rows by new position
     ends = jnp.cumsum(counts[me])
-    begins = jnp.cumsum(counts, axis=0) - counts  # where a source's rows begin at a target
-    arrived = jax.lax.ragged_all_to_all(
-        rows[leave], jnp.zeros_like(rows), ends - counts[me], counts[me], begins[me], counts[:, me],
-        axis_name=AXIS,
+    starts = jnp.cumsum(counts, axis=0) - counts  # offset of a source's rows at a target
+    received = jax.lax.ragged_all_to_all(
+        rows[outgoing], jnp.zeros_like(rows), ends - counts[me], counts[me],
+        starts[me], counts[:, me], axis_name=AXIS,
     )  # fmt: skip
-    # A source's rows arrive by their places, as a stable sort of the places by source has them.
-    return arrived[jnp.argsort(jnp.argsort(source[positions(batch)], stable=True))]
+    # Rows of one source arrive in the order of their positions, which is the order of a stable sort
+    # of positions by source.
+    return received[jnp.argsort(jnp.argsort(source[positions(batch)], stable=True))]
 
 
 def unshuffle(rows: Array, order: Array) -> Array:
-    """Undoes `shuffle`: [B, ...] in shuffled places -> this replica's own rows."""
-    mine = jnp.argsort(order)[positions(rows.shape[0])]
-    return gather(rows)[mine]
+    """Inverts `shuffle`: returns this replica's own rows from shuffled rows [B, ...]."""
+    own = jnp.argsort(order)[positions(rows.shape[0])]
+    return gather(rows)[own]
 
 
 def share(rows: Array) -> Array:
-    """[N, ...], equal on all replicas -> this replica's [N / replicas, ...] of them, in order.
+    """Returns this replica's slice [N / replicas, ...] of rows [N, ...].
+
+    Args:
+      rows: [N, ...], equal on all replicas.
 
     Raises:
-      AssertionError: while tracing, when the replicas do not divide N.
+      AssertionError: while tracing, if N is not a multiple of the number of replicas.
     """
     assert rows.shape[0] % replicas() == 0, (rows.shape, replicas())
-    mine = rows.shape[0] // replicas()
-    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * mine, mine)
+    size = rows.shape[0] // replicas()
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * size, size)
 
 
 def replicas() -> int:
-    """The number of replicas."""
+    """Returns the number of replicas."""
     return jax.lax.axis_size(AXIS)

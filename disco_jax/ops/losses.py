@@ -1,4 +1,4 @@
-"""Losses on embeddings: one value an example, float32, no network and no config."""
+"""Losses on embeddings: pure float32 functions, most of which return one value per example."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jax import Array
 
 from disco_jax.ops.bank import USUAL, Reading, attended, compared
 
-# Products of unit rows that differ by no more are equal but for rounding.
+# Products of unit rows that differ by at most this are equal up to rounding.
 _TIE = 1e-6
 
 
@@ -21,51 +21,53 @@ def info_nce(
     temperature: float,
     reading: Reading = USUAL,
 ) -> Array:
-    """Cross-entropy of picking each query's own key among a bank of negatives.
+    """Computes the cross-entropy of identifying each query's key among a queue of negatives.
 
     MoCo (arXiv:1911.05722) eq. 1, RETRO eq. 1:
     loss_i = -log(e^{q_i.k_i/tau} / (e^{q_i.k_i/tau} + sum_j e^{q_i.n_j/tau})).
 
     Args:
-      query: f32[B, D], unit rows; the only input that needs a gradient.
+      query: f32[B, D], unit rows; the only input that receives a gradient.
       key: f32[B, D], unit rows; row i is the positive of query i.
-      negatives: f32 or bf16[K, D], unit rows, shared by the whole batch; no gradient passes.
-      temperature: tau > 0, no unit; MoCo-v2 uses 0.2.
-      reading: of the negatives; see `bank.Reading`.
+      negatives: f32 or bf16[K, D], unit rows, the same for the whole batch; receives no gradient.
+      temperature: tau > 0, dimensionless; MoCo-v2 uses 0.2.
+      reading: how the negatives are processed; see `bank.Reading`.
 
     Returns:
-      f32[B] in nats, one value an example; the objective takes the mean.
+      f32[B] in nats, one value per example; the objective takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     others = compared(query, negatives, temperature=temperature, reading=reading)
     return info_nce_beside(query, key, others.total, temperature=temperature)
 
 
 def info_nce_beside(query: Array, key: Array, others: Array, *, temperature: float) -> Array:
-    """`info_nce` where the bank has been read: several keys, or queries at once, share that.
+    """Computes `info_nce` from the log-sum-exp over the negatives.
+
+    Lets several keys or queries share one pass over the queue.
 
     Args:
       query, key: see `info_nce`.
-      others: f32[B], `compared(query, negatives).total` of the same temperature.
+      others: f32[B], `compared(query, negatives).total` at the same temperature.
       temperature: tau > 0.
 
     Returns:
       f32[B] in nats.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
-    # log(e^o + e^p) - p, which stays exact where the loss is near 0.
+    # Equals log(e^o + e^p) - p and is accurate for losses near 0.
     return jax.nn.softplus(others - _own(query, key) / temperature)
 
 
 def contrast_accuracy(query: Array, key: Array, nearest: Array) -> Array:
-    """Whether each query is closer to its own key than to every negative, by more than rounding.
+    """Returns 1 for each query that is closer to its own key than to every negative, else 0.
 
-    The two products are summed in different orders: of a collapsed network, whose embeddings are
-    all equal, either may come out as the larger one.
+    The margin must exceed rounding. The two products are summed in different orders, so either may
+    be the larger one for a collapsed network, whose embeddings are all equal.
 
     Args:
       query: f32[B, D], unit rows.
@@ -88,31 +90,31 @@ def soft_cross_entropy(
     reading: Reading = USUAL,
     shared: bool = False,
 ) -> Array:
-    """Cross-entropy between the teacher's and the student's similarities to a bank.
+    """Computes the cross-entropy between the teacher's and the student's similarities to a queue.
 
     SEED (arXiv:2101.04731) eq. 5: both embeddings of an image are compared with D+ = [the
-    teacher's own embedding of it, the bank]; the softmax of the teacher's similarities is the
-    target of the student's:
+    teacher's embedding of the image, the queue]. The softmax of the teacher's similarities is the
+    target for the student's:
     loss_i = -sum_j p^T_ij log p^S_ij.
 
     Args:
-      student: f32[B, D], unit rows; the only input that needs a gradient.
-      teacher: f32[B, D], unit rows; also the first column of the bank.
-      negatives: f32[K, D], unit rows: past embeddings of the teacher.
+      student: f32[B, D], unit rows; the only input that receives a gradient.
+      teacher: f32[B, D], unit rows; also the first element of D+.
+      negatives: f32[K, D], unit rows: the queue of past teacher embeddings.
       student_temperature: tau_S > 0; SEED uses 0.2.
       teacher_temperature: tau_T >= 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
-        target). At 0 the target is one-hot on the image itself and the loss is `info_nce`.
-      reading: of the negatives; see `bank.Reading`. In one pass the loss is the log of the
-        student's denominator less its similarity to what the teacher reads of D+ by attention,
-        sum_j p^T_ij d_j, so that no probabilities are kept.
-      shared: whether `negatives` are this replica's part of the bank; see `bank.compared`. The
-        loss is then that of one pass, whatever `reading` says.
+        target). At 0 the target is one-hot on the image itself and the loss equals `info_nce`.
+      reading: how the negatives are processed; see `bank.Reading`. In one pass the loss is computed
+        as the student's log-sum-exp over D+ minus its scaled similarity to the teacher's attention
+        over D+, sum_j p^T_ij d_j, so that no probabilities are stored.
+      shared: whether `negatives` are this replica's shard of the queue; see `bank.compared`. The
+        loss is then computed in one pass, whatever `reading.one_pass` is.
 
     Returns:
-      f32[B] in nats, one value an example; the objective takes the mean.
+      f32[B] in nats, one value per example; the objective takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     if teacher_temperature == 0 or reading.one_pass or shared:
         others = compared(
@@ -131,34 +133,34 @@ def soft_cross_entropy(
 def binary_contrast(
     student: Array, teacher: Array, negatives: Array, *, temperature: float, potential: Array
 ) -> Array:
-    """Telling the teacher's embedding of the image from those of others, one yes or no each.
+    """Computes the binary cross-entropy of telling the teacher's embedding of an image from others.
 
-    CRD (arXiv:1910.10699) eq. 17-18, as SEED's appendix compares with:
+    CRD (arXiv:1910.10699) eq. 17-18, a baseline in SEED's appendix:
     loss_i = -log h(s_i, t_i) - sum_j log(1 - h(s_i, n_j)),
-    h(s, t) = e^{s.t/tau} / (e^{s.t/tau} + K m), m the mean of e^{s.n/tau}: CRD's K / N with the
-    exponential divided, as in its code, by the number N of images times its mean.
+    h(s, t) = e^{s.t/tau} / (e^{s.t/tau} + K m), with m the mean of e^{s.n/tau}. This is CRD's h
+    with K / N, where the exponential is divided by N m as in its code; N is the number of images.
 
     Args:
-      student: f32[B, D], unit rows; the only input that needs a gradient.
+      student: f32[B, D], unit rows; the only input that receives a gradient.
       teacher: f32[B, D], unit rows.
       negatives: f32[K, D], unit rows: past embeddings of the teacher.
       temperature: tau > 0; CRD uses 0.07.
-      potential: f32[], m, a constant to the gradient; see `mean_potential`.
+      potential: f32[], m; receives no gradient; see `mean_potential`.
 
     Returns:
-      f32[B] in nats, summed over the K + 1 decisions; the objective takes the mean.
+      f32[B] in nats, summed over the K + 1 binary decisions; the objective takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     logits = _logits(student, teacher, negatives) / temperature
     prior = jnp.log(len(negatives) * jax.lax.stop_gradient(potential))
-    total = jnp.logaddexp(logits, prior)
-    return total[:, 0] - logits[:, 0] + jnp.sum(total[:, 1:] - prior, axis=-1)
+    log_sum = jnp.logaddexp(logits, prior)
+    return log_sum[:, 0] - logits[:, 0] + jnp.sum(log_sum[:, 1:] - prior, axis=-1)
 
 
 def mean_potential(student: Array, negatives: Array, *, temperature: float) -> Array:
-    """f32[]: the mean of e^{s.n/tau} over unit rows f32[B, D] and negatives f32[K, D]."""
+    """Returns f32[], the mean of e^{s.n/tau} over unit rows f32[B, D] and negatives f32[K, D]."""
     products = jnp.matmul(student, negatives.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.mean(jnp.exp(products / temperature))
 
@@ -172,59 +174,59 @@ def softened_cross_entropy(
     temperature: float = 2.0,
     reduction: str = "element",
 ) -> Array:
-    """Supervised distillation: a teacher's softened classes beside the labels.
+    """Computes the supervised distillation loss from a teacher's softened classes and labels.
 
     Hinton et al. (arXiv:1503.02531): alpha T^2 KL(teacher || student) + (1 - alpha) CE. DisCo's
-    code averages the divergence over the classes as well as the images (disagreement A1).
+    code averages the divergence over classes as well as images (disagreement A1).
 
     Args:
-      student: f32[B, C], logits; the only input that needs a gradient.
+      student: f32[B, C], logits; the only input that receives a gradient.
       teacher: f32[B, C], logits.
       labels: i32[B].
-      alpha: in 0..1, the share of the teacher; DisCo uses 0.5.
+      alpha: in [0, 1], weight of the teacher's term; DisCo uses 0.5.
       temperature: T > 0; DisCo uses 2.
-      reduction: of the divergence: "element" divides it by C, "batch" does not.
+      reduction: of the divergence over classes: "element" divides it by C, "batch" does not.
 
     Returns:
-      f32[B] in nats, one value an example; the caller takes the mean.
+      f32[B] in nats, one value per example; the caller takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape, dtype or the reduction is another.
+      AssertionError: while tracing, if a shape, a dtype or `reduction` differs from those above.
     """
     chex.assert_type([student, teacher], jnp.float32)
     chex.assert_equal_shape([student, teacher])
     chex.assert_shape(labels, student.shape[:1])
     assert reduction in ("element", "batch"), reduction
     target = jax.nn.log_softmax(teacher / temperature, axis=-1)
-    given = jax.nn.log_softmax(student / temperature, axis=-1)
-    divergence = jnp.sum(jnp.exp(target) * (target - given), axis=-1)
+    log_probs = jax.nn.log_softmax(student / temperature, axis=-1)
+    divergence = jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1)
     if reduction == "element":
         divergence /= student.shape[-1]
     return alpha * temperature**2 * divergence + (1 - alpha) * class_cross_entropy(student, labels)
 
 
 def class_cross_entropy(scores: Array, labels: Array) -> Array:
-    """f32[B] in nats: cross-entropy of f32[B, C] logits with the classes i32[B]."""
+    """Returns f32[B] in nats, the cross-entropy of logits f32[B, C] with class labels i32[B]."""
     chex.assert_type(scores, jnp.float32)
     chex.assert_shape(labels, scores.shape[:1])
-    chosen = jnp.take_along_axis(scores, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
-    return jax.nn.logsumexp(scores, axis=-1) - chosen
+    of_label = jnp.take_along_axis(scores, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=-1) - of_label
 
 
 def squared_distance(student: Array, teacher: Array) -> Array:
-    """Squared Euclidean distance of two embeddings, summed over the dimensions.
+    """Returns the squared Euclidean distance of two embeddings, summed over the dimensions.
 
-    DisCo (arXiv:2104.09124) eq. 1 for one view; 2 - 2 cos for unit rows.
+    DisCo (arXiv:2104.09124) eq. 1 for one view. Equals 2 - 2 cos for unit rows.
 
     Args:
       student: f32[B, D].
       teacher: f32[B, D].
 
     Returns:
-      f32[B], one value an example.
+      f32[B], one value per example.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     chex.assert_type([student, teacher], jnp.float32)
     chex.assert_equal_shape([student, teacher])
@@ -232,21 +234,21 @@ def squared_distance(student: Array, teacher: Array) -> Array:
 
 
 def target_cross_entropy(targets: Array, scores: Array, *, temperature: float) -> Array:
-    """Cross-entropy of the softmax of scores to soft targets.
+    """Computes the cross-entropy of the softmax of scores with soft targets.
 
-    SwAV (arXiv:2006.09882) eq. 2, with assignments as targets; DINO (arXiv:2104.14294) eq. 2, with
-    `sharpened` ones: loss_i = -sum_k t_ik log softmax(s_i / tau)_k.
+    SwAV (arXiv:2006.09882) eq. 2, with assignments as targets, and DINO (arXiv:2104.14294) eq. 2,
+    with `sharpened` targets: loss_i = -sum_k t_ik log softmax(s_i / tau)_k.
 
     Args:
-      targets: f32[B, K], rows that sum to 1; no gradient passes.
+      targets: f32[B, K], rows that sum to 1; receives no gradient.
       scores: f32[B, K], of the student.
       temperature: tau > 0; 0.1 in both papers.
 
     Returns:
-      f32[B] in nats, one value an example; the objective takes the mean.
+      f32[B] in nats, one value per example; the objective takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     chex.assert_type([targets, scores], jnp.float32)
     chex.assert_equal_shape([targets, scores])
@@ -255,18 +257,18 @@ def target_cross_entropy(targets: Array, scores: Array, *, temperature: float) -
 
 
 def sharpened(scores: Array, centre: Array, temperature: Array | float) -> Array:
-    """DINO's targets (arXiv:2104.14294, section 3.1): softmax((z - c) / tau).
+    """Computes DINO's targets, softmax((z - c) / tau) (arXiv:2104.14294, section 3.1).
 
     Args:
       scores: f32[B, K], of the momentum network.
-      centre: f32[K], the running mean of its scores.
-      temperature: tau > 0, below the student's.
+      centre: f32[K], the running mean of those scores.
+      temperature: tau > 0, lower than the student's temperature.
 
     Returns:
-      f32[B, K], rows that sum to 1; no gradient passes.
+      f32[B, K], rows that sum to 1, without a gradient.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     chex.assert_type([scores, centre], jnp.float32)
     chex.assert_shape(centre, (scores.shape[-1],))
@@ -276,30 +278,31 @@ def sharpened(scores: Array, centre: Array, temperature: Array | float) -> Array
 def rebalanced(
     global_losses: Sequence[Array], local_losses: Sequence[Array], share: float | None = None
 ) -> Array:
-    """The mean over pairs of views, with a chosen weight on those of two global views.
+    """Averages losses over pairs of views, with a separate weight for pairs of two global views.
 
     SSLight (arXiv:2210.02808) eq. 3: share * mean(global pairs) + (1 - share) * mean(local pairs).
 
     Args:
       global_losses: f32[] each, of pairs of two global views.
-      local_losses: f32[] each, of pairs with a local view. One pair at least in the two together.
-      share: alpha in [0, 1], 0.4 in SSLight; None: every pair counts the same, as they do where
-        there is only one kind of pairs.
+      local_losses: f32[] each, of pairs with a local view. The two lists together must have at
+        least one loss.
+      share: alpha in [0, 1], 0.4 in SSLight; None weights all pairs equally. Ignored if one of the
+        lists is empty.
 
     Returns:
       f32[].
     """
-    every = jnp.stack([*global_losses, *local_losses])
+    losses = jnp.stack([*global_losses, *local_losses])
     if share is None or not local_losses or not global_losses:
-        return jnp.mean(every)
-    between = len(global_losses)
-    return share * jnp.mean(every[:between]) + (1 - share) * jnp.mean(every[between:])
+        return jnp.mean(losses)
+    count = len(global_losses)
+    return share * jnp.mean(losses[:count]) + (1 - share) * jnp.mean(losses[count:])
 
 
 def unit(rows: Array) -> Array:
-    """Rows scaled to Euclidean length 1, in float32; a zero row stays zero.
+    """Scales rows to Euclidean length 1, in float32; a zero row stays zero.
 
-    x / max(|x|, 1e-12), as PyTorch's `normalize`, with a gradient that is finite everywhere.
+    Computes x / max(|x|, 1e-12) as PyTorch's `normalize` does. The gradient is finite everywhere.
 
     Args:
       rows: float[..., D].
@@ -313,18 +316,18 @@ def unit(rows: Array) -> Array:
 
 
 def _own(rows: Array, others: Array) -> Array:
-    """f32[B]: similarity of row i to others[i]."""
+    """Returns f32[B], the similarity of row i to others[i]."""
     chex.assert_type([rows, others], jnp.float32)
     chex.assert_equal_shape([rows, others])
     return jnp.sum(rows * others, axis=-1)
 
 
 def _logits(rows: Array, first: Array, negatives: Array) -> Array:
-    """f32[B, 1 + K]: similarity of row i to first[i], then to every negative."""
+    """Returns f32[B, 1 + K], the similarity of row i to first[i], then to every negative."""
     chex.assert_type([rows, first, negatives], jnp.float32)
     chex.assert_equal_shape([rows, first])
     chex.assert_shape(negatives, (None, rows.shape[-1]))
-    # The similarities are divided by temperatures down to 1e-4: bfloat16 products, the default of
-    # accelerators, would be off by units.
+    # Accelerators default to bfloat16 products. After division by temperatures down to 1e-4 their
+    # error would be whole units.
     others = jnp.matmul(rows, negatives.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([_own(rows, first)[:, None], others], axis=-1)

@@ -1,4 +1,4 @@
-"""Losses on relations: between the embeddings of a batch, to a bank, between places of a map."""
+"""Losses on relations: between embeddings of a batch, to a queue, and between map positions."""
 
 import chex
 import jax
@@ -8,50 +8,50 @@ from jax import Array
 from disco_jax.ops.losses import unit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Rows are equal if the squared length of their difference is below this share of their own: ten
-# times the rounding of float32 a row, squared.
+# Two rows count as equal if the squared length of their difference is at most this fraction of the
+# sum of their squared lengths: ten times the rounding of float32 per row, squared.
 _ROUNDING = 1e-12
-# Of equal rows, as in RKD's code, whose distances are the root of at least 1e-12.
+# Distance of equal rows, as in RKD's code, which takes the square root of at least 1e-12.
 _MIN_DISTANCE = 1e-6
-_TINY = 1e-30  # keeps the distance of a single row, which has no others, at 0
+_TINY = 1e-30  # avoids 0 / 0 for a batch of one row
 
 
 def rkd_distance(student: Array, teacher: Array) -> Array:
-    """How far the student's pairwise distances are from the teacher's.
+    """Computes the Huber loss between the student's and the teacher's pairwise distances.
 
     RKD (arXiv:1904.05068) eq. 4-6: both matrices of Euclidean distances are divided by the mean of
-    their entries off the diagonal (the gradient passes through the student's mean) and compared by
-    the Huber loss with delta 1, averaged over the B x B entries, the diagonal included.
+    their off-diagonal entries (the gradient passes through the student's mean). The Huber loss has
+    delta 1 and is averaged over the B x B entries, including the diagonal.
 
     Args:
-      student: f32[B, D]; the only input that needs a gradient.
+      student: f32[B, D]; the only input that receives a gradient.
       teacher: f32[B, E].
 
     Returns:
-      f32[], which depends on B.
+      f32[]; depends on B.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     _check_batches(student, teacher)
     return jnp.mean(_huber(_scaled_distances(student) - _scaled_distances(teacher)))
 
 
 def rkd_angle(student: Array, teacher: Array) -> Array:
-    """How far the angles in the student's triangles are from those in the teacher's.
+    """Computes the Huber loss between the student's and the teacher's angles of row triples.
 
-    RKD (arXiv:1904.05068) eq. 7-9: the cosine at i between the directions to j and to k, compared
-    by the Huber loss with delta 1 and averaged over all B^3 triples.
+    RKD (arXiv:1904.05068) eq. 7-9: compares the cosines at i between the directions to j and to k.
+    The Huber loss has delta 1 and is averaged over all B^3 triples.
 
     Args:
-      student: f32[B, D]; the only input that needs a gradient.
+      student: f32[B, D]; the only input that receives a gradient.
       teacher: f32[B, E].
 
     Returns:
-      f32[], which depends on B.
+      f32[]; depends on B.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     _check_batches(student, teacher)
     return jnp.mean(_huber(_cosines(student) - _cosines(teacher)))
@@ -60,70 +60,76 @@ def rkd_angle(student: Array, teacher: Array) -> Array:
 def bank_cross_entropy(
     student: Array,
     target: Array,
-    student_bank: Array,
-    target_bank: Array,
+    student_queue: Array,
+    target_queue: Array,
     *,
     student_temperature: float,
     target_temperature: float,
 ) -> Array:
-    """Cross-entropy between a target's similarities to its bank and the student's to its own.
+    """Computes the cross-entropy between a target's and a student's similarities to queues.
 
-    ReSSL (arXiv:2107.09282) eq. 5, where both banks are one; the target's own embedding is not
-    among them: loss_i = -sum_j p_ij log s_ij.
+    ReSSL (arXiv:2107.09282) eq. 5, which uses one queue for both. The target's own embedding is not
+    an element of the queue: loss_i = -sum_j p_ij log s_ij.
 
     Args:
-      student: f32[B, D], unit rows; the only input that needs a gradient.
+      student: f32[B, D], unit rows; the only input that receives a gradient.
       target: f32[B, E], unit rows.
-      student_bank: f32[K, D]: what the student is compared with.
-      target_bank: f32[K, E]: row j is of the same image as row j of the other bank.
+      student_queue: f32[K, D], compared with the student's rows.
+      target_queue: f32[K, E], compared with the target's rows. Row j is of the same image as row j
+        of `student_queue`.
       student_temperature: > 0; CompRess uses 0.04, ReSSL 0.1.
       target_temperature: > 0; both use 0.04.
 
     Returns:
-      f32[B] in nats, one value an example; the objective takes the mean.
+      f32[B] in nats, one value per example; the objective takes the mean.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
-    own = _log_shares(student, student_bank, student_temperature)
-    theirs = _log_shares(target, target_bank, target_temperature)
-    return -jnp.sum(jnp.exp(theirs) * own, axis=-1)
+    student_log_probs = _log_probs(student, student_queue, student_temperature)
+    target_log_probs = _log_probs(target, target_queue, target_temperature)
+    return -jnp.sum(jnp.exp(target_log_probs) * student_log_probs, axis=-1)
 
 
 def bank_divergence(
     student: Array,
     target: Array,
-    student_bank: Array,
-    target_bank: Array,
+    student_queue: Array,
+    target_queue: Array,
     *,
     student_temperature: float,
     target_temperature: float,
 ) -> Array:
-    """`bank_cross_entropy` less the target's entropy. CompRess (arXiv:2010.14713) eq. 1-2.
+    """Computes KL(target || student) between similarities to queues.
+
+    CompRess (arXiv:2010.14713) eq. 1-2: `bank_cross_entropy` minus the target's entropy.
 
     Args:
-      student, target, student_bank, target_bank, student_temperature, target_temperature: see
+      student, target, student_queue, target_queue, student_temperature, target_temperature: see
         `bank_cross_entropy`.
 
     Returns:
-      f32[B] in nats, at least 0: KL(target || student), one value an example.
+      f32[B] in nats, at least 0, one value per example.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those of
+        `bank_cross_entropy`.
     """
-    own = _log_shares(student, student_bank, student_temperature)
-    theirs = _log_shares(target, target_bank, target_temperature)
-    return jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1)
+    student_log_probs = _log_probs(student, student_queue, student_temperature)
+    target_log_probs = _log_probs(target, target_queue, target_temperature)
+    difference = target_log_probs - student_log_probs
+    return jnp.sum(jnp.exp(target_log_probs) * difference, axis=-1)
 
 
 def attention(maps: Array, size: tuple[int, int]) -> Array:
-    """Where a feature map is active: the mean square over its channels, as unit vectors.
+    """Returns the activation-based attention of feature maps as unit vectors.
 
     Attention transfer (arXiv:1612.03928) eq. 2 with F^2 averaged over the channels.
 
     Args:
       maps: float[B, H, W, C].
-      size: height and width that the mean square is resized to, if it has others.
+      size: height and width of the result; the mean square is resized to it, linearly and
+        antialiased, where it differs.
 
     Returns:
       f32[B, height * width], unit rows.
@@ -135,63 +141,65 @@ def attention(maps: Array, size: tuple[int, int]) -> Array:
 
 
 def attention_distance(student: Array, teacher: Array) -> Array:
-    """Mean squared difference of two attentions over all places. AT (arXiv:1612.03928) eq. 2.
+    """Returns the mean squared difference of two attention maps. AT (arXiv:1612.03928) eq. 2.
 
     Args:
-      student: float[B, H, W, C]; the only input that needs a gradient.
-      teacher: float[B, H', W', E]; of another size it is resized, linearly and antialiased.
+      student: float[B, H, W, C]; the only input that receives a gradient.
+      teacher: float[B, H', W', E]; resized to H x W if its size differs, linearly and antialiased.
 
     Returns:
-      f32[B], one value an example; the objective takes the mean.
+      f32[B], one value per example; the objective takes the mean.
     """
     size = student.shape[1], student.shape[2]
     return jnp.mean(jnp.square(attention(student, size) - attention(teacher, size)), axis=-1)
 
 
-def _log_shares(rows: Array, bank: Array, temperature: float) -> Array:
-    """f32[B, K]: log softmax of the similarities to a bank."""
-    chex.assert_type([rows, bank], jnp.float32)
-    chex.assert_shape(bank, (None, rows.shape[-1]))
-    return jax.nn.log_softmax(jnp.matmul(rows, bank.T, precision=_HIGHEST) / temperature, axis=-1)
+def _log_probs(rows: Array, queue: Array, temperature: float) -> Array:
+    """Returns f32[B, K], the log-softmax of the similarities to a queue."""
+    chex.assert_type([rows, queue], jnp.float32)
+    chex.assert_shape(queue, (None, rows.shape[-1]))
+    return jax.nn.log_softmax(jnp.matmul(rows, queue.T, precision=_HIGHEST) / temperature, axis=-1)
 
 
 def _scaled_distances(rows: Array) -> Array:
-    """f32[B, B]: Euclidean distances over the mean off the diagonal; 0 on the diagonal."""
-    _, squared, apart = _pairs(rows)
-    distances = jnp.where(apart, jnp.sqrt(squared), _MIN_DISTANCE)
+    """Returns f32[B, B], Euclidean distances divided by their off-diagonal mean."""
+    _, squared, distinct = _pairs(rows)
+    distances = jnp.where(distinct, jnp.sqrt(squared), _MIN_DISTANCE)
     distances = jnp.where(_diagonal(rows), 0.0, distances)
     count = len(rows)
     return distances / (jnp.sum(distances) / max(count * (count - 1), 1) + _TINY)
 
 
 def _cosines(rows: Array) -> Array:
-    """f32[B, B, B]: at i, the cosine between the directions to j and to k."""
-    differences, squared, apart = _pairs(rows)
-    directions = jnp.where(apart[..., None], differences * jax.lax.rsqrt(squared)[..., None], 0.0)
+    """Returns f32[B, B, B], at (i, j, k) the cosine at i between the directions to j and to k."""
+    differences, squared, distinct = _pairs(rows)
+    directions = jnp.where(
+        distinct[..., None], differences * jax.lax.rsqrt(squared)[..., None], 0.0
+    )
     return jnp.einsum("ijd,ikd->ijk", directions, directions, precision=_HIGHEST)
 
 
 def _pairs(rows: Array) -> tuple[Array, Array, Array]:
-    """Differences between all pairs of rows, and which pairs have a direction.
+    """Returns the differences between all pairs of rows and a mask of the distinct pairs.
 
-    Equal rows have none. Their difference is exactly 0 only as long as the compiler does not merge
-    it with the arithmetic that made the rows (a * b - c in one instruction leaves a residue of
-    rounding, which has a direction and a derivative of 1e7), so pairs are told apart by a margin
-    above rounding and the diagonal by its place.
+    Equal rows have no direction between them. Their difference is exactly 0 only if the compiler
+    does not fuse it with the arithmetic that produced the rows: a * b - c in one instruction leaves
+    a rounding residue, which has a direction and a derivative of 1e7. Equal rows are therefore
+    detected by a margin above rounding, and the diagonal by its indices.
 
     Args:
       rows: f32[B, D].
 
     Returns:
-      f32[B, B, D], at (i, j) rows[j] - rows[i]; f32[B, B], their squared lengths, 1 where the rows
-      are equal; bool[B, B], false where they are.
+      f32[B, B, D], rows[j] - rows[i] at (i, j); f32[B, B], their squared lengths, 1 for equal rows;
+      bool[B, B], false for equal rows.
     """
     differences = rows[None, :, :] - rows[:, None, :]
     squared = jnp.sum(jnp.square(differences), axis=-1)
     power = jnp.sum(jnp.square(rows), axis=-1)
-    apart = squared > _ROUNDING * (power[:, None] + power[None, :])
-    apart &= ~_diagonal(rows)
-    return differences, jnp.where(apart, squared, 1.0), apart
+    distinct = squared > _ROUNDING * (power[:, None] + power[None, :])
+    distinct &= ~_diagonal(rows)
+    return differences, jnp.where(distinct, squared, 1.0), distinct
 
 
 def _diagonal(rows: Array) -> Array:

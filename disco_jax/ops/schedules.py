@@ -1,4 +1,4 @@
-"""Schedules: step -> scalar, traced inside the step."""
+"""Schedules: functions of the step that return a scalar, traced inside the training step."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,19 +9,20 @@ Schedule = Callable[[Array], Array]
 
 
 def constant(value: float) -> Schedule:
-    """The same value at every step."""
+    """Returns a schedule with the same value at every step."""
     return lambda step: jnp.full((), value, jnp.float32)
 
 
 def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
-    """`schedule` of the whole epochs passed: constant inside an epoch, as the papers' codes do."""
+    """Returns `schedule` held within each epoch at its first value, as the papers' code does."""
     return lambda step: schedule(step // steps_per_epoch * steps_per_epoch)
 
 
 def cosine(peak: float, total_steps: int) -> Schedule:
-    """peak / 2 (1 + cos(pi step / total)): from `peak` at step 0 towards 0 at `total_steps`.
+    """Returns a cosine decay from `peak` at step 0 to 0 at `total_steps`.
 
-    Written as the square of a sine of what remains, which is exact in float32 near the end too.
+    peak / 2 (1 + cos(pi step / total_steps)), computed as the squared sine of the remaining
+    fraction, which stays accurate in float32 near the end.
     """
 
     def value(step: Array) -> Array:
@@ -31,22 +32,22 @@ def cosine(peak: float, total_steps: int) -> Schedule:
 
 
 def steps(peak: float, milestones: Sequence[int], factor: float) -> Schedule:
-    """`peak`, times `factor` from each milestone (a step number) on."""
+    """Returns a step decay: `peak` multiplied by `factor` at each milestone (a step number)."""
     return lambda step: (
         peak * jnp.prod(jnp.where(step >= jnp.asarray(milestones, jnp.int32), factor, 1.0))
     )
 
 
 def warmup(schedule: Schedule, start: float, peak: float, warmup_steps: int) -> Schedule:
-    """A straight line from `start` at step 0 to `peak`, then `schedule`, which is not shifted.
+    """Returns a linear warm-up from `start` at step 0 to `peak`, followed by `schedule`.
 
-    SEED's schedule does not restart after the warm-up: the cosine is that of the whole run, seen
-    from `warmup_steps` on. SwAV's and DINO's do, see `cosine_after`.
+    `schedule` is not shifted: as in SEED, the cosine spans the whole run and takes over at
+    `warmup_steps`. SwAV and DINO start the cosine after the warm-up; see `cosine_after`.
     """
 
     def value(step: Array) -> Array:
-        line = start + (peak - start) * _fraction(step, max(warmup_steps, 1))
-        return jnp.where(step < warmup_steps, line, schedule(step))
+        ramp = start + (peak - start) * _fraction(step, max(warmup_steps, 1))
+        return jnp.where(step < warmup_steps, ramp, schedule(step))
 
     return value
 
@@ -54,28 +55,31 @@ def warmup(schedule: Schedule, start: float, peak: float, warmup_steps: int) -> 
 def cosine_after(
     start: float, peak: float, end: float, warmup_steps: int, total_steps: int
 ) -> Schedule:
-    """A line from `start` to `peak`, both included, then half a cosine from `peak` to `end`.
+    """Returns a linear warm-up from `start` to `peak`, then half a cosine from `peak` to `end`.
 
-    What SwAV, DINO and SSLight use for the learning rate and DINO for the weight decay and the EMA
-    rate too. As the line includes its end, `peak` is taken twice: in its last step and in the
-    next. `end` would be taken in the step after the last, `total_steps`.
+    SwAV, DINO and SSLight use it for the learning rate, DINO also for the weight decay and the EMA
+    rate. The warm-up includes both end points, so two successive steps have the value `peak`. The
+    value `end` belongs to step `total_steps`, one after the last step of the run.
     """
     rest = max(total_steps - warmup_steps, 1)
 
     def value(step: Array) -> Array:
-        left = jnp.square(jnp.sin(jnp.pi / 2 * _fraction(rest + warmup_steps - step, rest)))
-        line = start + (peak - start) * _fraction(step, max(warmup_steps - 1, 1))
-        return jnp.where(step < warmup_steps, line, end + (peak - end) * left)
+        decay = jnp.square(jnp.sin(jnp.pi / 2 * _fraction(rest + warmup_steps - step, rest)))
+        ramp = start + (peak - start) * _fraction(step, max(warmup_steps - 1, 1))
+        return jnp.where(step < warmup_steps, ramp, end + (peak - end) * decay)
 
     return value
 
 
 def line(start: float, end: float, count: int) -> Schedule:
-    """`count` values from `start` to `end`, both included, then `end`; DINO's temperature."""
+    """Returns a linear schedule: `count` values from `start` to `end` inclusive, then `end`.
+
+    DINO uses it for the temperature of its targets.
+    """
 
     def value(step: Array) -> Array:
-        on_line = start + (end - start) * _fraction(step, max(count - 1, 1))
-        return jnp.where(step < count, on_line, end)
+        ramp = start + (end - start) * _fraction(step, max(count - 1, 1))
+        return jnp.where(step < count, ramp, end)
 
     return value
 

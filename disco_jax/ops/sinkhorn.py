@@ -1,4 +1,4 @@
-"""Balanced assignment of embeddings to prototypes, over the batch of all replicas."""
+"""Balanced assignment of embeddings to prototypes, computed over the global batch."""
 
 import chex
 import jax
@@ -9,28 +9,28 @@ from disco_jax.ops.collectives import highest, total
 
 
 def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | None = None) -> Array:
-    """Soft assignments that use every prototype equally: Sinkhorn-Knopp's algorithm.
+    """Computes soft assignments that use every prototype equally, by the Sinkhorn-Knopp algorithm.
 
-    SwAV (arXiv:2006.09882) eq. 3 to 5: Q = diag(u) exp(C^T Z / epsilon) diag(v), with u and v from
-    `iterations` rounds that scale every prototype's share of the global batch to 1/K and then
-    every example's to 1/B. As the last scaling is of the examples, rows sum to 1 exactly and
-    prototypes are balanced up to the convergence of the rounds.
+    SwAV (arXiv:2006.09882) eq. 3 to 5: Q = diag(u) exp(C^T Z / epsilon) diag(v). Each of
+    `iterations` rounds scales every prototype's sum over the global batch to 1/K, then every
+    example's sum to 1/B. Examples are scaled last, so rows sum to 1 exactly, and prototypes are
+    balanced up to the convergence of the rounds.
 
-    The greatest score is subtracted first, which the normalisation cancels: exp cannot overflow.
-    Rows are counted over all replicas, so the result does not depend on their number.
+    The largest score is subtracted first so that exp cannot overflow; the normalisation cancels it.
+    Sums run over all replicas, so the result does not depend on the number of replicas.
 
     Args:
-      scores: f32[B, K], of this replica's rows on the prototypes.
-      epsilon: of the entropy, > 0; 0.05 in SwAV. The smaller, the harder the assignment.
-      iterations: rounds, 1 or more; 3 in SwAV.
-      mask: f32[B], 1 for rows that count and 0 for those that are not there; None: all count.
-        At least one row of all replicas must.
+      scores: f32[B, K], scores of this replica's rows on the prototypes.
+      epsilon: > 0, weight of the entropy; 0.05 in SwAV. Smaller values give harder assignments.
+      iterations: number of rounds, at least 1; 3 in SwAV.
+      mask: f32[B], 1 for valid rows and 0 for rows to ignore; None if all are valid. At least one
+        row over all replicas must be valid.
 
     Returns:
-      f32[B, K], rows that sum to 1 (0 where the mask is 0); no gradient passes.
+      f32[B, K], rows that sum to 1 (0 where the mask is 0), without a gradient.
 
     Raises:
-      AssertionError: while tracing, when a shape or dtype above does not hold.
+      AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     chex.assert_type(scores, jnp.float32)
     rows, prototypes = scores.shape
@@ -49,9 +49,9 @@ def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | No
 
 
 def _inverse(sums: Array) -> Array:
-    """Returns 1 / sums, and 0 for a sum that is 0, as of a row that is not there.
+    """Returns 1 / sums, and 0 where a sum is 0, as for masked rows.
 
-    A factor rather than a divisor: XLA makes one division of several, by the product of their
-    divisors, and that may underflow.
+    The caller multiplies by it instead of dividing: XLA merges successive divisions into one by the
+    product of the divisors, which may underflow.
     """
     return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)

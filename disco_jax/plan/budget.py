@@ -1,4 +1,4 @@
-"""What runs cost, told in a line each, before any of them is compiled or with a TPU's compiler."""
+"""Cost of runs in one line each, before compiling, or with a TPU's compiler."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from disco_jax.plan import estimate, program, topology
 from disco_jax.train import step
 from disco_jax.train.experiment import assemble
 
-IMAGES = 1_281_167  # of ImageNet, where only the speed of an epoch is told
+IMAGES = 1_281_167  # ImageNet's training images, for the number of steps in an epoch
 
 
 def told(config: Any, slice_name: str = "") -> str:
-    """Forward passes, parameters and operations of a run; on a slice also memory and hours.
+    """Formats forward passes, parameters and operations of a run, and memory and speed on a slice.
 
     Args:
-      config: of a pretraining run, resolved.
-      slice_name: e.g. "v5e:2x4"; "": nothing is compiled.
+      config: resolved config of a pretraining run.
+      slice_name: e.g. "v5e:2x4"; "" skips compilation.
     """
     built, arguments = program.abstract(config, 1, 1)
     passes = sum(map(len, built.learner.method.plan.values()))
@@ -31,45 +31,47 @@ def told(config: Any, slice_name: str = "") -> str:
 
 
 def on_slice(config: Any, name: str) -> str:
-    """Memory and speed of a run on a TPU slice, by its compiler."""
-    where = topology.open_slice(name)
-    made = program.compile_step(config, where, max(1, IMAGES // config.batch_size))
-    memory = f", {made.bytes / 2**30:.2f} of {made.limit / 2**30:.0f} GiB a chip"
-    if not made.fits:
+    """Formats memory and speed of a run on a TPU slice, as estimated by its compiler."""
+    tpu_slice = topology.open_slice(name)
+    compiled = program.compile_step(config, tpu_slice, max(1, IMAGES // config.batch_size))
+    memory = f", {compiled.bytes / 2**30:.2f} of {compiled.limit / 2**30:.0f} GiB a chip"
+    if not compiled.fits:
         return memory + ": too large"
-    rate = config.batch_size / estimate.times(made, where).step
+    rate = config.batch_size / estimate.times(compiled, tpu_slice).step
     return memory + f", {rate:.0f} images/s on {name}"
 
 
 def told_together(configs: Mapping[str, Any]) -> str:
-    """What training several runs in one step saves.
+    """Formats the savings of training several runs in one step.
 
     Args:
-      configs: name -> config, resolved, of runs that can train together.
+      configs: name -> resolved config, of runs that can train together.
     """
-    alone, joint = costs(configs)
+    separate, joint = costs(configs)
     return (
-        f"{joint / 1e9:.3g} GFLOP an image, {joint / alone:.2f} of the {alone / 1e9:.3g} of as "
-        "many runs alone"
+        f"{joint / 1e9:.3g} GFLOP an image, {joint / separate:.2f} of the {separate / 1e9:.3g} of "
+        "separate runs"
     )
 
 
 def costs(configs: Mapping[str, Any]) -> tuple[float, float]:
-    """Operations an image of all runs alone, and of all in one step."""
-    made = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
+    """Returns the operations per image of all runs trained separately, and in one joint step."""
+    abstract_steps = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
     first = next(iter(configs.values()))
     recipe = assemble(first).views
-    learners = {name: built.learner for name, (built, _) in made.items()}
+    learners = {name: built.learner for name, (built, _) in abstract_steps.items()}
     joint = step.make_joint_step(learners, recipe, first.seed)
-    states = {name: arguments[0] for name, (_, arguments) in made.items()}
-    _, (_, frozen, batch) = next(iter(made.values()))
-    alone = sum(flops(built.train_step, arguments) for built, arguments in made.values())
-    return alone / first.batch_size, flops(joint, (states, frozen, batch)) / first.batch_size
+    states = {name: arguments[0] for name, (_, arguments) in abstract_steps.items()}
+    _, (_, frozen, batch) = next(iter(abstract_steps.values()))
+    separate = sum(
+        flops(built.train_step, arguments) for built, arguments in abstract_steps.values()
+    )
+    return separate / first.batch_size, flops(joint, (states, frozen, batch)) / first.batch_size
 
 
 def flops(train_step: Callable[..., Any], arguments: tuple) -> float:
-    """Operations of a step of one replica, as it is written: no compiler has touched it."""
+    """Counts the operations of a step of one replica, before compiler optimizations."""
     one = jax.vmap(train_step, in_axes=(None, None, 0), axis_name=AXIS)
     costs = jax.jit(one).lower(*arguments).cost_analysis()
-    assert costs is not None, "CPUs, GPUs and TPUs count operations"
+    assert costs is not None, "the backend must provide a cost analysis"
     return costs["flops"]

@@ -1,4 +1,4 @@
-"""What the text of a program that was compiled for TPUs tells: its cycles and its collectives."""
+"""Parser for the text of programs compiled for TPUs: estimated cycles and collectives."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 
-# The collectives of XLA; of those that run beside others, the one that starts them counts.
+# XLA's collectives. Of an asynchronous pair, only the -start instruction is counted.
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -25,11 +25,11 @@ _OPCODE = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind in one execution of a program.
+    """All collectives of one kind in one execution of a program.
 
     Attributes:
-      count: how many.
-      bytes: that they make on one device, together.
+      count: number of collectives.
+      bytes: total size of their results on one device.
     """
 
     count: int
@@ -37,11 +37,11 @@ class Collective:
 
 
 def cycles(text: str) -> float:
-    """The compiler's own estimate of one execution, in cycles of one device.
+    """Sums the compiler's cycle estimates for one execution on one device.
 
-    The sum of what it notes beside each instruction. A loop counts as often as it turns where the
-    compiler knows that, once where it does not; of a choice the mean of its branches counts, which
-    is exact for a permutation of operations. Time in collectives is not in it.
+    A loop counts once per iteration if the compiler knows the trip count, otherwise once. A
+    conditional counts the mean of its branches, which is exact for a permutation of operations.
+    Time in collectives is not included.
 
     Args:
       text: `compiled.as_text()`.
@@ -53,59 +53,59 @@ def cycles(text: str) -> float:
     return total
 
 
-def dearest(text: str, count: int) -> list[tuple[float, str]]:
-    """The instructions with the most cycles, each with all of its executions; see `cycles`.
+def most_expensive(text: str, count: int) -> list[tuple[float, str]]:
+    """Returns the instructions with the most cycles over all their executions; see `cycles`.
 
     Args:
       text: `compiled.as_text()`.
-      count: how many.
+      count: number of instructions.
 
     Returns:
-      Cycles and "NAME SHAPE: what of our program it computes", the most first.
+      Cycles and "NAME SHAPE: name of the JAX operation", in descending order of cycles.
     """
-    found = []
+    instructions = []
     for line, weight in _executed(text):
         if estimate := _ESTIMATE.search(line):
             source = _SOURCE.search(line)
             name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-            told = f"{name} {rest.split('{')[0]}: {source.group(1) if source else ''}"
-            found.append((weight * int(estimate.group(1)), told))
-    return sorted(found, key=lambda pair: -pair[0])[:count]
+            description = f"{name} {rest.split('{')[0]}: {source.group(1) if source else ''}"
+            instructions.append((weight * int(estimate.group(1)), description))
+    return sorted(instructions, key=lambda pair: -pair[0])[:count]
 
 
 def collective_bytes(text: str) -> dict[str, Collective]:
-    """Kind -> how many of them and the bytes of their results, in one execution.
+    """Returns kind -> number of collectives and bytes of their results, for one execution.
 
-    A collective that runs beside other work stands in every fusion that carries a part of it, with
-    the number of its chain; it counts once.
+    A collective that overlaps with other work appears in every fusion that carries a part of it,
+    with the same chain id; it counts once.
 
     Args:
       text: `compiled.as_text()`.
     """
     computations, entry = _computations(text)
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    seen = set()
-    inside = ((line, 1.0) for lines in computations.values() for line in lines)
-    for line, weight in itertools.chain(_walk(computations, entry, 1.0), inside):
+    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    counted = set()
+    fused = ((line, 1.0) for lines in computations.values() for line in lines)
+    for line, weight in itertools.chain(_walk(computations, entry, 1.0), fused):
         match = _OPCODE.match(line.strip())
         if match is None:
             continue
         shape, opcode = match.groups()
         kind = opcode.removesuffix("-start")
         chain = _CHAIN.search(line)
-        place = (kind, chain.group(1)) if chain else line
-        if kind not in COLLECTIVES or place in seen:
+        key = (kind, chain.group(1)) if chain else line
+        if kind not in COLLECTIVES or key in counted:
             continue
-        seen.add(place)
+        counted.add(key)
         if opcode.endswith("-start") and kind != "all-reduce":
-            shape = _second(shape)  # (what goes in, what comes out, ...)
-        found[kind][0] += weight
-        found[kind][1] += weight * _bytes(shape)
-    return {kind: Collective(round(n), round(size)) for kind, (n, size) in sorted(found.items())}
+            shape = _second(shape)  # (operands, results, ...)
+        totals[kind][0] += weight
+        totals[kind][1] += weight * _bytes(shape)
+    return {kind: Collective(round(n), round(size)) for kind, (n, size) in sorted(totals.items())}
 
 
 def _executed(text: str) -> Iterator[tuple[str, float]]:
-    """The instructions that run, and how often; what is inside a fusion belongs to the fusion."""
+    """Yields executed instructions and how often each runs; a fusion counts as one instruction."""
     computations, entry = _computations(text)
     yield from _walk(computations, entry, 1.0)
 
@@ -123,7 +123,7 @@ def _walk(
 
 
 def _called(line: str) -> tuple[list[str], float]:
-    """The computations that an instruction runs, and how often each."""
+    """Returns the computations that an instruction calls, and how often it runs each."""
     match = _OPCODE.match(line.strip())
     opcode = match.group(2) if match else ""
     if opcode == "while":
@@ -146,7 +146,7 @@ def _names(line: str, attribute: str) -> list[str]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Name -> lines, and the name of the one that runs first."""
+    """Returns computation name -> lines, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry = ""
     lines: list[str] | None = None
@@ -164,7 +164,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _second(shape: str) -> str:
-    """The second entry of a tuple's shape."""
+    """Returns the second entry of a tuple's shape."""
     depth, entries = 0, [""]
     for letter in shape[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")
@@ -176,7 +176,7 @@ def _second(shape: str) -> str:
 
 
 def _bytes(shape: str) -> int:
-    """Of an array's or a tuple's shape, without padding."""
+    """Computes the bytes of an array's or a tuple's shape, without padding."""
     total = 0
     for kind, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
         bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)

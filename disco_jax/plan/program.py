@@ -1,4 +1,4 @@
-"""The train step of a config, compiled for a slice that is not there."""
+"""The train step of a config, compiled for a TPU slice without the hardware."""
 
 import contextlib
 import dataclasses
@@ -11,45 +11,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from disco_jax import models
 from disco_jax.data.targets import KEY
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
 from disco_jax.train.experiment import assemble
 
-# The compiler's words when a program is too large: all that it needs and has, or of what lives for
-# one step only.
+# The compiler's error messages for programs that are too large: either the total memory needed and
+# available, or only that of temporaries.
 _AMOUNT = r"([\d.]+)([KMGT]?)"
-_ALL = re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm", re.IGNORECASE)
+_TOTAL = re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm", re.IGNORECASE)
 _TEMPORARY = re.compile(rf"temporaries \({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def as_on_tpus(config: Any) -> None:
-    """Gives those choices of a config that ask where they are the values that TPUs take."""
-    if config.dtype == "auto":
-        config.dtype = "bfloat16"
-    taken = {"exchange": "all_to_all", "columns": "on", "statistics": "on", "shifts": "off"}
-    for choice, value in taken.items():
-        if config.fast.get(choice, "auto") == "auto":
-            config.fast[choice] = value
+    """Replaces every "auto" of a config by its value on TPUs, in place."""
+    models.resolve_config(config, "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One step on one chip, as the compiler sees it.
+    """One step on one chip, as compiled.
 
     Attributes:
-      parts: bytes of memory by what they hold: "student" (and its statistics), "momentum",
-        "optimizer", "queues", "teacher", "batch", "activations" (and all else that lives for one
-        step only) and "program".
-      limit: bytes that a program may have.
+      parts: bytes of memory by content: "student" (with its statistics), "momentum", "optimizer",
+        "queues", "teacher", "batch", "activations" (and all other temporaries of a step) and
+        "program".
+      limit: bytes of memory available to a program.
       flops: floating-point operations.
-      traffic: bytes that instructions read and write, on-chip memory included.
-      streamed: bytes that cross the memory's border at least: what is there when the step begins
-        and ends.
-      cycles: see `hlo.cycles`; 0 for what does not fit.
+      traffic: bytes that instructions read and write, including on-chip memory.
+      streamed: minimum bytes of main memory traffic: the arguments and the results of the step.
+      cycles: see `hlo.cycles`; 0 if the program does not fit.
       collectives: see `hlo.collective_bytes`.
-      compile_s: seconds that the compiler took.
+      compile_s: compilation time in seconds.
     """
 
     parts: dict[str, int]
@@ -63,50 +58,52 @@ class Program:
 
     @property
     def bytes(self) -> int:
-        """Of all parts."""
+        """Total bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a chip's memory holds it."""
+        """True if the program fits into a chip's memory."""
         return self.cycles > 0
 
 
 def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Program:
-    """Compiles the step that `disco-jax pretrain` would take.
+    """Compiles the train step of `disco-jax pretrain`.
 
     Args:
-      config: of a pretraining run, resolved; its batch is a multiple of the slice's chips.
+      config: resolved config of a pretraining run; its batch is a multiple of the slice's chips.
       where: the slice.
       steps_per_epoch: for the schedules, which are part of the step.
 
     Returns:
-      The program; what does not fit has its parts and nothing else.
+      The program; one that does not fit has only `parts` and `limit`.
 
     Raises:
-      UserError: the settings of a method, a recipe or the optimizer will not do.
+      UserError: if settings of a method, a recipe or the optimizer are invalid.
     """
     count = len(where.devices)
     built, arguments = abstract(config, count, steps_per_epoch)
-    held = _held(arguments, count)
+    parts = _argument_bytes(arguments, count)
     begin = time.monotonic()
     lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
     try:
         with _uncached():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return too_large(str(error), held)
+        return too_large(str(error), parts)
     seconds = time.monotonic() - begin
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory is not None and costs is not None and text is not None, "libtpu tells all three"
-    crossing = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    # Arguments lie in tiles, with some padding; it counts as what lives for a step.
-    held["activations"] = max(
-        crossing - memory.alias_size_in_bytes + memory.temp_size_in_bytes - sum(held.values()), 0
+    assert memory is not None and costs is not None and text is not None, (
+        "libtpu must provide all three"
     )
-    held["program"] = memory.generated_code_size_in_bytes
+    crossing = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # Arguments are stored in tiles; their padding counts as activations.
+    parts["activations"] = max(
+        crossing - memory.alias_size_in_bytes + memory.temp_size_in_bytes - sum(parts.values()), 0
+    )
+    parts["program"] = memory.generated_code_size_in_bytes
     return Program(
-        held,
+        parts,
         int(where.chip.hbm_bytes),
         flops=costs["flops"],
         traffic=costs["bytes accessed"],
@@ -117,29 +114,29 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
     )
 
 
-def too_large(message: str, held: dict[str, int]) -> Program:
-    """What is known of a program that does not fit.
+def too_large(message: str, argument_bytes: dict[str, int]) -> Program:
+    """Returns the known sizes of a program that does not fit.
 
     Args:
-      message: the compiler's.
-      held: bytes of what is there when a step begins, by part.
+      message: the compiler's error message.
+      argument_bytes: bytes of the arguments of a step, by part.
 
     Raises:
-      RuntimeError: the message is about something else.
+      RuntimeError: if the message has another cause.
     """
-    everything, temporary = _ALL.search(message), _TEMPORARY.search(message)
-    found = everything or temporary
-    if found is None:
+    total, temporary = _TOTAL.search(message), _TEMPORARY.search(message)
+    match = total or temporary
+    if match is None:
         raise RuntimeError(f"The compiler failed: {message}")
-    needed, limit = (round(float(found[i]) * _UNITS[found[i + 1].upper()]) for i in (1, 3))
-    if everything:
-        needed -= sum(held.values())
-    return Program({**held, "activations": max(needed, 0)}, limit)
+    needed, limit = (round(float(match[i]) * _UNITS[match[i + 1].upper()]) for i in (1, 3))
+    if total:
+        needed -= sum(argument_bytes.values())
+    return Program({**argument_bytes, "activations": max(needed, 0)}, limit)
 
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without the cache of compiled programs, which cannot be read without their devices."""
+    """Disables the compilation cache, whose entries need the devices to be read."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
@@ -150,43 +147,46 @@ def _uncached() -> Iterator[None]:
 
 
 def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Built, tuple]:
-    """The step of one replica, and the shapes of (state, frozen, batch).
+    """Returns the step of one replica, and the shapes of (state, frozen, batch).
 
     Args:
-      config: of a pretraining run, resolved.
-      replicas: that share a batch.
+      config: resolved config of a pretraining run.
+      replicas: number of replicas that share a batch.
       steps_per_epoch: for the schedules.
     """
     experiment = assemble(config, steps_per_epoch=steps_per_epoch)
     method, record, built = experiment.method, experiment.record, experiment.build_step()
-    taught, frozen = None, {}
+    teacher_shapes, frozen = None, {}
     if "teacher" in experiment.needs:
         encoder, size = method.networks["teacher"].encoder, config.augment.size
-        taught = jax.eval_shape(lambda: encoder.create(0, size))
+        teacher_shapes = jax.eval_shape(lambda: encoder.create(0, size))
         frozen = jax.eval_shape(lambda: experiment.frozen(encoder.create(0, size)))
-    begin = jax.eval_shape(lambda teacher: experiment.initial_state(built, teacher=teacher), taught)
-    begin = state.dealt_shapes(begin, replicas)
+    initial_state = jax.eval_shape(
+        lambda teacher: experiment.initial_state(built, teacher=teacher), teacher_shapes
+    )
+    initial_state = state.shard_shapes(initial_state, replicas)
     batch = experiment.batch_shapes(replicas)
-    if taught and config.teacher.cache:
+    if teacher_shapes and config.teacher.cache:
         shape = (replicas, config.batch_size // replicas)
-        frozen, batch["aux"][KEY] = {}, _kept(method.teacher_outputs(record), shape)
-    return built, (begin, frozen, batch)
+        outputs = method.teacher_outputs(record)
+        frozen, batch["aux"][KEY] = {}, _cached_shapes(outputs, shape)
+    return built, (initial_state, frozen, batch)
 
 
-def _kept(outputs: Any, shape: tuple[int, ...]) -> Any:
-    """What a cache of the teacher's outputs adds to a batch."""
+def _cached_shapes(outputs: Any, shape: tuple[int, ...]) -> Any:
+    """Returns the shapes that a cache of the teacher's outputs adds to a batch."""
     return jax.tree.map(lambda dim: jax.ShapeDtypeStruct((*shape, dim), jnp.bfloat16), outputs)
 
 
-def _held(arguments: tuple, replicas: int) -> dict[str, int]:
-    """Bytes that a chip holds when a step begins, without padding."""
-    begin, frozen, batch = arguments
-    copies = _bytes(state.copied(begin.memory))
+def _argument_bytes(arguments: tuple, replicas: int) -> dict[str, int]:
+    """Returns the bytes of a step's arguments on one chip, by part, without padding."""
+    initial_state, frozen, batch = arguments
+    replicated = _bytes(state.without_sharded_rows(initial_state.memory))
     return {
-        "student": _bytes(begin.student),
-        "momentum": _bytes(begin.momentum),
-        "optimizer": _bytes(begin.opt_state),
-        "queues": copies + (_bytes(begin.memory) - copies) // replicas,
+        "student": _bytes(initial_state.student),
+        "momentum": _bytes(initial_state.momentum),
+        "optimizer": _bytes(initial_state.opt_state),
+        "queues": replicated + (_bytes(initial_state.memory) - replicated) // replicas,
         "teacher": _bytes(frozen),
         "batch": _bytes(batch) // replicas,
     }

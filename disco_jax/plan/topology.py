@@ -1,6 +1,6 @@
-"""TPU slices that are not there: their devices for the compiler, and what a chip can do.
+"""TPU slices without hardware: devices to compile for, and data of each kind of chip.
 
-`libtpu` brings the compiler and needs no TPU for it; it is the extra `plan`.
+The compiler is part of `libtpu`, which needs no TPU; install it with the extra `plan`.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from disco_jax.errors import UserError, unknown
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Figures of one chip, from Google's public tables of Cloud TPU.
+    """Data of one chip, from Google's public tables of Cloud TPU.
 
     Attributes:
-      flops: peak operations a second in bfloat16.
-      hbm_bytes: memory.
-      hbm_bytes_per_s: its bandwidth.
-      ici_bytes_per_s: what the links to the neighbours send together, in one direction.
-      clock_hz: of the matrix units, to turn the compiler's cycles into seconds.
-      axes: of the torus that the links form.
+      flops: peak operations per second in bfloat16.
+      hbm_bytes: size of the memory.
+      hbm_bytes_per_s: bandwidth of the memory.
+      ici_bytes_per_s: total bandwidth of the links to all neighbours, in one direction.
+      clock_hz: clock of the matrix units, to convert the compiler's cycles into seconds.
+      axes: number of axes of the torus that the links form.
       wrap: a side that is a multiple of this closes to a ring.
-      largest: chips of the largest slice.
-      host_bounds: chips of a host, a side.
-      config: the compiler's name of the chip's arrangement in which one device is one chip.
+      largest: number of chips of the largest slice.
+      host_bounds: chips of a host along each axis.
+      config: the compiler's name of the chip configuration in which one device is one chip.
     """
 
     flops: float
@@ -54,8 +54,9 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * _GIB, 1640 * _GB, 448 * _GB, 1.75e9, 2, 16, 256),
 }
 
-# What libtpu asks the metadata server of a TPU machine for, and must not wait for elsewhere.
-_QUIET = {
+# Values that libtpu requests from the metadata server of a TPU machine; set so that it does not
+# wait for that server elsewhere.
+_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -66,13 +67,13 @@ _QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice of chips that programs can be compiled for.
+    """Slice of chips that programs can be compiled for.
 
     Attributes:
       name: e.g. "v5e:4x4".
-      chip: what each can do.
-      sides: of the torus.
-      devices: one a chip.
+      chip: data of each chip.
+      sides: sides of the torus.
+      devices: one per chip.
     """
 
     name: str
@@ -82,15 +83,15 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        """Machines that hold the chips."""
+        """Number of machines that hold the chips."""
         return len({device.process_index for device in self.devices})
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the sides of a topology's name.
+    """Returns the chip and the sides of a topology's name.
 
     Raises:
-      UserError: not of the form v5e:4x4, or no such chip or slice.
+      UserError: if the name is not of the form v5e:4x4, or the chip or the slice does not exist.
     """
     kind, _, layout = name.partition(":")
     if kind not in CHIPS:
@@ -109,9 +110,9 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def quiet() -> None:
-    """Lets libtpu find no TPU without a word, where it is installed for its compiler alone.
+    """Silences libtpu on machines without a TPU, where it is installed only for its compiler.
 
-    JAX looks for a TPU whenever libtpu is there. Call it before the first look at the devices.
+    JAX looks for a TPU whenever libtpu is installed. Call this before the first access to devices.
     """
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
     if not chips and importlib.util.find_spec("libtpu"):
@@ -119,24 +120,24 @@ def quiet() -> None:
 
 
 def _describe_machine() -> None:
-    for setting, value in _QUIET.items():
+    for setting, value in _MACHINE.items():
         os.environ.setdefault(setting, value)
 
 
 @functools.cache
 def open_slice(name: str) -> Slice:
-    """A slice by name.
+    """Opens a slice by name.
 
     Args:
       name: e.g. "v5e:4x4", "v4:2x2x4".
 
     Raises:
-      UserError: no such slice, or `libtpu` is not installed.
+      UserError: if the slice does not exist, or `libtpu` is not installed.
     """
     chip, sides = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "The TPU's compiler is not installed. It needs no TPU: pip install 'disco-jax[plan]'."
+            "The TPU compiler is not installed. It needs no TPU: pip install 'disco-jax[plan]'."
         )
     from jax.experimental import topologies
 
@@ -145,9 +146,9 @@ def open_slice(name: str) -> Slice:
     small = math.prod(sides) <= 8 and chip.axes == 2
     if small or any(side % part for side, part in zip(bounds, chip.host_bounds, strict=True)):
         options["chips_per_host_bounds"] = bounds  # all on one host
-    _describe_machine()  # the compiler asks again while it compiles
+    _describe_machine()  # the compiler queries it again later
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={name}: the compiler says: {error}.") from error
-    return Slice(name, chip, sides, tuple(found.devices))
+        raise UserError(f"--topology={name}: the compiler reports: {error}.") from error
+    return Slice(name, chip, sides, tuple(description.devices))

@@ -1,4 +1,4 @@
-"""A run's report and the comparison of several: read, drawn, written."""
+"""Report of a run and comparison of several runs: reads, draws and writes."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ from disco_jax.files import whole
 from disco_jax.nested import flatten
 from disco_jax.report import figures, page, runs
 from disco_jax.report.runs import Run
-from disco_jax.train import events
+from disco_jax.run import events
 
 _LOG = logging.getLogger(__name__)
 
-_SHOWN_CLASSES = 5  # at each end
+_SHOWN_CLASSES = 5  # best and worst classes, each
 FILE = "report.html"
 SHEET = "views"
 _TITLES = {
@@ -33,35 +33,35 @@ _TITLES = {
     "speed": "Throughput",
 }
 _PARTS = {
-    "init": "everything before the first step but compiling",
+    "init": "everything before the first step except compiling",
     "compile": "compiling",
     "data": "waiting for images",
     "step": "steps",
     "eval": "evaluations while training",
     "save": "waiting for checkpoints",
-    "lost": "steps done again after an interruption",
+    "lost": "steps repeated after an interruption",
 }
 
 
-def refresh(wanted: bool, workdir: str) -> None:
-    """Writes the report of a run at the end of a task; no failure of it ends the task.
+def refresh(enabled: bool, workdir: str) -> None:
+    """Writes the report of a run at the end of a task; logs a failure instead of raising it.
 
     Args:
-      wanted: the config's switch.
-      workdir: of the run.
+      enabled: whether to write it, from the config.
+      workdir: directory of the run.
     """
-    if wanted and not jax.process_index():
+    if enabled and not jax.process_index():
         with optional("report"):
             print(f"Report: {write(workdir)}", flush=True)
 
 
 @contextlib.contextmanager
 def optional(what: str) -> Iterator[None]:
-    """What fails inside is told and no more: hours of training stand above a picture of them."""
+    """Logs exceptions raised inside as warnings, so that a failed plot cannot end a run."""
     try:
         yield
     except Exception as error:
-        _LOG.warning("No %s was made: %s: %s", what, type(error).__name__, error)
+        _LOG.warning("No %s was written: %s: %s", what, type(error).__name__, error)
 
 
 def write(workdir: str) -> epath.Path:
@@ -71,27 +71,27 @@ def write(workdir: str) -> epath.Path:
       The path of the page.
 
     Raises:
-      UserError: there is no run.
+      UserError: if `workdir` is not a run directory.
     """
     run = runs.read(workdir)
-    drawn = _drawn(run)
+    drawings = _draw_figures(run)
     folder = run.path / runs.FIGURES
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in drawn.items():
-        _put(folder / f"{name}.png", png)
+    for name, png in drawings.items():
+        _write_bytes(folder / f"{name}.png", png)
     sheet = folder / f"{SHEET}.png"
     views = sheet.read_bytes() if sheet.exists() else None
     with whole(run.path / FILE) as file:
-        file.write_text(_page(run, drawn, views))
+        file.write_text(_page(run, drawings, views))
     if run.config.get("log", {}).get("tensorboard") and "://" not in str(run.path):
-        _tensorboard(run, drawn)
+        _tensorboard(run, drawings)
     return run.path / FILE
 
 
-def _tensorboard(run: Run, drawn: Mapping[str, bytes]) -> None:
-    """The evaluations for TensorBoard: results, trainings, pictures; in one file, made anew.
+def _tensorboard(run: Run, drawings: Mapping[str, bytes]) -> None:
+    """Writes results, trainings and figures of evaluations for TensorBoard, replacing earlier ones.
 
-    The metrics of the run itself and its contact sheet were written as they came.
+    Metrics of the run itself and its contact sheet are logged during training.
     """
     last = int(run.metrics[-1]["step"]) if run.metrics else 0
     with (
@@ -100,66 +100,66 @@ def _tensorboard(run: Run, drawn: Mapping[str, bytes]) -> None:
     ):
         for row in runs.rows(run):
             values = {"top1": row.top1, "top5": row.top5}
-            known = {f"{row.name}/{key}": x for key, x in values.items() if x is not None}
-            board.scalars(last if row.step is None else row.step, known)
+            present = {f"{row.name}/{key}": x for key, x in values.items() if x is not None}
+            board.scalars(last if row.step is None else row.step, present)
         for name, lines in run.trainings.items():
             for line in lines:
-                told = {f"{name}/{key}": x for key, x in line.items() if key != "step"}
-                board.scalars(int(line["step"]), told)
-        for name, png in drawn.items():
+                scalars = {f"{name}/{key}": x for key, x in line.items() if key != "step"}
+                board.scalars(int(line["step"]), scalars)
+        for name, png in drawings.items():
             board.image(last, f"report/{name}", png)
         for name, picture in run.pictures.items():
             board.image(last, f"report/{name}", picture.read_bytes())
 
 
 def keep_sheet(workdir: str, image: np.ndarray) -> None:
-    """Keeps a contact sheet, u8[H, W, 3], for the reports to come."""
+    """Stores a contact sheet, u8[H, W, 3], for later reports."""
     folder = epath.Path(workdir) / runs.FIGURES
     folder.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="PNG")
-    _put(folder / f"{SHEET}.png", stream.getvalue())
+    _write_bytes(folder / f"{SHEET}.png", stream.getvalue())
 
 
 def compare(paths: Sequence[str], output: str) -> dict[str, Any]:
-    """Writes one page for several runs.
+    """Writes one page that compares several runs.
 
     Args:
-      paths: of run directories, two or more.
+      paths: run directories, two or more.
       output: an .html file.
 
     Returns:
-      {"runs": names, "differences": field -> value of each run, "results": lines of cells with
-      `page.RESULTS` behind the run's name}.
+      {"runs": names, "differences": field -> value of each run, "results": rows of cells, the run's
+      name followed by `page.RESULTS`}.
 
     Raises:
-      UserError: fewer than two runs, or a directory that is none.
+      UserError: if there are fewer than two paths, or one is not a run directory.
     """
     if len(paths) < 2:
         raise errors.UserError("Give two run directories or more to compare.")
-    found = [runs.read(path) for path in paths]
-    names = _names(found)
-    fields = differing([run.config for run in found])
+    compared = [runs.read(path) for path in paths]
+    names = _names(compared)
+    fields = differing([run.config for run in compared])
     lines = [
         line
-        for run, name in zip(found, names, strict=True)
+        for run, name in zip(compared, names, strict=True)
         for line in page.results(runs.rows(run) or [runs.Row("none yet")], name)
     ]
-    every = list(dict.fromkeys(key for run in found for key in run.keys))
-    shared = [key for key in every if all(key in run.keys for run in found)]
-    drawn = {
-        title: figures.curves(found, mine)
-        for title, keys in (("losses", every), ("knn", every), ("health", shared))
-        if (mine := figures.of_group(keys, title))
+    all_keys = list(dict.fromkeys(key for run in compared for key in run.keys))
+    shared = [key for key in all_keys if all(key in run.keys for run in compared)]
+    drawings = {
+        title: figures.curves(compared, group_keys)
+        for title, keys in (("losses", all_keys), ("knn", all_keys), ("health", shared))
+        if (group_keys := figures.keys_in_group(keys, title))
     }
     target = epath.Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole(target) as file:
         file.write_text(
             page.page(
-                f"{len(found)} runs compared",
+                f"{len(compared)} runs compared",
                 page.section("Results", page.table(("run", *page.RESULTS), lines)),
-                page.section("At the end", page.table(*_ends(found, names, every))),
+                page.section("At the end", page.table(*_last_values(compared, names, all_keys))),
                 page.section(
                     "Settings that differ",
                     page.table(
@@ -168,46 +168,48 @@ def compare(paths: Sequence[str], output: str) -> dict[str, Any]:
                     )
                     or page.note("None."),
                 ),
-                *(page.section(_TITLES[key], page.picture(png)) for key, png in drawn.items()),
+                *(page.section(_TITLES[key], page.picture(png)) for key, png in drawings.items()),
             )
         )
     return {"runs": names, "differences": fields, "results": lines}
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Field -> its value in every config, for the fields that are not the same in all."""
+    """Returns field -> its value in every config, for the fields that differ."""
     flat = [flatten(config) for config in configs]
     keys = sorted(set().union(*flat))
-    rows = {key: [one.get(key, "(absent)") for one in flat] for key in keys}
+    rows = {key: [config.get(key, "(absent)") for config in flat] for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def _names(found: Sequence[Run]) -> list[str]:
-    """Of the directories; their paths where those are not told apart."""
-    names = [run.name for run in found]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in found]
+def _names(compared: Sequence[Run]) -> list[str]:
+    """Returns the names of the directories, or their paths if the names are not unique."""
+    names = [run.name for run in compared]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in compared]
 
 
-def _ends(found: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> Any:
-    """Head and lines of the newest values of metrics."""
+def _last_values(compared: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> Any:
+    """Returns head and rows of a table with the newest values of metrics."""
     shown = [key for key in keys if figures.group(key) in ("losses", "knn", "speed")]
-    steps = ["step", *(run.metrics[-1]["step"] if run.metrics else None for run in found)]
-    return ("", *names), [steps, *([key, *(run.last(key) for run in found)] for key in shown)]
+    steps = ["step", *(run.metrics[-1]["step"] if run.metrics else None for run in compared)]
+    return ("", *names), [steps, *([key, *(run.last(key) for run in compared)] for key in shown)]
 
 
-def _drawn(run: Run) -> dict[str, bytes]:
-    """Figure -> PNG."""
-    made = {}
+def _draw_figures(run: Run) -> dict[str, bytes]:
+    """Draws the figures of a run; returns name -> PNG."""
+    drawings = {}
     for name in _TITLES:
-        if keys := figures.of_group(run.keys, name):
-            made[name] = figures.curves([run], keys)
+        if keys := figures.keys_in_group(run.keys, name):
+            drawings[name] = figures.curves([run], keys)
     if sum(run.seconds.values()) > 0:
-        made["times"] = figures.times(run.seconds)
+        drawings["times"] = figures.times(run.seconds)
     for name, lines in run.trainings.items():
-        of_it = dataclasses.replace(run, metrics=lines)
-        groups = (figures.of_group(of_it.keys, group) for group in ("losses", "knn", "rates"))
+        training = dataclasses.replace(run, metrics=lines)
+        groups = (
+            figures.keys_in_group(training.keys, group) for group in ("losses", "knn", "rates")
+        )
         if keys := [key for group in groups for key in group]:
-            made[f"training_{name}"] = figures.curves([of_it], keys)
+            drawings[f"training_{name}"] = figures.curves([training], keys)
     for name in run.results:
         stored = run.path / f"{name}.npz"
         if not stored.exists():
@@ -215,16 +217,16 @@ def _drawn(run: Run) -> dict[str, bytes]:
         with stored.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             table = arrays["confusion"] if "confusion" in arrays.files else None
         if table is not None and (png := figures.confusion(table)):
-            made[f"confusion_{name}"] = png
-    return made
+            drawings[f"confusion_{name}"] = png
+    return drawings
 
 
-def _page(run: Run, drawn: Mapping[str, bytes], views: bytes | None) -> str:
-    pictures = {name: page.picture(drawn[name]) for name in _TITLES if name in drawn}
-    further = [
+def _page(run: Run, drawings: Mapping[str, bytes], views: bytes | None) -> str:
+    pictures = {name: page.picture(drawings[name]) for name in _TITLES if name in drawings}
+    evaluation_pictures = [
         page.picture(png, f"{name.removeprefix(prefix)}: {what}")
         for prefix, what in (("training_", "its training"), ("confusion_", "where each class went"))
-        for name, png in drawn.items()
+        for name, png in drawings.items()
         if name.startswith(prefix)
     ]
     return page.page(
@@ -245,9 +247,9 @@ def _page(run: Run, drawn: Mapping[str, bytes], views: bytes | None) -> str:
         page.section(
             "Pictures",
             *(page.picture(file.read_bytes(), name) for name, file in run.pictures.items()),
-            *further,
+            *evaluation_pictures,
         ),
-        page.section("Where the time went", *_time(run, drawn), pictures.get("speed", "")),
+        page.section("Where the time went", *_time(run, drawings), pictures.get("speed", "")),
         page.section("Settings", page.settings(run.config)),
         page.section("Environment", page.environment(run)),
     )
@@ -273,15 +275,15 @@ def _summary(run: Run) -> list[list[str]]:
 
 
 def _classes(run: Run) -> list[list[str]]:
-    """The classes that each evaluation tells apart worst and best, with their top-1."""
+    """Returns the worst and the best classes of each evaluation, with their top-1."""
     lines = []
     for name, result in run.results.items():
-        known = [
+        ranked = [
             (top1, i) for i, top1 in enumerate(result.get("class_top1", ())) if top1 is not None
         ]
-        if len(known) >= 2 * _SHOWN_CLASSES:
-            known.sort()
-            ends = known[:_SHOWN_CLASSES], known[: -_SHOWN_CLASSES - 1 : -1]
+        if len(ranked) >= 2 * _SHOWN_CLASSES:
+            ranked.sort()
+            ends = ranked[:_SHOWN_CLASSES], ranked[: -_SHOWN_CLASSES - 1 : -1]
             lines.append([name, *(", ".join(f"{i} ({t:.1f} %)" for t, i in end) for end in ends)])
     return lines
 
@@ -306,22 +308,22 @@ def _sheet(run: Run, views: bytes | None) -> str:
     count = run.config.get("views", 0) + run.config.get("local", {}).get("count", 0)
     return page.picture(
         views,
-        f"A column an image: at the top the image itself, then its {count} views after crops and "
-        "photometric operations, the normalisation undone.",
+        f"One column per image: the image itself at the top, then its {count} views after crops "
+        "and photometric operations, without the normalisation.",
     )
 
 
-def _time(run: Run, drawn: Mapping[str, bytes]) -> list[str]:
-    if "times" not in drawn:
+def _time(run: Run, drawings: Mapping[str, bytes]) -> list[str]:
+    if "times" not in drawings:
         return []
     total = sum(run.seconds.values())
     lines = [
-        [part, _PARTS.get(part, ""), f"{spent:.1f}", f"{100 * spent / total:.1f} %"]
-        for part, spent in run.seconds.items()
+        [part, _PARTS.get(part, ""), f"{part_seconds:.1f}", f"{100 * part_seconds / total:.1f} %"]
+        for part, part_seconds in run.seconds.items()
     ]
-    return [page.picture(drawn["times"]), page.table(("", "", "seconds", "share"), lines)]
+    return [page.picture(drawings["times"]), page.table(("", "", "seconds", "share"), lines)]
 
 
-def _put(file: epath.Path, content: bytes) -> None:
+def _write_bytes(file: epath.Path, content: bytes) -> None:
     with whole(file) as unfinished:
         unfinished.write_bytes(content)

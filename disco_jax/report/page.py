@@ -1,4 +1,4 @@
-"""The page: HTML that stands alone, with its style and pictures in it and no scripts."""
+"""Self-contained HTML page: style and pictures are embedded, no scripts."""
 
 import base64
 import datetime
@@ -28,7 +28,7 @@ code { font-size: 0.92em; }
 
 
 def page(title: str, *parts: str) -> str:
-    """A document of `parts`, which are HTML."""
+    """Builds a document from `parts`, which are HTML."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -42,23 +42,23 @@ def page(title: str, *parts: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what is under it; "" if that is nothing."""
-    inside = "\n".join(filter(None, parts))
-    return f"<h2>{html.escape(title)}</h2>\n{inside}" if inside else ""
+    """Builds a heading with its content; returns "" if there is no content."""
+    content = "\n".join(filter(None, parts))
+    return f"<h2>{html.escape(title)}</h2>\n{content}" if content else ""
 
 
 def note(remark: str) -> str:
-    """A small remark."""
+    """Builds a small remark."""
     return f'<p class="note">{html.escape(remark)}</p>'
 
 
-def folded(title: str, inside: str) -> str:
-    """HTML that a click unfolds."""
-    return f"<details>\n<summary>{html.escape(title)}</summary>\n{inside}\n</details>"
+def folded(title: str, content: str) -> str:
+    """Builds a collapsed section of HTML."""
+    return f"<details>\n<summary>{html.escape(title)}</summary>\n{content}\n</details>"
 
 
 def picture(png: bytes, caption: str = "") -> str:
-    """An inlined PNG."""
+    """Builds a figure with an embedded PNG."""
     code = base64.b64encode(png).decode("ascii")
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     name = html.escape(caption or "figure", quote=True)
@@ -66,12 +66,12 @@ def picture(png: bytes, caption: str = "") -> str:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells; numbers stand at the right, columns without a cell are left out.
+    """Builds a table, with numbers aligned right and empty columns omitted.
 
-    "" without rows.
+    Returns "" if there are no rows.
     """
-    kept = [i for i in range(len(head)) if any(line[i] not in (None, "") for line in lines)]
-    head, lines = [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    columns = [i for i in range(len(head)) if any(line[i] not in (None, "") for line in lines)]
+    head, lines = [head[i] for i in columns], [[line[i] for i in columns] for line in lines]
     if not lines:
         return ""
     numeric = [
@@ -94,7 +94,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def results(rows: Sequence[Row], run_name: str | None = None) -> list[list[Any]]:
-    """Cells of `RESULTS` for the results of a run, its name first if there is one."""
+    """Returns the cells of `RESULTS` for a run's results, after the run's name if it is set."""
     lines = []
     for row in rows:
         printed = row.printed
@@ -122,13 +122,13 @@ RESULTS = (
 
 
 def settings(config: Mapping[str, Any]) -> str:
-    """The resolved config, a line a field."""
+    """Builds a table of the resolved config, with a row per field."""
     lines = [[f"config.{key}", json.dumps(value)] for key, value in sorted(flatten(config).items())]
     return folded(f"{len(lines)} fields, as in config.json", table(("field", "value"), lines))
 
 
 def environment(run: Run) -> str:
-    """The newest start, and how many there were."""
+    """Builds a table of the newest start and the number of starts."""
     if not run.starts:
         return ""
     last = run.starts[-1]
@@ -150,7 +150,7 @@ def environment(run: Run) -> str:
 
 
 def text(value: Any) -> str:
-    """A cell: numbers to what a person reads, nothing for None."""
+    """Formats the value of a cell: floats with few digits, None as ""."""
     if value is None:
         return ""
     if not isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What the papers print, to stand beside what was measured. ImageNet, percent."""
+"""Results that the papers print, to compare with measured ones. ImageNet, percent."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ DATA = "imagenet2012"
 
 
 class Value(NamedTuple):
-    """A printed result.
+    """Result printed in a paper.
 
     Attributes:
       top1: percent.
-      top5: percent; None where the paper has none.
+      top5: percent; None if the paper has none.
       source: paper and table.
     """
 
@@ -20,20 +20,20 @@ class Value(NamedTuple):
     source: str
 
 
-# Width of DisCo's head, and of DisCo*'s: as many as the backbone has features (Table 4).
+# Hidden width of DisCo's head, and of DisCo*'s, which is the backbone's feature width (Table 4).
 _WIDE = 2048
 _NARROW = {"resnet18": 512, "resnet34": 512}
 _STUDENTS = ("efficientnet_b0", "efficientnet_b1", "mobilenetv3_large", "resnet18", "resnet34")
 
 
 def _rows(source: str, recipe: str, teacher: str, *cells: Any) -> dict[Any, Value]:
-    """Linear results of `_STUDENTS`, each a top-1, a (top-1, top-5) or None."""
-    made = {}
+    """Returns linear results of `_STUDENTS`, from a top-1, a (top-1, top-5) or None for each."""
+    table = {}
     for student, cell in zip(_STUDENTS, cells, strict=True):
         if cell is not None:
             top1, top5 = cell if isinstance(cell, tuple) else (cell, None)
-            made[recipe, student, teacher] = Value(top1, top5, source)
-    return made
+            table[recipe, student, teacher] = Value(top1, top5, source)
+    return table
 
 
 _DISCO, _RETRO, _SEED = (
@@ -43,8 +43,8 @@ _DISCO, _RETRO, _SEED = (
 _T2, _T4, _T5, _T6 = (f"DisCo (2104.09124), Table {n}" for n in (2, 4, 5, 6))
 _T3 = "DisCo (2104.09124), appendix Table 3"
 
-# (config.name, student, teacher; "" without one) -> linear evaluation. The teachers of 50, 101 and
-# 152 layers are MoCo-v2's, the wide one SwAV's; see `_teacher` for others.
+# (config.name, student, teacher or "") -> linear evaluation. Teachers of 50, 101 and 152 layers
+# were trained with MoCo-v2, the wide one with SwAV; see `_teacher` for others.
 LINEAR: Mapping[tuple[str, str, str], Value] = {
     **_rows(
         _DISCO, "moco_v2", "", (46.8, 72.2), (48.4, 73.8), (36.2, 62.1), (52.2, 77.6), (56.8, 81.4)
@@ -139,7 +139,7 @@ LINEAR: Mapping[tuple[str, str, str], Value] = {
     },
 }  # fmt: skip
 
-# Top-1 with 1 % and 10 % of the labels, students of 18 layers: (config.name, teacher) -> both.
+# (config.name, teacher) -> top-1 with 1 % and 10 % of the labels, for ResNet-18 students.
 _SEMI = {
     ("moco_v2", ""): (30.9, 45.8),
     ("seed", "resnet50"): (39.1, 50.2),
@@ -159,29 +159,29 @@ _SEMI = {
 
 
 def values(config: Mapping[str, Any]) -> dict[str, Value]:
-    """What the papers print for the run of a config.
+    """Returns the printed results for a run's recipe and networks.
 
     Args:
-      config: of a pretraining run, nested dicts.
+      config: config of a pretraining run, as nested dicts.
 
     Returns:
-      {"linear", "semi 1 %", "semi 10 %"} -> value, those that there are; {} on other data.
+      {"linear", "semi 1 %", "semi 10 %"} -> value, without missing ones; {} for other data sets.
     """
     if config.get("data", {}).get("name") != DATA or "student" not in config:
         return {}
     recipe, student = _recipe(config), config["student"]["backbone"].removesuffix("_seed")
     teacher = _teacher(recipe, config.get("teacher", {}))
-    found = {}
+    printed = {}
     if (recipe, student, teacher) in LINEAR:
-        found["linear"] = LINEAR[recipe, student, teacher]
+        printed["linear"] = LINEAR[recipe, student, teacher]
     if student == "resnet18" and (recipe, teacher) in _SEMI:
         for percent, top1 in zip((1, 10), _SEMI[recipe, teacher], strict=True):
-            found[f"semi {percent} %"] = Value(top1, None, "RETRO, semi-supervised table")
-    return found
+            printed[f"semi {percent} %"] = Value(top1, None, "RETRO, semi-supervised table")
+    return printed
 
 
 def _recipe(config: Mapping[str, Any]) -> str:
-    """The recipe as the keys of `LINEAR` have it: DisCo's by the width of the student's head."""
+    """Returns the recipe in `LINEAR`'s keys; the head's width separates DisCo and DisCo*."""
     recipe, student = config.get("name", ""), config["student"]
     hidden = student.get("hidden", _WIDE)
     if recipe != "disco" or hidden == _WIDE:
@@ -191,7 +191,7 @@ def _recipe(config: Mapping[str, Any]) -> str:
 
 
 def _teacher(recipe: str, teacher: Mapping[str, Any]) -> str:
-    """The teacher as the keys of `LINEAR` have it: its method shows in its head."""
+    """Returns the teacher in `LINEAR`'s keys; its head identifies its training method."""
     if not teacher.get("weights"):
         return ""
     backbone, head = teacher["backbone"], teacher.get("head", "auto")
@@ -204,9 +204,9 @@ def _teacher(recipe: str, teacher: Mapping[str, Any]) -> str:
 
 
 def kind(result: str) -> str:
-    """The key of `values` that a results' file goes with: "linear_disco" -> "linear"; "" for none.
+    """Returns the key of `values` for a results file, e.g. "linear_disco" -> "linear", or "".
 
-    A probe that extracts features once ("linear", "linear_grid") is set beside the paper's too.
+    Probes that extract features once ("linear", "linear_grid") are compared with the papers, too.
     """
     if result.startswith("linear") and result != "linear_kd":
         return "linear"

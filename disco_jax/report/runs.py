@@ -1,4 +1,4 @@
-"""What a run directory holds, read for a report: nothing here computes or changes anything."""
+"""Reader of run directories for reports; it neither computes nor changes anything."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from disco_jax import files
 from disco_jax.errors import UserError
 from disco_jax.evaluate import saved
 from disco_jax.report import paper
-from disco_jax.train import checkpoint, goodput, workdir
+from disco_jax.run import checkpoint, goodput, workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ FIGURES = "figures"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory.
+    """Content of a run directory.
 
     Attributes:
-      path: of it.
-      config: nested dicts, as config.json has them.
-      starts: what environment.json notes of every start.
+      path: the directory.
+      config: nested dicts, from config.json.
+      starts: records of all starts, from environment.json.
       metrics: lines of metrics.jsonl.
-      seconds: part -> seconds, of goodput.json; {} without one.
-      results: name of the file -> what an evaluation wrote.
-      pictures: name -> PNG that an evaluation drew.
-      trainings: name of a result -> lines of the metrics of the training that it is of.
+      seconds: part -> seconds, from goodput.json; {} if there is none.
+      results: file name -> result of an evaluation.
+      pictures: name -> PNG of an evaluation.
+      trainings: name of a result -> metrics of its training.
     """
 
     path: epath.Path
@@ -52,16 +52,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the directory."""
+        """Name of the directory."""
         return self.path.name
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(steps, values) of a metric."""
-        found = [(line["step"], line[key]) for line in self.metrics if key in line]
-        return [step for step, _ in found], [value for _, value in found]
+        """Returns (steps, values) of a metric."""
+        points = [(line["step"], line[key]) for line in self.metrics if key in line]
+        return [step for step, _ in points], [value for _, value in points]
 
     def last(self, key: str) -> float | None:
-        """The newest value of a metric."""
+        """Returns the newest value of a metric, None if there is none."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
@@ -72,54 +72,56 @@ class Run:
 
 
 def read(path: str) -> Run:
-    """The run in a directory.
+    """Reads the run in a directory.
 
     Raises:
-      UserError: there is none.
+      UserError: if there is no run.
     """
     config = workdir.read_config(path).to_dict()
-    place = epath.Path(path)
-    noted = _json(place / goodput.FILE) or {}
+    folder = epath.Path(path)
+    goodput_record = _json(folder / goodput.FILE) or {}
     results = {
-        file.stem: found
-        for file in sorted(place.glob("*.json"))
-        if file.name not in _NOT_RESULTS and isinstance(found := _json(file), dict)
+        file.stem: content
+        for file in sorted(folder.glob("*.json"))
+        if file.name not in _NOT_RESULTS and isinstance(content := _json(file), dict)
     }
     return Run(
-        path=place,
+        path=folder,
         config=config,
-        starts=_json(place / workdir.ENVIRONMENT) or [],
+        starts=_json(folder / workdir.ENVIRONMENT) or [],
         metrics=saved.metrics(path),
-        seconds=noted.get("seconds", {}),
+        seconds=goodput_record.get("seconds", {}),
         results=results,
-        pictures={file.stem: file for file in sorted(place.glob("*.png"))},
-        trainings={name: found for name in results if (found := saved.metrics(str(place / name)))},
+        pictures={file.stem: file for file in sorted(folder.glob("*.png"))},
+        trainings={
+            name: content for name in results if (content := saved.metrics(str(folder / name)))
+        },
     )
 
 
 def _json(file: epath.Path) -> Any:
-    """Returns what a file holds; None where there is none, or it is damaged, with a warning."""
+    """Returns the content of a file; None if it is missing, or damaged (with a warning)."""
     if not file.exists():
         return None
     try:
         return files.read_json(file, object)
     except UserError as error:
-        _LOG.warning("%s It is left out.", error)
+        _LOG.warning("%s The report omits it.", error)
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table of results; accuracies in percent.
+    """Row of the results table; accuracies in percent.
 
     Attributes:
-      name: of the evaluation.
-      data: set that it is of.
-      top1: measured; None where only the paper has a number.
-      top5: likewise.
+      name: name of the evaluation.
+      data: name of the data set.
+      top1: measured top-1; None if only the paper has a number.
+      top5: measured top-5, or None.
       spread: "(low to high)" at 95 %, or "+- deviation" over seeds, or "".
-      step: of the checkpoint.
-      printed: what the paper says; None if it does not.
+      step: training step of the checkpoint.
+      printed: the paper's result; None if there is none.
     """
 
     name: str
@@ -132,16 +134,16 @@ class Row:
 
 
 def rows(run: Run) -> list[Row]:
-    """Every accuracy of a run, the papers' beside; last those that only a paper has."""
+    """Returns all accuracies of a run with the papers' values, then those that only a paper has."""
     printed = paper.values(run.config)
-    found: list[Row] = []
+    measured: list[Row] = []
     for name, result in run.results.items():
-        found += _of_result(name, result, printed)
-    seen = {paper.kind(row.name) for row in found if row.printed}
-    found += [
-        Row(name, paper.DATA, printed=value) for name, value in printed.items() if name not in seen
+        measured += _of_result(name, result, printed)
+    kinds = {paper.kind(row.name) for row in measured if row.printed}
+    measured += [
+        Row(name, paper.DATA, printed=value) for name, value in printed.items() if name not in kinds
     ]
-    return found
+    return measured
 
 
 def _of_result(
@@ -153,12 +155,12 @@ def _of_result(
             Row(
                 f"{name}, {count} images a class",
                 data,
-                found["top1"],
+                shot_result["top1"],
                 None,
-                f"+- {found['top1_spread']:.2f}",
+                f"+- {shot_result['top1_spread']:.2f}",
                 step,
             )
-            for count, found in result["shots"].items()
+            for count, shot_result in result["shots"].items()
         ]
     if not isinstance(result.get("top1"), int | float):
         return []

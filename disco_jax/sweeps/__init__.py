@@ -1,1 +1,1 @@
-"""Sweeps: many runs from one config, and the table that they come to."""
+"""Sweeps: many runs from one config, and a table of their results."""

@@ -1,4 +1,4 @@
-"""From a sweep's config to the configs of its runs."""
+"""Expansion of a sweep's config into the configs of its runs."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, flags, methods
 from disco_jax.nested import flatten
 
-FIELD = "config."  # begins the axes that are fields; the others are arguments of the recipe
+FIELD = "config."  # prefix of axes that are fields; other axes are arguments of the recipe
 RECIPE = "recipe"  # the axis over recipes
 TEACHER = "teacher"  # the axis over `config.teachers`
 SEED = "config.seed"
@@ -22,10 +22,10 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-      name: of its directory: what it has of every axis.
-      values: axis -> value, with the seed among them if there are several.
-      config: of the run; the teacher's weights may still have to be made.
-      teacher: of `config.teachers`; "" without one.
+      name: name of its directory, with its value on every axis.
+      values: axis -> value, including the seed if there are several seeds.
+      config: config of the run; the sweep may still have to train the teacher.
+      teacher: name in `config.teachers`; "" without a teacher.
     """
 
     name: str
@@ -35,53 +35,57 @@ class Cell:
 
     @property
     def row(self) -> tuple[tuple[str, Any], ...]:
-        """What cells that differ in their seed alone share."""
+        """Values shared by cells that differ only in their seed."""
         return tuple((axis, value) for axis, value in self.values.items() if axis != SEED)
 
 
 def expand(sweep: ConfigDict) -> list[Cell]:
-    """All cells of a sweep, in the order of its axes.
+    """Expands a sweep into all its cells, in the order of its axes.
 
     Args:
-      sweep: see `common.sweep`.
+      sweep: see `configs/sweeps/common.py`.
 
     Raises:
-      UserError: an axis, a recipe or a field is not there, or two cells have one name.
+      UserError: if an axis, a recipe or a field does not exist, or two cells have the same name.
     """
     products = [[_axis(*axis) for axis in axes] for axes in (sweep.axes, *sweep.further) if axes]
     seeds = [(SEED, tuple(sweep.seeds))] if len(sweep.seeds) > 1 else []
     if not products and not seeds:
-        raise errors.UserError("config.axes=() leaves nothing to sweep over.")
+        raise errors.UserError(
+            "config.axes=() leaves nothing to sweep over: add an axis, or several config.seeds."
+        )
     cells = []
     for axes in products or [[]]:
-        for chosen in itertools.product(*(values for _, values in (*axes, *seeds))):
-            values = dict(zip((axis for axis, _ in (*axes, *seeds)), chosen, strict=True))
+        for combination in itertools.product(*(values for _, values in (*axes, *seeds))):
+            values = dict(zip((axis for axis, _ in (*axes, *seeds)), combination, strict=True))
             cells.append(_cell(sweep, values))
     names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise errors.UserError(f"config.axes and config.further give {twice[0]!r} twice.")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise errors.UserError(
+            f"config.axes and config.further contain the cell {duplicates[0]!r} twice."
+        )
     return cells
 
 
 def teachers(sweep: ConfigDict, cells: Sequence[Cell]) -> dict[str, ConfigDict]:
-    """name -> config of the pretraining of every teacher that cells use and a sweep has to make.
+    """Returns name -> pretraining config of every teacher that the sweep has to train.
 
     Raises:
-      UserError: a teacher has neither weights nor a recipe.
+      UserError: if a teacher has neither weights nor a recipe.
     """
-    wanted = dict.fromkeys(cell.teacher for cell in cells if cell.teacher)
-    made = {}
-    for name in wanted:
+    names = dict.fromkeys(cell.teacher for cell in cells if cell.teacher)
+    configs = {}
+    for name in names:
         spec = sweep.teachers[name]
         if spec.weights:
             continue
         if not spec.recipe:
             raise errors.UserError(
-                f"config.teachers.{name}.weights is empty: give the workdir of a pretraining run "
-                f"or of an import, or a PyTorch checkpoint, with --config.teachers.{name}.weights."
+                f"config.teachers.{name}.weights is empty: set --config.teachers.{name}.weights to "
+                "the workdir of a pretraining run or an import, or to a PyTorch checkpoint."
             )
-        made[name] = changed(flags.load(spec.recipe), (*sweep.changes, *spec.changes), name)
-    return made
+        configs[name] = changed(flags.load(spec.recipe), (*sweep.changes, *spec.changes), name)
+    return configs
 
 
 def _axis(axis: str, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
@@ -94,7 +98,7 @@ def _axis(axis: str, values: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
 
 
 def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
-    """The cell of one value of every axis."""
+    """Builds the cell for one value of every axis."""
     recipe = values.get(RECIPE, sweep.recipe)
     arguments = [f"{name}={value}" for name, value in sweep.arguments]
     fields, teacher = [], values.get(TEACHER, sweep.teacher)
@@ -105,40 +109,40 @@ def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
             arguments.append(f"{axis}={value}")
 
     def load(*further: str) -> ConfigDict:
-        config = flags.load(_with(recipe, (*arguments, *further)))
+        config = flags.load(_append_arguments(recipe, (*arguments, *further)))
         return changed(config, (*sweep.changes, *fields), "config.axes")
 
     config = load()
-    taught = "teacher" in methods.plan(config)  # a baseline has none
-    if taught and teacher:
+    has_teacher = "teacher" in methods.plan(config)  # False for baselines
+    if has_teacher and teacher:
         if teacher not in sweep.teachers:
             raise errors.unknown("The teacher of a cell", teacher, sweep.teachers)
         spec = sweep.teachers[teacher]
         config = load(f"teacher={spec.backbone}")
         config.teacher.weights = spec.weights
         config = changed(config, spec.fields, f"config.teachers.{teacher}.fields")
-    name = ",".join(f"{_short(axis)}={_told(value)}" for axis, value in values.items())
-    return Cell(name, dict(values), config, teacher if taught else "")
+    name = ",".join(f"{_short(axis)}={_slug(value)}" for axis, value in values.items())
+    return Cell(name, dict(values), config, teacher if has_teacher else "")
 
 
-def _with(recipe: str, arguments: Sequence[str]) -> str:
-    """A recipe's reference with further arguments; later ones win."""
-    name, _, given = recipe.partition(":")
-    every = [*filter(None, given.split(",")), *arguments]
-    return name + (":" + ",".join(every) if every else "")
+def _append_arguments(recipe: str, arguments: Sequence[str]) -> str:
+    """Appends arguments to a recipe's reference; later arguments override earlier ones."""
+    name, _, existing = recipe.partition(":")
+    combined = [*filter(None, existing.split(",")), *arguments]
+    return name + (":" + ",".join(combined) if combined else "")
 
 
 def changed(config: ConfigDict, changes: Sequence[tuple[str, Any]], where: str) -> ConfigDict:
-    """`config` with other values of some fields.
+    """Sets fields of `config` to other values and returns it.
 
     Raises:
-      UserError: a field is not there, or of another type.
+      UserError: if a field does not exist or has another type.
     """
-    known = flatten(config)
+    fields = flatten(config)
     for field, value in changes:
-        if field not in known:
-            near = errors.did_you_mean(field, known)
-            raise errors.UserError(f"{where}: config.{field} is no field of the config.{near}")
+        if field not in fields:
+            suggestion = errors.did_you_mean(field, fields)
+            raise errors.UserError(f"{where}: the config has no field config.{field}.{suggestion}")
         try:
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
@@ -147,10 +151,10 @@ def changed(config: ConfigDict, changes: Sequence[tuple[str, Any]], where: str) 
 
 
 def _short(axis: str) -> str:
-    """The last word of an axis."""
+    """Returns the last component of an axis."""
     return axis.rsplit(".", 1)[-1]
 
 
-def _told(value: Any) -> str:
-    """A value as a part of a directory's name."""
+def _slug(value: Any) -> str:
+    """Formats a value for the name of a directory."""
     return re.sub(r"[^\w.:=+-]+", "_", str(value)).strip("_") or "none"

@@ -1,4 +1,4 @@
-"""Whether the rows of a sweep's table bear out what a paper says of them."""
+"""Statistical test of papers' claims on the rows of a sweep's table."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from disco_jax.report import page
 from disco_jax.sweeps import table
 from disco_jax.sweeps.table import Row
 
-LEVEL = 0.95  # one-sided, of Student's t over the seeds
+LEVEL = 0.95  # confidence level of the one-sided t test over seeds
 HELD, FAILED, OPEN, UNDONE = "held", "did not hold", "open", "not done"
 FILE = "claims.csv"
 HEAD = ("claim", "score", "where", "difference (points)", "+-", "seeds", "verdict")
@@ -23,19 +23,19 @@ HEAD = ("claim", "score", "where", "difference (points)", "+-", "seeds", "verdic
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One comparison of a claim.
+    """Result of one comparison of a claim.
 
     Attributes:
-      claim: as a sentence.
-      where: what the rows that were compared share.
+      claim: the claim as a sentence.
+      where: values shared by the compared rows.
       score: name of the evaluation.
-      difference: of top-1 in points, mean over the seeds that both rows have; positive speaks for
-        the claim. None: nothing to compare yet.
-      spread: sample standard deviation of the difference over seeds; None with one.
-      seeds: how many.
-      verdict: "held" or "did not hold" where the difference is beyond chance (one-sided t test of
-        the paired differences, 95 %), else "open". Of a claim of "at least" it is enough that the
-        mean is not below 0. "not done": no results.
+      difference: top-1 difference in points, mean over the seeds of both rows; positive supports
+        the claim. None if there is nothing to compare yet.
+      spread: sample standard deviation of the difference over seeds; None for one seed.
+      seeds: number of compared seeds.
+      verdict: "held" or "did not hold" if the difference is significant (one-sided t test of the
+        paired differences, 95 %), otherwise "open". An "at least" claim also holds if the mean is
+        not negative. "not done": no results.
     """
 
     claim: str
@@ -50,70 +50,79 @@ class Finding:
 def judge(
     claims: Mapping[str, Mapping[str, Any]], rows: Sequence[Row], score: str
 ) -> list[Finding]:
-    """What every claim comes to.
+    """Evaluates all claims.
 
     Args:
-      claims: name -> `common.claim`.
-      rows: of the table.
-      score: the evaluation that is compared.
+      claims: name -> `sweeps.common.claim`.
+      rows: rows of the table.
+      score: name of the compared evaluation.
 
     Raises:
-      UserError: a claim that no two rows of the sweep can tell about.
+      UserError: if no two rows of the sweep match a claim.
     """
     return [f for name, claim in claims.items() for f in _findings(name, claim, rows, score)]
 
 
 def _findings(name: str, claim: Any, rows: Sequence[Row], score: str) -> list[Finding]:
-    """A finding a pair of rows, or of two such pairs."""
+    """Returns a finding per pair of rows, or per two pairs for a claim with `most`."""
     pairs = _pairs(claim, rows)
-    compared = [(_where(claim, worse), _paired(better, worse, score)) for better, worse in pairs]
+    compared = [
+        (_where(claim, worse), _score_differences(better, worse, score)) for better, worse in pairs
+    ]
     if claim.most:
         axis, value = claim.most
-        there = [i for i, (better, _) in enumerate(pairs) if better.values.get(axis) == value]
-        others = [i for i in range(len(pairs)) if i not in there]
+        stronger = [i for i, (better, _) in enumerate(pairs) if better.values.get(axis) == value]
+        weaker = [i for i in range(len(pairs)) if i not in stronger]
         compared = [
-            (f"{compared[i][0]} against {compared[j][0]}", _less(compared[i][1], compared[j][1]))
-            for i, j in itertools.product(there, others)
+            (
+                f"{compared[i][0]} against {compared[j][0]}",
+                _subtract(compared[i][1], compared[j][1]),
+            )
+            for i, j in itertools.product(stronger, weaker)
         ]
     if not compared:
         raise errors.UserError(
-            f"config.claims.{name}: no rows of the sweep differ as `better`={claim.better} and "
-            f"`worse`={claim.worse} say. Its axes: {', '.join(_axes(rows))}."
+            f"config.claims.{name}: no rows of the sweep match `better`={claim.better} and "
+            f"`worse`={claim.worse}. Its axes: {', '.join(_axes(rows))}."
         )
-    return [_finding(claim, where, found, score) for where, found in compared]
+    return [_finding(claim, where, differences, score) for where, differences in compared]
 
 
 def _pairs(claim: Any, rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows to compare: picked by the claim, alike in all that it does not name."""
+    """Returns pairs of rows that match the claim and agree on all other axes."""
     named = {axis for axis, _ in (*claim.better, *claim.worse)}
 
-    def alike(one: Row, other: Row) -> bool:
-        both = one.values.keys() & other.values.keys() - named
-        return one is not other and all(one.values[a] == other.values[a] for a in both)
+    def alike(first: Row, second: Row) -> bool:
+        common_axes = first.values.keys() & second.values.keys() - named
+        return first is not second and all(first.values[a] == second.values[a] for a in common_axes)
 
     better, worse = (
-        [row for row in rows if all(_has(row, *wanted) for wanted in picked)]
-        for picked in (claim.better, claim.worse)
+        [row for row in rows if all(_has(row, *axis_value) for axis_value in selection)]
+        for selection in (claim.better, claim.worse)
     )
-    return [(one, other) for one in better for other in worse if alike(one, other)]
+    return [(first, second) for first in better for second in worse if alike(first, second)]
 
 
 def _has(row: Row, axis: str, value: Any) -> bool:
     return axis in row.values and row.values[axis] == value
 
 
-def _paired(better: Row, worse: Row, score: str) -> dict[int, float]:
-    """Seed -> the difference, of seeds that both have."""
-    ours, theirs = better.scores.get(score, {}), worse.scores.get(score, {})
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+def _score_differences(better: Row, worse: Row, score: str) -> dict[int, float]:
+    """Returns seed -> score difference, for the seeds of both rows."""
+    better_scores, worse_scores = better.scores.get(score, {}), worse.scores.get(score, {})
+    return {
+        seed: better_scores[seed] - worse_scores[seed]
+        for seed in better_scores
+        if seed in worse_scores
+    }
 
 
-def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+def _subtract(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
 
-def _finding(claim: Any, where: str, found: Mapping[int, float], score: str) -> Finding:
-    values = list(found.values())
+def _finding(claim: Any, where: str, differences: Mapping[int, float], score: str) -> Finding:
+    values = list(differences.values())
     mean = statistics.fmean(values) if values else None
     spread = statistics.stdev(values) if len(values) > 1 else None
     verdict = _verdict(mean, spread, len(values), claim.at_least)
@@ -123,7 +132,7 @@ def _finding(claim: Any, where: str, found: Mapping[int, float], score: str) -> 
 def _verdict(mean: float | None, spread: float | None, seeds: int, at_least: bool) -> str:
     if mean is None:
         return UNDONE
-    if spread is None:  # one seed says nothing of chance
+    if spread is None:  # one seed gives no estimate of chance
         return OPEN
     margin = stats.t.ppf(LEVEL, seeds - 1) * spread / seeds**0.5
     if mean > margin or (at_least and mean >= 0):
@@ -132,14 +141,14 @@ def _verdict(mean: float | None, spread: float | None, seeds: int, at_least: boo
 
 
 def _where(claim: Any, worse: Row) -> str:
-    """What the claim leaves open of the row that should score less."""
+    """Formats the values of the worse row that the claim does not fix."""
     named = {*claim.better, *claim.worse}
-    told = {
+    free = {
         axis: value
         for axis, value in worse.values.items()
         if (axis, value) not in named and axis not in dict(claim.worse)
     }
-    return ", ".join(f"{axis.rsplit('.', 1)[-1]}={value}" for axis, value in told.items())
+    return ", ".join(f"{axis.rsplit('.', 1)[-1]}={value}" for axis, value in free.items())
 
 
 def _axes(rows: Sequence[Row]) -> list[str]:
@@ -147,25 +156,25 @@ def _axes(rows: Sequence[Row]) -> list[str]:
 
 
 def section(findings: Sequence[Finding]) -> str:
-    """HTML of what was found; "" of nothing."""
+    """Builds an HTML section of the findings; returns "" if there are none."""
     if not findings:
         return ""
     remark = (
-        "A claim held, or did not, where the differences of the seeds are beyond chance (one-sided "
-        f"t test, {100 * LEVEL:.0f} %); else it is open. Of a claim of at least as much it is "
-        "enough that the mean is not below."
+        "A claim held, or did not hold, if the differences over seeds are significant (one-sided t "
+        f"test, {100 * LEVEL:.0f} %); otherwise it is open. An 'at least' claim also holds if the "
+        "mean difference is not negative."
     )
     return page.section("Claims", page.note(remark), page.table(HEAD, lines(findings)))
 
 
 def write(folder: epath.Path, findings: Sequence[Finding]) -> None:
-    """Writes `FILE` to a folder."""
+    """Writes `FILE` into a folder."""
     with whole(folder / FILE) as unfinished:
         unfinished.write_bytes(table.text(HEAD, lines(findings)))
 
 
 def lines(findings: Sequence[Finding]) -> list[list[Any]]:
-    """Cells of a table under `HEAD`."""
+    """Returns the cells of a table with the columns `HEAD`."""
     return [
         [f.claim, f.score, f.where, f.difference, f.spread, f.seeds, f.verdict] for f in findings
     ]

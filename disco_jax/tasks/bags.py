@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, models
+from disco_jax import errors
 from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags
 from disco_jax.data.base import Source
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             "config.teacher is empty: give the directory of a run or an import, or a checkpoint."
         )
     source = source or pipeline.open_source(config.data, shared=False)
-    source.chosen(config.data.train_split, ())  # raises if a run could not read images by number
+    source.take(config.data.train_split, ())  # raises if a run could not read images by number
     rows = _encode(config, source)
     if config.kind == "knn":
         bags, about = _neighbour_bags(rows, config.neighbours)
@@ -83,7 +83,7 @@ def _encode(config: ConfigDict, source: Source) -> np.ndarray:
         -(-config.batch_size // devices) * devices,
     )
     recipe = views.build(augment, opened.config.views, opened.config.local)
-    encoder = models.by_shifts(opened.encoder, opened.config)
+    encoder = opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config))
     extracted = features.extract(encoder, opened.variables, batches, recipe)
     rows = getattr(extracted, config.output)
     if len(rows) != source.count(config.data.train_split):

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.base import Source
+from disco_jax.run import hosts, lease, unreadable, workdir
 from disco_jax.tasks import cached, pretrain
 from disco_jax.tasks.prepare import Prepared, check, prepare
-from disco_jax.train import hosts, lease, state, step, unreadable, workdir
+from disco_jax.train import state, step
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,7 +109,7 @@ def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
         targets.write_meta(path, meta)
 
     with contextlib.ExitStack() as stack:
-        hosts.first(take)
+        hosts.on_process_zero(take)
         programs.settle(path)
         yield
 
@@ -121,7 +122,7 @@ def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     encode = step.parallel_targets(
         step.make_targets(ready.method, ready.experiment.views, ready.config.seed, names)
     )
-    frozen = state.everywhere(ready.frozen)
+    frozen = state.replicate(ready.frozen)
     rows = ready.config.batch_size // jax.process_count()
     with pretrain.batches_of(ready, writer.position) as batches:
         for number in range(writer.steps, steps):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, models
 from disco_jax.evaluate import cost, plots
 from disco_jax.models.encoder import Encoder
-from disco_jax.train import workdir as directory
+from disco_jax.run import workdir as directory
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:

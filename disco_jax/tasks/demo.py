@@ -13,8 +13,8 @@ from disco_jax import programs
 from disco_jax.data import digits, pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import features
+from disco_jax.run import metrics
 from disco_jax.tasks import knn, linear, pretrain
-from disco_jax.train import metrics
 
 RUNS = ("teacher", "moco_v2", "disco")
 TITLES = {
@@ -79,7 +79,7 @@ def _run_seed(
     return scores
 
 
-def _score(config: ConfigDict, trained: features.Trained, source: Source) -> Scores:
+def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -> Scores:
     """Returns linear and kNN top-1 on the held-out images, in percent."""
     data, batch = trained.config.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import errors, flags, models
+from disco_jax import errors, flags
 from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
@@ -69,7 +69,7 @@ def run(
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
     skipped = skips.Skipped()
-    files = [folder / name for name in tree.pictures(str(folder), skipped)]
+    files = [folder / name for name in tree.list_images(str(folder), skipped)]
     for line in skipped.lines():
         _LOG.info("%s: skipped: %s", images, line)
     if not files:
@@ -81,7 +81,7 @@ def run(
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     extracted = features.extract(
-        models.by_shifts(opened.encoder, opened.config),
+        opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config)),
         opened.variables,
         crops,
         views.build(opened.config.augment, opened.config.views),

@@ -1,4 +1,4 @@
-"""Write a trained network in the format of another framework, run it there, and compare."""
+"""Export a trained network to another framework, run it there and compare the features."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from disco_jax.tasks.opening import Opened, open_network
 
 _LOG = logging.getLogger(__name__)
 
-# Relative error that an export may have: where it computes in float32, and with int8 weights.
+# Largest relative error of an export: in float32, and with int8 weights.
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.25
 
 
@@ -27,7 +27,7 @@ class Format(NamedTuple):
     """A format of export.
 
     Attributes:
-      suffixes: of its files; the first is taken when no output is named.
+      suffixes: of its files; the first is the default.
       naming: of a state dict; "": the format is a program.
     """
 
@@ -50,15 +50,17 @@ Check = dict[str, float]
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax export CHECKPOINT --format F [--output FILE] [--with-head] [--size PX]`."""
+    """Runs `disco-jax export CHECKPOINT --format F [--output FILE] [--with-head] [--size PX]`."""
     parser = Parser("export", __doc__)
     parser.add_network()
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("--output", default="", help="the file; by default beside the checkpoint")
-    values = parser.read(argv)
-    if values is not None:
+    parser.add_argument(
+        "--output", default="", help="output file; by default beside the checkpoint"
+    )
+    arguments = parser.read(argv)
+    if arguments is not None:
         flags.prepare_jax()
-        run(**vars(values))
+        run(**vars(arguments))
 
 
 def run(
@@ -70,23 +72,23 @@ def run(
     size: int = 0,
     network: str = "student",
 ) -> dict[str, Any]:
-    """Exports a network and a model card beside it.
+    """Exports a network and writes a model card beside it.
 
     Args:
       checkpoint: the directory of a run or of an import, or a PyTorch file.
       format: one of `FORMATS`.
       output: the file to write; "": `exports/` in the directory, or beside the file.
-      with_head: keep the projection head, which the papers throw away: a state dict then holds
-        it, and a program computes the embedding instead of the features.
-      size: of the images in px that a program takes; 0: the run's.
+      with_head: keep the projection head, which the papers discard: a state dict then contains it,
+        and a program computes the embedding instead of the features.
+      size: of the images of a program, px; 0: the run's.
       network: of a run: "student" or "momentum".
 
     Returns:
       {"output", "card", "errors": runtime -> largest relative error, ...}.
 
     Raises:
-      UserError: nothing to export, or not in this format.
-      RuntimeError: the written file does not compute the same; a file that was there stays.
+      UserError: there is nothing to export, or the format cannot represent the network.
+      RuntimeError: the written file computes other features; an existing file is kept.
     """
     if format not in FORMATS:
         raise errors.unknown("--format", format, FORMATS)
@@ -95,28 +97,30 @@ def run(
     opened = open_network(checkpoint, network)
     path = _output(checkpoint, output, format, opened)
     size = size or opened.config.augment.size
-    with _checked_first(path) as unchecked:
+    with _replaced_on_success(path) as unchecked:
         if FORMATS[format].naming:
-            found, facts = _state_dict(opened, unchecked, FORMATS[format].naming, with_head, size)
+            deviations, facts = _state_dict(
+                opened, unchecked, FORMATS[format].naming, with_head, size
+            )
         else:
-            found, facts = _program(opened, unchecked, format, with_head, size)
-        _refuse_wrong(path, format, found)
-    result = {"output": str(path), "format": format, "errors": found, **facts}
+            deviations, facts = _program(opened, unchecked, format, with_head, size)
+        _refuse_wrong(path, format, deviations)
+    result = {"output": str(path), "format": format, "errors": deviations, **facts}
     result["card"] = str(card.write(path, opened, result, size, with_head))
     print(f"{path} ({path.stat().length / 2**20:.1f} MiB)")
-    for runtime, error in found.items():
+    for runtime, error in deviations.items():
         print(f"  largest relative error in {runtime}: {error:.1e}")
     print(f"  model card: {result['card']}")
     return result
 
 
 @contextlib.contextmanager
-def _checked_first(path: epath.Path) -> Iterator[epath.Path]:
-    """A path of the same name in a folder of its own, which becomes `path` when all went well.
+def _replaced_on_success(path: epath.Path) -> Iterator[epath.Path]:
+    """Yields a path in a temporary folder; the file there replaces `path` at the end.
 
-    Until then a file that was there stays as it is; when the export fails nothing new is left.
+    If the export fails, an existing file is unchanged and nothing new remains.
     """
-    made = not path.parent.exists()
+    new_parent = not path.parent.exists()
     folder = path.parent / f".unchecked.{socket.gethostname()}.{os.getpid()}"
     _remove_killed(path.parent)
     folder.mkdir(parents=True)
@@ -125,21 +129,21 @@ def _checked_first(path: epath.Path) -> Iterator[epath.Path]:
         (folder / path.name).replace(path)
         folder.rmtree()
     except BaseException:
-        (path.parent if made else folder).rmtree()
+        (path.parent if new_parent else folder).rmtree()
         raise
 
 
-def _remove_killed(place: epath.Path) -> None:
-    """Removes what exports of this machine have left that were killed."""
-    begin = f".unchecked.{socket.gethostname()}."
-    for folder in place.glob(f"{begin}*") if place.exists() else ():
-        number = folder.name.removeprefix(begin)
+def _remove_killed(parent: epath.Path) -> None:
+    """Removes the temporary folders of exports that were killed on this machine."""
+    start = f".unchecked.{socket.gethostname()}."
+    for folder in parent.glob(f"{start}*") if parent.exists() else ():
+        number = folder.name.removeprefix(start)
         if number.isdecimal() and not files.is_running(int(number)):
             folder.rmtree()
 
 
 def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.Path:
-    """Where to write, checked."""
+    """Returns the path to write to; refuses a wrong suffix and a directory."""
     suffixes = FORMATS[format].suffixes
     if output:
         path = epath.Path(output)
@@ -148,7 +152,7 @@ def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.
                 f"--output={output} should end in {' or '.join(suffixes)} for --format={format}."
             )
         if path.is_dir():
-            raise errors.UserError(f"--output={output} is a directory; give a file.")
+            raise errors.UserError(f"--output={output} is a directory: give a file.")
         return path
     source = epath.Path(checkpoint)
     folder = source / "exports" if source.is_dir() else source.parent
@@ -158,48 +162,36 @@ def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.
 def _state_dict(
     opened: Opened, path: epath.Path, naming: str, with_head: bool, size: int
 ) -> tuple[Check, dict[str, Any]]:
-    """Writes a state dict; reads it again here and, where it is installed, in the other world."""
+    """Writes a state dict, then reads it here and, if installed, in the other framework."""
     saved = save.state_dict(opened.backbone, opened.encoder, opened.variables, naming, with_head)
     save.write(path, saved, naming)
     images = _images(size, opened)
     output = "embedding" if with_head else "features"
-    # A file does not say which of the backbones with the same names it was written for.
-    again = convert.read_network(str(path), arch=_arch(opened.backbone, saved.model))
-    ours = np.asarray(opened(images, output))
+    # Several backbones share one naming, so the file alone does not identify the backbone.
+    again = convert.read_network(str(path), arch=saved.backbone)
+    expected = np.asarray(opened(images, output))
     with jax.default_matmul_precision("highest"):
-        read = again.encoder.apply(again.variables, images, norm="running")
-    found = {"disco_jax, read again": _error(getattr(read, output), ours)}
+        encoded = again.encoder.apply(again.variables, images, norm="running")
+    deviations = {"disco_jax, read again": _error(getattr(encoded, output), expected)}
     if saved.model and not with_head and naming in frameworks.FRAMEWORKS:
         if frameworks.installed(naming):
             images = _images(_native(opened, size), opened)
-            theirs = frameworks.features(naming, saved.model, path, images)
-            found[naming] = _error(theirs, np.asarray(opened(images)))
+            features = frameworks.features(naming, saved.model, path, images)
+            deviations[naming] = _error(features, np.asarray(opened(images)))
         else:
-            _LOG.warning("%s is not installed: the export was not run in it.", naming)
-    return found, {"model": saved.model, "notes": list(saved.notes)}
+            _LOG.warning("%s is not installed: the export was not verified in it.", naming)
+    return deviations, {"model": saved.model, "notes": list(saved.notes)}
 
 
 def _native(opened: Opened, size: int) -> int:
-    """The size at which both worlds agree: timm's ViTs do not resize their positions as we do."""
-    backbone = opened.encoder.backbone
-    return backbone.patch * backbone.grid if hasattr(backbone, "grid") else size
-
-
-def _arch(backbone: str, model: str) -> str:
-    """The backbone of ours that computes what the written weights are for."""
-    if model.startswith("mobilenetv3"):
-        return "mobilenetv3_large"
-    if model == "mobilenet_v3_large":
-        return "mobilenetv3_large_tv"
-    if model.startswith("tf_"):
-        return model
-    return backbone
+    """Returns the size at which both frameworks agree: timm resizes ViT positions differently."""
+    return opened.encoder.backbone.nominal_size or size
 
 
 def _program(
     opened: Opened, path: epath.Path, format: str, with_head: bool, size: int
 ) -> tuple[Check, dict[str, Any]]:
-    """Writes a program; runs it in its own runtime for one image and for three."""
+    """Writes a program and runs it in its runtime on one image and on three."""
     output = "embedding" if with_head else "features"
 
     def function(images: np.ndarray | jax.Array) -> jax.Array:
@@ -208,13 +200,17 @@ def _program(
     write, read = _runtime(format)
     write(function, size, path)
     images = _images(size, opened, 3)
-    ours = np.asarray(function(images))
-    found = {}
+    expected = np.asarray(function(images))
+    deviations = {}
     for count in (1, 3):
-        error = _error(read(path, images[:count]), ours[:count])
-        found[f"{format}, batch of {count}"] = error
+        error = _error(read(path, images[:count]), expected[:count])
+        deviations[f"{format}, batch of {count}"] = error
     layout = f"f32[B, 3, {size}, {size}]" if format == "onnx" else f"f32[B, {size}, {size}, 3]"
-    return found, {"input": layout, "result": f"f32[B, {ours.shape[1]}] {output}", "notes": []}
+    return deviations, {
+        "input": layout,
+        "result": f"f32[B, {expected.shape[1]}] {output}",
+        "notes": [],
+    }
 
 
 def _runtime(format: str) -> tuple[Callable[..., None], Callable[..., np.ndarray]]:
@@ -225,20 +221,22 @@ def _runtime(format: str) -> tuple[Callable[..., None], Callable[..., np.ndarray
 
 
 def _images(size: int, opened: Opened, count: int = 2) -> np.ndarray:
-    """Noise, normalised as images are."""
+    """Returns noise, normalised like the network's images."""
     noise = np.random.default_rng(0).random((count, size, size, 3), np.float32)
     augment = opened.config.augment
     return ((noise - np.array(augment.mean)) / np.array(augment.std)).astype(np.float32)
 
 
-def _error(found: Any, expected: np.ndarray) -> float:
-    """Largest difference over the largest value."""
-    found = np.asarray(found, np.float64)
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+def _error(actual: Any, expected: np.ndarray) -> float:
+    """Returns the largest absolute difference over the largest absolute expected value."""
+    actual = np.asarray(actual, np.float64)
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def _refuse_wrong(path: epath.Path, format: str, found: Check) -> None:
+def _refuse_wrong(path: epath.Path, format: str, deviations: Check) -> None:
     limit = INT8_TOLERANCE if format == "tflite-int8" else TOLERANCE
-    if max(found.values()) <= limit:
+    if max(deviations.values()) <= limit:
         return
-    raise RuntimeError(f"{path} would not compute the same: {found}; it was not kept.")
+    raise RuntimeError(
+        f"{path} was not written: its relative errors {deviations} exceed {limit:g}."
+    )

@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data import chosen
 from disco_jax.data.base import Source
+from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
 from disco_jax.report import build
 
@@ -33,11 +33,11 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             f"config.shots={config.shots} and config.seeds={config.seeds}: give at least one of "
             "each, and shots of 1 or more."
         )
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
     data = trained.config.data
-    labels = chosen.labels(source, data.train_split)
+    labels = read_labels(source, data.train_split)
     if (labels < 0).any():
         raise features.unlabelled(source, data.train_split)
     drawn = {
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     }
     rows = np.unique(np.concatenate([row for seeds in drawn.values() for row in seeds]))
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    few = chosen.ChosenSource(source, data.train_split, rows, **hosts)
+    few = SubsetSource(source, data.train_split, rows, **hosts)
     train = _extract(config, trained, few, data.train_split)
     test = _extract(config, trained, source, data.eval_split)
     if len(train.labels) != len(rows):
@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _extract(
-    config: ConfigDict, trained: features.Trained, source: Source, split: str
+    config: ConfigDict, trained: features.TrainedModel, source: Source, split: str
 ) -> features.Features:
     return features.of_split(
         trained, source, split, config.batch_size, (config.output,), config.blocks

@@ -1,4 +1,4 @@
-"""Bring a PyTorch checkpoint into a run directory, with a manifest of what came from where."""
+"""Import a PyTorch checkpoint as a run directory, with a manifest of its source."""
 
 import contextlib
 import datetime
@@ -18,11 +18,12 @@ from disco_jax.convert.load import size_and_digest
 from disco_jax.convert.recognise import FAMILIES
 from disco_jax.convert.text import listed
 from disco_jax.files import IMPORTING, whole
+from disco_jax.run import checkpoint
+from disco_jax.run import workdir as directory
+from disco_jax.run.workdir import claim
 from disco_jax.tasks.arguments import Parser
-from disco_jax.train import checkpoint, teacher
-from disco_jax.train import workdir as directory
+from disco_jax.train import teacher
 from disco_jax.train.state import TrainState
-from disco_jax.train.workdir import claim
 from disco_jax.version import __version__
 
 _LOG = logging.getLogger(__name__)
@@ -31,27 +32,29 @@ MANIFEST = "manifest.json"
 
 
 def main(argv: Sequence[str]) -> None:
-    """`disco-jax import FILE --workdir W [--family F] [--arch A] [--prefix P] [--allow X ...]`."""
+    """Runs `disco-jax import FILE --workdir W [--family F] [--arch A] [--allow X ...]`."""
     parser = Parser("import", __doc__)
-    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl or .safetensors; an index")
-    parser.add_argument("--workdir", required=True, help="where the imported network goes")
+    parser.add_argument("file", help=".pth, .pth.tar, .pt, .pkl, .safetensors or an index")
+    parser.add_argument("--workdir", required=True, help="directory to write the network to")
     parser.add_argument("--family", default="", help=f"one of {', '.join(FAMILIES)}")
-    parser.add_argument("--arch", default="", help="a network of disco-jax list")
+    parser.add_argument("--arch", default="", help="a network listed by disco-jax list")
     parser.add_argument(
-        "--entry", default="", help="of the file that holds the weights, e.g. student of DINO's"
+        "--entry", default="", help="entry of the file with the weights, e.g. student"
     )
-    parser.add_argument("--prefix", help="of the network's keys, where a file holds several")
+    parser.add_argument(
+        "--prefix", help="prefix of the network's keys if a file holds several networks"
+    )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
-        help="pattern of keys that may be left over (a head that is unlike any here is left out "
-        "whole) or of weights that may be missing",
+        help="pattern of keys that may be left over (an unsupported head is left out completely) "
+        "or of weights that may be missing",
     )
-    values = parser.read(argv)
-    if values is not None:
+    arguments = parser.read(argv)
+    if arguments is not None:
         flags.prepare_jax()
-        run(**vars(values))
+        run(**vars(arguments))
 
 
 def run(
@@ -68,7 +71,7 @@ def run(
 
     Args:
       file: see `convert.load`.
-      workdir: a directory that does not exist yet, or is empty.
+      workdir: a directory that does not exist yet or is empty.
       entry: see `convert.read`.
       family, arch, prefix, allow: see `convert.from_mapping`.
 
@@ -76,24 +79,24 @@ def run(
       The manifest, as written to `workdir`/manifest.json.
 
     Raises:
-      UserError: see `convert.load`; or the directory will not do. Nothing is left behind.
+      UserError: see `convert.load`; or the directory cannot be used. Nothing new remains on disk.
     """
     imported = convert.read_network(
         file, entry=entry, family=family, arch=arch, prefix=prefix, allow=allow
     )
     manifest = describe(imported, file)
-    with _cleared(epath.Path(workdir)), claim(workdir, config_of(imported)) as path:
+    with _removed_on_failure(epath.Path(workdir)), claim(workdir, config_of(imported)) as path:
         with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
             checkpoints.save(0, _state(imported), [[0, 0]], {})
             checkpoints.wait()
-        with whole(path / MANIFEST) as place:
-            place.write_text(json.dumps(manifest, indent=2) + "\n")
+        with whole(path / MANIFEST) as unfinished:
+            unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
     _print(imported, manifest, workdir)
     return manifest
 
 
 def config_of(imported: convert.Imported) -> ConfigDict:
-    """A pretraining config whose student is the imported network."""
+    """Returns a pretraining config whose student is the imported network."""
     config = common.pretrain()
     config.name = imported.family
     config.student.update(imported.spec)
@@ -103,12 +106,12 @@ def config_of(imported: convert.Imported) -> ConfigDict:
         config.objectives.contrast.update(
             weight=1.0, queue_size=len(imported.queue.vectors), queue_init="random"
         )
-        config.batch_size = 1  # divides a queue of any length
+        config.batch_size = 1  # divides every queue length
     return config
 
 
 def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
-    """What the manifest says of an imported network."""
+    """Returns the manifest of an imported network."""
     mean, std = imported.normalisation
     encoder = imported.encoder
     size, digest = size_and_digest(file)
@@ -128,7 +131,7 @@ def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
         "preprocessing": {"range": [0, 1], "mean": list(mean), "std": list(std)},
         "queue": None if imported.queue is None else list(imported.queue.vectors.shape),
         "keys": imported.keys,
-        "not_taken": sorted(imported.left),
+        "not_taken": sorted(imported.unused_keys),
     }
 
 
@@ -144,10 +147,10 @@ def _state(imported: convert.Imported) -> TrainState:
 
 
 @contextlib.contextmanager
-def _cleared(path: epath.Path) -> Iterator[None]:
-    """Refuses a directory that holds anything; removes what was written when the import fails.
+def _removed_on_failure(path: epath.Path) -> Iterator[None]:
+    """Refuses a directory that is not empty; removes all new files if the import fails.
 
-    What a killed import has left is known by its mark, and removed first.
+    A mark in the directory identifies the files of a killed import, which are removed first.
     """
     mark = path / IMPORTING
     if mark.exists():
@@ -156,8 +159,8 @@ def _cleared(path: epath.Path) -> Iterator[None]:
     existed = path.exists()
     before = [entry.name for entry in path.iterdir()] if existed else []
     path.mkdir(parents=True, exist_ok=True)
-    with whole(mark) as file:
-        file.write_text(json.dumps(before))
+    with whole(mark) as unfinished:
+        unfinished.write_text(json.dumps(before))
     try:
         yield
         mark.unlink()
@@ -169,7 +172,7 @@ def _cleared(path: epath.Path) -> Iterator[None]:
 
 
 def _remove(path: epath.Path, before: Sequence[str]) -> None:
-    """Removes all that is in a directory but `before`; the mark last."""
+    """Removes the entries of a directory that are not in `before`; the mark last."""
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name == IMPORTING):
         if entry.name not in before:
             entry.rmtree() if entry.is_dir() else entry.unlink()
@@ -180,19 +183,20 @@ def _print(imported: convert.Imported, manifest: dict[str, Any], workdir: str) -
         return
     spec, counts = imported.spec, manifest["parameters"]
     print(
-        f"{spec['backbone']} ({imported.family}, names of {imported.layout}): "
+        f"{spec['backbone']} ({imported.family}, layout {imported.layout}): "
         f"{counts['backbone'] / 2**20:.2f} M parameters without the head "
         f"({counts['backbone']:,}; M = 2^20, as the papers count)."
     )
     print(
-        f"Head {spec['head']!r}: {counts['head'] / 2**20:.2f} M, embedding {spec['dim']} wide"
+        f"Head {spec['head']!r}: {counts['head'] / 2**20:.2f} M, embedding of width {spec['dim']}"
         + (f", prototypes {sum(spec['prototypes'])}" if spec["prototypes"] else "")
         + ("" if imported.queue is None else f"; queue of {manifest['queue'][0]} keys")
         + "."
     )
     if imported.classifiers:
-        print(f"Left out as a classifier: {listed(imported.classifiers)}.")
+        print(f"Left out as classifiers: {listed(imported.classifiers)}.")
     print(
-        f"{len(imported.keys)} arrays taken, {len(imported.left)} not ({workdir}/{MANIFEST} lists "
-        f"them). Use it as a teacher with --config.teacher.weights={workdir}"
+        f"{len(imported.keys)} arrays imported, {len(imported.unused_keys)} not "
+        f"({workdir}/{MANIFEST} lists them). To use the network as a teacher, set "
+        f"--config.teacher.weights={workdir}"
     )

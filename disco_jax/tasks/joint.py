@@ -16,13 +16,14 @@ from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
 from disco_jax.nested import flatten
 from disco_jax.report import build
+from disco_jax.run import checkpoint, unreadable
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Logger
+from disco_jax.run.workdir import claim
 from disco_jax.tasks import pretrain
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, joint, loop, state, step, unreadable
+from disco_jax.train import health, joint, loop, state, step
 from disco_jax.train.experiment import Experiment
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import claim
 
 # Config fields that may differ between students of one joint training.
 OWN = (
@@ -184,8 +185,8 @@ def _train(
             pretrain.show_views(run.config, run.source, paths[name], loggers[name], start)
         loop.run(
             step.parallel(joint_step),
-            state.everywhere(dict(begin)),
-            state.everywhere(first.frozen),
+            state.replicate(dict(begin)),
+            state.replicate(first.frozen),
             batches,
             pretrain.schedule(first, start, paths[next(iter(ready))]),
             logger,

@@ -22,7 +22,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Returns:
       {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
     """
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     result = {"step": trained.step, **evaluate(config, trained, source)}
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def evaluate(
-    config: ConfigDict, trained: features.Trained, source: Source | None = None
+    config: ConfigDict, trained: features.TrainedModel, source: Source | None = None
 ) -> dict[str, Any]:
     """Evaluates a loaded network like `run`, without writing files."""
     features.check_outputs(trained, (config.output,), config.blocks)

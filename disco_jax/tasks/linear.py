@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, grid, linear, saved, scores, streamed, target
+from disco_jax.evaluate import features, grid, linear, online, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Features, Trained
+from disco_jax.evaluate.features import Features, TrainedModel
 from disco_jax.report import build
 
 AUGMENT = ("linear", "flip", "none")
@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     that reads images saves metrics and checkpoints in NAME/ and resumes from them.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       workdir: a pretraining run's directory.
       source: images; None opens the data of the run, changed by `config.data`.
 
@@ -38,14 +38,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Raises:
       UserError: a setting, the run or the data is invalid; nothing was trained.
     """
-    trained = target.aimed(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     _check(config, trained)
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
     source = target.few_labels(source, trained.config.data.train_split, config.labelled)
     if _reads_images(config):
-        layer, result, outputs = _streamed(config, trained, source, workdir, teacher)
+        layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
         train = _extract(config, trained, source, trained.config.data.train_split)
         test = _extract(config, trained, source, trained.config.data.eval_split)[0]
@@ -75,7 +75,7 @@ def probe(
     """Trains a linear classifier on extracted features and returns it with its results.
 
     Args:
-      config: see `common.classification`.
+      config: see `probes.classification`.
       train: features of the training images, or a list that adds those of their mirror images.
       test: features of the test images.
       num_classes: number of classes; None for one more than the largest label.
@@ -99,7 +99,7 @@ def _reads_images(config: ConfigDict) -> bool:
     return config.augment == "linear" or config.layers == "all" or bool(config.distill.weight)
 
 
-def _check(config: ConfigDict, trained: Trained) -> None:
+def _check(config: ConfigDict, trained: TrainedModel) -> None:
     """Checks that the settings are compatible, before any data are read."""
     if config.augment not in AUGMENT:
         raise errors.unknown("config.augment", config.augment, AUGMENT)
@@ -121,11 +121,11 @@ def _check(config: ConfigDict, trained: Trained) -> None:
             f"The settings are for config.student={config.student!r}, but the run's backbone is "
             f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
         )
-    streamed.check(config, trained)
+    online.check(config, trained)
 
 
 def _check_data(
-    config: ConfigDict, trained: Trained, source: Source, teacher: streamed.Teacher | None
+    config: ConfigDict, trained: TrainedModel, source: Source, teacher: online.Teacher | None
 ) -> None:
     data = trained.config.data
     if _reads_images(config):
@@ -138,7 +138,9 @@ def _check_data(
         )
 
 
-def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -> list[Features]:
+def _extract(
+    config: ConfigDict, trained: TrainedModel, source: Source, split: str
+) -> list[Features]:
     """Extracts the features of a split, and of mirrored training images if augment="flip"."""
     both = config.augment == "flip" and split == trained.config.data.train_split
     return [
@@ -155,33 +157,35 @@ def _extract(config: ConfigDict, trained: Trained, source: Source, split: str) -
     ]
 
 
-def _streamed(
+def _online(
     config: ConfigDict,
-    trained: Trained,
+    trained: TrainedModel,
     source: Source,
     workdir: str,
-    teacher: streamed.Teacher | None,
+    teacher: online.Teacher | None,
 ) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """Trains on images; returns the classifier, its results, and test scores with labels."""
     data = trained.config.data
-    plan = streamed.plan(config, trained, source)
+    plan = online.plan(config, trained, source)
     best = linear.Best(plan.steps_per_epoch)
     folder = epath.Path(workdir) / config.name
 
-    def test(network: Trained, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    def test(network: TrainedModel, layer: Classifier) -> tuple[np.ndarray, np.ndarray]:
         extracted = _extract(config, network, source, data.eval_split)[0]
         return layer.scores(getattr(extracted, config.output)), extracted.labels
 
-    def evaluate(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
+    def evaluate(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
         return best(step, *test(network, layer))
 
-    evaluation = dict(look=evaluate, look_steps=config.evaluate_every_epochs * plan.steps_per_epoch)
+    evaluation = dict(
+        eval_fn=evaluate, eval_every_steps=config.evaluate_every_epochs * plan.steps_per_epoch
+    )
     network = trained
     search: dict[str, Any] = {}
     if config.grid.rates:
-        layer, search = grid.train_streamed(config, trained, source, str(folder), **evaluation)
+        layer, search = grid.train_online(config, trained, source, str(folder), **evaluation)
     else:
-        network, layer = streamed.train(
+        network, layer = online.train(
             config, trained, source, str(folder), teacher=teacher, **evaluation
         )
     outputs = test(network, layer)

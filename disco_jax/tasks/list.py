@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs import data
 from disco_jax.tasks import settings
 from disco_jax.tasks.arguments import Parser
 
@@ -53,7 +53,7 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
         "heads": {name: _head(name) for name in models.HEADS},
         "data sets with built-in settings (any other TFDS name works too)": {
             name: f"{fields['size']} px, evaluated on {fields['eval_split']!r}"
-            for name, fields in common.DATA.items()
+            for name, fields in data.DATA.items()
         },
     }
     for title, rows in tables.items():
@@ -66,16 +66,14 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
 
 def _needs(recipe: str) -> str:
     """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
-    from disco_jax import methods
+    from disco_jax import methods, models
     from disco_jax.train import experiment
 
     config = flags.load(recipe)
     if "objectives" not in config:
         return ""
     config.bags.file = config.bags.file or "bags.npz"  # not read here
-    # "auto" would initialize the devices.
-    config.dtype, config.fast.exchange = "float32", "gather"
-    config.fast.update(columns="off", statistics="off", shifts="off")
+    models.resolve_config(config, "cpu")  # "auto" would initialize accelerators
     assembled = experiment.assemble(config)
     config, method = assembled.config, assembled.method
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from disco_jax import convert, errors, files, models
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
+from disco_jax.run.workdir import ENVIRONMENT
 from disco_jax.tasks import importing
 from disco_jax.train import teacher
-from disco_jax.train.workdir import ENVIRONMENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,9 @@ def _file_provenance(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: manifest[name] for name in ("file", "sha256", "family", "layout")}
 
 
-def _run_provenance(path: epath.Path, network: str, trained: features.Trained) -> dict[str, Any]:
+def _run_provenance(
+    path: epath.Path, network: str, trained: features.TrainedModel
+) -> dict[str, Any]:
     manifest = path / importing.MANIFEST
     if manifest.exists():
         return _file_provenance(files.read_json(manifest))

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, files
 from disco_jax.data.base import Source
-from disco_jax.evaluate import features, information, linear, plots, saved, scores, streamed, target
+from disco_jax.evaluate import features, information, linear, online, plots, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
-from disco_jax.evaluate.features import Trained
+from disco_jax.evaluate.features import TrainedModel
 from disco_jax.report import build
 
 _METRICS = ("input_bits", "label_bits", "top1", "most_bits")
@@ -39,8 +39,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     """
     _check(config.plane)
     beside = {label: _read_path(label, config.name) for label in config.plane.beside}
-    trained = target.aimed(features.load(workdir, config.network), config.data)
-    streamed.check(config, trained)
+    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    online.check(config, trained)
     trained, source = target.opened(trained, source)
     data = trained.config.data
     target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
@@ -75,14 +75,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _trace(
-    config: ConfigDict, trained: Trained, source: Source, workdir: str, plan: linear.Plan
+    config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
     """Fine-tunes and returns the points of the path, including those before a restart."""
     data, plane = trained.config.data, config.plane
     total = config.total_epochs * plan.steps_per_epoch
     folder = epath.Path(workdir) / config.name
 
-    def evaluate(step: int, network: Trained, layer: Classifier) -> Mapping[str, float]:
+    def evaluate(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
         extracted = features.of_split(
             network,
             source,
@@ -105,13 +105,13 @@ def _trace(
             "plane/most_bits": float(np.log2(len(rows))),
         }
 
-    streamed.train(
+    online.train(
         config,
         trained,
         source,
         str(folder),
-        look=evaluate,
-        look_steps=max(total // plane.points, 1),
+        eval_fn=evaluate,
+        eval_every_steps=max(total // plane.points, 1),
     )
     points: dict[int, dict[str, float]] = {}
     for line in saved.metrics(str(folder)):

@@ -16,9 +16,10 @@ from disco_jax.evaluate import monitor
 from disco_jax.methods.base import Method
 from disco_jax.models.encoder import Variables
 from disco_jax.nested import flatten
+from disco_jax.run import checkpoint
 from disco_jax.tasks import cached
-from disco_jax.train import checkpoint, start, step, teacher
 from disco_jax.train import experiment as experiments
+from disco_jax.train import start, step, teacher
 from disco_jax.train.experiment import Experiment
 
 

@@ -15,12 +15,13 @@ from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.base import Position, Source
 from disco_jax.evaluate import monitor
 from disco_jax.report import build
+from disco_jax.run import checkpoint, unreadable
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Logger
+from disco_jax.run.workdir import ANEW, begin_anew, claim
 from disco_jax.tasks import report
 from disco_jax.tasks.prepare import Prepared, prepare, starting
-from disco_jax.train import checkpoint, health, loop, state, step, unreadable
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Logger
-from disco_jax.train.workdir import ANEW, begin_anew, claim
+from disco_jax.train import health, loop, state, step
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def run(
     ):
         unreadable.keep(ready.source, path)
         begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
-        begin = state.refilled_by(begin, config.batch_size)  # the batch size may have changed
+        # The batch size may have changed since the queues were filled.
+        begin = state.rotate_oldest_first(begin, config.batch_size)
         describe(ready, begin)
         if int(begin.step) < total:
             _train(config, ready, path, checkpoints, begin, position, goodput, profile_steps)
@@ -97,8 +99,8 @@ def _train(
         show_views(config, ready.source, path, logger, int(begin.step))
         loop.run(
             step.parallel(ready.built.train_step),
-            state.everywhere(begin),
-            state.everywhere(ready.frozen),
+            state.replicate(begin),
+            state.replicate(ready.frozen),
             batches,
             schedule(ready, int(begin.step), path, profile_steps),
             logger,
@@ -183,7 +185,7 @@ def _parse_profile(text: str) -> tuple[int, ...]:
 def _lay_out(batch: Any) -> tuple[dict[str, Any], tuple[int, int]]:
     """Moves a host's batch to the devices as [local_devices, B, ...]; adds the next position."""
     tree = pipeline.to_devices({"views": batch.views, "aux": batch.aux}, jax.local_device_count())
-    return state.apart(tree), (batch.position.epoch, batch.position.offset)
+    return state.shard_batch(tree), (batch.position.epoch, batch.position.offset)
 
 
 def images_of(ready: Prepared) -> Callable[[], Mapping[str, Any]]:

@@ -10,8 +10,8 @@ from disco_jax import errors, flags
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.report import build, runs, sheet
+from disco_jax.run import workdir as directory
 from disco_jax.tasks.arguments import Parser
-from disco_jax.train import workdir as directory
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,14 +1,16 @@
-"""Table of all settings with defaults and descriptions, generated from the configs' source."""
+"""Page of every config field with its default and meaning, read from the configs themselves."""
 
 import ast
+import functools
 import inspect
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from disco_jax import flags
-from disco_jax.configs import common
-from disco_jax.data import stacks
+from disco_jax.configs import common, probes
+from disco_jax.data import presets
 from disco_jax.nested import flatten
 
 _HEAD = """# Settings
@@ -20,48 +22,70 @@ defaults: `disco-jax list` shows the recipes, and each run saves its values in `
 _EVALUATIONS = (
     "knn", "linear", "semi", "transfer", "finetune", "fewshot", "plane", "tsne", "cost", "bags",
 )  # fmt: skip
+_MISSING = object()  # equals no default
 
 
 def markdown() -> str:
-    """Returns the page: tables of pretraining, of shared evaluation fields, of each evaluation."""
+    """Returns the page: a table for pretraining, one for all evaluations, one for each of them."""
     notes = comments()
-    pretraining, shared = flatten(common.pretrain()), flatten(common.classification("NAME"))
-    descriptions = {**_class_attributes(), **notes["pretrain"]}
-    parts = [_HEAD, _table("Pretraining and distillation", pretraining, descriptions)]
-    rates = {
-        key: text
-        for key, text in descriptions.items()
-        if key.startswith(("learning_rate.", "optimizer."))
-    }
-    labelled = {**rates, **notes["evaluation"], **notes["classification"]}
-    parts.append(
-        _table("Supervised training: linear, semi, transfer, finetune, plane", shared, labelled)
-    )
+    pretraining, shared = flatten(common.pretrain()), flatten(probes.classification("NAME"))
+    described = {**_of_classes(), **notes["pretrain"]}
+    parts = [_HEAD, _table("Pretraining and distillation", pretraining, described)]
+    training = ("learning_rate.", "optimizer.")
+    labelled = {name: text for name, text in described.items() if name.startswith(training)}
+    labelled |= {**notes["evaluation"], **notes["classification"]}
+    title = "Supervised training: linear, semi, transfer, finetune, plane"
+    parts.append(_table(title, shared, labelled))
     for name in _EVALUATIONS:
-        own = flatten(flags.load(name))
-        fields = {key: value for key, value in own.items() if shared.get(key, _NONE) != value}
-        title = f"`configs/{name}.py`" + (", further fields" if len(fields) < len(own) else "")
-        parts.append(_table(title, fields, {**labelled, **_file_comments(flags.recipes()[name])}))
+        config = flatten(flags.load(name))
+        fields = {k: value for k, value in config.items() if shared.get(k, _MISSING) != value}
+        title = f"`configs/{name}.py`"
+        if len(fields) < len(config):
+            title += ", further fields"
+        parts.append(_table(title, fields, {**labelled, **_of_recipe(flags.recipes()[name])}))
     return "\n".join(parts)
 
 
-_NONE = object()
-
-
 def comments() -> dict[str, dict[str, str]]:
-    """Returns the comments in `configs/common.py`: function -> field -> comment."""
-    lines, tree = _read(pathlib.Path(common.__file__))
-    presets = _preset_comments()
-    out = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            notes = _Comments(lines).of(node)
-            out[node.name] = {**presets, **notes} if node.name == "pretrain" else notes
+    """Returns the comments at the fields that `configs/common.py` and `probes.py` set.
+
+    Returns:
+      Function -> field -> comment, for each function that assigns fields. "pretrain" has those of
+      all functions of `common.py`, with the fields of the augmentation presets.
+    """
+    out = _by_function(_Source.read(probes.__file__))
+    pretrain = _by_function(_Source.read(common.__file__))
+    out["pretrain"] = _of_presets()
+    for notes in pretrain.values():
+        out["pretrain"] |= notes
     return out
 
 
-def _class_attributes() -> dict[str, str]:
-    """Returns descriptions of objectives and views from the docstrings of their classes."""
+def _by_function(source: "_Source") -> dict[str, dict[str, str]]:
+    """Returns function -> field -> comment of one file."""
+    return {name: dict(source.notes(node)) for name, node in source.functions.items()}
+
+
+def _of_recipe(path: pathlib.Path) -> dict[str, str]:
+    """Returns field -> comment of all functions of a recipe."""
+    out: dict[str, str] = {}
+    for notes in _by_function(_Source.read(path)).values():
+        out |= notes
+    return out
+
+
+def _of_presets() -> dict[str, str]:
+    """Returns field of `augment` -> comment in `data/presets.py`."""
+    source = _Source.read(presets.__file__)
+    out: dict[str, str] = {}
+    for node in source.tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            out |= source.keywords("augment", node.value, {})
+    return out
+
+
+def _of_classes() -> dict[str, str]:
+    """Returns field -> description from the docstrings of objectives and views."""
     from disco_jax import methods
     from disco_jax.data import views
 
@@ -75,7 +99,7 @@ def _class_attributes() -> dict[str, str]:
 
 
 def _attributes(prefix: str, cls: type) -> dict[str, str]:
-    """Parses the "Attributes" section of a docstring to field -> description."""
+    """Returns field -> description from the section "Attributes" of a class docstring."""
     lines = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines()
     out, key = {}, ""
     for line in lines:
@@ -86,88 +110,112 @@ def _attributes(prefix: str, cls: type) -> dict[str, str]:
             out[key] += f" {line.strip()}"
         else:
             break
-    return {key: _plain(text) for key, text in out.items()}
+    return {key: _without_ids(text) for key, text in out.items()}
 
 
-def _plain(text: str) -> str:
-    """Removes references to entries of `docs/disagreements.md`."""
+def _without_ids(text: str) -> str:
+    """Removes references to rows of `docs/disagreements.md`."""
     return re.sub(r"(?:, | \()disagreements? [A-Z]\d+\)", lambda m: ")" * (m[0][0] == ","), text)
 
 
-def _file_comments(path: pathlib.Path) -> dict[str, str]:
-    lines, tree = _read(path)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {key: text for node in functions for key, text in _Comments(lines).of(node).items()}
+class _Source:
+    """Parsed config module, from which the comments at fields are read.
 
+    Fields are the names in assignments `config.FIELD = ...` and the keywords of `dict(...)`, also
+    if a function of this or of a neighbouring module returns the dict.
+    """
 
-def _preset_comments() -> dict[str, str]:
-    """Returns the comments on the augmentation presets of `data/stacks.py`."""
-    lines, tree = _read(pathlib.Path(stacks.__file__))
-    reader = _Comments(lines)
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            reader.fields("augment", node.value)
-    return reader.notes
+    def __init__(self, path: pathlib.Path):
+        text = path.read_text()
+        self._path, self._lines = path, text.splitlines()
+        self.tree = ast.parse(text)
+        nodes = (node for node in self.tree.body if isinstance(node, ast.FunctionDef))
+        self.functions = {node.name: node for node in nodes}
 
+    @staticmethod
+    @functools.cache
+    def read(path: str | pathlib.Path) -> "_Source":
+        """Returns the parsed file."""
+        return _Source(pathlib.Path(path))
 
-def _read(path: pathlib.Path) -> tuple[list[str], ast.Module]:
-    text = path.read_text()
-    return text.splitlines(), ast.parse(text)
-
-
-class _Comments:
-    """Collects comments on assignments `config.FIELD = ...` and on the keys of their dicts."""
-
-    def __init__(self, lines: list[str]):
-        self._lines = lines
-        self.notes: dict[str, str] = {}
-        self._locals: dict[str, ast.expr] = {}
-
-    def of(self, function: ast.FunctionDef) -> dict[str, str]:
-        """Returns field -> comment for a function that builds a config."""
+    def notes(self, function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+        """Yields (field, comment) for the assignments in a function."""
+        variables: dict[str, ast.expr] = {}
         for node in ast.walk(function):
             if not isinstance(node, ast.Assign):
                 continue
             target = node.targets[0]
             if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "config":
-                self._note(target.attr, node, node.value)
+                yield from self._field(target.attr, node, node.value, variables).items()
             elif isinstance(target, ast.Name):
-                self._locals[target.id] = node.value
-        return self.notes
+                variables[target.id] = node.value
 
-    def fields(self, name: str, call: ast.Call) -> None:
-        """Collects comments on the keywords of a `dict(...)`, and of the dicts it extends."""
-        for arg in call.args:
-            base = self._locals.get(arg.id) if isinstance(arg, ast.Name) else None
-            if isinstance(base, ast.Call):
-                self.fields(name, base)
+    def keywords(
+        self, prefix: str, call: ast.Call, variables: dict[str, ast.expr]
+    ) -> dict[str, str]:
+        """Returns field -> comment for `dict(BASE, name=value)`, with the fields of BASE.
+
+        Args:
+          prefix: the section that the dict becomes.
+          call: the call of `dict`.
+          variables: local name -> value, to look up BASE.
+        """
+        out: dict[str, str] = {}
+        for base in call.args:
+            value = variables.get(base.id) if isinstance(base, ast.Name) else base
+            if dictionary := self._dict(value):
+                out |= dictionary[0].keywords(prefix, dictionary[1], variables)
         for keyword in call.keywords:
-            # A comment belongs to the first field of its line.
+            # The comment of a line describes the first field of that line.
             before = self._lines[keyword.lineno - 1][: keyword.col_offset]
             if keyword.arg and not before.strip():
-                self._note(f"{name}.{keyword.arg}", keyword, keyword.value)
+                out |= self._field(f"{prefix}.{keyword.arg}", keyword, keyword.value, variables)
+        return out
 
-    def _note(self, name: str, node: Any, value: ast.AST) -> None:
-        above = node.lineno - 2
-        text: list[str] = []
-        while above >= 0 and (line := self._lines[above].strip()).startswith("#"):
-            text.insert(0, line)
+    def _field(
+        self, name: str, node: Any, value: ast.AST, variables: dict[str, ast.expr]
+    ) -> dict[str, str]:
+        """Returns field -> comment for one field and the fields of its value."""
+        dictionary = self._dict(value)
+        last = node.lineno if dictionary else node.end_lineno
+        parts = self._above(node.lineno)
+        if match := re.search(r"  # (.*)$", self._lines[last - 1]):
+            parts.append(match[1])
+        out = {name: _without_ids(" ".join(parts))} if parts else {}
+        if dictionary:
+            out |= dictionary[0].keywords(name, dictionary[1], variables)
+        return out
+
+    def _above(self, line: int) -> list[str]:
+        """Returns the comment lines directly above a line, which counts from 1."""
+        parts: list[str] = []
+        above = line - 2
+        while above >= 0 and (text := self._lines[above].strip()).startswith("#"):
+            parts.insert(0, text.lstrip("# "))
             above -= 1
-        nested = None
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "dict":
-            nested = value
-        ends = self._lines[(node.lineno if nested else node.end_lineno) - 1]
-        if match := re.search(r"  # (.*)$", ends):
-            text.append(match[1])
-        if text:
-            joined = " ".join(line.lstrip("# ") for line in text)
-            self.notes[name] = _plain(joined)
-        if nested:
-            self.fields(name, nested)
+        return parts
+
+    def _dict(self, value: ast.AST | None) -> "tuple[_Source, ast.Call] | None":
+        """Returns the `dict(...)` that a value is, or that the function it calls returns.
+
+        Returns:
+          The module that has the dict and its call node, or None for any other value.
+        """
+        if not isinstance(value, ast.Call):
+            return None
+        owner, _, name = ast.unparse(value.func).rpartition(".")
+        if name == "dict":
+            return self, value
+        path = self._path.with_name(f"{owner}.py") if owner else self._path
+        source = _Source.read(path) if path.is_file() else None
+        function = source and source.functions.get(name)
+        if source and function and isinstance(function.body[-1], ast.Return):
+            return source._dict(function.body[-1].value)
+        return None
 
 
 def _table(title: str, fields: dict[str, Any], notes: dict[str, str]) -> str:
-    """Formats a Markdown table; the note on a group of fields gets a row above the group."""
+    """Returns a Markdown table; the note of a group of fields has a row above the group."""
     lines = [f"## {title}\n", "| field | default | |", "|---|---|---|"]
     groups = set()
     for key, value in fields.items():
@@ -181,4 +229,5 @@ def _table(title: str, fields: dict[str, Any], notes: dict[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
+    """Escapes the column separator."""
     return text.replace("|", "\\|")

@@ -17,11 +17,12 @@ from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
+from disco_jax.run import hosts, lease, workdir
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
-from disco_jax.train import experiment, hosts, lease, teacher, workdir
+from disco_jax.train import experiment, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
 
@@ -71,7 +72,7 @@ def run(
     """Trains and evaluates the remaining cells; a restart resumes where the sweep stopped.
 
     Args:
-      config: see `common.sweep`.
+      config: see `configs/sweeps/common.py`.
       folder: receives cells/NAME and teachers/NAME (run directories), status/, and the table.
       source: images for all cells; None opens the data of each cell.
       dry_run: only print the cells and their costs.
@@ -106,7 +107,9 @@ def run(
     path.mkdir(parents=True, exist_ok=True)
     programs.settle(path)
     with contextlib.ExitStack() as stack:
-        hosts.first(lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}")))
+        hosts.on_process_zero(
+            lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}"))
+        )
         _write_json(path / "sweep.json", json.loads(config.to_json_best_effort()))
         _train_teachers(teachers, path, evaluations, source, worker)
         if not teachers_only:

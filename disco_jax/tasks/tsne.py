@@ -33,7 +33,9 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     reduce = _tsne(config)
     runs = [workdir, *config.beside]
     titles = _titles(config, runs)
-    networks = [target.aimed(features.load(run, config.network), config.data) for run in runs]
+    networks = [
+        target.with_eval_data(features.load(run, config.network), config.data) for run in runs
+    ]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
@@ -59,7 +61,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _extract(
-    config: ConfigDict, trained: features.Trained, source: Source, split: str
+    config: ConfigDict, trained: features.TrainedModel, source: Source, split: str
 ) -> features.Features:
     return features.of_split(
         trained, source, split, config.batch_size, (config.output,), config.blocks

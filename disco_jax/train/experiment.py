@@ -16,8 +16,8 @@ from disco_jax import errors, methods
 from disco_jax.data.views import Recipe
 from disco_jax.data.views import build as build_views
 from disco_jax.methods.base import Method, Record
-from disco_jax.models import fold
 from disco_jax.models.encoder import Variables
+from disco_jax.models.layers import folding
 from disco_jax.ops.memory import Queue
 from disco_jax.train import optimizer, start, state, step, teacher
 
@@ -107,12 +107,10 @@ class Experiment:
         """Returns the variables that the step reads but never updates.
 
         Args:
-          variables: of the teacher.
+          variables: {"params", "batch_stats"} of the teacher, NumPy arrays or tracers.
         """
-        if not self.config.fast.teacher:
-            return {"teacher": variables}
         network, size = self.method.networks["teacher"], self.config.augment.size
-        return {"teacher": fold.still(network, variables, size)}
+        return {"teacher": folding.fold_batch_norm(network, variables, size)}
 
     def batch_shapes(self, replicas: int) -> dict[str, dict[Any, jax.ShapeDtypeStruct]]:
         """Returns the shapes of a batch with a leading replica axis: {"views", "aux"}."""

@@ -1,4 +1,4 @@
-"""Label-free signals of a run: does the student spread, does it follow, has it collapsed?"""
+"""Label-free health signals of a run: spread of the embedding, agreement, and collapse."""
 
 import dataclasses
 import logging
@@ -20,98 +20,106 @@ from disco_jax.ops.memory import Queue
 _LOG = logging.getLogger(__name__)
 
 PREFIX = "health/"
-STD = PREFIX + "std"  # always there where signals are
-# Rows of the global batch that rank and uniformity are measured on: enough for embeddings of 128,
-# and a matrix that costs nothing beside a network.
+STD = PREFIX + "std"  # present whenever signals are measured
+# Rows of the global batch used for rank and uniformity: enough for embeddings of width 128, while
+# the cost of the matrix is negligible beside that of a network.
 ROWS = 256
-# Uniformity of rows drawn from the whole sphere in many dimensions is about -4; of equal ones 0.
+# The t of the uniformity loss. Uniformity is about -4 for rows drawn uniformly from a sphere in
+# many dimensions, and 0 for equal rows.
 _SHARPNESS = 2.0
 
 
 def measured(
     record: Record, memory: Mapping[str, Any], step: Array, every: int
 ) -> dict[str, Array]:
-    """`signals` of all replicas every so many steps, for they are read no more often.
+    """Computes `signals` at every `every`-th step, averaged over replicas.
 
     Args:
       record, memory: see `signals`.
-      step: i32[], equal on all replicas; measured where step + 1 is a multiple of `every`.
-      every: 1 or more.
+      step: i32[], equal on all replicas; signals are measured if step + 1 is a multiple of `every`.
+      every: at least 1; usually the number of steps between two log lines.
 
     Returns:
-      name -> array, equal on all replicas; NaN in the steps between.
+      name -> array, equal on all replicas; NaN at all other steps.
     """
 
-    def now() -> dict[str, Array]:
+    def measure() -> dict[str, Array]:
         return pmean(signals(record, memory, step))
 
-    def later() -> dict[str, Array]:
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(now))
+    def skip() -> dict[str, Array]:
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
 
-    return jax.lax.cond((step + 1) % every == 0, now, later)
+    return jax.lax.cond((step + 1) % every == 0, measure, skip)
 
 
 def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str, Array]:
-    """What the step tells of the student, of view by view and of its queues.
+    """Computes the health signals of the student's first view and of the queues.
+
+    A signal is omitted if the method lacks the data for it.
 
     Args:
-      record: of this replica.
-      memory: of the method, as it is before this step.
+      record: the encodings of this replica.
+      memory: the method's memory before this step.
       step: i32[].
 
     Returns:
-      name -> f32[], to be averaged over replicas: "health/std" (`spread` of the embedding, 1 if
-      even, 0 if collapsed), "health/uniformity" and "health/alignment" (arXiv:2005.10242: the log
-      of the mean Gaussian potential of two images; the mean squared distance of two encodings of
-      one image: by the student, else by the momentum network, else by the teacher),
-      "health/agreement" (how often student and teacher pick the same nearest row of a queue) and
-      "health/queue_age" (steps since the oldest row of the longest queue came in); each where
-      there is what it needs. And "health/rank", f32[N, N]: a Gram matrix of the features, which
-      `effective_rank` reads.
+      name -> f32[], to be averaged over replicas:
+        "health/std": `spread` of the embedding, 1 if isotropic, 0 if collapsed.
+        "health/uniformity" (arXiv:2005.10242): log of the mean Gaussian potential of two images.
+        "health/alignment" (arXiv:2005.10242): mean squared distance between two encodings of an
+        image. The second encoding comes from the student, or else from the momentum network, or
+        else from the teacher.
+        "health/agreement": share of images for which student and teacher have the same nearest
+        row of a queue.
+        "health/queue_age": number of steps since the oldest row of the longest queue was pushed.
+      And "health/rank", f32[N, N]: a Gram matrix of the features, the input of `effective_rank`.
     """
     view = next(iter(record.encoded["student"]))
     embedding = unit(record.embedding("student", view))
     features = record.output("student", view, "features")
-    found = {"std": spread(embedding), "rank": _gram(features)}
+    values = {"std": spread(embedding), "rank": _gram(features)}
     if len(embedding) * replicas() > 1:
-        found["uniformity"] = _uniformity(_some(embedding))
-    other = _other(record, view, embedding.shape[-1])
+        values["uniformity"] = _uniformity(_global_rows(embedding))
+    other = _second_encoding(record, view, embedding.shape[-1])
     if other is not None:
-        found["alignment"] = jnp.mean(squared_distance(embedding, other))
+        values["alignment"] = jnp.mean(squared_distance(embedding, other))
     queues = [q for q in jax.tree.leaves(memory, is_leaf=_is_queue) if _is_queue(q)]
     if queues:
         pushes = max(queue.size for queue in queues) / (len(embedding) * replicas())
-        found["queue_age"] = jnp.minimum(step.astype(jnp.float32), jnp.float32(pushes))
+        values["queue_age"] = jnp.minimum(step.astype(jnp.float32), jnp.float32(pushes))
     agreement = _agreement(record, queues)
     if agreement is not None:
-        found["agreement"] = agreement
-    return {PREFIX + name: value for name, value in found.items()}
+        values["agreement"] = agreement
+    return {PREFIX + name: value for name, value in values.items()}
 
 
 def effective_rank(gram: np.ndarray) -> float:
-    """RankMe (arXiv:2210.02885) eq. 1: exp of the entropy of the normalised singular values.
+    """Computes RankMe (arXiv:2210.02885, eq. 1).
+
+    This is the exponential of the entropy of the normalised singular values.
 
     Args:
-      gram: f32[N, N]: Z Z^T or Z^T Z of the features Z; its eigenvalues are the squared singular
+      gram: f32[N, N], Z Z^T or Z^T Z of the features Z. Its eigenvalues are the squared singular
         values of Z.
 
     Returns:
-      Between 1 (all features on one line) and N.
+      A value between 1 (all features on one line) and N.
     """
     squares = np.linalg.eigvalsh(np.asarray(gram, np.float64))
-    values = np.sqrt(np.maximum(squares, 0.0))
-    shares = values / max(values.sum(), 1e-12) + 1e-12
+    singular_values = np.sqrt(np.maximum(squares, 0.0))
+    shares = singular_values / max(singular_values.sum(), 1e-12) + 1e-12
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
 @dataclasses.dataclass
 class Watch:
-    """Looks at the summaries of a run and raises the alarm when the embedding has collapsed.
+    """Detects a collapsed embedding in the summaries of a run.
 
     Attributes:
-      min_std: "health/std" below this is a collapse; 0: never.
-      patience: summaries in a row, before it is one. Networks start nearly collapsed.
-      stop: end the run instead of warning.
+      min_std: the embedding is collapsed if "health/std" is below this value; 0: never.
+      patience: number of consecutive summaries below `min_std` that count as a collapse. It is
+        more than 1 because networks start nearly collapsed.
+      stop: raises an error instead of logging a warning.
     """
 
     min_std: float
@@ -120,10 +128,10 @@ class Watch:
     _low: int = 0
 
     def __call__(self, step: int, summary: Mapping[str, float]) -> None:
-        """Takes a summary; warns once a collapse.
+        """Checks a summary; logs one warning per collapse.
 
         Raises:
-          NumericError: it has collapsed and `stop` is set.
+          NumericError: the embedding has collapsed and `stop` is set.
         """
         std = summary.get(STD)
         self._low = self._low + 1 if std is not None and std < self.min_std else 0
@@ -131,10 +139,10 @@ class Watch:
             return
         rank = summary.get(PREFIX + "rank", float("nan"))
         message = (
-            f"The embedding has collapsed: its deviation was below {self.min_std} in the last "
+            f"The embedding has collapsed: {STD} was below {self.min_std} in the last "
             f"{self.patience} log lines ({std:.4f} at step {step}, effective rank of the features "
-            f"{rank:.1f}). A lower config.learning_rate.per_256, a longer queue or another "
-            "temperature may help; config.health sets this alarm."
+            f"{rank:.1f}). Try a lower config.learning_rate.per_256, a longer queue or another "
+            "temperature. config.health configures this alarm."
         )
         if self.stop:
             raise errors.NumericError(message)
@@ -142,20 +150,20 @@ class Watch:
 
 
 def _gram(features: Array) -> Array:
-    """f32[N, N], N at most `ROWS`: from as many rows of the global batch."""
-    rows = _some(features)
+    """Computes the smaller of Z Z^T and Z^T Z, f32[N, N] with N <= `ROWS`, of sampled features."""
+    rows = _global_rows(features)
     if rows.shape[1] < rows.shape[0]:
         rows = rows.T
     return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def _some(rows: Array) -> Array:
-    """At most `ROWS` rows of the global batch, as many of each replica."""
+def _global_rows(rows: Array) -> Array:
+    """Gathers the first rows of each replica, about `ROWS` in total and equally many of each."""
     return gather(rows[: max(ROWS // replicas(), 1)])
 
 
 def _uniformity(rows: Array) -> Array:
-    """f32[]: log of the mean over two different unit rows of e^(-2 |a - b|^2)."""
+    """Computes the log of the mean of exp(-2 |a - b|^2) over pairs of different unit rows."""
     count = len(rows)
     products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
     potential = jnp.exp(-_SHARPNESS * (2 - 2 * products))
@@ -163,8 +171,8 @@ def _uniformity(rows: Array) -> Array:
     return jnp.log(others / (count * (count - 1)))
 
 
-def _other(record: Record, view: int, dim: int) -> Array | None:
-    """f32[B, dim], unit rows: another encoding of the same images."""
+def _second_encoding(record: Record, view: int, dim: int) -> Array | None:
+    """Returns another encoding of the same images, f32[B, dim] with unit rows, or None."""
     for network in ("student", "momentum", "teacher"):
         for number, encoded in record.encoded.get(network, {}).items():
             other = encoded.embedding
@@ -176,7 +184,10 @@ def _other(record: Record, view: int, dim: int) -> Array | None:
 
 
 def _agreement(record: Record, queues: list[Queue]) -> Array | None:
-    """f32[]: share of images for which student and teacher pick the same row of the first queue."""
+    """Computes the share of images with the same nearest queue row for student and teacher.
+
+    Uses the first queue of the teacher's width. Returns None if the outputs are not comparable.
+    """
     teachers = record.encoded.get("teacher")
     if not teachers:
         return None

@@ -1,7 +1,7 @@
-"""Runs that take their steps together: each keeps its own metrics and checkpoints.
+"""Joint training of several runs, each with its own metrics and checkpoints.
 
-The loop sees one state, one logger and one set of checkpoints; here they are told apart by name.
-What belongs to a single run is called "NAME/..." in a summary, what belongs to all has no name.
+The loop handles one state, one logger and one set of checkpoints; this module splits them by run.
+In a summary, metrics of a single run are named "NAME/..."; metrics of all runs have no prefix.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +10,19 @@ from typing import Any
 import jax
 
 from disco_jax.errors import NumericError
-from disco_jax.train import metrics
-from disco_jax.train.checkpoint import Checkpoints
-from disco_jax.train.metrics import Logger
+from disco_jax.run.checkpoint import Checkpoints
+from disco_jax.run.metrics import Logger
+from disco_jax.train import summary
 from disco_jax.train.state import TrainState
 
-_OF = "/"
+_SEPARATOR = "/"
 
 
 class Diverged(NumericError):
-    """Some of the runs are not finite.
+    """Some of the runs have values that are not finite.
 
     Attributes:
-      names: of those runs.
+      names: names of those runs.
     """
 
     def __init__(self, problems: Mapping[str, str]):
@@ -33,11 +33,11 @@ class Diverged(NumericError):
 def summarise(
     window: Sequence[Mapping[str, Mapping[str, jax.Array]]], step: int
 ) -> dict[str, float]:
-    """`metrics.summarise` of each run.
+    """Summarises the metrics of each run with `summary.summarise`.
 
     Args:
-      window: name -> metrics, of consecutive steps.
-      step: of the newest of them.
+      window: {name: metrics} of consecutive steps.
+      step: number of the last of these steps.
 
     Returns:
       "NAME/METRIC" -> value.
@@ -45,22 +45,22 @@ def summarise(
     Raises:
       Diverged: a value of some run is not finite.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     problems: dict[str, str] = {}
     for name in window[-1]:
         try:
-            own = metrics.summarise([one[name] for one in window], step)
+            own = summary.summarise([one[name] for one in window], step)
         except NumericError as error:
             problems[name] = str(error)
         else:
-            found |= named(name, own)
+            metrics |= named(name, own)
     if problems:
         raise Diverged(problems)
-    return found
+    return metrics
 
 
 def check_states(step: int, states: Mapping[str, TrainState]) -> None:
-    """`metrics.check_state` of each run.
+    """Checks the state of each run with `summary.check_state`.
 
     Raises:
       Diverged: the state of some run is not finite.
@@ -68,7 +68,7 @@ def check_states(step: int, states: Mapping[str, TrainState]) -> None:
     problems: dict[str, str] = {}
     for name, state in states.items():
         try:
-            metrics.check_state(step, state)
+            summary.check_state(step, state)
         except NumericError as error:
             problems[name] = str(error)
     if problems:
@@ -76,39 +76,39 @@ def check_states(step: int, states: Mapping[str, TrainState]) -> None:
 
 
 def named(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
-    """Scalars of one run, as they stand in a summary of all."""
-    return {name + _OF + key: value for key, value in scalars.items()}
+    """Prefixes the scalars of one run with its name, as in a summary of all runs."""
+    return {name + _SEPARATOR + key: value for key, value in scalars.items()}
 
 
 def part_of(name: str, names: Sequence[str], summary: Mapping[str, float]) -> dict[str, float]:
-    """What a summary says of one run and of all of them.
+    """Selects the scalars of one run, without its prefix, and those of all runs.
 
     Args:
-      name: of the run.
-      names: of all runs.
+      name: name of the run.
+      names: names of all runs.
       summary: see `summarise`.
     """
-    others = tuple(other + _OF for other in names if other != name)
+    others = tuple(other + _SEPARATOR for other in names if other != name)
     return {
-        key.removeprefix(name + _OF): value
+        key.removeprefix(name + _SEPARATOR): value
         for key, value in summary.items()
         if not key.startswith(others)
     }
 
 
 class JointLogger:
-    """A `Logger` for each run."""
+    """A logger that splits summaries between the `Logger`s of several runs."""
 
     def __init__(self, loggers: Mapping[str, Logger]):
         self._loggers = dict(loggers)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See `Logger.write`; each run gets its own scalars and those of all."""
+        """Writes to each run its own scalars and those of all runs; see `Logger.write`."""
         for name, logger in self._loggers.items():
             logger.write(step, part_of(name, tuple(self._loggers), scalars))
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes the logger of each run."""
         for logger in self._loggers.values():
             logger.close()
 
@@ -126,7 +126,10 @@ class JointCheckpoints:
         position: Sequence[Sequence[int]],
         summary: Mapping[str, float],
     ) -> None:
-        """See `Checkpoints.save`; each run's is one that it could go on from alone."""
+        """Saves the state of each run; see `Checkpoints.save`.
+
+        A run can resume from its checkpoint without the other runs.
+        """
         for name, checkpoints in self._checkpoints.items():
             own = part_of(name, tuple(self._checkpoints), summary)
             checkpoints.save(step, states[name], position, own)
@@ -134,45 +137,46 @@ class JointCheckpoints:
     def restore(
         self, like: Mapping[str, TrainState]
     ) -> tuple[dict[str, TrainState], dict[str, Any]] | None:
-        """The newest good checkpoints of one step, or None if there is none that all runs have.
+        """Restores the newest step for which all runs have a valid checkpoint.
 
-        A kill between two saves leaves some runs a checkpoint further than others; these take
-        those steps again, to the same end.
+        If the process was killed between two saves, some runs have one checkpoint more than
+        others. All runs then resume from the older step and repeat the same updates.
 
         Args:
           like: name -> a state of the same shapes and dtypes.
 
         Returns:
-          name -> state, and what is noted of all: {"step", "position", ...}.
+          {name: state} and the shared metadata {"step", "position", ...}; None if no step has a
+          valid checkpoint of all runs.
 
         Raises:
           UserError: see `Checkpoints.restore`.
         """
         steps = set.intersection(*(set(c.steps()) for c in self._checkpoints.values()))
         for step in sorted(steps, reverse=True):
-            found = {}
+            restored = {}
             for name, checkpoints in self._checkpoints.items():
-                restored = checkpoints.restore(like[name], newest=step)
-                if restored is None or restored[1]["step"] != step:
-                    break  # it was damaged
-                found[name] = restored
-            if len(found) == len(self._checkpoints):
-                meta = next(iter(found.values()))[1]
-                return {name: state for name, (state, _) in found.items()}, meta
+                checkpoint = checkpoints.restore(like[name], newest=step)
+                if checkpoint is None or checkpoint[1]["step"] != step:
+                    break  # the checkpoint of `step` is damaged
+                restored[name] = checkpoint
+            if len(restored) == len(self._checkpoints):
+                meta = next(iter(restored.values()))[1]
+                return {name: state for name, (state, _) in restored.items()}, meta
         return None
 
     def check_none_lost(self) -> None:
-        """See `Checkpoints.check_none_lost`."""
+        """Calls `Checkpoints.check_none_lost` for each run."""
         for checkpoints in self._checkpoints.values():
             checkpoints.check_none_lost()
 
     def wait(self) -> None:
-        """Returns when everything asked for is on the disk."""
+        """Waits until the checkpoints of all runs are on the disk."""
         for checkpoints in self._checkpoints.values():
             checkpoints.wait()
 
     def close(self) -> None:
-        """`wait`, then release the background threads."""
+        """Waits, then releases the background threads."""
         for checkpoints in self._checkpoints.values():
             checkpoints.close()
 
@@ -180,7 +184,11 @@ class JointCheckpoints:
 def watching(
     watches: Mapping[str, Callable[[int, Mapping[str, float]], None]],
 ) -> Callable[[int, Mapping[str, float]], None]:
-    """One watch of a summary for all runs: name -> what is called with a run's own."""
+    """Combines the watches of several runs into one that takes the joint summary.
+
+    Args:
+      watches: name -> function (step, summary of that run) -> None.
+    """
 
     def watch(step: int, summary: Mapping[str, float]) -> None:
         for name, one in watches.items():

@@ -1,4 +1,4 @@
-"""The only loop: pretraining and every probe run through it."""
+"""The training loop, shared by pretraining and all probes."""
 
 import contextlib
 import dataclasses
@@ -8,23 +8,25 @@ from typing import Any, Protocol
 import jax
 
 from disco_jax.errors import Interrupted, Preempted
-from disco_jax.train import hosts, replicas
-from disco_jax.train.goodput import Goodput
-from disco_jax.train.metrics import Progress, check_state, summarise
-from disco_jax.train.state import whole
+from disco_jax.run import hosts
+from disco_jax.run.goodput import Goodput
+from disco_jax.run.metrics import Progress
+from disco_jax.train import replicas
+from disco_jax.train.state import gather_to_host
+from disco_jax.train.summary import check_state, summarise
 
-# Steps that may be under way on the device before the host waits: enough to hide the host's work,
-# few enough that waiting batches do not fill the device's memory.
+# Steps that may be enqueued on the device before the host waits: enough to hide the host's work,
+# few enough that enqueued batches do not fill the device's memory.
 IN_FLIGHT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long a loop runs and how often it looks up.
+    """The length of a loop and the intervals of its periodic actions.
 
     Attributes:
-      start: steps already taken.
-      total: the step to stop after.
+      start: number of steps taken before.
+      total: number of the last step.
       steps_per_epoch: for the progress line.
       batch_size: over all devices, for the rates.
       log_steps: steps between two log lines.
@@ -32,10 +34,10 @@ class Schedule:
       evaluate_steps: steps between two evaluations; 0: none.
       verbose: whether process 0 prints the progress line.
       replica_check_steps: steps between two comparisons of all replicas; 0: none.
-      hang_s: seconds without a step, what is compiled, evaluated and saved with it included,
-        after which the process ends; 0: never.
-      profile: (first, last) of the steps of this start that are traced, () for none.
-      profile_dir: where to.
+      hang_s: seconds without a completed step after which the process ends, including the time
+        for compiling, evaluating and saving; 0: never.
+      profile: first and last step to trace, counted from this start; (): none.
+      profile_dir: output directory of the trace.
     """
 
     start: int
@@ -52,19 +54,19 @@ class Schedule:
     profile_dir: str = ""
 
     def progress(self) -> Progress:
-        """Of this loop, from its start."""
+        """Creates the progress display of this loop."""
         return Progress(self.start, self.total, self.steps_per_epoch, self.batch_size)
 
 
 class Log(Protocol):
-    """Takes metrics: a `Logger`, or a `JointLogger` of several runs."""
+    """A writer of metrics: `Logger`, or `JointLogger` for several runs."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See `Logger.write`."""
+        """Writes the metrics of a step; see `Logger.write`."""
 
 
 class Store(Protocol):
-    """Takes states: `Checkpoints`, or the `JointCheckpoints` of several runs."""
+    """A writer of states: `Checkpoints`, or `JointCheckpoints` for several runs."""
 
     def save(
         self,
@@ -74,10 +76,10 @@ class Store(Protocol):
         metrics: Mapping[str, float],
         /,
     ) -> None:
-        """See `Checkpoints.save`."""
+        """Saves the state of a step; see `Checkpoints.save`."""
 
     def wait(self) -> None:
-        """See `Checkpoints.wait`."""
+        """Waits for the last checkpoint; see `Checkpoints.wait`."""
 
 
 def run(
@@ -94,33 +96,33 @@ def run(
     summary_of: Callable[[Sequence[Any], int], dict[str, float]] = summarise,
     check: Callable[[int, Any], None] = check_state,
 ) -> Any:
-    """Takes steps until `schedule.total`, logging and saving on the way.
+    """Takes steps until `schedule.total`, and logs, evaluates and saves at its intervals.
 
     Args:
       step_fn: (state, frozen, batch) -> (state, metrics); donates the state.
-      state: on every device; see `state.everywhere`.
-      frozen: what the step reads and never changes, likewise.
-      batches: iterator of (batch, position), the batch laid out for the step, the position that
-        of the next one; an attribute `waited_s`, if there is one, counts the seconds spent
-        waiting for it.
-      schedule: when to do what.
+      state: a copy on every device; see `state.replicate`.
+      frozen: variables that the step reads and never changes, also on every device.
+      batches: iterator of (batch, position): the batch in the layout of the step, and the data
+        position of the next batch. If it has an attribute `waited_s`, this is the total number of
+        seconds spent waiting for batches.
+      schedule: length and intervals.
       logger: for the metrics.
-      checkpoints: None saves nothing, as a probe does.
-      watch: called with every summary that is logged; may raise to end the run.
-      goodput: where the time is booked; None: nowhere.
+      checkpoints: None: nothing is saved, as in a probe.
+      watch: called with every logged summary; may raise to end the run.
+      goodput: account of the time spent; None: none is kept.
       evaluate: (step, state) -> metrics, called every `schedule.evaluate_steps` steps and after
-        the last one; it must leave the state alone.
-      summary_of: (metrics of the last steps, step) -> what is logged of them.
+        the last step; must not change or donate the state.
+      summary_of: (metrics of the last steps, step) -> scalars to log.
       check: (step, state) -> None, called before a state is saved; may raise to end the run.
 
     Returns:
       The last state.
 
     Raises:
-      NumericError: a loss, a gradient or a state to save is not finite, or replicas differ;
-        nothing of it was saved.
-      Preempted: SIGTERM came, to any process, or the terminal was closed; the state was saved
-        first, where there are checkpoints.
+      NumericError: a loss, a gradient or a state to save is not finite, or replicas differ. The
+        state is not saved then.
+      Preempted: any process received SIGTERM, or the terminal was closed. The state was saved, if
+        `checkpoints` is set.
       Interrupted: the same after Ctrl-C.
     """
     progress = schedule.progress()
@@ -130,7 +132,7 @@ def run(
     with (
         contextlib.closing(watchdog),
         contextlib.closing(_Profiler(schedule)) as profiler,
-        hosts.asked_to_stop() as asked,
+        hosts.stop_on_signals() as stop_requested,
     ):
         saver.begin()
         watchdog.alive(schedule.start)
@@ -143,11 +145,11 @@ def run(
             window.add(metrics)
             profiler.after(step, metrics)
             last = step == schedule.total
-            stopping = asked(step)
+            stopping = stop_requested(step)
             save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
             if last or save or step % schedule.log_steps == 0:
                 rates = progress.measure(step, getattr(batches, "waited_s", 0.0))
-                summary = window.tell(step, rates | saver.measure())
+                summary = window.flush(step, rates | saver.measure())
                 watch(step, summary)
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
@@ -160,40 +162,40 @@ def run(
             watchdog.alive(step)
             if stopping and not last:
                 saver.wait()
-                raise _stopped(step, bool(checkpoints), asked.interrupted)
+                raise _stopped(step, bool(checkpoints), stop_requested.interrupted)
         saver.wait()
     return state
 
 
 def _stopped(step: int, saved: bool, interrupted: bool) -> Preempted:
-    told = f"step {step} is saved" if saved else f"nothing is kept of the {step} steps"
+    outcome = f"step {step} is saved" if saved else f"the {step} steps are not saved"
     return (Interrupted if interrupted else Preempted)(
-        f"Asked to stop; {told}. Start again to go on."
+        f"Stopped on request; {outcome}. Run the same command again to continue."
     )
 
 
 class _Window:
-    """The metrics of the steps since the last log line, left on the device until then."""
+    """The metrics of the steps since the last log line, kept on the device until the next one."""
 
     def __init__(self, summary_of: Callable, logger: Log, progress: Progress | None):
-        """Empty.
+        """Creates an empty window.
 
         Args:
           summary_of: see `run`.
-          logger: for what comes of it.
-          progress: of the line that is printed; None: none is.
+          logger: for the summaries.
+          progress: formats the printed progress line; None: no line is printed.
         """
         self._summary_of, self._logger, self._progress = summary_of, logger, progress
         self._metrics: list[Any] = []
 
     def add(self, metrics: Any) -> None:
-        """Adds a step's; waits where too many steps are under way."""
+        """Adds the metrics of a step; waits while more than `IN_FLIGHT` steps are enqueued."""
         self._metrics.append(metrics)
         if len(self._metrics) > IN_FLIGHT:
             jax.block_until_ready(self._metrics[-IN_FLIGHT])
 
-    def tell(self, step: int, rates: Mapping[str, float]) -> dict[str, float]:
-        """Logs a summary with `rates`, prints a line of it, and begins anew."""
+    def flush(self, step: int, rates: Mapping[str, float]) -> dict[str, float]:
+        """Logs the summary with `rates`, prints the progress line, and empties the window."""
         summary = self._summary_of(self._metrics, step) | rates
         self._metrics = []
         self._logger.write(step, summary)
@@ -203,7 +205,7 @@ class _Window:
 
 
 class _Saver:
-    """Checkpoints, and where the time of the loop is booked."""
+    """Saves checkpoints, and records in `goodput` how the time of the loop is spent."""
 
     def __init__(
         self, checkpoints: Store | None, goodput: Goodput | None, batches: Any, check: Callable
@@ -216,7 +218,7 @@ class _Saver:
             self._goodput.begin()
 
     def measure(self) -> dict[str, float]:
-        """Books steps; returns where the time of the run went so far."""
+        """Records the time since the last call as steps; returns the account of the run so far."""
         if not self._goodput:
             return {}
         self._goodput.step(getattr(self._batches, "waited_s", 0.0))
@@ -225,7 +227,7 @@ class _Saver:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is done inside is booked as an evaluation."""
+        """Records the time inside the context as an evaluation."""
         self.measure()
         yield
         if self._goodput:
@@ -235,13 +237,13 @@ class _Saver:
     def save(self, step: int, state: Any, position: tuple[int, int], summary: Any) -> None:
         assert self._checkpoints is not None
         self.measure()
-        stored = whole(state)
+        stored = gather_to_host(state)
         self._check(step, stored)
-        self._checkpoints.save(step, stored, hosts.everyone(position), summary)
+        self._checkpoints.save(step, stored, hosts.all_gather(position), summary)
         self._book()
 
     def wait(self) -> None:
-        """Returns when what was saved is on the disk."""
+        """Waits until the last checkpoint is on the disk."""
         if self._checkpoints:
             self._checkpoints.wait()
             self._book()
@@ -253,21 +255,21 @@ class _Saver:
 
 
 def _due(step: int, last: bool, every: int) -> bool:
-    """Whether it is time, every so many steps (0: never) and, if asked, at the end."""
+    """Returns whether a periodic action is due: every `every` steps (0: never) and at the end."""
     return bool(every) and (last or step % every == 0)
 
 
 class _Profiler:
-    """Writes a trace of a few steps, for xprof and TensorBoard."""
+    """Traces the steps of `schedule.profile`, for xprof and TensorBoard."""
 
     def __init__(self, schedule: Schedule):
         self._folder, self._running = schedule.profile_dir, False
         first, last = schedule.profile or (0, 0)
         self._first, self._last = schedule.start + first, schedule.start + last
-        self._wanted = bool(schedule.profile)
+        self._enabled = bool(schedule.profile)
 
     def before(self, step: int) -> None:
-        if self._wanted and step == self._first:
+        if self._enabled and step == self._first:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
@@ -277,7 +279,7 @@ class _Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Stops the trace if one is running."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

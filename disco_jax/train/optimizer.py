@@ -1,4 +1,4 @@
-"""Optimizers and learning rates from a config."""
+"""Optimizers and learning-rate schedules built from a config."""
 
 import fnmatch
 import functools
@@ -19,8 +19,8 @@ from disco_jax.ops.schedules import Schedule
 
 DECAYS = ("cosine", "cosine_after", "steps", "constant")
 NAMES = ("sgd", "larc", "lars", "adamw")
-# What a spec means that lacks the field, as a probe's does.
-_OFF = dict(
+# Defaults of fields that a spec may lack, as a probe's does.
+_DEFAULTS = dict(
     nesterov=False,
     weight_decay_end=-1.0,
     trust=1e-3,
@@ -36,20 +36,25 @@ _OFF = dict(
 
 
 def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs: int) -> Schedule:
-    """The learning rate as a function of the step.
+    """Builds the learning rate as a function of the step.
 
     Args:
-      spec: fields `per_256` (the peak at a global batch of 256, scaled linearly), `decay`
-        ("cosine": of the whole run, to 0; "cosine_after": of what follows the warm-up, to
-        `minimum`, which is not scaled; "steps"; "constant"), `every` ("epoch": constant inside an
-        epoch, as MoCo, DisCo and SEED do; "step"), `milestones` (epochs) and `factor` of "steps",
-        `warmup_epochs`, and `warmup_from`, the rate at step 0 (not scaled).
+      spec: with these fields:
+        per_256: peak at a global batch of 256; scaled linearly with the batch size.
+        decay: "cosine" over the whole run, to 0; "cosine_after" the warm-up, to `minimum`;
+        "steps"; "constant".
+        minimum: final rate of "cosine_after", not scaled.
+        every: "epoch" keeps the rate constant within an epoch, as MoCo, DisCo and SEED do; or
+        "step".
+        milestones, factor: of "steps"; the milestones are in epochs.
+        warmup_epochs: length of the linear warm-up.
+        warmup_from: rate at step 0, not scaled.
       batch_size: over all devices of all hosts.
-      steps_per_epoch: steps an epoch.
+      steps_per_epoch: number of steps in an epoch.
       total_epochs: length of the run.
 
     Raises:
-      UserError: for a decay or a period that is not known.
+      UserError: for an unknown `decay` or `every`.
     """
     peak = spec.per_256 * batch_size / 256
     total = total_epochs * steps_per_epoch
@@ -76,11 +81,11 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
 
 
 def ema_rate(spec: Any, total_steps: int) -> Schedule:
-    """The share of the old weights that the momentum network keeps, as a function of the step.
+    """Builds the decay of the momentum network's EMA as a function of the step.
 
     Args:
-      spec: fields `ema_rate`, and `ema_rate_end`, to which half a cosine leads at the end of the
-        run (DINO, BYOL: 1); -1: constant.
+      spec: with the fields `ema_rate` (value at step 0) and `ema_rate_end` (value at the end of
+        the run, reached by half a cosine; 1 in DINO and BYOL; -1 keeps the rate constant).
       total_steps: length of the run.
     """
     if spec.ema_rate_end < 0:
@@ -91,39 +96,40 @@ def ema_rate(spec: Any, total_steps: int) -> Schedule:
 def build(
     spec: Any, rate: Schedule, steps_per_epoch: int = 1, total_epochs: int = 1
 ) -> optax.GradientTransformation:
-    """The optimizer of a config's `optimizer`, following the learning rate `rate`.
+    """Builds the optimizer of `config.optimizer` with the learning rate `rate`.
 
     With g the gradient, p a parameter, wd the weight decay and eta the trust coefficient:
-    "sgd" is PyTorch's: g <- g + wd p; v <- mu v + g; p <- p - lr v, with the weight decay on
-    every parameter, BatchNorm's and biases too, as MoCo, DisCo and SEED train; with `nesterov`
+    "sgd" is PyTorch's: g <- g + wd p; v <- mu v + g; p <- p - lr v. Weight decay applies to every
+    parameter including BatchNorm's and biases, as in MoCo, DisCo and SEED. With `nesterov`:
     p <- p - lr (g + mu v).
-    "larc" is SwAV's, apex's without clipping: g <- (g + wd p) eta |p| / (|g| + wd |p| + 1e-8) for
-    every parameter, g as it is where |p| or |g| is 0, then "sgd" without decay.
+    "larc" is SwAV's, which is apex's without clipping: g <- (g + wd p) eta |p| / (|g| + wd |p| +
+    1e-8) for every parameter, g unchanged where |p| or |g| is 0, then "sgd" without decay.
     "lars" is DINO's and SSLight's (arXiv:1708.03888): d = g + wd p, d <- d eta |p| / |d|, factor 1
     where a norm is 0, then v <- mu v + d.
     "adamw" is PyTorch's (arXiv:1711.05101), betas 0.9 and 0.999.
 
     Args:
-      spec: fields name, momentum, weight_decay, and, each optional (see `_OFF`):
-        weight_decay_end: half a cosine leads there at the end of the run; -1: constant.
+      spec: fields name, momentum, weight_decay, and these optional ones (see `_DEFAULTS`):
+        weight_decay_end: value at the end of the run, reached by half a cosine; -1: constant.
         trust: eta.
         no_decay, no_trust: kinds of parameters without weight decay or without the factor of
         "lars": "vectors" (biases, norms), "depthwise" (kernels of depthwise convolutions).
-        clip: every parameter's gradient is scaled down to this norm on its own (DINO); 0: none.
-        frozen: patterns of parameters that stand still for the first frozen_steps, or
-        frozen_epochs. Their moments do not move either, as PyTorch skips what has no gradient.
-        fixed: patterns of parameters that are never learned.
+        clip: maximum norm of each parameter's gradient, clipped separately (DINO); 0: none.
+        frozen: patterns of parameters that are not updated for the first frozen_steps or
+        frozen_epochs. Their moments are not updated either, as in PyTorch, which skips parameters
+        without a gradient.
+        fixed: patterns of parameters that are never trained.
         unit_norm: patterns of kernels whose columns are scaled to length 1 after every step.
-        A pattern is matched to paths such as "prototypes/kernel0", as a shell would.
+        Patterns are shell-style wildcards for paths such as "prototypes/kernel0".
       rate: step -> learning rate.
       steps_per_epoch: for frozen_epochs and the weight decay's cosine.
       total_epochs: for the weight decay's cosine.
 
     Raises:
-      UserError: for an optimizer or a kind of parameters that is not known, contradictory
-        durations, and, in `init`, for a pattern that matches nothing.
+      UserError: for an unknown optimizer or kind of parameters, for contradictory durations, and,
+        in `init`, for a pattern that matches no parameter.
     """
-    values = ConfigDict({**_OFF, **{field: spec[field] for field in spec}})
+    values = ConfigDict({**_DEFAULTS, **{field: spec[field] for field in spec}})
     _check(values)
     decay = values.weight_decay
     if values.weight_decay_end >= 0:
@@ -134,7 +140,7 @@ def build(
     if (values.frozen and late) or values.fixed:
         groups = {
             "free": tx,
-            "late": _from(values, rate, decay, late),
+            "late": _delayed_chain(values, rate, decay, late),
             "fixed": optax.set_to_zero(),
         }
         tx = optax.partition(groups, lambda params: _groups(values, params, bool(late)))
@@ -144,7 +150,7 @@ def build(
 
 
 def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.GradientTransformation:
-    """Gradients -> updates of one group of parameters."""
+    """Builds the optimizer of one group of parameters."""
     steps = [_clip_each(spec.clip)] if spec.clip else []
     mask = None
     if spec.no_decay:
@@ -165,54 +171,55 @@ def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.Gradient
     return optax.chain(*steps, optax.scale_by_learning_rate(rate))
 
 
-def _from(
+def _delayed_chain(
     spec: Any, rate: Schedule, decay: float | Schedule, start: float
 ) -> optax.GradientTransformation:
-    """`_chain` from step `start` on; before, updates are 0 and nothing of it moves."""
+    """Builds `_chain` with zero updates and an unchanged state before step `start`."""
 
-    def later(schedule: Schedule) -> Schedule:  # the inner counters start at `start`
+    def shifted(schedule: Schedule) -> Schedule:  # the inner counters are 0 at step `start`
         return lambda step: schedule(step + math.ceil(start))
 
-    inner = _chain(spec, later(rate), later(decay) if callable(decay) else decay)
+    inner = _chain(spec, shifted(rate), shifted(decay) if callable(decay) else decay)
     return optax.conditionally_mask(inner, lambda step: step >= start)
 
 
 def _larc(trust: float, decay: float) -> optax.GradientTransformation:
-    """Apex's LARC without clipping: decays and scales the gradient of every parameter."""
+    """Decays and scales the gradient of every parameter as apex's LARC does without clipping."""
 
     def scale(gradient: Array, param: Array) -> Array:
-        of_param, of_gradient = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(gradient.ravel())
-        factor = trust * of_param / (of_gradient + decay * of_param + 1e-8)
-        there = (of_param != 0) & (of_gradient != 0)
-        return jnp.where(there, factor * (gradient + decay * param), gradient)
+        param_norm = jnp.linalg.norm(param.ravel())
+        gradient_norm = jnp.linalg.norm(gradient.ravel())
+        factor = trust * param_norm / (gradient_norm + decay * param_norm + 1e-8)
+        nonzero = (param_norm != 0) & (gradient_norm != 0)
+        return jnp.where(nonzero, factor * (gradient + decay * param), gradient)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params))
 
 
 def _trust(trust: float) -> optax.GradientTransformation:
-    """The layer-wise factor of LARS (arXiv:1708.03888) on gradients that are decayed already."""
+    """Scales decayed gradients by the layer-wise factor of LARS (arXiv:1708.03888)."""
 
     def scale(update: Array, param: Array) -> Array:
-        of_param, of_update = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(update.ravel())
-        there = (of_param > 0) & (of_update > 0)
-        factor = trust * of_param / jnp.where(there, of_update, 1.0)
-        return update * jnp.where(there, factor, 1.0)
+        param_norm, update_norm = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(update.ravel())
+        nonzero = (param_norm > 0) & (update_norm > 0)
+        factor = trust * param_norm / jnp.where(nonzero, update_norm, 1.0)
+        return update * jnp.where(nonzero, factor, 1.0)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params))
 
 
-def _clip_each(most: float) -> optax.GradientTransformation:
-    """Every gradient scaled down to the norm `most` on its own, as DINO's code clips."""
+def _clip_each(max_norm: float) -> optax.GradientTransformation:
+    """Clips the gradient of each parameter to the norm `max_norm`, as DINO's code does."""
 
     def clip(gradient: Array) -> Array:
         norm = jnp.linalg.norm(gradient.ravel())
-        return gradient * jnp.minimum(most / (norm + 1e-6), 1.0)
+        return gradient * jnp.minimum(max_norm / (norm + 1e-6), 1.0)
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
 def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
-    """Updates after which the columns of the kernels that match have length 1."""
+    """Corrects updates so that the columns of matching kernels have length 1 after them."""
 
     def correct(path: str, update: Array, param: Array) -> Array:
         if not _matches(path, patterns):
@@ -227,7 +234,7 @@ def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
 
 
 def _groups(spec: Any, params: Any, late: bool) -> Any:
-    """The group of every parameter: "free", "late" or "fixed"."""
+    """Returns the group of every parameter: "free", "late" or "fixed"."""
     for field in ("frozen", "fixed"):
         _require_matches(spec[field], params, field)
 
@@ -240,10 +247,10 @@ def _groups(spec: Any, params: Any, late: bool) -> Any:
 
 
 def check_patterns(spec: Any, params: Any) -> None:
-    """Refuses patterns of `frozen`, `fixed` and `unit_norm` that match none of `params`.
+    """Checks that every pattern of `frozen`, `fixed` and `unit_norm` matches some parameter.
 
     Raises:
-      UserError: names the pattern and the parameters beside it.
+      UserError: names the pattern and a few parameters.
     """
     for field in ("frozen", "fixed", "unit_norm"):
         _require_matches(spec[field], params, field)
@@ -255,7 +262,7 @@ def _require_matches(patterns: Sequence[str], params: Any, field: str) -> None:
         if not _matches_any(pattern, paths):
             raise errors.UserError(
                 f"config.optimizer.{field}={tuple(patterns)!r}: {pattern!r} matches no parameter. "
-                f"There are for instance: {', '.join(paths[-3:])}."
+                f"Some of the parameters are: {', '.join(paths[-3:])}."
             )
 
 
@@ -268,12 +275,12 @@ def _matches_any(pattern: str, paths: Sequence[str]) -> bool:
 
 
 def _without(kinds: Sequence[str], params: Any) -> Any:
-    """Whether each parameter is of none of `kinds`."""
+    """Returns for each parameter whether it belongs to none of `kinds`."""
     return _by_path(lambda path, x: not any(KINDS[kind](path, x) for kind in kinds), params)
 
 
 def _is_vector(path: str, param: Array) -> bool:
-    # The scale of weight-normed prototypes has two axes in PyTorch, and is decayed there.
+    # The scale of weight-normed prototypes has two axes in PyTorch, so it is decayed there.
     return param.ndim < 2 and not path.startswith("prototypes/scale")
 
 
@@ -285,7 +292,7 @@ KINDS = {"vectors": _is_vector, "depthwise": _is_depthwise}
 
 
 def _by_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`function("prototypes/kernel0", leaf, ...)` for every leaf."""
+    """Maps `function("prototypes/kernel0", leaf, ...)` over the leaves of a tree."""
 
     def call(path: Any, *leaves: Any) -> Any:
         return function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves)
@@ -294,7 +301,7 @@ def _by_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def _check(spec: Any) -> None:
-    """Refuses what is unknown or contradicts itself."""
+    """Raises UserError if a field is unknown or contradicts another one."""
     if spec.name not in NAMES:
         raise errors.unknown("config.optimizer.name", spec.name, NAMES)
     for field in ("no_decay", "no_trust"):
@@ -304,11 +311,11 @@ def _check(spec: Any) -> None:
     if spec.frozen_steps and spec.frozen_epochs:
         raise errors.UserError(
             f"config.optimizer.frozen_steps={spec.frozen_steps} and config.optimizer."
-            f"frozen_epochs={spec.frozen_epochs} both say how long config.optimizer.frozen lasts; "
-            "set one of them to 0."
+            f"frozen_epochs={spec.frozen_epochs} both set the duration of config.optimizer.frozen. "
+            "Set one of them to 0."
         )
     if spec.name == "larc" and (spec.weight_decay_end >= 0 or spec.no_decay):
         raise errors.UserError(
-            "config.optimizer.name='larc' decays every parameter, at a constant rate: set "
-            "config.optimizer.weight_decay_end=-1 and config.optimizer.no_decay=(), or take 'lars'."
+            "config.optimizer.name='larc' decays every parameter at a constant rate. Set "
+            "config.optimizer.weight_decay_end=-1 and config.optimizer.no_decay=(), or use 'lars'."
         )

@@ -1,4 +1,4 @@
-"""What a student starts from: the weights of a run, of an import or of a PyTorch file."""
+"""Initial weights of a student, loaded from a run, an import or a PyTorch checkpoint."""
 
 import dataclasses
 import logging
@@ -13,22 +13,22 @@ from disco_jax.train import teacher
 
 _LOG = logging.getLogger(__name__)
 
-# `config.student.start`: what of the weights is taken; "all": with head, adapter and prototypes.
+# Values of `config.student.start`; "all" loads head, adapter and prototypes too.
 PARTS = ("backbone", "all")
-# Of a backbone: what decides the shapes of its weights.
-_FIELDS = "width", "stem", "grid", "patch"
-_OF_HEADS = "adapter", "head", "hidden", "layers", "dim", "prototypes"
+# Fields that determine the shapes of the backbone's weights, and of all other weights.
+_BACKBONE_FIELDS = "width", "stem", "grid", "patch"
+_HEAD_FIELDS = "adapter", "head", "hidden", "layers", "dim", "prototypes"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
-    """A network to start from.
+class _Pretrained:
+    """A network with trained weights.
 
     Attributes:
-      spec: the fields `teacher.SHAPE` of it.
-      encoder: that they describe.
-      variables: of it.
-      normalisation: mean and standard deviation of the images that it was trained on, by channel.
+      spec: its description, with the fields `teacher.SHAPE`.
+      encoder: the encoder of `spec`.
+      variables: its {"params", "batch_stats"}.
+      normalisation: per-channel mean and standard deviation of its training images.
     """
 
     spec: Any
@@ -38,21 +38,22 @@ class _Given:
 
 
 def check(spec: Any) -> None:
-    """Refuses fields of `config.student` that contradict one another; reads no weights.
+    """Checks that the fields of `config.student` are consistent; reads no weights.
 
     Raises:
-      UserError: see above.
+      UserError: the fields contradict each other or have unknown values.
     """
     if not spec.get("weights", ""):
         if spec.get("start", PARTS[0]) != PARTS[0] or spec.get("network", "student") != "student":
             raise errors.UserError(
-                "config.student.start and .network say what to take of config.student.weights, "
-                "which is empty: give weights, or leave both as they are."
+                "config.student.start and config.student.network need config.student.weights, "
+                "which is empty. Set the weights, or leave both fields at their defaults."
             )
         return
     if spec.weights == teacher.RANDOM:
         raise errors.UserError(
-            "config.student.weights='random': a student without weights starts so; leave it empty."
+            "config.student.weights='random' is not supported. Leave it empty: the student then "
+            "starts from random weights."
         )
     if spec.start not in PARTS:
         raise errors.unknown("config.student.start", spec.start, PARTS)
@@ -60,62 +61,67 @@ def check(spec: Any) -> None:
         raise errors.unknown("config.student.network", spec.network, teacher.NETWORKS)
     if spec.start == "all" and "head" in spec.reuse:
         raise errors.UserError(
-            "config.student.start='all' and config.student.reuse=('head',) both decide the head: "
-            "set config.student.start=backbone, or reuse=()."
+            "config.student.start='all' and config.student.reuse=('head',) both set the head. Set "
+            "config.student.start=backbone or config.student.reuse=()."
         )
 
 
 def load(config: Any, encoder: Encoder) -> Variables:
-    """The parts of the student that `config.student.weights` gives.
+    """Loads the parts of the student that come from `config.student.weights`.
 
     Args:
       config: of a pretraining run, resolved.
-      encoder: the student's.
+      encoder: the student's encoder.
 
     Returns:
-      {"params", "batch_stats"} of these parts alone.
+      {"params", "batch_stats"}, each with the loaded parts only.
 
     Raises:
-      UserError: nothing there, nothing that is understood, or weights of another network.
+      UserError: the weights do not exist, are not recognised or belong to another network.
     """
     spec, size = config.student, config.augment.size
-    given = _given(spec, size)
-    ours = jax.eval_shape(lambda: encoder.create(0, size))
-    parts = ("backbone",) if spec.start == "backbone" else tuple(ours["params"])
-    found, wanted = _only(given.variables, parts), _only(ours, parts)
-    same = all(teacher.shape(given.spec)[f] == spec[f] for f in _names(spec.start))
-    if not same or jax.tree.map(np.shape, found) != jax.tree.map(np.shape, wanted):
-        raise errors.UserError(_differences(spec, given, encoder))
-    own = tuple(config.augment.mean), tuple(config.augment.std)
-    if given.normalisation != own:
+    pretrained = _pretrained(spec, size)
+    student = jax.eval_shape(lambda: encoder.create(0, size))
+    parts = ("backbone",) if spec.start == "backbone" else tuple(student["params"])
+    loaded, expected = _only(pretrained.variables, parts), _only(student, parts)
+    same = all(teacher.shape(pretrained.spec)[f] == spec[f] for f in _names(spec.start))
+    if not same or jax.tree.map(np.shape, loaded) != jax.tree.map(np.shape, expected):
+        raise errors.UserError(_differences(spec, pretrained, encoder))
+    configured = tuple(config.augment.mean), tuple(config.augment.std)
+    if pretrained.normalisation != configured:
         _LOG.warning(
-            "The student starts from weights for images normalised by mean %s and std %s; "
-            "config.augment.mean and .std are %s and %s.", *given.normalisation, *own
-        )  # fmt: skip
-    return found
+            "The student starts from weights trained on images normalised by mean %s and std %s, "
+            "but config.augment.mean and .std are %s and %s.",
+            *pretrained.normalisation,
+            *configured,
+        )
+    return loaded
 
 
-def _given(spec: Any, size: int) -> _Given:
+def _pretrained(spec: Any, size: int) -> _Pretrained:
+    """Reads the network that `config.student.weights` contains."""
     path = teacher.place(spec.weights, "config.student.weights")
     if not path.is_dir():
         imported = convert.read_network(path)
         mean, std = imported.normalisation
-        return _Given(
+        return _Pretrained(
             imported.spec, imported.encoder, imported.variables, (tuple(mean), tuple(std))
         )
-    from disco_jax.train import checkpoint  # half a second for what resolves a config
+    # Imported here because resolving a config does not need it and it takes half a second.
+    from disco_jax.run import checkpoint
 
     config = teacher.read_config(path)
     encoder = models.build_encoder(config.student, setting=f"{path}: config.student")
     network = teacher.network_of(path, spec.network, "config.student.network")
     like = jax.eval_shape(lambda: encoder.create(0, size))
     variables, step = checkpoint.load(path, network, like)
-    _LOG.info("The student starts from the %s of step %d of %s", network, step, path)
+    _LOG.info("The student starts from network %s at step %d of %s", network, step, path)
     augment = tuple(config.augment.mean), tuple(config.augment.std)
-    return _Given(config.student, encoder, variables, augment)
+    return _Pretrained(config.student, encoder, variables, augment)
 
 
 def _only(variables: Variables, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Selects parts of all collections."""
     return {
         collection: {part: tree[part] for part in parts if part in tree}
         for collection, tree in variables.items()
@@ -123,24 +129,24 @@ def _only(variables: Variables, parts: tuple[str, ...]) -> dict[str, dict[str, A
 
 
 def _names(start: str) -> tuple[str, ...]:
-    """Fields whose value says what is computed, whatever the shapes."""
+    """Returns the fields that must be equal because shapes do not determine them."""
     return ("backbone",) if start == "backbone" else ("backbone", "head")
 
 
-def _differences(spec: Any, given: _Given, encoder: Encoder) -> str:
-    """Says in one sentence what of the student is not as the weights have it."""
-    theirs = teacher.shape(given.spec)
-    pairs: list[tuple[str, Any, Any]] = [("backbone", spec.backbone, theirs["backbone"])]
-    if spec.backbone == theirs["backbone"]:
-        ours, other = vars(encoder.backbone), vars(given.encoder.backbone)
-        pairs = [(name, ours.get(name), other.get(name)) for name in _FIELDS]
+def _differences(spec: Any, pretrained: _Pretrained, encoder: Encoder) -> str:
+    """Returns the message for weights that belong to another network than the student."""
+    actual = teacher.shape(pretrained.spec)
+    pairs: list[tuple[str, Any, Any]] = [("backbone", spec.backbone, actual["backbone"])]
+    if spec.backbone == actual["backbone"]:
+        student, other = vars(encoder.backbone), vars(pretrained.encoder.backbone)
+        pairs = [(name, student.get(name), other.get(name)) for name in _BACKBONE_FIELDS]
         if spec.start == "all":
-            own = teacher.shape(spec)
-            pairs += [(n, teacher.plain(own[n]), teacher.plain(theirs[n])) for n in _OF_HEADS]
-    told = [
-        f"config.student.{name}={own!r}, but they have {other!r}"
-        for name, own, other in pairs
-        if own != other and own != -1  # the hidden width that is the backbone's
+            fields = teacher.shape(spec)
+            pairs += [(n, teacher.plain(fields[n]), teacher.plain(actual[n])) for n in _HEAD_FIELDS]
+    differences = [
+        f"config.student.{name}={configured!r}, but the weights have {stored!r}"
+        for name, configured, stored in pairs
+        if configured != stored and configured != -1  # -1: the backbone's own width
     ]
-    alone = "" if spec.start == "backbone" else " (config.student.start=backbone takes no head)"
-    return f"config.student.weights={spec.weights!r} do not fit: {'; '.join(told)}{alone}."
+    hint = "" if spec.start == "backbone" else " (config.student.start=backbone loads no head)"
+    return f"config.student.weights={spec.weights!r} do not fit: {'; '.join(differences)}{hint}."

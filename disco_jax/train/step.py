@@ -1,4 +1,4 @@
-"""The train step, written for one replica, and its `pmap`."""
+"""The train step, written for one replica, and its `jax.pmap`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,15 +15,15 @@ from disco_jax.train import optimizer
 from disco_jax.train.learner import Learner, Metrics, learn, targets_of
 from disco_jax.train.state import TrainState, axes
 
-# Keys of views below this are augmentation's.
+# Folded into the step's key to mix views; augmentation folds in the views' smaller numbers.
 _MIXING = 1 << 16
 Step = Callable[[TrainState, Mapping[str, Variables], Any], tuple[TrainState, Metrics]]
-# Of one student, of several, or of a classifier.
+# The step of one student, of several students or of a classifier.
 AnyStep = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Photometric(Protocol):
-    """What the step asks of a recipe: crops u8[B, H, W, 3] to images f32[B, H, W, 3], a view."""
+    """The part of a recipe that the step uses: crops u8[B, H, W, 3] -> images f32[B, H, W, 3]."""
 
     def photometric(
         self, views: Mapping[int, Array], key: Array, positions: Array
@@ -31,11 +31,11 @@ class Photometric(Protocol):
 
 
 class Built(NamedTuple):
-    """A step and what it was made of.
+    """A step and the learner that it was built from.
 
     Attributes:
-      train_step: of one replica.
-      learner: its student's part; has the optimizer whose state is in the step's.
+      train_step: the step of one replica.
+      learner: how the student learns; its optimizer's state is part of the step's state.
     """
 
     train_step: Step
@@ -45,24 +45,24 @@ class Built(NamedTuple):
 def from_config(
     config: Any, method: Method, recipe: Photometric, steps_per_epoch: int, period: int = 0
 ) -> Built:
-    """The step of a pretraining config; see `make_train_step`.
+    """Builds the step of a pretraining config; see `make_train_step`.
 
     Args:
-      config: see `configs/common.py`, resolved.
-      method: what `methods.build` made of it.
-      recipe: what `views.build` did.
+      config: a resolved config, see `configs/common.py`.
+      method: the output of `methods.build` for this config.
+      recipe: the output of `views.build` for this config.
       steps_per_epoch: for the schedules.
       period: see `make_joint_step`.
 
     Raises:
-      UserError: a setting of the optimizer or the schedules will not do.
+      UserError: a setting of the optimizer or of the schedules is invalid.
     """
     learner = learner_of(config, method, steps_per_epoch)
     return Built(make_train_step(learner, recipe, config.seed, period), learner)
 
 
 def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
-    """How the student of a pretraining config learns; the arguments are those of `from_config`."""
+    """Builds the learner of a pretraining config; takes the arguments of `from_config`."""
     epochs = config.total_epochs
     rate = optimizer.learning_rate(config.learning_rate, config.batch_size, steps_per_epoch, epochs)
     return Learner(
@@ -76,13 +76,14 @@ def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
 
 
 def make_train_step(learner: Learner, recipe: Photometric, seed: int, period: int = 0) -> Step:
-    """The step of one replica: (state, frozen, batch) -> (state, metrics).
+    """Builds the step of one replica: (state, frozen, batch) -> (state, metrics).
 
     Args:
       learner: how the student learns.
-      recipe: makes normalised images of crops.
-      seed: of augmentation, shuffling and the student's dropout; folded with the step and an
-        image's global position, so that a replay draws the same on any number of devices.
+      recipe: turns crops into normalised images.
+      seed: seed of augmentation, shuffling and the student's dropout. It is folded with the step
+        and an image's global position, so that a replay draws the same numbers on any number of
+        devices.
       period: see `make_joint_step`.
 
     Returns:
@@ -100,39 +101,40 @@ def make_train_step(learner: Learner, recipe: Photometric, seed: int, period: in
 def make_joint_step(
     learners: Mapping[str, Learner], recipe: Photometric, seed: int, period: int = 0
 ) -> Callable[..., tuple[dict[str, TrainState], dict[str, Metrics]]]:
-    """The step of several students on one replica: (states, frozen, batch) -> (states, metrics).
+    """Builds the step of several students on one replica.
 
-    The images are made once and the teacher sees them once; each student learns from them what it
-    would learn alone.
+    The step augments the images once and runs the teacher on them once. Each student learns
+    exactly what it would learn alone.
 
     Args:
-      learners: name -> how a student learns; their teachers are one, and views that their
-        objectives mix and their teacher sees are mixed alike.
-      recipe, seed: of all; see `make_train_step`.
-      period: steps after which the views are drawn as from the first one on, for outputs of the
-        teacher that come with the batch (`data/targets.py`); 0: never.
+      learners: name -> how a student learns. All have the same teacher, and all mix a view in the
+        same way if their teacher encodes the mixed view.
+      recipe, seed: shared by all students; see `make_train_step`.
+      period: number of steps after which the random draws of the views repeat, for batches that
+        carry cached outputs of the teacher (`data/targets.py`); 0: they never repeat.
 
     Returns:
-      The step; states and metrics are by the names of `learners`, and the states' steps are equal.
+      (states, frozen, batch) -> (states, metrics); states and metrics are keyed by the names of
+      `learners`, and all states are at the same step.
     """
 
     def train_step(states: Mapping[str, TrainState], frozen: Mapping[str, Variables], batch: Any):
         step = next(iter(states.values())).step
         rng = _keys(seed, step)[1]
         aux = dict(batch["aux"])
-        kept = aux.pop(KEY, None)
+        cached = aux.pop(KEY, None)
         views, mixing = _views(recipe, seed, step % period if period else step, batch["views"])
-        seen = {n: one.method.mix(views, aux, mixing) for n, one in learners.items()}
-        if kept is None:
+        inputs = {n: one.method.mix(views, aux, mixing) for n, one in learners.items()}
+        if cached is None:
             methods = [one.method for one in learners.values()]
-            everything: dict[int, Array] = {}
-            for mixed, _ in seen.values():
-                everything |= mixed
-            teacher = _teacher(methods, frozen, everything, rng)
+            all_views: dict[int, Array] = {}
+            for mixed, _ in inputs.values():
+                all_views |= mixed
+            teacher = _teacher(methods, frozen, all_views, rng)
         else:
-            teacher = {"teacher": {view: _encoded(outputs) for view, outputs in kept.items()}}
-        made = {n: learn(one, states[n], teacher, *seen[n], rng) for n, one in learners.items()}
-        return {n: state for n, (state, _) in made.items()}, {n: m for n, (_, m) in made.items()}
+            teacher = {"teacher": {view: _encoded(outputs) for view, outputs in cached.items()}}
+        steps = {n: learn(one, states[n], teacher, *inputs[n], rng) for n, one in learners.items()}
+        return {n: state for n, (state, _) in steps.items()}, {n: m for n, (_, m) in steps.items()}
 
     return train_step
 
@@ -140,15 +142,15 @@ def make_joint_step(
 def make_targets(
     method: Method, recipe: Photometric, seed: int, names: Sequence[str]
 ) -> Callable[[Array, Mapping[str, Variables], Any], dict[int, dict[str, Array]]]:
-    """What the teacher says of the views of a step, on one replica: (step, frozen, batch) -> ...
+    """Builds the function that encodes the views of a step with the teacher, on one replica.
 
     Args:
-      method: whose teacher and views.
-      recipe, seed: see `make_train_step`; the views are those of its step.
+      method: its plan lists the views that the teacher encodes.
+      recipe, seed: see `make_train_step`; the views equal those of the train step.
       names: fields of `Encoded` to return.
 
     Returns:
-      A function to {view: {name: f32[B, D]}}.
+      (step, frozen, batch) -> {view: {name: f32[B, D]}}.
     """
 
     def targets(step: Array, frozen: Mapping[str, Variables], batch: Any):
@@ -161,23 +163,23 @@ def make_targets(
 
 
 def _keys(seed: int, step: Array) -> Array:
-    """Of augmentation, and of everything else that is drawn in a step."""
+    """Returns two keys of a step: for the augmentation, and for all other random draws."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
 def _views(
     recipe: Photometric, seed: int, step: Array, crops: Mapping[int, Array]
 ) -> tuple[Mapping[int, Array], Array]:
-    """The views of a step, and the key that mixes them."""
+    """Returns the augmented views of a step, and the key for mixing them."""
     key = _keys(seed, step)[0]
     size = next(iter(crops.values())).shape[0]
     return recipe.photometric(crops, key, positions(size)), jax.random.fold_in(key, _MIXING)
 
 
 def _encoded(outputs: Mapping[str, Array]) -> Encoded:
-    """What is kept of a teacher, as it would say it; the rest nobody reads."""
-    found = {name: rows.astype(jnp.float32) for name, rows in outputs.items()}
-    return Encoded(found.get("features"), found.get("embedding"))
+    """Converts cached outputs of the teacher to `Encoded`; fields that are not cached are None."""
+    rows = {name: cached.astype(jnp.float32) for name, cached in outputs.items()}
+    return Encoded(rows.get("features"), rows.get("embedding"))
 
 
 def _teacher(
@@ -186,60 +188,62 @@ def _teacher(
     views: Mapping[int, Array],
     rng: Array,
 ) -> dict[str, Any]:
-    """{"teacher": view -> `Encoded`} of every view that some method asks for; {} if none does."""
-    wanted = sorted({view for method in methods for view in method.plan.get("teacher", ())})
-    if not wanted:
+    """Returns {"teacher": view -> `Encoded`} for every view in the plan of some method.
+
+    Returns {} if no method has a teacher.
+    """
+    needed = sorted({view for method in methods for view in method.plan.get("teacher", ())})
+    if not needed:
         return {}
-    # Of those that have one, a method that reads its maps if there is one.
+    # A method that reads the teacher's maps is preferred, since only its encoding contains them.
     method = max((m for m in methods if "teacher" in m.plan), key=lambda m: m.reads_maps("teacher"))
-    encoded, _ = targets_of(method, "teacher", frozen["teacher"], views, wanted, rng)
-    return {"teacher": encoded}  # its stored statistics stay what they are
+    encoded, _ = targets_of(method, "teacher", frozen["teacher"], views, needed, rng)
+    return {"teacher": encoded}  # the updated statistics are dropped: the teacher is frozen
 
 
 def parallel_targets(targets: Callable) -> Callable:
-    """What `make_targets` made, on every device; what comes out is split like the batch."""
+    """Maps the function from `make_targets` over all devices; its outputs are split by device."""
     return jax.pmap(targets, AXIS, in_axes=(None, None, 0))
 
 
 def parallel(train_step: AnyStep, devices: Sequence[jax.Device] | None = None) -> "Parallel":
-    """`train_step` on every device: the batch is split, all else is equal on all of them.
+    """Maps `train_step` over all devices: the batch is split, everything else is replicated.
 
-    But for queues that the devices share, see `state.everywhere`: which these are, the state tells
-    that comes first.
+    Sharded queues (see `state.replicate`) are split too; they are detected from the first state.
 
     Args:
-      train_step: of one replica.
-      devices: which; None: all of all hosts.
+      train_step: the step of one replica.
+      devices: devices to use; None: all devices of all hosts.
     """
     return Parallel(train_step, devices)
 
 
 class Parallel:
-    """See `parallel`."""
+    """A train step mapped over devices, compiled at the first call; see `parallel`."""
 
     def __init__(self, train_step: AnyStep, devices: Sequence[jax.Device] | None):
         self._train_step, self._devices = train_step, devices
         self._mapped: jax.stages.Wrapped | None = None
-        self._structure: Any = None  # JAX's own types do not say what a PyTreeDef can do
+        self._structure: Any = None  # JAX does not annotate the methods of PyTreeDef
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-        leaves, metrics = self._of(state)(state, frozen, batch)
+        leaves, metrics = self._mapped_for(state)(state, frozen, batch)
         return jax.tree.unflatten(self._structure, leaves), metrics
 
     def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
-        """The step for the compiler, of arrays or shapes; it returns the leaves of the state."""
-        return self._of(state).lower(state, frozen, batch)
+        """Lowers the step for arrays or shapes; the lowered step returns the state's leaves."""
+        return self._mapped_for(state).lower(state, frozen, batch)
 
-    def _of(self, state: Any) -> jax.stages.Wrapped:
+    def _mapped_for(self, state: Any) -> jax.stages.Wrapped:
         if self._mapped is None:
-            self._structure, differing = jax.tree.structure(state), axes(state)
-            # Of several processes, pmap wants axes that can be hashed: a tuple, not a tree.
-            each = tuple(self._structure.flatten_up_to(differing))
+            self._structure, state_axes = jax.tree.structure(state), axes(state)
+            # With several processes, pmap needs hashable output axes: a tuple, not a tree.
+            leaf_axes = tuple(self._structure.flatten_up_to(state_axes))
             self._mapped = jax.pmap(
                 self._leaves,
                 AXIS,
-                in_axes=(differing, None, 0),
-                out_axes=(each, None),
+                in_axes=(state_axes, None, 0),
+                out_axes=(leaf_axes, None),
                 donate_argnums=0,
                 devices=self._devices,
             )

@@ -1,4 +1,4 @@
-"""The frozen teacher: from a run of this package or from a PyTorch checkpoint."""
+"""The frozen teacher, loaded from a run of this package or from a PyTorch checkpoint."""
 
 import dataclasses
 import logging
@@ -10,14 +10,14 @@ from etils import epath
 from disco_jax import convert, errors, methods, models
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
-from disco_jax.train import workdir
+from disco_jax.run import workdir
 
 _LOG = logging.getLogger(__name__)
 
 RANDOM = "random"
-# `config.teacher.head`: everything but the backbone's name is taken from the weights.
+# Value of `config.teacher.head`: take everything except the backbone's name from the weights.
 AUTO = "auto"
-# What describes a network in a config.
+# The fields that describe a network in a config.
 SHAPE = (
     "backbone",
     "width",
@@ -31,20 +31,20 @@ SHAPE = (
     "dim",
     "prototypes",
 )
-_LATER = "patch", "layers"  # fields that not all versions had
-# Of a run: what may teach.
+_LATER = "patch", "layers"  # fields that configs of earlier versions lack
+# Networks of a run that may serve as a teacher.
 NETWORKS = ("student", "momentum")
-# The bank of MoCo's keys, which the official file carries: view 1 is the key.
+# The queue of MoCo's keys, which the official checkpoint contains: view 1 is the key.
 KEYS = "view_1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Frozen weights.
+    """Frozen weights and the queue stored with them.
 
     Attributes:
       variables: {"params", "batch_stats"} of the encoder.
-      queue: the queue of keys that was saved with them, if there is one (disagreement D3).
+      queue: the queue of keys in the same checkpoint, if there is one (disagreement D3).
     """
 
     variables: Variables
@@ -52,10 +52,10 @@ class Teacher:
 
 
 def describe(weights: str) -> dict[str, Any]:
-    """The fields `SHAPE` of the network in a run's directory or a PyTorch checkpoint.
+    """Reads the fields `SHAPE` of the network in a run directory or a PyTorch checkpoint.
 
     Raises:
-      UserError: nothing there, or nothing that is understood.
+      UserError: the path does not exist or its contents are not recognised.
     """
     path = place(weights)
     if path.is_dir():
@@ -64,15 +64,15 @@ def describe(weights: str) -> dict[str, Any]:
 
 
 def shape(spec: Any) -> dict[str, Any]:
-    """The fields `SHAPE`; runs of earlier versions lack some, which are 0 then."""
+    """Returns the fields `SHAPE` of a spec; those that earlier versions lacked default to 0."""
     return {field: spec.get(field, 0) if field in _LATER else spec[field] for field in SHAPE}
 
 
 def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images that weights were trained on, by channel.
+    """Reads the per-channel mean and standard deviation with which weights were trained.
 
     Raises:
-      UserError: nothing there, or nothing that is understood.
+      UserError: the path does not exist or its contents are not recognised.
     """
     path = place(weights)
     if path.is_dir():
@@ -83,41 +83,41 @@ def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def resolve(config: Any) -> Any:
-    """A copy of a pretraining config in which what the teacher decides has been filled in.
+    """Returns a copy of a pretraining config with all fields filled in that depend on the teacher.
 
-    `config.teacher.head="auto"`, `config.teacher.mean` and `.std` that are (), and of the student
-    `dim=0` and the head that it reuses.
+    These are `config.teacher.head="auto"`, an empty `config.teacher.mean` and `.std`, and for the
+    student `dim=0` and the fields of a reused head.
 
     Raises:
-      UserError: the weights cannot be read, or are of another backbone.
+      UserError: the weights cannot be read, or have another backbone.
     """
     config = config.copy_and_resolve_references()
     fill(config.teacher)
-    _follow(config)
+    _fill_student(config)
     return config
 
 
 def fill(spec: Any) -> None:
-    """Writes into `config.teacher` what its weights decide: the head, the normalisation.
+    """Fills in the head and the normalisation of `config.teacher` from its weights, in place.
 
     Raises:
       UserError: see `resolve`.
     """
-    known = spec.weights not in ("", RANDOM)
+    has_file = spec.weights not in ("", RANDOM)
     if spec.head == AUTO:
-        found = describe(spec.weights) if known else {"head": "mlp", "backbone": spec.backbone}
-        if found["backbone"] != spec.backbone:
+        fields = describe(spec.weights) if has_file else {"head": "mlp", "backbone": spec.backbone}
+        if fields["backbone"] != spec.backbone:
             raise errors.UserError(
-                f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} holds a "
-                f"{found['backbone']!r}: set --config.teacher.backbone={found['backbone']}."
+                f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} contains a "
+                f"{fields['backbone']!r}. Set --config.teacher.backbone={fields['backbone']}."
             )
-        spec.update(found)
-    if known and not spec.mean and not spec.std:
+        spec.update(fields)
+    if has_file and not spec.mean and not spec.std:
         spec.mean, spec.std = normalisation(spec.weights)
 
 
-def _follow(config: Any) -> None:
-    """Gives the student the head that it reuses, or the width of what it copies."""
+def _fill_student(config: Any) -> None:
+    """Sets the student's head to the reused one, or `dim=0` to the width of its target."""
     student, spec = config.student, config.teacher
     if "head" in student.reuse and spec.head != "none":
         student.update({field: spec[field] for field in ("head", "hidden", "layers", "dim")})
@@ -131,20 +131,20 @@ def _follow(config: Any) -> None:
 
 
 def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
-    """The teacher that `config.teacher` names.
+    """Loads the teacher of a pretraining config.
 
     Args:
       spec: `config.teacher`, resolved; `weights` is the directory of a run or of an import, a
         PyTorch checkpoint, or "random".
-      encoder: what `spec` describes.
-      size: of the images in px.
+      encoder: the encoder that `spec` describes.
+      size: image size in px.
 
     Raises:
-      UserError: no weights given, nothing there, or weights of another network.
+      UserError: the weights are not set, do not exist or belong to another network.
     """
     check_weights(spec)
     if spec.weights == RANDOM:
-        _LOG.warning("The teacher is random: this run tries things out, nothing more.")
+        _LOG.warning("The teacher has random weights: use this run only to try things out.")
         return Teacher(encoder.create(1, size))
     path = place(spec.weights)
     if path.is_dir():
@@ -155,30 +155,30 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
 
 
 def check_weights(spec: Any) -> None:
-    """Refuses a teacher without weights, or whose weights are not there.
+    """Checks that the weights of the teacher are set and exist.
 
     Raises:
       UserError: see `load`.
     """
     if not spec.weights:
         raise errors.UserError(
-            "config.teacher.weights is empty: the teacher has nothing to teach. Give the workdir "
-            "of a pretraining run or of an import, a checkpoint in PyTorch's format, or 'random' "
-            "to try things out."
+            "config.teacher.weights is empty. Set it to the workdir of a pretraining run or of an "
+            "import, to a PyTorch checkpoint, or to 'random' to try things out."
         )
     if spec.weights != RANDOM:
         place(spec.weights)
 
 
 def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
-    """The directory of a run or of an import, or the file with weights that a path names.
+    """Resolves a path to the directory of a run or of an import, or to a file with weights.
 
     Args:
-      weights: the path: of such a directory, of a file, or of a folder with the index of several.
-      setting: where it stands in the config, for messages.
+      weights: path of such a directory, of a file, or of a folder with the index of a sharded
+        checkpoint.
+      setting: name of the config field, for messages.
 
     Raises:
-      UserError: there is nothing.
+      UserError: the path does not exist, or is a folder with the files of several networks.
     """
     path = epath.Path(weights)
     if not path.exists():
@@ -187,10 +187,10 @@ def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
 
 
 def read_config(path: epath.Path) -> Any:
-    """The config of a pretraining run or of an import.
+    """Reads the config of a pretraining run or of an import.
 
     Raises:
-      UserError: the directory is of something else.
+      UserError: the directory belongs to something else, for example an evaluation.
     """
     config = workdir.read_config(path)
     if "student" not in config or "augment" not in config:
@@ -199,13 +199,15 @@ def read_config(path: epath.Path) -> Any:
 
 
 def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
-    from disco_jax.train import checkpoint, state  # half a second for what resolves a config
+    # Imported here because `resolve` does not need them and they take half a second.
+    from disco_jax.run import checkpoint
+    from disco_jax.train import state
 
     config = read_config(path)
     _check(config.student, spec, models.build_encoder(config.student), encoder, path)
     network = network_of(path, spec.network, "config.teacher.network")
     variables, step = checkpoint.load(path, network, encoder.create(0, size))
-    _LOG.info("Teacher: %s of step %d of %s", network, step, path)
+    _LOG.info("Teacher: network %s at step %d of %s", network, step, path)
     if not config.objectives.contrast.weight:
         return Teacher(variables)
     method = methods.build(config, config.views, config.local.count)
@@ -217,48 +219,59 @@ def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teach
     return Teacher(variables, memory["contrast"][KEYS])
 
 
-def network_of(path: epath.Path, wanted: str, setting: str) -> str:
-    """The network of a run to take; an import holds one alone, its student.
+def network_of(path: epath.Path, network: str, setting: str) -> str:
+    """Returns the network of a run to load; falls back to the student if it has no other.
 
     Args:
-      path: of the run.
-      wanted: one of `NETWORKS`.
-      setting: where it stands in the config, for messages.
+      path: directory of the run or of the import; an import contains only a student.
+      network: one of `NETWORKS`.
+      setting: name of the config field, for messages.
 
     Raises:
-      UserError: for another name.
+      UserError: for an unknown network.
     """
-    from disco_jax.train import checkpoint
+    from disco_jax.run import checkpoint
 
-    if wanted not in NETWORKS:
-        raise errors.unknown(setting, wanted, NETWORKS)
-    if wanted == "momentum" and not checkpoint.has(path, wanted):
-        _LOG.warning("%s holds no momentum network; its student is taken.", path)
+    if network not in NETWORKS:
+        raise errors.unknown(setting, network, NETWORKS)
+    if network == "momentum" and not checkpoint.has(path, network):
+        _LOG.warning("%s has no momentum network; its student is used instead.", path)
         return "student"
-    return wanted
+    return network
 
 
-def _check(found: Any, spec: Any, theirs: Encoder, ours: Encoder, path: epath.Path) -> None:
-    """Refuses weights of another network than the config describes."""
+def _check(actual: Any, spec: Any, loaded: Encoder, encoder: Encoder, path: epath.Path) -> None:
+    """Checks that the weights belong to the network that the config describes.
+
+    Args:
+      actual: description of the network with the weights.
+      spec: `config.teacher`.
+      loaded: the encoder of `actual`.
+      encoder: the encoder of `spec`.
+      path: of the weights, for the message.
+
+    Raises:
+      UserError: lists the fields that differ.
+    """
 
     def shapes(encoder: Encoder) -> Any:
         return jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: encoder.create(0, 32)))
 
     names = ("backbone", "head")
-    if all(found[name] == spec[name] for name in names) and shapes(theirs) == shapes(ours):
+    if all(actual[name] == spec[name] for name in names) and shapes(loaded) == shapes(encoder):
         return
-    found, spec = shape(found), shape(spec)
-    fields = [(field, plain(spec[field]), plain(found[field])) for field in SHAPE]
+    actual, spec = shape(actual), shape(spec)
+    fields = [(field, plain(spec[field]), plain(actual[field])) for field in SHAPE]
     differing = [
-        f"config.teacher.{field}={ours!r}, but the weights have {theirs!r}"
-        for field, ours, theirs in fields
-        if ours != theirs
+        f"config.teacher.{field}={configured!r}, but the weights have {stored!r}"
+        for field, configured, stored in fields
+        if configured != stored
     ]
     raise errors.UserError(
-        f"The network in {path} is not the one described:\n  " + "\n  ".join(differing)
+        f"The network in {path} is not the one in the config:\n  " + "\n  ".join(differing)
     )
 
 
 def plain(value: Any) -> Any:
-    """A field as it is in a config; what comes from JSON has lists for tuples."""
+    """Converts the lists of JSON to the tuples of a config."""
     return tuple(value) if isinstance(value, list) else value

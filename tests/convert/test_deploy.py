@@ -1,4 +1,4 @@
-"""Networks in other runtimes: the same features, however many images, and whole files or none."""
+"""Networks in other runtimes: equal features for any batch, and complete files or none."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from disco_jax.models import heads
 from disco_jax.models.encoder import Encoder
 
 SPEC = dict(head="none", hidden=-1, dim=16, prototypes=(), adapter=0, norm_group=0)
-# What only some families have.
+# Fields that only some families have.
 SPEC |= dict(width=4, stem="", zero_init_residual=False, grid=0)
 RUNTIMES = {"onnx": onnx, "tflite": tflite, "stablehlo": stablehlo}
 NEEDS = {"onnx": ("jax2onnx", "onnxruntime"), "tflite": ("tensorflow",), "stablehlo": ()}
@@ -30,7 +30,7 @@ def runtime(name):
 
 
 def network(encoder, size):
-    """Images -> embedding of a network none of whose numbers is where it starts."""
+    """Returns images -> embedding for a network with random weights and statistics."""
     rng = np.random.default_rng(0)
 
     def disturbed(path, x):
@@ -45,18 +45,18 @@ def network(encoder, size):
 
 
 def resnet(**fields):
-    """A narrow ResNet for images of 16 px."""
+    """Returns a narrow ResNet for images of 16 px."""
     spec = ConfigDict({**SPEC, "backbone": "resnet8", **fields})
     return network(models.build_encoder(spec), 16)
 
 
-# Stages of one block each that have among them every kind of layer of the family.
+# Stages that together contain every kind of layer of the family.
 STAGES = {"mobilenetv2": (0, 1, 2), "mobilenetv3_large": (0, 2, 3)}
 
 
 @functools.cache
 def shallow(backbone):
-    """(network for images of 64 px with few of the backbone's blocks, images, its result)."""
+    """Returns a network for 64 px with few of the backbone's blocks, images and its output."""
     cls, fields = models.BACKBONES[backbone]
     fields = dict(fields)
     if "stages" in fields:
@@ -72,7 +72,7 @@ def shallow(backbone):
 
 @functools.cache
 def swav():
-    """A narrow ResNet with everything that one can have, compiled."""
+    """Returns a compiled narrow ResNet with the ImageNet stem and SwAV's head."""
     return jax.jit(resnet(stem="imagenet", head="swav"))
 
 
@@ -81,7 +81,7 @@ def images(count, size):
 
 
 def write(deploy, function, size, path):
-    """Writes; where the other side is known to be behind jax, its message is what is tested."""
+    """Writes a network; checks the error message and skips where the converter is behind jax."""
     try:
         deploy.write(function, size, path)
     except errors.UserError as error:
@@ -91,9 +91,9 @@ def write(deploy, function, size, path):
         pytest.skip(str(error))
 
 
-def assert_same(found, expected, tolerance=1e-4):
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    assert helpers.relative_error(found, expected) < tolerance
+def assert_same(actual, expected, tolerance=1e-4):
+    assert actual.dtype == np.float32 and actual.shape == expected.shape
+    assert helpers.relative_error(actual, expected) < tolerance
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -151,7 +151,7 @@ def test_onnx_takes_channels_first_and_any_batch(tmp_path):
 def test_onnx_pads_the_max_pools_of_flax(padding, tmp_path):
     import flax.linen as nn
 
-    deploy, theirs = runtime("onnx"), nn.max_pool
+    deploy, original = runtime("onnx"), nn.max_pool
 
     def function(x):
         x = nn.max_pool(-jnp.square(x), window_shape=(3, 3), strides=(2, 2), padding=padding)
@@ -159,7 +159,7 @@ def test_onnx_pads_the_max_pools_of_flax(padding, tmp_path):
 
     deploy.write(function, 8, tmp_path / "network")
     assert_same(deploy.run(tmp_path / "network", images(2, 8)), function(images(2, 8)))
-    assert nn.max_pool is theirs
+    assert nn.max_pool is original
 
 
 def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
@@ -174,7 +174,7 @@ def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
 
 def test_onnx_refuses_what_one_file_cannot_hold(monkeypatch, tmp_path):
     runtime("onnx")
-    monkeypatch.setattr(onnx, "_LARGEST", 100)
+    monkeypatch.setattr(onnx, "_MAX_BYTES", 100)
     with pytest.raises(errors.UserError, match="2 GiB"):
         onnx.write(resnet(), 16, tmp_path / "network")
     assert not list(tmp_path.iterdir())
@@ -233,7 +233,7 @@ def test_versions_that_do_not_go_together_are_told(monkeypatch, tmp_path, capfd)
         raise AttributeError("module 'jax._src.core' has no attribute 'Name'")
 
     monkeypatch.setattr(jax2onnx, "to_onnx", behind)
-    with pytest.raises(errors.UserError, match=f"does not know jax {jax.__version__} .*'Name'"):
+    with pytest.raises(errors.UserError, match=f"does not support jax {jax.__version__} .*'Name'"):
         onnx.write(resnet(), 16, tmp_path / "network")
 
     def unknown(*args, **kwargs):
@@ -252,7 +252,7 @@ def test_versions_that_do_not_go_together_are_told(monkeypatch, tmp_path, capfd)
 
 
 class Behind:
-    """A converter that meets something it does not know."""
+    """A converter that fails on an unknown operation."""
 
     def convert(self):
         os.write(2, b"megabytes of what it met")

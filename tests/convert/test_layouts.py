@@ -1,6 +1,7 @@
-"""Files of other frameworks: backbone and projector are the network, the rest is its training's.
+"""Checkpoints of other frameworks: backbone and projector form the network, other keys are unused.
 
-What cannot be read is refused in one sentence with the flag that helps, and never by a traceback.
+Files that cannot be read are refused in one sentence that names a helpful flag, without a
+traceback.
 """
 
 import pickle
@@ -16,35 +17,36 @@ from test_recognise import arrays, linear, mlp, norm
 
 import helpers
 from disco_jax import convert, models
-from disco_jax.convert import names, save
+from disco_jax.convert import save
+from disco_jax.convert.backbones import resnet, vit, xcit
 from disco_jax.errors import UserError
 
 FEATURES = 16  # of the small ResNet
 
 
-def small(prefix="", layout=names.torchvision_resnet):
+def small(prefix="", layout=resnet.torchvision):
     return arrays("resnet8", layout, prefix, width=4)
 
 
 def still(name, width):
-    """A BatchNorm without scale and bias."""
+    """Returns a BatchNorm without scale and bias."""
     return {f"{name}.running_{leaf}": np.ones(width, np.float32) for leaf in ("mean", "var")}
 
 
 def three_layers(root, bias=False, last=still):
-    """A projector of three layers, each with BatchNorm behind it."""
-    made = {}
-    for place, width, fan_in in ((0, 24, FEATURES), (3, 24, 24), (6, 32, 24)):
-        made |= linear(f"{root}{place}", width, fan_in, bias)
-        made |= (last if place == 6 else norm)(f"{root}{place + 1}", width)
-    return made
+    """Returns a projector of three layers, each followed by BatchNorm."""
+    layers = {}
+    for number, width, fan_in in ((0, 24, FEATURES), (3, 24, 24), (6, 32, 24)):
+        layers |= linear(f"{root}{number}", width, fan_in, bias)
+        layers |= (last if number == 6 else norm)(f"{root}{number + 1}", width)
+    return layers
 
 
-def two_layers(root, places=(0, 2), norms=()):
-    return mlp(root, (FEATURES, 24, 32), norms, places)
+def two_layers(root, numbers=(0, 2), norms=()):
+    return mlp(root, (FEATURES, 24, 32), norms, numbers)
 
 
-# name -> (state dict, family, fields of the spec, beginnings of keys that are not taken)
+# name -> (state dict, family, fields of the spec, prefixes of the unused keys)
 LAYOUTS = {
     "simsiam": lambda: (
         small("module.encoder.")
@@ -83,8 +85,8 @@ LAYOUTS = {
         ("module.bn.",),
     ),
     "lightly": lambda: (
-        small("backbone.", names.lightly_resnet)
-        | small("backbone_momentum.", names.lightly_resnet)
+        small("backbone.", resnet.lightly)
+        | small("backbone_momentum.", resnet.lightly)
         | two_layers("projection_head.layers.")
         | two_layers("projection_head_momentum.layers.")
         | linear("online_classifier.linear", 10, FEATURES),
@@ -146,7 +148,7 @@ LAYOUTS = {
         ("model.ema_backbone.",),
     ),
     "five layers": lambda: (
-        small() | mlp("fc.", (FEATURES, 24, 24, 24, 24, 32), places=(0, 2, 4, 6, 8)),
+        small() | mlp("fc.", (FEATURES, 24, 24, 24, 24, 32), numbers=(0, 2, 4, 6, 8)),
         "torchvision",
         dict(head="mlp", hidden=24, layers=5, dim=32),
         (),
@@ -156,26 +158,28 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_backbone_and_projector_are_read_and_nothing_else(name):
-    state, family, fields, left = LAYOUTS[name]()
+    state, family, fields, unused = LAYOUTS[name]()
     allow = ("head.*",) if name == "openmmlab" else ()
-    found = convert.from_mapping(state, allow=allow)
-    assert found.family == family
-    assert {key: found.spec[key] for key in fields} == fields
-    assert {key for key in state if key.startswith(left)} >= set(found.left) - {
+    imported = convert.from_mapping(state, allow=allow)
+    assert imported.family == family
+    assert {key: imported.spec[key] for key in fields} == fields
+    assert {key for key in state if key.startswith(unused)} >= set(imported.unused_keys) - {
         key for key in state if key.startswith("head.")
     }
-    assert len(found.keys) + len(found.left) == sum("num_batches" not in key for key in state)
+    assert len(imported.keys) + len(imported.unused_keys) == sum(
+        "num_batches" not in key for key in state
+    )
 
 
 def test_arrays_beside_the_weights_may_have_any_name(tmp_path):
-    """Of what an entry is called nothing follows: a best score may be called model."""
+    """Ignores entries that are not state dicts: a best score may be called model."""
     path = written(tmp_path, {"model": np.ones(3), "teacher": 0.5, "state_dict": small()})
     assert convert.read(path)[1] == "state_dict"
 
 
 @pytest.mark.parametrize("name", ["simsiam", "barlow twins", "five layers"])
 def test_a_head_of_any_depth_computes_what_it_says(name):
-    """Against NumPy: linear layers, BatchNorm on stored statistics where there is one, ReLU."""
+    """Compares with NumPy: linear layers, BatchNorm on stored statistics if there is one, ReLU."""
     state, *_ = LAYOUTS[name]()
     rng = np.random.default_rng(0)
     state = {
@@ -187,21 +191,21 @@ def test_a_head_of_any_depth_computes_what_it_says(name):
     root = {"simsiam": "module.encoder.fc.", "barlow twins": "module.projector."}.get(name, "fc.")
     encoder, variables = convert.from_state_dict(state)
     features = rng.normal(size=(3, FEATURES)).astype(np.float32)
-    expected, places = features, (0, 3, 6) if name != "five layers" else (0, 2, 4, 6, 8)
-    for place in places:
-        layer = f"{root}{place}"
+    expected, numbers = features, (0, 3, 6) if name != "five layers" else (0, 2, 4, 6, 8)
+    for number in numbers:
+        layer = f"{root}{number}"
         bias = state.get(f"{layer}.bias", 0.0)
         expected = expected @ state[f"{layer}.weight"].T + bias
-        after = f"{root}{place + 1}"
+        after = f"{root}{number + 1}"
         if f"{after}.running_var" in state:
             expected = expected - state[f"{after}.running_mean"]
             expected = expected / np.sqrt(state[f"{after}.running_var"] + 1e-5)
             expected = expected * state.get(f"{after}.weight", 1.0) + state.get(f"{after}.bias", 0)
-        if place != places[-1]:
+        if number != numbers[-1]:
             expected = np.maximum(expected, 0)
     head = {part: tree["head"] for part, tree in variables.items() if "head" in tree}
-    got = jax.jit(lambda v, x: encoder.head.apply(v, x, norm="running"))(head, features)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    actual = jax.jit(lambda v, x: encoder.head.apply(v, x, norm="running"))(head, features)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +219,15 @@ def test_a_deep_head_goes_out_and_comes_back(head, layers):
         jax.eval_shape(lambda: encoder.create(0, 32)),
     )
     saved = save.state_dict("resnet8", encoder, variables, "moco", with_head=True)
-    found = convert.from_mapping(saved.arrays)
-    assert (found.spec["head"], found.spec["layers"]) == (head, layers)
-    jax.tree.map(np.testing.assert_array_equal, dict(found.variables), dict(variables))
+    imported = convert.from_mapping(saved.arrays)
+    assert (imported.spec["head"], imported.spec["layers"]) == (head, layers)
+    jax.tree.map(np.testing.assert_array_equal, dict(imported.variables), dict(variables))
 
 
-# name -> (state dict, what the one sentence says)
+# name -> (state dict, pattern of the error message)
 REFUSED = {
     "widths": lambda: (
-        small("backbone.") | mlp("projector.", (FEATURES, 24, 40, 32), places=(0, 2, 4)),
+        small("backbone.") | mlp("projector.", (FEATURES, 24, 40, 32), numbers=(0, 2, 4)),
         r"has hidden layers of several widths: 24, 40: leave it out with --allow 'projector\.\*'",
     ),
     "layer norm": lambda: (
@@ -234,7 +238,7 @@ REFUSED = {
     ),
     "order": lambda: (
         small("backbone.") | two_layers("projector.", (0, 2)) | norm("projector.3", 32),
-        r"a sequence that no head here has: linear, linear, BatchNorm: leave it out with --allow",
+        r"a sequence of layers that no head here has: linear, linear, BatchNorm: leave it out",
     ),
     "another name": lambda: (
         small("backbone.") | two_layers("embedder."),
@@ -245,8 +249,8 @@ REFUSED = {
         r"holds networks under 'left\.', 'right\.'; choose one with --prefix",
     ),
     "moco v3, vit": lambda: (
-        arrays("vit_small_p16", names.dino_vit, "module.base_encoder."),
-        r"ViT-S, which has 12 heads of attention and vit_small_p16 has 6",
+        arrays("vit_small_p16", vit.dino, "module.base_encoder."),
+        r"ViT-S, which has 12 attention heads, and vit_small_p16 has 6",
     ),
 }
 
@@ -265,15 +269,18 @@ def test_the_flag_that_a_refusal_names_helps(name):
     with pytest.raises(UserError) as error:
         convert.from_mapping(state)
     patterns = re.findall(r"--allow '(.+?)'", str(error.value))
-    found = convert.from_mapping(state, allow=patterns)
-    assert patterns and found.spec["head"] == "none" and found.left
+    imported = convert.from_mapping(state, allow=patterns)
+    assert patterns and imported.spec["head"] == "none" and imported.unused_keys
 
 
 def test_a_classifier_is_no_projection_head_whatever_its_classes():
     for classes in (2, 10, 37, 100, 365, 1000, 21_841):
-        found = convert.from_mapping(small() | linear("fc", classes, FEATURES))
-        assert (found.spec["head"], found.spec["dim"]) == ("none", FEATURES)
-        assert found.classifiers == ("fc",) and set(found.left) == {"fc.weight", "fc.bias"}
+        imported = convert.from_mapping(small() | linear("fc", classes, FEATURES))
+        assert (imported.spec["head"], imported.spec["dim"]) == ("none", FEATURES)
+        assert imported.classifiers == ("fc",) and set(imported.unused_keys) == {
+            "fc.weight",
+            "fc.bias",
+        }
     for width in (32, 128, 2048):  # MoCo v1's, CompRess's
         assert convert.from_mapping(small() | linear("fc", width, FEATURES)).spec["dim"] == width
 
@@ -289,7 +296,7 @@ def test_biases_and_scales_are_taken_for_granted_only_where_a_layer_can_be_witho
         convert.from_mapping(plain)
 
 
-# name -> (content of a file but for the state dict `s`, entry that is found)
+# name -> (function from the state dict to the file's content, expected entry)
 CONTAINERS = {
     "model_state_dict": (lambda s: {"epoch": 3, "model_state_dict": s}, "model_state_dict"),
     "weights": (lambda s: {"weights": s, "best": np.ones(2)}, "weights"),
@@ -317,8 +324,8 @@ def written(folder, content):
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_weights_are_found_under_the_names_that_people_give_them(name, tmp_path):
     wrap, entry = CONTAINERS[name]
-    arrays_, found = convert.read(written(tmp_path, wrap(small())))
-    assert found == entry and arrays_.keys() == small().keys()
+    arrays_, container = convert.read(written(tmp_path, wrap(small())))
+    assert container == entry and arrays_.keys() == small().keys()
 
 
 def test_of_several_networks_the_entry_is_asked_for(tmp_path):
@@ -329,7 +336,7 @@ def test_of_several_networks_the_entry_is_asked_for(tmp_path):
 
 
 def damaged(state, data):
-    """The state dict with a few arrays dropped, renamed or of another shape or type."""
+    """Returns the state dict with 1 to 3 arrays dropped, renamed or of another shape or type."""
     state = dict(state)
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from(sorted(state)))
@@ -340,9 +347,9 @@ def damaged(state, data):
         elif kind == 2:
             shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=5)))
             state[key] = np.zeros(shape, np.float32)
-        elif kind == 3:
+        elif kind == 3 and value.dtype.kind != "U":  # strings such as "0.0" are no integers
             dtype = data.draw(st.sampled_from(["i8", "c8", "U3", "?", "f2"]))
-            with warnings.catch_warnings(action="ignore"):  # of what the numbers lose
+            with warnings.catch_warnings(action="ignore"):  # lossy casts
                 state[key] = value.astype(dtype)
         elif kind == 4:
             state[key] = np.full(value.shape, np.nan, np.float32)
@@ -352,23 +359,23 @@ def damaged(state, data):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_damaged_state_dict_gives_a_network_or_a_clear_error(data):
-    made = LAYOUTS | {
-        "vit": lambda: (arrays("vit_tiny_p16", names.dino_vit),),
+    layouts = LAYOUTS | {
+        "vit": lambda: (arrays("vit_tiny_p16", vit.dino),),
         "queue": lambda: (
             small("module.encoder_q.")
             | two_layers("module.encoder_q.fc.")
             | {"module.queue": np.ones((32, 8), np.float32), "module.queue_ptr": np.zeros(1, int)},
         ),
-        "xcit": lambda: (names.to_timm_xcit(arrays("xcit_tiny_12_p16", names.xcit)),),
+        "xcit": lambda: (xcit.to_timm(arrays("xcit_tiny_12_p16", xcit.original)),),
         "prototypes": lambda: (
             small("module.")
             | two_layers("module.projection_head.", (0, 3), (1,))
             | linear("module.prototypes", 30, 32, bias=False),
         ),
     }
-    state = damaged(made[data.draw(st.sampled_from(sorted(made)))]()[0], data)
+    state = damaged(layouts[data.draw(st.sampled_from(sorted(layouts)))]()[0], data)
     try:
-        found = convert.from_mapping(state)
+        imported = convert.from_mapping(state)
     except UserError:
         return
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.variables))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(imported.variables))

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints as networks and teachers: whole, recognised, checked."""
+"""PyTorch checkpoints as networks and teachers: complete, recognised, checked."""
 
 import pickle
 
@@ -16,10 +16,10 @@ from disco_jax.train import teacher
 @pytest.fixture(scope="module")
 def state():
     """A whole MoCo ResNet-18 checkpoint: both encoders, a short queue and its pointer."""
-    made = dict(helpers.recorded_state("moco_resnet18")[2])
-    made["module.queue"] = made["module.queue"][:, :256]
-    made["module.queue_ptr"] = np.array([64])
-    return made
+    checkpoint = dict(helpers.recorded_state("moco_resnet18")[2])
+    checkpoint["module.queue"] = checkpoint["module.queue"][:, :256]
+    checkpoint["module.queue_ptr"] = np.array([64])
+    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_file_is_a_teacher_with_its_queue(file, state):
 
 
 def test_a_teacher_described_otherwise_is_refused(file):
-    with pytest.raises(UserError, match="holds a 'resnet18': set --config"):
+    with pytest.raises(UserError, match=r"contains a 'resnet18'\. Set --config"):
         resolved(spec(file, backbone="resnet34"))
     for changes, message in (
         (dict(hidden=2048), "config.teacher.hidden=2048, but the weights have 512"),
@@ -70,7 +70,7 @@ def test_a_teacher_described_otherwise_is_refused(file):
         (dict(head="mlp_unit"), "config.teacher.head='mlp_unit', but the weights have 'mlp'"),
     ):
         config = spec(file, **{"head": "mlp", **changes})
-        with pytest.raises(UserError, match="not the one described") as error:
+        with pytest.raises(UserError, match="not the one in the config") as error:
             teacher.load(config, models.build_encoder(config), 32)
         assert message in str(error.value)
 
@@ -124,22 +124,22 @@ def test_mistaken_options_are_told(state, options, message):
 
 
 def test_a_head_of_another_width_is_its_own(state):
-    """The head's width is read from the file, not assumed."""
+    """Reads the head's width from the file instead of assuming one."""
     wide = dict(state)
     wide["module.encoder_q.fc.0.weight"] = np.zeros((700, 512), np.float32)
     wide["module.encoder_q.fc.0.bias"] = np.zeros(700, np.float32)
     wide["module.encoder_q.fc.2.weight"] = np.zeros((32, 700), np.float32)
     wide["module.encoder_q.fc.2.bias"] = np.zeros(32, np.float32)
-    found = convert.from_mapping(wide)
-    assert (found.spec["hidden"], found.spec["dim"]) == (700, 32)
-    assert found.queue is None  # of another width than the embedding
+    imported = convert.from_mapping(wide)
+    assert (imported.spec["hidden"], imported.spec["dim"]) == (700, 32)
+    assert imported.queue is None  # its width differs from the embedding's
     del wide["module.encoder_q.fc.0.bias"]
     with pytest.raises(UserError, match="missing: params/head/hidden/bias"):
         convert.from_mapping(wide)
 
 
 def test_nothing_known_is_said_with_what_was_there():
-    with pytest.raises(UserError, match=r"does not hold a network that is known: 1 arrays"):
+    with pytest.raises(UserError, match=r"does not hold a known network: 1 arrays"):
         convert.from_state_dict({"blocks.weight": np.zeros((3, 3))})
     with pytest.raises(UserError, match="0 arrays, among them none"):
         convert.from_state_dict({})
@@ -176,8 +176,8 @@ def test_the_state_dict_is_found_in_its_container(tmp_path, state, container, wr
     few = {k: v for k, v in state.items() if k.startswith("module.encoder_q.")}
     path = tmp_path / "file.pkl"
     path.write_bytes(pickle.dumps(wrap(few)))
-    arrays, found = convert.read(path)
-    assert found == container and arrays.keys() == few.keys()
+    arrays, entry = convert.read(path)
+    assert entry == container and arrays.keys() == few.keys()
 
 
 def test_another_entry_can_be_asked_for(tmp_path, state):
@@ -185,10 +185,10 @@ def test_another_entry_can_be_asked_for(tmp_path, state):
     other = {**few, "module.encoder_q.conv1.weight": few["module.encoder_q.conv1.weight"] + 1}
     path = tmp_path / "file.pkl"
     path.write_bytes(pickle.dumps({"student": other, "teacher": few}))
-    found = convert.read_network(path, entry="student")
-    assert found.container == "student"
+    imported = convert.read_network(path, entry="student")
+    assert imported.container == "student"
     np.testing.assert_array_equal(
-        found.variables["params"]["backbone"]["conv1"]["kernel"],
+        imported.variables["params"]["backbone"]["conv1"]["kernel"],
         other["module.encoder_q.conv1.weight"].transpose(2, 3, 1, 0),
     )
     with pytest.raises(UserError, match="Did you mean 'student'"):

@@ -1,7 +1,7 @@
 """PyTorch checkpoints without PyTorch: both formats, every kind of tensor, and hostile files.
 
-`torch_files/make.py` made the two committed checkpoints. Hostile pickles are put together opcode by
-opcode, and where the stdlib's unpickler would run them, that is checked too.
+`torch_files/make.py` wrote the two committed checkpoints. Hostile pickles are assembled from
+opcodes; where the standard library's unpickler would run them, the tests verify that too.
 """
 
 import collections
@@ -41,7 +41,7 @@ STATE = {
 
 @pytest.fixture
 def load(tmp_path):
-    """Reads bytes as a file."""
+    """A function that reads bytes as a file."""
 
     def load(content):
         (tmp_path / "some.pth").write_bytes(content)
@@ -50,16 +50,16 @@ def load(tmp_path):
     return load
 
 
-def equal(got, wanted):
-    assert list(got) == list(wanted)
-    for key, value in wanted.items():
-        assert type(got[key]) is np.ndarray
-        assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key
-        np.testing.assert_array_equal(got[key], value, err_msg=key)
+def equal(actual, expected):
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert type(actual[key]) is np.ndarray
+        assert (actual[key].dtype, actual[key].shape) == (value.dtype, value.shape), key
+        np.testing.assert_array_equal(actual[key], value, err_msg=key)
 
 
 def zipped(pickled, storages=None, compression=zipfile.ZIP_STORED, **others):
-    """A zip archive like that of torch.save."""
+    """Returns a zip archive like torch.save's."""
     members = {"data.pkl": pickled, **{f"data/{k}": v for k, v in (storages or {}).items()}}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
@@ -69,7 +69,7 @@ def zipped(pickled, storages=None, compression=zipfile.ZIP_STORED, **others):
 
 
 def streamed(pickled, storages=None, magic=0x1950A86A20F9469CFC6C, protocol=1001, little=True):
-    """A file like those of PyTorch before 1.6; storages are (number of elements, bytes)."""
+    """Returns a file like PyTorch's before 1.6; storages are (number of elements, bytes)."""
     header = (magic, protocol, {"little_endian": little})
     storages = storages or {}
     return b"".join(
@@ -79,7 +79,7 @@ def streamed(pickled, storages=None, magic=0x1950A86A20F9469CFC6C, protocol=1001
 
 
 def op(value):
-    """Opcodes of a value; bytes are opcodes already."""
+    """Returns the opcodes of a value; bytes are returned unchanged."""
     return value if type(value) is bytes else pickle.dumps(value, 2)[2:-1]
 
 
@@ -141,7 +141,7 @@ def test_a_plain_pickle_of_arrays(load):
 
 
 def test_a_pickle_of_python_2(load):
-    """Its str is bytes: keys and the content of arrays are BINSTRINGs."""
+    """Reads BINSTRINGs, Python 2's str, as keys and as the content of arrays."""
     array = call("numpy.core.multiarray._reconstruct", b"cnumpy\nndarray\n", (0,), b"U\x01b")
     dtype = (
         call("numpy.dtype", b"U\x02u1", 0, 1)
@@ -162,40 +162,40 @@ def test_containers_and_names_that_checkpoints_have(load):
         "type": int,
     }
     for protocol in (2, 4):
-        got = load(pickle.dumps(content, protocol))
-        assert repr(got.pop("type")) == "<Stub builtins.int>"
-        assert got == {key: value for key, value in content.items() if key != "type"}
+        loaded = load(pickle.dumps(content, protocol))
+        assert repr(loaded.pop("type")) == "<Stub builtins.int>"
+        assert loaded == {key: value for key, value in content.items() if key != "type"}
     torch = [call("torch.Size", (2, 3)), call("torch.device", "cuda", 1), b"ctorch\nbfloat16\n"]
-    got = load(program(b"}", op("all"), b"(", *torch, b"ts"))
-    assert got == {"all": ((2, 3), "cuda:1", "torch.bfloat16")}
+    loaded = load(program(b"}", op("all"), b"(", *torch, b"ts"))
+    assert loaded == {"all": ((2, 3), "cuda:1", "torch.bfloat16")}
 
 
 def test_objects_of_unknown_classes_become_stubs_and_the_tensors_load(load):
-    thing = call("some_package.config.CfgNode", 1, "x") + op({"depth": 50}) + b"b"
+    node = call("some_package.config.CfgNode", 1, "x") + op({"depth": 50}) + b"b"
     grown = b"csome_package.lists\nMyList\n)\x81(K\x01K\x02e" + op("k") + op("v") + b"s"
     key = b"c__main__\nColour\nK\x01\x85R" + op("as a key")
-    pickled = program(b"}(", op("w"), tensor((4,), (1,)), op("t"), thing, op("g"), grown, key, b"u")
-    got = load(zipped(pickled, {"0": FLOATS}))
-    np.testing.assert_array_equal(got.pop("w"), np.arange(4))
-    thing, grown = got.pop("t"), got.pop("g")
-    assert (thing.name, thing.state) == ("some_package.config.CfgNode", {"depth": 50})
+    pickled = program(b"}(", op("w"), tensor((4,), (1,)), op("t"), node, op("g"), grown, key, b"u")
+    content = load(zipped(pickled, {"0": FLOATS}))
+    np.testing.assert_array_equal(content.pop("w"), np.arange(4))
+    node, grown = content.pop("t"), content.pop("g")
+    assert (node.name, node.state) == ("some_package.config.CfgNode", {"depth": 50})
     assert (type(grown), grown.state) == (pickles.Stub, None)
-    [(key, value)] = got.items()
+    [(key, value)] = content.items()
     assert (key.name, value) == ("__main__.Colour", "as a key")
 
 
 def test_views_of_old_streams(load):
-    """Before PyTorch 1.x, a storage could be a part of another one."""
+    """Reads storages that are parts of other storages, as PyTorch before 1.x wrote them."""
     whole, view = tensor((4,), (1,)), tensor((2,), (1,)).replace(b"tQ", op(("1", 2, 2)) + b"tQ")
-    got = load(streamed(program(whole, view, b"\x86"), {"0": (4, FLOATS)}))
-    assert [item.tolist() for item in got] == [[0, 1, 2, 3], [2, 3]]
+    loaded = load(streamed(program(whole, view, b"\x86"), {"0": (4, FLOATS)}))
+    assert [item.tolist() for item in loaded] == [[0, 1, 2, 3], [2, 3]]
     beyond = tensor((2,), (1,)).replace(b"tQ", op(("1", 3, 2)) + b"tQ")
     with pytest.raises(UserError, match="storage of 4"):
         load(streamed(program(beyond), {"0": (4, FLOATS)}))
 
 
 def traps(trap):
-    """Pickles that make the file `trap` when they run, and others that only torch could run."""
+    """Returns pickles that create the file `trap` when run, and others that need torch to run."""
     touch, path = f"touch {trap}", call("pathlib.PosixPath", str(trap))
     method = call("builtins.getattr", b"cpathlib\nPosixPath\n", "touch")
     run = {
@@ -233,10 +233,10 @@ def test_nothing_in_a_file_is_executed(container, load, tmp_path):
     run, others = traps(trap)
     for name, opcodes in {**run, **others}.items():
         hostile = program(b"}", op("state_dict"), opcodes, b"s")
-        with pytest.raises(UserError, match=r"some.pth wants to run [\w.]+: nothing was run"):
+        with pytest.raises(UserError, match=r"some.pth asks to run [\w.]+: nothing was run"):
             load(CONTAINERS[container](hostile))
         assert not trap.exists(), name
-        if name in run and container == "plain":  # the trap is one
+        if name in run and container == "plain":  # the standard library runs it
             with contextlib.suppress(pickle.UnpicklingError):
                 pickle.loads(program(opcodes))
             assert trap.exists(), name
@@ -244,21 +244,21 @@ def test_nothing_in_a_file_is_executed(container, load, tmp_path):
 
 
 def test_our_own_functions_cannot_be_changed_from_a_file(load):
-    ours = b"ccollections\nOrderedDict\n"
+    ordered_dict = b"ccollections\nOrderedDict\n"
     states = [{"call": 1}, (None, {"call": 1, "name": "posix.system"}), {"__class__": 1}]
     for name in ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "a.B", "typing.Any"):
         for state in states:
             target = "c{}\n{}\n".format(*name.rsplit(".", 1)).encode()
-            with pytest.raises(UserError, match="state to something that can have none"):
+            with pytest.raises(UserError, match="state to an object that cannot have one"):
                 load(program(b"}", op("x"), target, op(state), b"bs"))
-    assert load(program(b"}", op("x"), ours, b")Rs")) == {"x": {}}
+    assert load(program(b"}", op("x"), ordered_dict, b")Rs")) == {"x": {}}
 
 
 GOOD = tensor((2, 2), (1, 2))
-SHAPE, REACH, SIZE = "no proper shape", "has a storage of 4", "storage '0' has another size"
-COUNT = "storage '0' has no proper size"
-MISSING = r"is not in the archive|does not fit its tensors|KeyError"
-# What is wrong, what the message says of it, the opcodes.
+SHAPE, REACH, SIZE = "an invalid shape", "has a storage of 4", "storage '0' has the wrong size"
+COUNT = "storage '0' has an invalid size"
+MISSING = r"is not in the archive|does not match its tensors|KeyError"
+# Name -> (pattern of the error message, opcodes).
 BAD_TENSORS = {
     "stride 0": (REACH, tensor((2**40,), (0,))),
     "stride 0, few": (REACH, tensor((5,), (0,))),
@@ -275,14 +275,14 @@ BAD_TENSORS = {
     "no number": (SHAPE, tensor((2.0,), (1,))),
     "no storage of its name": (MISSING, tensor((4,), (1,), key="1")),
     "name that climbs": (MISSING, tensor((4,), (1,), key="../data.pkl")),
-    "key of another type": ("unknown kind", tensor((4,), (1,), key=0)),
+    "key of another type": ("unknown type", tensor((4,), (1,), key=0)),
     "other count": (SIZE, tensor((4,), (1,), count=3)),
     "count of half": (COUNT, tensor((4,), (1,), count=4.0)),
     "larger elements": (f"{SIZE}|cut off", tensor((2,), (1,), kind="torch.DoubleStorage")),
     "negative count": (COUNT, tensor((0,), (1,), count=-1)),
     "quantized": ("type torch.QInt8Storage", tensor((4,), (1,), kind="torch.QInt8Storage")),
-    "unknown storage": ("unknown kind, a.MyStorage", tensor((4,), (1,), kind="a.MyStorage")),
-    "sparse": ("not supported", call("torch._utils._rebuild_sparse_tensor", 1, (1,))),
+    "unknown storage": ("unknown type, a.MyStorage", tensor((4,), (1,), kind="a.MyStorage")),
+    "sparse": ("unsupported kind", call("torch._utils._rebuild_sparse_tensor", 1, (1,))),
     "no storage": ("NoneType", tensor((1,), (1,)).replace(b"tQ", b"t0N")),
     "parameter of none": ("no tensor", call("torch._utils._rebuild_parameter", [1], True, None)),
     "call of a list": ("calls list", b"]" + op((1,)) + b"R"),
@@ -292,13 +292,13 @@ BAD_TENSORS = {
 
 @pytest.mark.parametrize("name", BAD_TENSORS)
 def test_bad_tensors(name, load):
-    words, opcodes = BAD_TENSORS[name]
+    message, opcodes = BAD_TENSORS[name]
     assert load(zipped(program(GOOD), {"0": FLOATS})).tolist() == [[0, 2], [1, 3]]
     for content in (
         zipped(program(opcodes), {"0": FLOATS}),
         streamed(program(opcodes), {"0": (4, FLOATS)}),
     ):
-        with pytest.raises(UserError, match=rf"^\S*some\.pth .*({words})"):
+        with pytest.raises(UserError, match=rf"^\S*some\.pth .*({message})"):
             load(content)
 
 
@@ -309,7 +309,7 @@ def test_any_byte_of_a_bool_is_true_or_false(load):
 
 @contextlib.contextmanager
 def at_most(limit):
-    """Asserts that what is done inside takes fewer bytes at any time."""
+    """Asserts that the code inside allocates fewer than `limit` bytes at any time."""
     tracemalloc.start()
     try:
         yield
@@ -324,7 +324,7 @@ def array(raw, dtype, shape, order="C"):
 
 
 def copies(value, make):
-    """Thousands of calls that each copy a large value."""
+    """Returns thousands of calls that each copy a large value."""
     return b"(" + value + b"q\7" + make * 5_000 + b"t"
 
 
@@ -351,7 +351,7 @@ BOMBS = {
     "nested shared member": (KEY, b"\x8f(" + SHARED + b"\x90"),
     "nested frozen member": (KEY, b"(" + SHARED + b"\x91"),
     "nested storage key": (
-        "unknown kind",
+        "unknown type",
         b"(" + op("storage") + b"ctorch\nFloatStorage\n" + SHARED + b"NK\1tQ",
     ),
     "nested type": ("TypeError", b"cnumpy\ndtype\n" + SHARED + b"\x85R"),
@@ -365,7 +365,7 @@ BOMBS = {
         copies(SCALAR + b"0" + BYTES, b"cnumpy.core.multiarray\nscalar\nh\6h\7\x86R"),
     ),
     "zeros": ("TypeError", call("builtins.bytes", 10**9)),
-    "byte array of zeros": ("wants to run builtins.bytearray", call("builtins.bytearray", 10**9)),
+    "byte array of zeros": ("asks to run builtins.bytearray", call("builtins.bytearray", 10**9)),
     "wide dtype": ("has 1 bytes", array(b"a", "S1000000000", ())),
     "empty items": ("of the type S0", array(b"", "S0", (9**9,))),
     "objects": ("of the type O8", array(b"12345678", "O8", ())),
@@ -395,15 +395,15 @@ BOMBS = {
     "no mark": ("IndexError", b"t"),
     "no memo": ("KeyError", b"h\7"),
     "no key": ("ValueError", b"}(K\1K\2K\3u"),
-    "number of a list": ("a number of something else", call("builtins.int", [1])),
-    "set of text": ("a set of something else", call("builtins.set", "ab")),
+    "number of a list": ("a number from another type", call("builtins.int", [1])),
+    "set of text": ("a set from another type", call("builtins.set", "ab")),
     "append to a string": ("appends", op("a") + b"K\1a"),
     "items of a list": ("sets items", b"]K\1K\1s"),
     "encoding": ("bytes are not a string", call("_codecs.encode", "ab", "utf-7")),
 }
 
 
-# Of those that take seconds one container is enough: others count what is copied as well.
+# Cases that take seconds run in one container only; other cases cover the rest.
 SLOW = ("copies of pairs",)
 
 
@@ -412,9 +412,9 @@ SLOW = ("copies of pairs",)
     [(c, name) for c in CONTAINERS for name in BOMBS if c == "plain" or name not in SLOW],
 )
 def test_bombs_and_broken_opcodes(name, container, load):
-    words, opcodes = BOMBS[name]
+    message, opcodes = BOMBS[name]
     content = CONTAINERS[container](program(b"}", op("w"), opcodes, b"s"))
-    with at_most(5e7), pytest.raises(UserError, match=words):
+    with at_most(5e7), pytest.raises(UserError, match=message):
         load(content)
 
 
@@ -448,13 +448,13 @@ def test_other_files_are_refused(load, tmp_path):
     np.savez(npz, a=np.ones(2))
     tar = bytes(257) + b"ustar" + bytes(1000)
     good, script = program(GOOD), {"code/a.py": b"a" * 1000, "constants.pkl": b"\x80\x02)."}
-    for content, words in {
+    for content, message in {
         b"": "is empty",
-        b"<!DOCTYPE html><html>": "neither a checkpoint of PyTorch nor a pickled dict",
-        pickle.dumps([1]): "neither a checkpoint of PyTorch nor a pickled dict",
+        b"<!DOCTYPE html><html>": "neither a PyTorch checkpoint nor a pickled dict",
+        pickle.dumps([1]): "neither a PyTorch checkpoint nor a pickled dict",
         pickle.dumps({1: 2})[:-1]: "damaged or cut off",
         tar: "is a tar file",
-        npz.getvalue(): "not one of torch.save",
+        npz.getvalue(): "torch.save did not write it",
         zipped(good, {"0": FLOATS}, **script): "is a TorchScript archive",
         zipped(good, {"0": FLOATS}, zipfile.ZIP_DEFLATED, **script): "is a TorchScript archive",
         zipped(good, {"0": bytes(10**6)}, zipfile.ZIP_DEFLATED): "compressed",
@@ -463,16 +463,16 @@ def test_other_files_are_refused(load, tmp_path):
         streamed(good, {"0": (4, FLOATS)}, little=False): "big-endian",
         streamed(good, {"0": (4, FLOATS)}, protocol=1002): "never written",
         streamed(good, {"0": (5, FLOATS)}): "cut off",
-        streamed(good, {"0": (2, FLOATS)}): "another size",
-        streamed(good, {"0": (4, FLOATS)}).replace(op(["0"]), op([["0"]])): "does not fit",
-        streamed(good, {"0": (4, FLOATS)}).replace(op(["0"]), op(["0", "0"])): "does not fit",
+        streamed(good, {"0": (2, FLOATS)}): "wrong size",
+        streamed(good, {"0": (4, FLOATS)}).replace(op(["0"]), op([["0"]])): "does not match",
+        streamed(good, {"0": (4, FLOATS)}).replace(op(["0"]), op(["0", "0"])): "does not match",
         streamed(good, {"0": (-1, FLOATS)}): "cut off",
-        streamed(good, {"0": (4, FLOATS), "1": (2**40, b"")}): "does not fit",
+        streamed(good, {"0": (4, FLOATS), "1": (2**40, b"")}): "does not match",
         streamed(
             program(GOOD, tensor((2,), (1,), kind="torch.DoubleStorage"), b"\x86")
         ): "two types",
     }.items():
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load(content)
     with pytest.raises(UserError, match="is not a file"):
         pickles.read(tmp_path / "none.pth")
@@ -490,29 +490,29 @@ def test_a_disk_that_fails(monkeypatch):
 
 
 def test_lies_of_a_zip_archive(load):
-    """Sizes, places and names in the central directory that do not hold."""
+    """Refuses wrong sizes, offsets and names in the central directory."""
     good = zipped(program(GOOD, tensor((4,), (1,), key="1"), b"\x86"), {"0": FLOATS, "1": FLOATS})
     assert len(load(good)) == 2
     entry = good.rindex(b"PK\1\2")  # of data/1
-    [place] = struct.unpack_from("<I", good, entry + 42)
-    for at, value, words in [
-        (entry + 42, good.index(b"PK\3\4", 10), "overlap"),  # data/1 lies where data/0 is
-        (entry + 42, place - 1, "overlap"),
-        (entry + 42, place + 1, "lists members that it does not have"),
+    [offset] = struct.unpack_from("<I", good, entry + 42)
+    for position, value, message in [
+        (entry + 42, good.index(b"PK\3\4", 10), "overlap"),  # data/1 at the offset of data/0
+        (entry + 42, offset - 1, "overlap"),
+        (entry + 42, offset + 1, "lists members that it does not contain"),
         (entry + 42, 2**31, "damaged or cut off"),
-        (place, 0, "lists members that it does not have"),  # the mark of its header
+        (offset, 0, "lists members that it does not contain"),  # the signature of its header
         (entry + 20, 8, "overlap"),  # its compressed size
         (entry + 16, 1, "checksum of 'data/1'"),
         (entry + 8, 1, "encrypted"),
         (entry + 10, zipfile.ZIP_BZIP2, "compressed"),
     ]:
         lying = bytearray(good)
-        struct.pack_into("<H" if at < entry + 16 else "<I", lying, at, value)
-        with pytest.raises(UserError, match=words):
+        struct.pack_into("<H" if position < entry + 16 else "<I", lying, position, value)
+        with pytest.raises(UserError, match=message):
             load(bytes(lying))
     lying = bytearray(good)
     struct.pack_into("<II", lying, entry + 20, 2**30, 2**30)
-    with pytest.raises(UserError, match="does not have"):
+    with pytest.raises(UserError, match="does not contain"):
         load(bytes(lying))
     struct.pack_into("<III", lying, entry + 16, 0, 16, 16)
     assert len(load(bytes(lying))) == 2  # torch.save can leave checksums out
@@ -534,7 +534,7 @@ def test_flipped_bits_give_a_result_or_a_clear_error(tmp_path_factory, data):
     name = data.draw(st.sampled_from(FORMATS))
     content = bytearray((FILES / name).read_bytes())
     inner = name == "zip.pth" and data.draw(st.booleans())
-    if inner:  # the pickle alone, whose checksum is then made to fit
+    if inner:  # flips bits of the pickle alone, under a correct checksum
         with zipfile.ZipFile(FILES / name) as archive:
             content = bytearray(archive.read("zip/data.pkl"))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -588,12 +588,12 @@ def test_what_is_written_is_read(tmp_path, extra):
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path):
-    for state, extra, words in [
+    for state, extra, message in [
         ({"w": np.ones(2, np.complex64)}, None, "w is of type complex64"),
         ({"w": np.array(["a"])}, None, "w is of type <U1"),
         ({"w": np.ones(2)}, {"args": object()}, "extra holds a object"),
     ]:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             pickles.write(tmp_path / "a.pth", state, extra)
     assert not (tmp_path / "a.pth").exists()
 
@@ -607,11 +607,11 @@ def test_pytorch_reads_what_is_written(tmp_path, extra):
     assert extra is None or content == extra
     assert list(state) == list(WRITTEN)
     for key, value in state.items():
-        wanted = WRITTEN[key]
-        assert tuple(value.shape) == wanted.shape
-        assert value.stride() == torch.empty(wanted.shape).stride()
-        assert str(value.dtype) == f"torch.{wanted.dtype.newbyteorder('=').name}"
-        np.testing.assert_array_equal(value.double().numpy(), wanted.astype(np.float64))
+        expected = WRITTEN[key]
+        assert tuple(value.shape) == expected.shape
+        assert value.stride() == torch.empty(expected.shape).stride()
+        assert str(value.dtype) == f"torch.{expected.dtype.newbyteorder('=').name}"
+        np.testing.assert_array_equal(value.double().numpy(), expected.astype(np.float64))
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -639,12 +639,12 @@ def test_what_pytorch_writes_is_read(tmp_path, new):
     )
     content = pickles.read(tmp_path / "a.pth")
     for key, value in state.items():
-        got = content["state"][key]
-        assert str(got.dtype) == str(value.dtype).removeprefix("torch.")
-        wanted = np.array(value.tolist()).astype(got.dtype)
-        np.testing.assert_array_equal(got, wanted, err_msg=key)
+        actual = content["state"][key]
+        assert str(actual.dtype) == str(value.dtype).removeprefix("torch.")
+        expected = np.array(value.tolist()).astype(actual.dtype)
+        np.testing.assert_array_equal(actual, expected, err_msg=key)
     assert {key: content[key] for key in others} == others and content["device"] == "cpu"
     assert content["criterion"].name == "torch.nn.modules.loss.CrossEntropyLoss"
     torch.save(torch.ones(2).to_sparse(), tmp_path / "a.pth", _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match="kind that is not supported"):
+    with pytest.raises(UserError, match="unsupported kind"):
         pickles.read(tmp_path / "a.pth")

@@ -1,4 +1,4 @@
-"""Every family of checkpoints is known by its keys, under its own prefixes and heads."""
+"""Families of checkpoints, each recognised by its keys under its own prefixes and heads."""
 
 import functools
 
@@ -8,14 +8,17 @@ import pytest
 
 import helpers
 from disco_jax import convert, models
-from disco_jax.convert import names, recognise, save
+from disco_jax.convert import recognise, save
+from disco_jax.convert.backbones import FAMILIES as BACKBONE_FAMILIES
+from disco_jax.convert.backbones import efficientnet, mobilenet, resnet, vit, xcit
+from disco_jax.convert.family import Export
 from disco_jax.errors import UserError
 
 
 def arrays(backbone, layout, prefix="", **fields):
-    """A state dict of zeros for a network in a layout, without a head."""
-    made = _zeros(backbone, layout, tuple(fields.items()))
-    return {prefix + key: value for key, value in made.items()}
+    """Returns a state dict of zeros for a network in a layout, without a head."""
+    zeros = _zeros(backbone, layout, tuple(fields.items()))
+    return {prefix + key: value for key, value in zeros.items()}
 
 
 @functools.cache
@@ -23,13 +26,15 @@ def _zeros(backbone, layout, fields):
     encoder = models.build_encoder(helpers.encoder_spec(backbone, head="none", **dict(fields)))
     like = jax.eval_shape(lambda: encoder.create(0, 224))
     variables = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)
-    made, _ = save._arrays(encoder, variables, layout, recognise.Place(""), recognise.Head())
-    return made
+    arrays, _ = save._arrays(
+        encoder, variables, Export(layout), recognise.Prefix(""), recognise.Head()
+    )
+    return arrays
 
 
 def linear(name, width, fan_in, bias=True):
-    made = {f"{name}.weight": np.zeros((width, fan_in), np.float32)}
-    return {**made, f"{name}.bias": np.zeros(width, np.float32)} if bias else made
+    layer = {f"{name}.weight": np.zeros((width, fan_in), np.float32)}
+    return {**layer, f"{name}.bias": np.zeros(width, np.float32)} if bias else layer
 
 
 def norm(name, width):
@@ -37,19 +42,19 @@ def norm(name, width):
     return {f"{name}.{leaf}": np.ones(width, np.float32) for leaf in leaves}
 
 
-def mlp(root, sizes, norms=(), places=None):
-    """Linear layers of the widths `sizes` under `root`, BatchNorms at the places `norms`."""
-    places = places or (0, 2) if len(sizes) == 3 else places
-    made = {}
-    for place, fan_in, width in zip(places, sizes[:-1], sizes[1:], strict=True):
-        made |= linear(f"{root}{place}", width, fan_in)
-    for place in norms:
-        before = max(p for p in places if p < place)
-        made |= norm(f"{root}{place}", sizes[places.index(before) + 1])
-    return made
+def mlp(root, sizes, norms=(), numbers=None):
+    """Returns linear layers of the widths `sizes` under `root`, and BatchNorms numbered `norms`."""
+    numbers = numbers or (0, 2) if len(sizes) == 3 else numbers
+    layers = {}
+    for number, fan_in, width in zip(numbers, sizes[:-1], sizes[1:], strict=True):
+        layers |= linear(f"{root}{number}", width, fan_in)
+    for number in norms:
+        before = max(n for n in numbers if n < number)
+        layers |= norm(f"{root}{number}", sizes[numbers.index(before) + 1])
+    return layers
 
 
-def r18(prefix="", layout=names.torchvision_resnet):
+def r18(prefix="", layout=resnet.torchvision):
     return arrays("resnet18", layout, prefix)
 
 
@@ -88,20 +93,20 @@ FAMILIES = {
         dict(head="swav", hidden=512),
     ),
     "seed student": lambda: (
-        arrays("mobilenetv3_large_seed", names.seed_mobilenetv3, "module.student.")
+        arrays("mobilenetv3_large_seed", mobilenet.seed_v3, "module.student.")
         | mlp("module.student.fc.", (1280, 1280, 128)),
         "seed",
         dict(backbone="mobilenetv3_large_seed", hidden=1280),
     ),
     "bingo": lambda: (
-        arrays("efficientnet_b0_seed", names.lukemelas_efficientnet, "module.encoder_q.")
+        arrays("efficientnet_b0_seed", efficientnet.lukemelas, "module.encoder_q.")
         | mlp("module.encoder_q.fc.", (1280, 2048, 128))
         | r18("module.encoder_k."),
         "bingo",
         dict(backbone="efficientnet_b0_seed", hidden=2048),
     ),
     "seed, published": lambda: (
-        arrays("efficientnet_b1_seed", names.lukemelas_efficientnet, "module.encoder_q.")
+        arrays("efficientnet_b1_seed", efficientnet.lukemelas, "module.encoder_q.")
         | mlp("module.encoder_q.fc.", (1280, 1280, 128)),
         "seed",
         dict(backbone="efficientnet_b1_seed", hidden=1280),
@@ -130,7 +135,7 @@ FAMILIES = {
         dict(head="dino_bn", hidden=64, dim=16, prototypes=(50,)),
     ),
     "dino, backbone": lambda: (
-        arrays("vit_small_p16", names.dino_vit),
+        arrays("vit_small_p16", vit.dino),
         "dino",
         dict(backbone="vit_small_p16", head="none", dim=384),
     ),
@@ -148,52 +153,52 @@ FAMILIES = {
         dict(head="mlp", hidden=0, dim=2048),
     ),
     "simreg": lambda: (
-        arrays("mobilenetv2", names.torchvision_mobilenetv2, "encoder_q.module.")
+        arrays("mobilenetv2", mobilenet.torchvision_v2, "encoder_q.module.")
         | r18("encoder_t.module.")
         | mlp("predict_q.module.", (1280, 2560, 1280, 2560, 2048), (1, 5), (0, 3, 4, 7)),
         "simreg",
         dict(backbone="mobilenetv2", head="regression", dim=2048),
     ),
     "sslight, moco": lambda: (
-        arrays("mobilenetv2", names.sslight_mobilenetv2, "module.encoder_q.backbone.")
+        arrays("mobilenetv2", mobilenet.sslight_v2, "module.encoder_q.backbone.")
         | mlp("module.encoder_q.head.mlp.", (1280, 2048, 128)),
         "sslight",
         dict(head="mlp", hidden=2048, dim=128),
     ),
     "sslight, resnet": lambda: (
-        r18("module.student.backbone.", names.sequential_resnet)
+        r18("module.student.backbone.", resnet.sslight)
         | {"module.classifier.weight": np.zeros((1000, 512), np.float32)},
         "sslight",
         dict(backbone="resnet18", head="none"),
     ),
     "torchvision": lambda: (
-        arrays("mobilenetv3_large_tv", names.torchvision_inverted)
+        arrays("mobilenetv3_large_tv", mobilenet.torchvision_v3)
         | linear("classifier.3", 1000, 1280),
         "torchvision",
         dict(backbone="mobilenetv3_large_tv", head="none", dim=1280),
     ),
     "timm": lambda: (
-        arrays("efficientnet_b1", names.timm_inverted) | linear("classifier", 1000, 1280),
+        arrays("efficientnet_b1", efficientnet.timm) | linear("classifier", 1000, 1280),
         "timm",
         dict(backbone="efficientnet_b1", head="none", dim=1280),
     ),
     "timm, xcit": lambda: (
-        names.to_timm_xcit(arrays("xcit_tiny_12_p16", names.xcit)),
+        xcit.to_timm(arrays("xcit_tiny_12_p16", xcit.original)),
         "dino",
         dict(backbone="xcit_tiny_12_p16", head="none"),
     ),
     "small images": lambda: (
-        arrays("resnet18", names.torchvision_resnet, stem="small"),
+        arrays("resnet18", resnet.torchvision, stem="small"),
         "torchvision",
         dict(backbone="resnet18", stem="small"),
     ),
     "wide": lambda: (
-        arrays("resnet50", names.torchvision_resnet, "module.", width=24),
+        arrays("resnet50", resnet.torchvision, "module.", width=24),
         "compress",
         dict(backbone="resnet50", width=24),
     ),
     "vit for large images": lambda: (
-        arrays("vit_tiny_p16", names.dino_vit, grid=24),
+        arrays("vit_tiny_p16", vit.dino, grid=24),
         "dino",
         dict(backbone="vit_tiny_p16", grid=24),
     ),
@@ -203,9 +208,9 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_known_by_its_keys(name):
     state, family, fields = FAMILIES[name]()
-    found = convert.from_mapping(state)
-    assert found.family == family
-    assert {key: found.spec[key] for key in fields} == fields
+    imported = convert.from_mapping(state)
+    assert imported.family == family
+    assert {key: imported.spec[key] for key in fields} == fields
 
 
 def test_the_recorded_checkpoints_are_known():
@@ -222,8 +227,8 @@ def test_the_recorded_checkpoints_are_known():
     }
     for name, (family, backbone, head) in expected.items():
         state = helpers.recorded_state(name)[2]
-        found = recognise.recognise(state, name)
-        assert (found.family, found.spec["backbone"], found.spec["head"]) == (
+        recognised = recognise.recognise(state, name)
+        assert (recognised.family, recognised.spec["backbone"], recognised.spec["head"]) == (
             family,
             backbone,
             head,
@@ -231,8 +236,8 @@ def test_the_recorded_checkpoints_are_known():
 
 
 def test_simclrs_flat_names_put_the_shortcut_first():
-    """In the port the first convolution of a stage widens the shortcut: 64 -> 256 channels."""
-    state = arrays("resnet50", names.tensorflow_resnet, width=8)
+    """Checks that the first convolution of a stage widens the shortcut: 64 -> 256 channels."""
+    state = arrays("resnet50", resnet.tensorflow, width=8)
     shapes = {n: state[f"conv2d_{n}.weight"].shape for n in (1, 2, 3, 4, 5, 11, 13, 24, 43, 52)}
     assert shapes == {
         1: (32, 8, 1, 1),
@@ -246,17 +251,17 @@ def test_simclrs_flat_names_put_the_shortcut_first():
         43: (256, 128, 1, 1),
         52: (256, 64, 1, 1),
     }
-    found = convert.from_mapping(state | linear("fc", 1000, 256))
-    assert found.family == "simclr" and found.spec["width"] == 8
-    assert found.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    imported = convert.from_mapping(state | linear("fc", 1000, 256))
+    assert imported.family == "simclr" and imported.spec["width"] == 8
+    assert imported.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_byol_cannot_be_told_from_its_keys_and_pads_as_tensorflow_does():
-    state = arrays("resnet50", names.torchvision_resnet)
+    state = arrays("resnet50", resnet.torchvision)
     assert recognise.recognise(state, "it").spec["backbone"] == "resnet50"
-    found = convert.from_mapping(state, family="byol")
-    assert found.spec["backbone"] == "resnet50_same"
-    assert found.encoder.backbone.padding == "same"
+    imported = convert.from_mapping(state, family="byol")
+    assert imported.spec["backbone"] == "resnet50_same"
+    assert imported.encoder.backbone.padding == "same"
 
 
 def test_swavs_own_normalisation_is_kept():
@@ -270,27 +275,39 @@ def test_swavs_own_normalisation_is_kept():
 def test_an_architecture_that_is_not_ours_is_refused():
     state = r18()
     state = {k.replace("layer4.1", "layer4.2"): v for k, v in state.items()} | state
-    with pytest.raises(UserError, match=r"torchvision_resnet that is none of resnet18"):
+    with pytest.raises(UserError, match=r"torchvision_resnet that is none of .*resnet18"):
         convert.from_mapping(state)
 
 
 def test_usual_names_of_architectures_are_understood():
-    state = arrays("mobilenetv2", names.torchvision_mobilenetv2)
+    state = arrays("mobilenetv2", mobilenet.torchvision_v2)
     for arch in ("mobilenet_v2", "MobileNetV2_100", "mobilenetv2"):
         assert recognise.recognise(state, "it", arch=arch).spec["backbone"] == "mobilenetv2"
-    state = arrays("efficientnet_b0", names.timm_inverted)
+    state = arrays("efficientnet_b0", efficientnet.timm)
     for arch in ("tf_efficientnet_b0", "efficientnet_b0"):
         assert recognise.recognise(state, "it", arch=arch).spec["backbone"] == arch
-    found = convert.from_mapping(state, arch="tf_efficientnet_b0")
-    assert found.encoder.backbone == models.backbone("tf_efficientnet_b0").backbone
+    imported = convert.from_mapping(state, arch="tf_efficientnet_b0")
+    assert imported.encoder.backbone == models.backbone("tf_efficientnet_b0").backbone
 
 
 def test_usual_names_of_families_are_understood():
     state = r18("module.")
-    for family, ours in (("MoCo", "moco_v2"), ("SeLa-v2", "deepcluster_v2"), ("byol", "byol")):
-        assert recognise.recognise(state, "it", family=family).family == ours
+    for family, expected in (("MoCo", "moco_v2"), ("SeLa-v2", "deepcluster_v2"), ("byol", "byol")):
+        assert recognise.recognise(state, "it", family=family).family == expected
 
 
 def test_aliases_lead_to_names_that_exist():
     assert set(recognise._ALIASES.values()) <= models.BACKBONES.keys()
     assert set(recognise._FAMILY_ALIASES.values()) <= set(recognise.FAMILIES)
+
+
+def test_every_backbone_belongs_to_one_family_that_writes_it():
+    written = [name for family in BACKBONE_FAMILIES for name in family.exports["moco"]]
+    assert sorted(written) == sorted(models.BACKBONES)
+    for family in BACKBONE_FAMILIES:
+        names = set(family.exports["moco"])
+        named = {*family.aliases.values(), *family.variant_of, *family.variant_of.values()}
+        named |= {*family.by_code_base.values(), *(name for _, name in family.refused)}
+        for exports in family.exports.values():
+            named |= {*exports, *(export.read_as for export in exports.values())} - {""}
+        assert named <= names

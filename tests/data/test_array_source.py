@@ -1,4 +1,4 @@
-"""Reading on from drawn positions, and the whole input side without TensorFlow."""
+"""Resuming from random positions, and the whole input pipeline without TensorFlow."""
 
 import itertools
 import subprocess
@@ -22,7 +22,7 @@ IMAGES = np.broadcast_to(np.arange(60, dtype=np.uint8)[:, None, None], (60, 8, 8
 
 
 def read(source, n, batch_size, seed, start):
-    """(records, position after them) of n batches."""
+    """Reads n batches as (records, position after them)."""
     batches = itertools.islice(source.train("train", WHOLE, batch_size, seed, start, 0), n)
     return [(b.views[0][:, 0, 0, 0].tolist(), b.position) for b in batches]
 
@@ -53,33 +53,33 @@ def test_an_epoch_is_a_permutation_however_it_is_read(data):
 
 def test_limits_are_never_exceeded_and_nothing_is_read_twice():
     for hosts, count, limit in itertools.product((1, 3, 5), (5, 8, 13), (0, 1, 4, 7, 20)):
-        seen, batches = [], set()
+        records, batches = [], set()
         for host in range(hosts):
             source = ArraySource(
                 {"test": (IMAGES[:count], None)}, process_index=host, process_count=hosts
             )
-            made = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
-            batches.add(len(made))
-            seen += [i for b in made for i in b["image"][b["mask"]][:, 0, 0, 0].tolist()]
-        wanted = min(limit, count) if limit else count
-        assert len(batches) == 1 and len(seen) == len(set(seen))
-        assert wanted - 1 <= len(seen) <= wanted
-        assert len(seen) == wanted or hosts > 3
+            host_batches = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
+            batches.add(len(host_batches))
+            records += [i for b in host_batches for i in b["image"][b["mask"]][:, 0, 0, 0].tolist()]
+        expected = min(limit, count) if limit else count
+        assert len(batches) == 1 and len(records) == len(set(records))
+        assert expected - 1 <= len(records) <= expected
+        assert len(records) == expected or hosts > 3
 
 
 def test_everything_but_tensorflow_reads_the_digits(tmp_path):
-    """Recipe, source, thread, layout and evaluation in a process that cannot import it."""
+    """Covers recipe, source, prefetching, layout and evaluation in a process without TensorFlow."""
     np.savez(tmp_path / "digits.npz", **helpers.digits())
     code = """
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import jax, numpy as np
 from ml_collections import ConfigDict
-from disco_jax.data import pipeline, stacks, views
+from disco_jax.data import pipeline, presets, views
 from disco_jax.data.base import Position
 data = ConfigDict(dict(source="npz", dir="digits.npz", subset="", max_unreadable=0))
 source = pipeline.open_source(data)
-recipe = views.build({**stacks.STACKS["moco_v2"], "size": 12})
+recipe = views.build({**presets.PRESETS["moco_v2"], "size": 12})
 batches = source.train("train", dict(enumerate(recipe.crops)), 479, 0, Position.start(), 0)
 with pipeline.Prefetcher(batches, transform=lambda b: pipeline.to_devices(b.views, 1)) as ready:
     for _ in range(4):
@@ -91,8 +91,8 @@ assert augmented[1].shape == (4, 12, 12, 3)
 batches = list(source.evaluate("test", 8, 8, "bilinear", 100))
 print(sum(b["mask"].sum() for b in batches), len(batches), source.num_classes)
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["360", "4", "10"]
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["360", "4", "10"]

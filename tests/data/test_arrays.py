@@ -1,4 +1,4 @@
-"""The in-memory source: order, continuation, hosts, and Pillow's pixels."""
+"""The in-memory source: order, resuming, hosts, and parity with Pillow."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
 
 
 def numbered(n=40, side=12):
-    """Images whose every pixel is their number, so that a crop tells which record it is of."""
+    """Makes images whose pixels equal their index, so that a crop identifies its record."""
     return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None], (n, side, side))
 
 
@@ -87,7 +87,7 @@ def test_views_of_equal_settings_differ():
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_an_epoch_without_repeats(hosts):
-    seen = {0: [], 1: []}
+    records_by_epoch = {0: [], 1: []}
     for host in range(hosts):
         source = ArraySource(
             {"train": (numbered(40), None)}, process_index=host, process_count=hosts
@@ -96,9 +96,9 @@ def test_hosts_share_an_epoch_without_repeats(hosts):
         batches = train(source, 2 * per_epoch, batch_size=5)
         for i, batch in enumerate(batches):
             np.testing.assert_array_equal(batch.views[0][:, 0, 0, 0], batch.views[1][:, 0, 0, 0])
-            seen[i // per_epoch] += batch.views[0][:, 0, 0, 0].tolist()
-    assert sorted(seen[0]) == sorted(seen[1]) == list(range(40))
-    assert seen[0] != seen[1]
+            records_by_epoch[i // per_epoch] += batch.views[0][:, 0, 0, 0].tolist()
+    assert sorted(records_by_epoch[0]) == sorted(records_by_epoch[1]) == list(range(40))
+    assert records_by_epoch[0] != records_by_epoch[1]
 
 
 def test_a_batch_larger_than_a_share_is_refused():
@@ -122,7 +122,7 @@ def test_unknown_splits_and_filters_are_named():
         (np.zeros((3, 4, 4, 2), np.uint8), None, r"\(4, 4, 2\)"),
         (np.zeros((0, 4, 4), np.uint8), None, "no images"),
         (np.zeros((3, 4, 4), np.uint8), [0, 1], "3 images"),
-        (np.zeros((3, 4, 4), np.uint8), [0.0, 1.0, 2.0], "whole numbers"),
+        (np.zeros((3, 4, 4), np.uint8), [0.0, 1.0, 2.0], "must be integers"),
     ],
 )
 def test_wrong_arrays_are_refused(images, labels, message):
@@ -139,18 +139,18 @@ def test_boxes_are_distributed_as_torchvisions(parity, case):
     want, m = params[case], 40_000
     sides = np.full(m, want["height"]), np.full(m, want["width"])
     draws = crops.uniforms(0, 0, 0, 0, 0, m)
-    top, left, h, w = crops.boxes(draws, *sides, want["scale"], want["ratio"]).T
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= want["height"]).all() and (left + w <= want["width"]).all()
+    top, left_edge, h, w = crops.boxes(draws, *sides, want["scale"], want["ratio"]).T
+    assert (top >= 0).all() and (left_edge >= 0).all()
+    assert (top + h <= want["height"]).all() and (left_edge + w <= want["width"]).all()
     area, log_ratio = h * w / (sides[0] * sides[1]), np.log(w / h)
     tolerance = 4 / np.sqrt(m)
     assert abs(area.mean() - want["area_mean"]) < tolerance * want["area_std"]
     assert abs(log_ratio.mean() - want["log_ratio_mean"]) < tolerance * want["log_ratio_std"]
     for name, values in (("area", area), ("log_ratio", log_ratio)):
         edges, expected = stored[f"case{case}/{name}_edges"], stored[f"case{case}/{name}_hist"]
-        found = np.histogram(values, edges)[0] / m
+        histogram = np.histogram(values, edges)[0] / m
         spread = np.sqrt(np.maximum(expected, 1 / m) * (1 / m + 1 / 200_000))
-        assert (np.abs(found - expected) < 5 * spread).all()
+        assert (np.abs(histogram - expected) < 5 * spread).all()
     movable = h < want["height"]
     relative = (top / (sides[0] - h + 1e-9))[movable]
     assert abs(relative.mean() - want["relative_top_mean"]) < 0.02
@@ -168,15 +168,15 @@ def test_a_box_depends_on_its_position_alone():
 def test_boxes_lie_inside_the_smallest_images(sides):
     draws = crops.uniforms(0, 0, 0, 0, 0, 500)
     height, width = (np.full(500, side) for side in sides)
-    top, left, h, w = crops.boxes(draws, height, width, (0.08, 1.0), (3 / 4, 4 / 3)).T
-    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= sides[0]).all() and (left + w <= sides[1]).all()
+    top, left_edge, h, w = crops.boxes(draws, height, width, (0.08, 1.0), (3 / 4, 4 / 3)).T
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left_edge >= 0).all()
+    assert (top + h <= sides[0]).all() and (left_edge + w <= sides[1]).all()
 
 
 def test_crops_equal_torchvisions(parity):
-    """Bit for bit, but where a newer Pillow runs the two passes in the other order.
+    """Bit-exact, except that a newer Pillow runs the two passes in the other order.
 
-    It then clips the overshoot of a bicubic filter before the other pass, not after it.
+    It then clips the overshoot of a bicubic filter before the second pass instead of after it.
     """
     params, stored = load(parity, "resized_crop_a")
     for i, p in enumerate(params):
@@ -185,23 +185,23 @@ def test_crops_equal_torchvisions(parity):
             slice(p["left"], p["left"] + p["width"]),
         )
         cut = stored["image"][rows, columns]
-        ours = decode.resize(cut, p["size"], p["size"], p["interpolation"])
-        difference = np.abs(ours.astype(int) - stored[f"crop{i}_pil"])
+        resized = decode.resize(cut, p["size"], p["size"], p["interpolation"])
+        difference = np.abs(resized.astype(int) - stored[f"crop{i}_pil"])
         assert difference.max() <= (4 if p["interpolation"] == "bicubic" else 0)
         assert difference.mean() < 0.3
 
 
 def test_crops_of_a_whole_batch_equal_torchvisions(parity):
-    """Those on floats, rounded once at the end."""
+    """Compares with float crops that are rounded once at the end."""
     params, stored = load(parity, "resized_crop_a")
     for i, p in enumerate(params):
-        place = np.array([[p["top"], p["left"], p["height"], p["width"]]])
-        ours = crops.cut(stored["image"][None], place, p["size"], p["interpolation"], True)[0]
+        box = np.array([[p["top"], p["left"], p["height"], p["width"]]])
+        resized = crops.cut(stored["image"][None], box, p["size"], p["interpolation"], True)[0]
         want = np.clip(255 * stored[f"crop{i}_float_antialias"], 0, 255)
-        assert np.abs(ours - want).max() < 0.501
+        assert np.abs(resized - want).max() < 0.501
         if p["interpolation"] == "bilinear":
-            ours = crops.cut(stored["image"][None], place, p["size"], "bilinear", False)[0]
-            assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 0.501
+            resized = crops.cut(stored["image"][None], box, p["size"], "bilinear", False)[0]
+            assert np.abs(resized - 255 * stored[f"crop{i}_float"]).max() < 0.501
 
 
 # ---- evaluation
@@ -210,8 +210,8 @@ def test_crops_of_a_whole_batch_equal_torchvisions(parity):
 def test_evaluation_equals_torchvisions(parity):
     params, stored = load(parity, "eval_a")
     for i, p in enumerate(params):
-        ours = decode.evaluated(stored["image"], p["crop"], p["resize"], p["interpolation"])
-        np.testing.assert_array_equal(ours, stored[f"eval{i}_pil"])
+        evaluated = decode.evaluated(stored["image"], p["crop"], p["resize"], p["interpolation"])
+        np.testing.assert_array_equal(evaluated, stored[f"eval{i}_pil"])
 
 
 def test_evaluation_reads_everything_once_in_order():
@@ -233,16 +233,16 @@ def test_evaluation_reads_everything_once_in_order():
 
 @pytest.mark.parametrize(("hosts", "limit"), [(1, 0), (3, 0), (4, 0), (1, 5), (3, 5), (4, 2)])
 def test_hosts_evaluate_everything_in_as_many_batches(hosts, limit):
-    seen, batches = [], set()
+    records, batches = [], set()
     for host in range(hosts):
         source = ArraySource(
             {"test": (numbered(10), None)}, process_index=host, process_count=hosts
         )
-        found = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
-        batches.add(len(found))
-        seen += [i for b in found for i in b["image"][b["mask"]][:, 0, 0, 0].tolist()]
+        host_batches = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
+        batches.add(len(host_batches))
+        records += [i for b in host_batches for i in b["image"][b["mask"]][:, 0, 0, 0].tolist()]
     assert len(batches) == 1
-    assert len(seen) == len(set(seen)) == (limit or 10)
+    assert len(records) == len(set(records)) == (limit or 10)
 
 
 # ---- files
@@ -267,7 +267,7 @@ def test_npz(tmp_path):
 def test_large_images_are_cropped_in_threads_to_the_same_bytes(monkeypatch):
     source = ArraySource({"train": (noise(6, 100), None)})
     threaded = train(source, 2, batch_size=3, views={0: crop(64)})
-    monkeypatch.setattr(arrays, "_SMALL", 10**9)
+    monkeypatch.setattr(arrays, "_MIN_THREADED_PIXELS", 10**9)
     same_batches(train(source, 2, batch_size=3, views={0: crop(64)}), threaded)
 
 
@@ -287,7 +287,7 @@ crop = types.SimpleNamespace(
 print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=environment,
@@ -295,8 +295,8 @@ print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Position(epoch=0, offset=4)" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "Position(epoch=0, offset=4)" in process.stdout
 
 
 def test_seeds_may_be_any_whole_numbers():
@@ -308,13 +308,13 @@ def test_seeds_may_be_any_whole_numbers():
 @pytest.mark.parametrize(
     "images, labels, says",
     [
-        (np.zeros((2, 3, 3), np.uint8), [2**40, 0], r"the label 1099511627776; labels go from 0"),
-        (np.zeros((2, 3, 3), np.uint8), [0, -5], "the label -5; labels go from 0"),
+        (np.zeros((2, 3, 3), np.uint8), [2**40, 0], r"the label 1099511627776; labels must lie"),
+        (np.zeros((2, 3, 3), np.uint8), [0, -5], "the label -5; labels must lie in 0 to"),
         (np.zeros((2, 3, 3), np.uint8), np.zeros((2, 14), np.int64), r"of type int64 and shape"),
         (np.zeros((2, 0, 3), np.uint8), [0, 1], r"shape \(0, 3\), which has no pixels"),
-        (np.uint8(7), [0], "is one number, not an array"),
-        (np.zeros((2, 3, 3), np.uint8), 1, r"shape \(\); labels are whole numbers"),
-        (np.zeros(2, np.uint8), [0, 1], r"shape \(\); images are uint8"),
+        (np.uint8(7), [0], "is a single number, not an array"),
+        (np.zeros((2, 3, 3), np.uint8), 1, r"shape \(\); labels must be integers"),
+        (np.zeros(2, np.uint8), [0, 1], r"shape \(\); images must be uint8"),
     ],
 )
 def test_arrays_that_are_no_images_or_labels_are_refused_in_one_sentence(
@@ -327,10 +327,10 @@ def test_arrays_that_are_no_images_or_labels_are_refused_in_one_sentence(
 
 
 def test_labels_in_a_column_are_taken_and_other_arrays_named(tmp_path):
-    """As MedMNIST's files have them."""
+    """The layout of MedMNIST's files."""
     images, labels = np.zeros((3, 4, 4), np.uint8), np.array([[2], [0], [1]], np.uint8)
     np.savez(tmp_path / "a.npz", val_images=images, val_labels=labels, x_train=images)
     source = ArraySource.from_npz(tmp_path / "a.npz")
-    assert [label for *_, label in source.pictures("val")] == [2, 0, 1]
+    assert [label for *_, label in source.iter_images("val")] == [2, 0, 1]
     assert source.num_classes == 3
     assert source.skipped.lines() == ["1 named neither SPLIT_images nor SPLIT_labels: x_train"]

@@ -1,4 +1,4 @@
-"""Bags: who may stand beside whom, and batches that resume and shard as every source's do."""
+"""Bags: the members drawn for an image, and batches that resume and shard like other sources."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ COUNT = 12
 
 
 def images():
-    """Record i is grey of value 10 i."""
+    """Makes images; record i is grey with value 10 i."""
     return (
         np.arange(COUNT, dtype=np.uint8)[:, None, None]
         * np.uint8(10)
@@ -28,7 +28,7 @@ def images():
 
 
 def neighbours():
-    """Of record i: i + 1 and i + 2."""
+    """Makes bags in which record i has the neighbours i + 1 and i + 2."""
     return Bags(neighbours=(np.arange(COUNT)[:, None] + [[1, 2]]).astype(np.int32) % COUNT)
 
 
@@ -36,9 +36,9 @@ CLUSTERS = np.array([0] * 8 + [2] * 3 + [3], np.int32)  # cluster 1 is empty, 3 
 
 
 def batches(source, count, start=None, **kwargs):
-    given = dict(split="train", views=VIEWS, batch_size=4, seed=0, max_unreadable=0)
+    arguments = dict(split="train", views=VIEWS, batch_size=4, seed=0, max_unreadable=0)
     start = start or Position.start()
-    return list(itertools.islice(source.train(**{**given, **kwargs}, start=start), count))
+    return list(itertools.islice(source.train(**{**arguments, **kwargs}, start=start), count))
 
 
 def records(view):
@@ -51,15 +51,15 @@ def wrapped(bags, hosts=(0, 1), **kwargs):
 
 
 def test_two_views_are_of_the_image_and_two_of_a_neighbour():
-    source, seen, steps = wrapped(neighbours()), set(), set()
+    source, anchors, steps = wrapped(neighbours()), set(), set()
     for batch in batches(source, 9):
         anchor, other = records(batch.views[0]), records(batch.views[2])
         np.testing.assert_array_equal(anchor, records(batch.views[1]))
         np.testing.assert_array_equal(other, records(batch.views[3]))
         steps |= set((other.astype(int) - anchor) % COUNT)
-        seen |= set(anchor.tolist())
+        anchors |= set(anchor.tolist())
         assert batch.aux == {}
-    assert steps == {1, 2} and seen == set(range(COUNT))  # every image, both neighbours
+    assert steps == {1, 2} and anchors == set(range(COUNT))  # every image, both neighbours
     assert source.count("train") == COUNT and source.splits == ["train"]
 
 
@@ -69,9 +69,9 @@ def test_an_epoch_shows_every_image_once_and_resumes_anywhere():
     assert all_[2].position == Position(1, 0)
     for i in (0, 1, 2, 4):
         resumed = batches(wrapped(neighbours()), 2, start=all_[i].position)
-        for ours, theirs in zip(resumed, all_[i + 1 :], strict=False):
+        for batch, expected in zip(resumed, all_[i + 1 :], strict=False):
             for view in VIEWS:
-                np.testing.assert_array_equal(ours.views[view], theirs.views[view])
+                np.testing.assert_array_equal(batch.views[view], expected.views[view])
     other = batches(wrapped(neighbours()), 3, seed=1)
     assert any((records(a.views[0]) != records(b.views[0])).any()
                for a, b in zip(all_, other, strict=False))  # fmt: skip
@@ -98,10 +98,10 @@ def test_another_of_a_cluster_is_never_the_image_itself_unless_it_is_alone():
 
 def test_clusters_are_sampled_evenly_and_labelled():
     source = wrapped(Bags(clusters=CLUSTERS), sampling="clusters")
-    found = batches(source, 300)
-    for batch in found:
+    batches_read = batches(source, 300)
+    for batch in batches_read:
         np.testing.assert_array_equal(batch.aux["cluster"], CLUSTERS[records(batch.views[0])])
-    labels = np.concatenate([batch.aux["cluster"] for batch in found])
+    labels = np.concatenate([batch.aux["cluster"] for batch in batches_read])
     shares = np.bincount(labels, minlength=4) / len(labels)
     np.testing.assert_allclose(shares, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.05)
 
@@ -115,9 +115,11 @@ def test_encoded_pictures_are_decoded_and_the_unreadable_skipped():
             Image.fromarray(images()[row]).save(file, "PNG")
             yield f"picture {row}", b"broken" if row == 5 else file.getvalue(), -1
 
-    source.chosen = encoded
-    found = batches(BagSource(source, neighbours(), (2, 3)), 6, max_unreadable=1)
-    shown = {r for batch in found for view in (0, 2) for r in records(batch.views[view]).tolist()}
+    source.take = encoded
+    batches_read = batches(BagSource(source, neighbours(), (2, 3)), 6, max_unreadable=1)
+    shown = {
+        r for batch in batches_read for view in (0, 2) for r in records(batch.views[view]).tolist()
+    }
     assert shown == set(range(COUNT)) - {5} and source.unreadable == ["picture 5"]
     with pytest.raises(UserError, match="1 records of arrays cannot be decoded"):
         batches(BagSource(source, neighbours(), (2, 3)), 6, max_unreadable=0)
@@ -133,7 +135,7 @@ def test_files_come_back_and_others_are_refused(tmp_path):
     with pytest.raises(UserError, match="disco-jax bags"):
         Bags.load(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no bags")
-    with pytest.raises(UserError, match="holds no bags"):
+    with pytest.raises(UserError, match="does not hold bags"):
         Bags.load(str(tmp_path / "text.npz"))
 
 

@@ -1,4 +1,4 @@
-"""One picture: every kind and fault, Pillow's bytes, and what the ways to shrink differ by."""
+"""Decoding of single images: formats, faults, parity with Pillow, and the antialias modes."""
 
 import io
 import os
@@ -18,8 +18,8 @@ NOISE = RNG.integers(0, 256, (30, 41, 3), np.uint8)
 
 def encode(image, kind="JPEG", **options):
     file = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(file, kind, **options)
+    pil_image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    pil_image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -38,7 +38,7 @@ def pillows(encoded):
 def test_jpegs_are_decoded_as_pillow_does(monkeypatch, options, grey):
     encoded = encode(NOISE[..., 0] if grey else NOISE, **options)
     want = pillows(encoded)
-    monkeypatch.setattr(decode, "rgb", None)  # Pillow is not asked
+    monkeypatch.setattr(decode, "rgb", None)  # fails if Pillow is used
     np.testing.assert_array_equal(decode.decode(encoded), want)
 
 
@@ -100,7 +100,7 @@ def broken():
     jpeg, png = encode(NOISE, quality=95), encode(NOISE, "PNG")
     return {
         "nothing": (b"", "empty"),
-        "text": (b"hello", "no kind of picture"),
+        "text": (b"hello", "not an image format"),
         "half a JPEG": (jpeg[: len(jpeg) // 2], "truncated"),
         "the start of a JPEG": (jpeg[:3], "."),
         "half a PNG": (png[: len(png) // 2], "truncated"),
@@ -117,8 +117,8 @@ def test_broken_pictures_are_unreadable_and_leave_their_neighbours_alone(name):
     alone = decode.crops_of([good] * 3, views, (0, 0, 0), 4)
     first, second, third = decode.crops_of([good, bad, good], views, (0, 0, 0), 4)
     assert isinstance(second, decode.Unreadable)
-    for ours, want in zip((*first, *third), (*alone[0], *alone[2]), strict=True):
-        np.testing.assert_array_equal(ours, want)
+    for cropped, want in zip((*first, *third), (*alone[0], *alone[2]), strict=True):
+        np.testing.assert_array_equal(cropped, want)
 
 
 def test_a_file_that_is_not_there_is_unreadable(tmp_path):
@@ -127,9 +127,9 @@ def test_a_file_that_is_not_there_is_unreadable(tmp_path):
 
 
 def test_damaged_jpegs_are_read_where_pillow_reads_them():
-    """Bytes changed or cut at random: Pillow's pixels wherever it has some, and never a crash.
+    """Bytes are changed or cut at random: pixels equal Pillow's if it decodes, and nothing crashes.
 
-    One in a hundred of those that Pillow gives up is read, with the damage to be seen in it.
+    About one in a hundred images that Pillow rejects is read with visible damage.
     """
     rng, whole, read, passed = np.random.default_rng(1), encode(NOISE, quality=80), 0, 0
     for _ in range(400):
@@ -155,7 +155,7 @@ def test_damaged_jpegs_are_read_where_pillow_reads_them():
     assert 40 < read < 360 and passed < 20
 
 
-# ---- what may be opened, and how deep pictures become bytes
+# ---- formats that may be opened, and conversion of deep images to 8 bits
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_damaged_jpegs_are_read_where_pillow_reads_them():
      ("QOI", {}), ("DDS", {})],
 )  # fmt: skip
 def test_what_else_pillow_decodes_is_read(kind, options):
-    picture = Image.new("RGB", (32, 32), (10, 200, 30))
+    pil_image = Image.new("RGB", (32, 32), (10, 200, 30))
     if kind not in Image.SAVE:
         Image.init()
-    more = [Image.new("RGB", (32, 32), "white")]
-    options = {"save_all": True, "append_images": more} if kind == "GIF" else options
-    image = decode.decode(encode(picture, kind, **options))  # the first of several frames
+    further_frames = [Image.new("RGB", (32, 32), "white")]
+    options = {"save_all": True, "append_images": further_frames} if kind == "GIF" else options
+    image = decode.decode(encode(pil_image, kind, **options))  # the first of several frames
     assert image.shape == (32, 32, 3) and np.abs(image.astype(int) - (10, 200, 30)).max() <= 4
 
 
@@ -188,7 +188,7 @@ def test_suffixes_are_those_of_kinds_that_may_be_opened():
      b"\xd7\xcd\xc6\x9a" + bytes(60), b"%PDF-1.4\n", b"SIMPLE  =" + b" " * 21],
 )  # fmt: skip
 def test_other_programs_are_never_asked(tmp_path, monkeypatch, start):
-    """A PostScript file called .png would else start Ghostscript."""
+    """Without a list of formats, a PostScript file called .png would start Ghostscript."""
     from PIL import EpsImagePlugin
 
     def started(*args, **kwargs):
@@ -196,7 +196,7 @@ def test_other_programs_are_never_asked(tmp_path, monkeypatch, start):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     (tmp_path / "a.png").write_bytes(start)
-    with pytest.raises(decode.Unreadable, match="no kind of picture"):
+    with pytest.raises(decode.Unreadable, match="not an image format"):
         decode.decode(tmp_path / "a.png")
 
 
@@ -206,7 +206,7 @@ def test_pipes_devices_and_links_to_them_are_not_opened(tmp_path):
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe", "link", "zero", "folder"):
-        with pytest.raises(decode.Unreadable, match="no file but a folder, pipe"):
+        with pytest.raises(decode.Unreadable, match=r"not a regular file \(a folder, pipe"):
             decode.decode(tmp_path / f"{name}.png")
 
 
@@ -229,7 +229,7 @@ DEEP = np.linspace(0, 4080, 12).astype(np.uint16).reshape(3, 4)  # 12 bits
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
-    "given, want",
+    "setting, want",
     [
         ("full", DEEP >> 8),
         ("image", np.rint(DEEP / 16)),
@@ -237,21 +237,21 @@ DEEP = np.linspace(0, 4080, 12).astype(np.uint16).reshape(3, 4)  # 12 bits
         ("(100, 2000)", np.clip(np.rint((DEEP - 100.0) * 255 / 1900), 0, 255)),
     ],
 )
-def test_sixteen_bits_are_cut_to_the_range(kind, given, want):
-    rules = decode.Rules.parse(given, decode.MAX_PIXELS)
+def test_sixteen_bits_are_cut_to_the_range(kind, setting, want):
+    rules = decode.Rules.parse(setting, decode.MAX_PIXELS)
     image = decode.decode(decode.ruled(encode(DEEP, kind), rules))
     np.testing.assert_array_equal(image, np.repeat(want[..., None], 3, axis=2))
 
 
 def test_sixteen_bits_of_colours_are_cut_to_the_range():
-    """Pillow keeps the upper eight of them."""
+    """Pillow alone would keep the upper eight bits."""
     colours = np.stack([DEEP, DEEP[::-1], DEEP // 2], axis=-1)
     _, written = decode.opencv().imencode(".png", colours[..., ::-1])
     encoded = written.tobytes()
     np.testing.assert_array_equal(decode.decode(encoded), colours >> 8)
     cut = decode.decode(decode.ruled(encoded, decode.Rules("image")))
     np.testing.assert_array_equal(cut, np.rint(colours / 16))
-    eight = encode(NOISE, "PNG")  # other pictures are left as they are
+    eight = encode(NOISE, "PNG")  # 8-bit images are unchanged
     np.testing.assert_array_equal(decode.decode(decode.ruled(eight, decode.Rules("image"))), NOISE)
 
 
@@ -264,10 +264,10 @@ def test_floats_are_cut_to_the_range():
     assert not decode.decode(decode.ruled(flat, decode.Rules("image"))).any()
 
 
-@pytest.mark.parametrize("given", ["half", "1", "5,1", "0,inf", "a,b", "1,2,3", 7])
-def test_a_range_that_is_none_is_refused(given):
+@pytest.mark.parametrize("setting", ["half", "1", "5,1", "0,inf", "a,b", "1,2,3", 7])
+def test_a_range_that_is_none_is_refused(setting):
     with pytest.raises(UserError, match=r"config\.data\.range"):
-        decode.Rules.parse(given, decode.MAX_PIXELS)
+        decode.Rules.parse(setting, decode.MAX_PIXELS)
     with pytest.raises(UserError, match=r"config\.data\.max_pixels=0"):
         decode.Rules.parse("full", 0)
 
@@ -276,20 +276,20 @@ def test_a_range_that_is_none_is_refused(given):
 
 
 def test_plain_resizing_is_that_of_floats():
-    """Of torch's interpolate without antialias; OpenCV computes with 11 bits."""
+    """Compares with torch's interpolate without antialias; OpenCV computes with 11 bits."""
     meta, stored = helpers.fixture("augment/resized_crop_a")
     for i, p in enumerate(meta["params"]):
         cut = stored["image"][p["top"] : p["top"] + p["height"], p["left"] : p["left"] + p["width"]]
-        ours = decode.resize(cut, p["size"], p["size"], p["interpolation"], "none")
+        resized = decode.resize(cut, p["size"], p["size"], p["interpolation"], "none")
         if p["interpolation"] == "bilinear":
-            assert np.abs(ours - 255 * stored[f"crop{i}_float"]).max() < 1.01
+            assert np.abs(resized - 255 * stored[f"crop{i}_float"]).max() < 1.01
 
 
 def test_area_takes_the_mean_of_what_a_pixel_covers():
     image = RNG.integers(0, 256, (12, 20, 3), np.uint8)
-    ours = decode.resize(image, 4, 5, "bilinear", "area")
+    resized = decode.resize(image, 4, 5, "bilinear", "area")
     want = image.reshape(4, 3, 5, 4, 3).mean(axis=(1, 3))
-    assert np.abs(ours - want).max() <= 0.51
+    assert np.abs(resized - want).max() <= 0.51
     larger = decode.resize(image, 24, 10, "bicubic", "area")  # enlarged on one side
     np.testing.assert_array_equal(larger, decode.resize(image, 24, 10, "bicubic", "none"))
 
@@ -297,12 +297,12 @@ def test_area_takes_the_mean_of_what_a_pixel_covers():
 def test_grey_images_keep_one_channel():
     for antialias in ("exact", "area", "none"):
         for size in (30, 7, 60):
-            made = decode.resize(NOISE[:30, :30, 0], size, size, "bilinear", antialias)
-            assert made.shape == (size, size, 1)
+            resized = decode.resize(NOISE[:30, :30, 0], size, size, "bilinear", antialias)
+            assert resized.shape == (size, size, 1)
 
 
 def photograph(scale):
-    """The fixture's photograph, enlarged as a camera would leave it."""
+    """Returns the fixture's photograph, enlarged to the size of a camera image."""
     _, stored = helpers.fixture("augment/resized_crop_a")
     photo = Image.fromarray(stored["image"])
     return photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)
@@ -321,19 +321,19 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path, monkeypatch, 
         decode, "_jpeg", lambda e, factor: (factors.append(factor), jpeg(e, factor))[1]
     )
     (small,) = decode.crops_of([file], views, (0, 0, 0), 5)
-    monkeypatch.setattr(decode, "_SHRINKS", ())
+    monkeypatch.setattr(decode, "_JPEG_REDUCTIONS", ())
     (whole,) = decode.crops_of([file], views, (0, 0, 0), 5)
     assert factors[0] > 1 and factors[1] == 1
     for a, b in zip(small, whole, strict=True):
         difference = np.abs(a.astype(int) - b.astype(int))
-        # In the smaller picture "area" and "none" cut at the nearest whole pixel.
+        # In the reduced image, "area" and "none" crop at the nearest integer pixel.
         assert difference.mean() < {"exact": 2, "area": 3, "none": 8}[antialias]
         assert (a != b).any()
 
 
 def test_crops_are_never_enlarged_by_decoding_small():
-    """A narrow crop decides: it must keep as many pixels as it has to show."""
-    places = [(0, 0, 100, 400), (0, 0, 60, 60)]
-    assert decode._shrink(places, {0: crop(48), 1: crop(16)}) == 2
-    assert decode._shrink(places, {0: crop(16), 1: crop(8)}) == 4
-    assert decode._shrink(places, {0: crop(101), 1: crop(8)}) == 1
+    """The narrowest crop decides: its box must keep at least the crop's size in pixels."""
+    crop_boxes = [(0, 0, 100, 400), (0, 0, 60, 60)]
+    assert decode._jpeg_reduction(crop_boxes, {0: crop(48), 1: crop(16)}) == 2
+    assert decode._jpeg_reduction(crop_boxes, {0: crop(16), 1: crop(8)}) == 4
+    assert decode._jpeg_reduction(crop_boxes, {0: crop(101), 1: crop(8)}) == 1

@@ -1,4 +1,4 @@
-"""Folders of pictures: names, kinds, order, continuation, hosts, damage, and Pillow's pixels."""
+"""Folders of images: names, formats, order, resuming, hosts, damage, and parity with Pillow."""
 
 import itertools
 import logging
@@ -33,7 +33,7 @@ def noise():
 
 @pytest.fixture(scope="module")
 def noisy(noise, tmp_path_factory):
-    """A folder of 23 pictures of noise, their names in the order of the array."""
+    """A folder of 23 noise images, named in the order of the array."""
     folder = tmp_path_factory.mktemp("noisy")
     for i, image in enumerate(noise):
         Image.fromarray(image).save(folder / f"{i:02}.png")
@@ -41,11 +41,13 @@ def noisy(noise, tmp_path_factory):
 
 
 def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
-    """One order, one set of boxes, one resize: the folder is only another place."""
+    """Order, boxes and resizing do not depend on where the images are stored."""
     memory = ArraySource({"train": (noise, None)})
     same_batches(train(FolderSource(noisy), 7), train(memory, 7))
-    kept = memory.evaluate("train", 12, 16, "bicubic", 5)
-    for a, b in zip(FolderSource(noisy).evaluate("train", 12, 16, "bicubic", 5), kept, strict=True):
+    in_memory = memory.evaluate("train", 12, 16, "bicubic", 5)
+    for a, b in zip(
+        FolderSource(noisy).evaluate("train", 12, 16, "bicubic", 5), in_memory, strict=True
+    ):
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
 
@@ -68,18 +70,18 @@ def test_reading_on_from_any_position_repeats_the_rest(noisy):
 @pytest.mark.parametrize("kind", ["list", "archives"])
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_lists_and_archives_have_the_order_of_a_folder(noisy, tmp_path, kind, hosts):
-    """The same pictures in another place are the same batches, from any position on."""
+    """Lists and archives of the same images give the same batches, from any position."""
     names = sorted(path.name for path in noisy.iterdir())
     if kind == "list":
         (tmp_path / "all.txt").write_text("".join(f"{noisy / name}\n" for name in names))
     else:
         for number, part in enumerate((names[:9], names[9:])):
-            with tarfile.open(tmp_path / f"{number}.tar", "w") as made:
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
                 for name in part:
-                    made.add(noisy / name, name)
-    place = tmp_path / "all.txt" if kind == "list" else tmp_path
+                    archive.add(noisy / name, name)
+    location = tmp_path / "all.txt" if kind == "list" else tmp_path
     host = dict(process_index=hosts - 1, process_count=hosts)
-    source, folder = FolderSource(place, **host), FolderSource(noisy, **host)
+    source, folder = FolderSource(location, **host), FolderSource(noisy, **host)
     whole = train(source, 6, batch_size=5)
     same_batches(whole, train(folder, 6, batch_size=5))
     for i, batch in enumerate(whole[:-1]):
@@ -96,13 +98,13 @@ def test_lists_and_archives_have_the_order_of_a_folder(noisy, tmp_path, kind, ho
 def test_hosts_share_an_epoch_without_repeats(tmp_path, hosts):
     for i in range(24):
         save(tmp_path / f"{i:02}.png", "L", 10 * i, size=(6, 6))
-    seen = []
+    records = []
     for host in range(hosts):
         source = FolderSource(tmp_path, process_index=host, process_count=hosts)
         for batch in train(source, 2, batch_size=12 // hosts):
             assert batch.position.epoch == 0 or batch.position == Position(1, 0)
-            seen += (batch.views[0][:, 0, 0, 0] // 10).tolist()
-    assert sorted(seen) == list(range(24))
+            records += (batch.views[0][:, 0, 0, 0] // 10).tolist()
+    assert sorted(records) == list(range(24))
 
 
 def test_the_seed_decides_order_and_crops(noisy):
@@ -150,13 +152,13 @@ def test_flat_folder_is_unlabelled(tmp_path):
 def test_folders_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no folder.*config\.data\.dir"):
         FolderSource(tmp_path / "none")
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         FolderSource(tmp_path)
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         FolderSource(tmp_path)
-    with pytest.raises(UserError, match="matches no pictures"):
+    with pytest.raises(UserError, match="matches no images"):
         FolderSource(tmp_path / "*.txt")
     for name in ("val", "validation"):
         save(tmp_path / name / "a.png")
@@ -183,7 +185,7 @@ def test_a_pattern_takes_what_it_matches(tmp_path):
     assert source.count("train") == 1
     assert source.skipped.lines() == [
         f"1 with suffix .txt: {tmp_path}/a/4.txt",
-        f"1 folders, where a pattern is one of files: {tmp_path}/a/deep/",
+        f"1 folders, but patterns must match files: {tmp_path}/a/deep/",
     ]
 
 
@@ -209,7 +211,7 @@ def test_pictures_of_any_shape_are_cropped(tmp_path, size):
 
 
 def damage(folder):
-    """Four good pictures and three that cannot be decoded."""
+    """Writes four good images and three that cannot be decoded; returns the names of these."""
     for i in range(4):
         save(folder / "a" / f"{i}.jpg", size=(64, 64))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -228,7 +230,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, caplog):
         batches = train(source, 4, batch_size=2, max_unreadable=3)
     assert sorted(name.split()[0] for name in source.unreadable) == bad
     assert all(sum(name in line for line in caplog.messages) == 1 for name in bad)
-    # Four of seven can be read: two batches an epoch, wherever the others stand in it.
+    # Four of seven are readable: two batches an epoch, wherever the others are in the order.
     assert [b.position.epoch for b in batches][-1] >= 1
     assert all(np.abs(b.views[0].astype(int) - (200, 30, 60)).max() < 9 for b in batches)
     for i, batch in enumerate(batches[:-1]):

@@ -1,4 +1,4 @@
-"""Sources by name, the device layout, and the thread that reads ahead."""
+"""Sources by name, the device layout, and the prefetching thread."""
 
 import itertools
 import threading
@@ -31,7 +31,7 @@ def data(**changes):
 def test_sources_are_opened_by_name(tmp_path):
     np.savez(tmp_path / "a.npz", train_images=np.zeros((4, 5, 5), np.uint8))
     assert pipeline.open_source(data(dir=str(tmp_path / "a.npz"))).count("train") == 4
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         pipeline.open_source(data(source="folder", dir=str(tmp_path)))
     with pytest.raises(UserError, match=r"config\.data\.source='tdfs'.*Did you mean 'tfds'"):
         pipeline.open_source(data(source="tdfs"))
@@ -43,43 +43,43 @@ def test_settings_of_the_data_reach_the_source(tmp_path):
         Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / name)
     labels = tmp_path / "labels.txt"
     labels.write_text("a.png,3\n")
-    given = data(source="folder", dir=str(tmp_path), range="0,4095", max_pixels=2)
-    given.update(splits="train=one,test=two", labels=str(labels))
-    source = pipeline.open_source(given)
-    ((_, file, label),) = source.pictures("train")
+    config = data(source="folder", dir=str(tmp_path), range="0,4095", max_pixels=2)
+    config.update(splits="train=one,test=two", labels=str(labels))
+    source = pipeline.open_source(config)
+    ((_, file, label),) = source.iter_images("train")
     assert label == 3 and decode.decode(file)[0, :, 0].tolist() == [0, 255]
     (batch,) = source.evaluate("test", 2, 0, "bilinear", 1)
     assert batch["image"].max() == 255
-    given.max_pixels = 1
+    config.max_pixels = 1
     with pytest.raises(decode.Unreadable, match="max_pixels=1"):
-        decode.decode(next(iter(pipeline.open_source(given).pictures("train")))[1])
+        decode.decode(next(iter(pipeline.open_source(config).iter_images("train")))[1])
     for changes in (dict(range="image"), dict(splits="train=."), dict(labels="a.txt")):
         field = next(iter(changes))
-        with pytest.raises(UserError, match=rf"config\.data\.{field}=.*does nothing"):
+        with pytest.raises(UserError, match=rf"config\.data\.{field}=.*has no effect"):
             pipeline.open_source(data(dir="a.npz", **changes))
     for percent in (-1.0, 101.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"max_unreadable_percent=.*0\.\.100"):
             pipeline.open_source(data(dir="a.npz", max_unreadable_percent=percent))
-    given.range = "some"
+    config.range = "some"
     with pytest.raises(UserError, match=r"config\.data\.range='some'"):
-        pipeline.open_source(given)
+        pipeline.open_source(config)
 
 
 def test_a_list_of_file_names_makes_a_subset(tmp_path):
     for name in ("n01_1", "n01_2", "n02_3"):
         (tmp_path / "train" / name[:3]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "train" / name[:3] / f"{name}.JPEG")
-    chosen = tmp_path / "chosen.txt"
-    chosen.write_text("n01_2.JPEG\n\ntrain/n02/n02_3.JPEG \n")  # names or paths
-    folder = data(source="folder", dir=str(tmp_path), subset=str(chosen))
+    listed = tmp_path / "chosen.txt"
+    listed.write_text("n01_2.JPEG\n\ntrain/n02/n02_3.JPEG \n")  # names or paths
+    folder = data(source="folder", dir=str(tmp_path), subset=str(listed))
     assert pipeline.open_source(folder).count("train") == 2
     for text in ("\n", None):
-        chosen.write_text(text) if text else chosen.unlink()
+        listed.write_text(text) if text else listed.unlink()
         with pytest.raises(UserError, match=r"config\.data\.subset"):
             pipeline.open_source(folder)
     np.savez(tmp_path / "a.npz", train_images=np.zeros((4, 5, 5), np.uint8))
     with pytest.raises(UserError, match=r"config\.data\.subset.*npz"):
-        pipeline.open_source(data(dir=str(tmp_path / "a.npz"), subset=str(chosen)))
+        pipeline.open_source(data(dir=str(tmp_path / "a.npz"), subset=str(listed)))
 
 
 def test_to_devices_splits_the_batch_of_every_leaf():
@@ -111,7 +111,7 @@ def test_an_exception_reaches_the_consumer_after_the_items_before_it(where):
 
     with Prefetcher(numbers(), transform=checked) as ready:
         assert [next(ready), next(ready)] == [1, 2]
-        for _ in range(2):  # and again, rather than hang
+        for _ in range(2):  # a second call raises again and does not hang
             with pytest.raises(UserError, match="three"):
                 next(ready)
 
@@ -127,7 +127,7 @@ def test_no_more_than_depth_items_are_read_ahead():
     with Prefetcher(numbers(), depth=2) as ready:
         next(ready)
         time.sleep(0.3)
-        assert len(read) <= 4  # one taken, two ready, one in hand
+        assert len(read) <= 4  # one consumed, two queued, one held by the thread
 
 
 def test_close_stops_the_thread_at_once():

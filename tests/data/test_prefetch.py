@@ -1,4 +1,4 @@
-"""What could hang: threads that end oddly, and sources that name no place."""
+"""Cases that could hang: threads that end early, and sources without a location."""
 
 import itertools
 import threading
@@ -21,12 +21,12 @@ def test_close_ends_a_producer_that_waits_for_room():
             yield i
 
     with Prefetcher(numbers(), depth=1) as ready:
-        while len(read) < 2:  # one ready, one in hand
+        while len(read) < 2:  # one queued, one held by the thread
             time.sleep(0.01)
     assert not ready._thread.is_alive()
-    seen = len(read)
+    num_read = len(read)
     time.sleep(0.2)
-    assert len(read) == seen
+    assert len(read) == num_read
 
 
 def test_close_ends_a_producer_that_is_reading():

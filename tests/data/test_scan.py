@@ -1,4 +1,4 @@
-"""What a place holds: every file is used, or counted under a reason; splits are never guessed."""
+"""Scanning of locations: every file is used or counted with a reason; splits are not guessed."""
 
 import io
 import os
@@ -21,22 +21,23 @@ def save(*paths):
 
 
 def make(root, *names):
-    """Pictures below a folder, which is returned."""
+    """Writes images below a folder and returns the folder."""
     save(*(root / name for name in names))
     return root
 
 
 def used(source):
-    """Split -> names and labels."""
+    """Returns split -> {name: label}."""
     return {
-        split: {name: label for name, _, label in source.pictures(split)} for split in source.splits
+        split: {name: label for name, _, label in source.iter_images(split)}
+        for split in source.splits
     }
 
 
-def question(place, **given):
-    """What `FolderSource` asks about a place: one sentence with both answers."""
+def ambiguity_message(location, **options):
+    """Returns the error of `FolderSource` for ambiguous splits, one line with the settings."""
     with pytest.raises(UserError) as error:
-        FolderSource(place, **given)
+        FolderSource(location, **options)
     text = str(error.value)
     assert "config.data.splits" in text and "\n" not in text and len(text) < 500
     return text
@@ -71,7 +72,7 @@ def test_splits_are_recognised_whatever_their_case_and_name(tmp_path, folders):
 
 
 @pytest.mark.parametrize(
-    "names, told",
+    "names, message",
     [
         (["train/1.png", "bus/1.png", "car/1.png"], "'train' beside 'bus', 'car'"),
         (["Test/1.png", "photos/1.png"], "'Test' beside 'photos'"),
@@ -85,10 +86,10 @@ def test_splits_are_recognised_whatever_their_case_and_name(tmp_path, folders):
         (["train/1.png", "Train/1.png", "test/1.png"], "both Train and train"),
     ],
 )
-def test_names_that_allow_two_answers_are_asked_about(tmp_path, names, told):
+def test_names_that_allow_two_answers_are_asked_about(tmp_path, names, message):
     make(tmp_path, *names)
-    assert told in question(tmp_path)
-    source = FolderSource(tmp_path, splits="train=.")  # the answer that is always there
+    assert message in ambiguity_message(tmp_path)
+    source = FolderSource(tmp_path, splits="train=.")  # this setting is always possible
     assert source.splits == ["train"] and source.count("train") == len(names)
 
 
@@ -105,17 +106,17 @@ def test_splits_are_given_by_hand(tmp_path):
         "test": {"c/d/cat/3.png": 0},
     }
     assert source.skipped.as_dict() == {
-        "beside the splits": {"count": 2, "names": ["5.png", "e/4.png"]}
+        "outside the splits": {"count": 2, "names": ["5.png", "e/4.png"]}
     }
-    inner = FolderSource(tmp_path, splits="train=.,test=c/d")  # the inner folder wins
+    inner = FolderSource(tmp_path, splits="train=.,test=c/d")  # the inner folder takes precedence
     assert inner.count("train") == 4 and inner.count("test") == 1
     make(tmp_path, "f [1]/6.png")
     assert FolderSource(tmp_path, splits="train=f [1]").count("train") == 1
     pattern = FolderSource(tmp_path, splits="train=*/cat/*,test=e/*")
     assert pattern.count("train") == 2 and pattern.count("test") == 1
-    for given, told in (("train=a b", "Did you mean 'A b'"), ("train", "train=Training")):
-        with pytest.raises(UserError, match=told):
-            FolderSource(tmp_path, splits=given)
+    for setting, message in (("train=a b", "Did you mean 'A b'"), ("train", "train=Training")):
+        with pytest.raises(UserError, match=message):
+            FolderSource(tmp_path, splits=setting)
 
 
 def test_words_in_names_of_splits():
@@ -127,7 +128,7 @@ def test_words_in_names_of_splits():
     assert [splits.resemble(n) for n in ("trained", "latest", "train_test", "cat")] == [""] * 4
 
 
-# ---- what is left out
+# ---- skipped files
 
 
 def test_everything_below_a_place_is_used_or_counted(tmp_path):
@@ -142,13 +143,15 @@ def test_everything_below_a_place_is_used_or_counted(tmp_path):
     (tmp_path / "train" / "zero.png").symlink_to("/dev/zero")
     source = FolderSource(tmp_path)
     assert used(source) == {"train": {"train/a/1.png": 0}, "test": {"test/a/2.png": 0}}
-    found = {reason: sorted(held["names"]) for reason, held in source.skipped.as_dict().items()}
-    assert found == {
+    names_by_reason = {
+        reason: sorted(entry["names"]) for reason, entry in source.skipped.as_dict().items()
+    }
+    assert names_by_reason == {
         "with suffix .txt": ["notes.txt"],
         "with suffix .csv": ["train/a/labels.CSV"],
         "without a suffix": ["train/noname"],
         "hidden": [".git", "train/a/.hidden.png"],
-        "beside the splits": ["4.png", "other/3.png"],
+        "outside the splits": ["4.png", "other/3.png"],
         "duplicate": ["train/b/", "train/up/"],
         "unreadable": ["train/gone.png"],
         tree.NO_FILE: ["train/pipe.png", "train/zero.png"],
@@ -194,11 +197,11 @@ def test_reasons_are_counted_whole_and_named_in_part():
 
 def test_a_place_without_pictures_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has no pictures.*There: 1 with suffix \.heic: a\.heic"):
+    with pytest.raises(UserError, match=r"has no images.*Skipped: 1 with suffix \.heic: a\.heic"):
         FolderSource(tmp_path)
 
 
-# ---- other places than folders
+# ---- locations other than folders
 
 
 def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path):
@@ -210,9 +213,9 @@ def test_patterns_and_lists_over_several_splits_are_asked_about(tmp_path):
     make(tmp_path, "train/cat/1.png", "test/cat/2.png")
     listed = tmp_path / "all.txt"
     listed.write_text("train/cat/1.png\ntest/cat/2.png\n")
-    for place in (f"{tmp_path}/**/*.png", listed):
-        assert "'test', 'train'" in question(place)
-        assert FolderSource(place, splits="train=.").count("train") == 2
+    for location in (f"{tmp_path}/**/*.png", listed):
+        assert "'test', 'train'" in ambiguity_message(location)
+        assert FolderSource(location, splits="train=.").count("train") == 2
     with pytest.raises(UserError, match="divides a folder"):
         FolderSource(listed, splits="train=train")
 
@@ -238,9 +241,15 @@ def test_lists_have_paths_and_classes(tmp_path):
     listed = tmp_path / "all.csv"
     listed.write_bytes("\r\n".join(lines).encode("utf-8", "surrogateescape"))
     source = FolderSource(listed)
-    names = [os.path.basename(name) for name, _, _ in source.pictures("train")]
-    assert names == ["a.png", "b, c.png", "d.png", "e.png", r"caf\xe9.png"]  # as they are listed
-    assert [label for *_, label in source.pictures("train")] == [1, 0, 0, -1, 0]
+    names = [os.path.basename(name) for name, _, _ in source.iter_images("train")]
+    assert names == [
+        "a.png",
+        "b, c.png",
+        "d.png",
+        "e.png",
+        r"caf\xe9.png",
+    ]  # in the order of the list
+    assert [label for *_, label in source.iter_images("train")] == [1, 0, 0, -1, 0]
     assert source.class_names == ["cat", "dog"] and source.name == "all"
     assert set(source.skipped.lines()) == {
         "1 without a suffix: file",
@@ -250,7 +259,7 @@ def test_lists_have_paths_and_classes(tmp_path):
         "1 with suffix .txt: no.txt",
     }
     listed.write_text("a.png,dog\na.png,cat\n")
-    with pytest.raises(UserError, match="the labels 'dog' and 'cat'"):
+    with pytest.raises(UserError, match=r"two labels for a\.png, 'dog' and 'cat'"):
         FolderSource(listed)
 
 
@@ -259,11 +268,11 @@ def test_whole_numbers_in_a_list_are_labels(tmp_path):
     listed = tmp_path / "all.tsv"
     listed.write_text("a.png\t10\nb.png\t2\nc.png\t-1\n")
     source = FolderSource(listed)
-    assert [label for *_, label in source.pictures("train")] == [10, 2, -1]
+    assert [label for *_, label in source.iter_images("train")] == [10, 2, -1]
     assert source.num_classes == 11
     for label in (str(2**40), "-5"):
         listed.write_text(f"a.png,{label}\n")
-        with pytest.raises(UserError, match=rf"the class {label}; classes are whole numbers"):
+        with pytest.raises(UserError, match=rf"the class {label}; classes must be integers"):
             FolderSource(listed)
 
 
@@ -272,9 +281,9 @@ def test_lists_are_splits_of_a_folder(tmp_path):
     (tmp_path / "train.txt").write_text("cat/1.png,cat\ndog/3.png,dog\n")
     (tmp_path / "test.txt").write_text("dog/4.png,dog\n")
     source = FolderSource(tmp_path, splits="train=train.txt,test=test.txt")
-    assert [label for *_, label in source.pictures("train")] == [0, 1]
-    assert [label for *_, label in source.pictures("test")] == [1]
-    assert source.skipped.lines() == ["1 beside the splits: cat/2.png"]
+    assert [label for *_, label in source.iter_images("train")] == [0, 1]
+    assert [label for *_, label in source.iter_images("test")] == [1]
+    assert source.skipped.lines() == ["1 outside the splits: cat/2.png"]
 
 
 @pytest.mark.parametrize(
@@ -291,8 +300,8 @@ def test_a_flat_split_takes_its_labels_from_a_list(tmp_path, lines, labels):
     listed = tmp_path / "val.txt"
     listed.write_text(lines)
     source = FolderSource(tmp_path / "data", labels=str(listed))
-    assert [label for *_, label in source.pictures("validation")] == labels
-    assert [label for *_, label in source.pictures("train")] == [0, 1]
+    assert [label for *_, label in source.iter_images("validation")] == labels
+    assert [label for *_, label in source.iter_images("train")] == [0, 1]
     assert source.num_classes == 2 and source.class_names == ["cat", "dog"]
     assert ("gone" in lines) == bool(source.skipped)
 
@@ -301,15 +310,15 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     make(tmp_path / "data", "train/cat/a.png", "train/dog/b.png", "val/a.png", "val/x/../a2.png")
     make(tmp_path / "data", "test/a.png")
     listed = tmp_path / "val.txt"
-    for lines, told in (
+    for lines, message in (
         ("a.png,cat\n", "which could be"),
-        ("other.png,cat\n", "names none of the pictures"),
-        ("val/a.png,bird\n", "'bird', which no folder has"),
-        ("val/a.png,2\n", "the class 2; classes are whole numbers from 0 to 1"),
-        ("", "holds no file name"),
+        ("other.png,cat\n", "names none of the images"),
+        ("val/a.png,bird\n", "'bird', which is not a folder"),
+        ("val/a.png,2\n", "the class 2; classes must be integers from 0 to 1"),
+        ("", "has no file names"),
     ):
         listed.write_text(lines)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             FolderSource(tmp_path / "data", labels=str(listed))
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match=r"config\.data\.labels=.*there is no file"):
@@ -317,16 +326,16 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
 
 
 def archive(path, members):
-    """A .tar of name -> bytes; a picture where there are none."""
+    """Writes a .tar of (name, bytes); None stands for an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     Image.new("RGB", (6, 5), (9, 8, 7)).save(file, "PNG")
-    with tarfile.open(path, "w") as made:
+    with tarfile.open(path, "w") as tar:
         for name, content in members:
             content = file.getvalue() if content is None else content
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            made.addfile(info, io.BytesIO(content))
+            tar.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -334,10 +343,10 @@ def test_archives_are_read_as_webdataset_names_them(tmp_path):
     archive(tmp_path / "0000.tar", [("a/x.png", None), ("a/x.cls", b"1"), ("a/x.seg.png", None)])
     archive(tmp_path / "0001.tar", [("y.cls", b"0\n"), ("y.PNG", None), ("y.json", b"{}")])
     archive(tmp_path / "0002.tar", [("z.png", None), ("._z.png", b"?"), ("v1.2.png", None)])
-    with tarfile.open(tmp_path / "0002.tar", "a") as made:
+    with tarfile.open(tmp_path / "0002.tar", "a") as tar:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        made.addfile(link)
+        tar.addfile(link)
     source = FolderSource(tmp_path)
     assert used(source) == {
         "train": {
@@ -351,7 +360,7 @@ def test_archives_are_read_as_webdataset_names_them(tmp_path):
         "1 with suffix .seg.png: 0000.tar/a/x.seg.png",
         "1 with suffix .json: 0001.tar/y.json",
         "1 hidden: 0002.tar/._z.png",
-        "1 no file (a link, pipe or device): 0002.tar/link.png",
+        "1 not a regular file (a link, pipe or device): 0002.tar/link.png",
     }
     single = FolderSource(tmp_path / "0001.tar")
     assert single.count("train") == 1 and single.name == "0001"
@@ -366,10 +375,10 @@ def test_splits_of_archives_follow_from_folders_or_their_names(tmp_path):
         source = FolderSource(tmp_path / kind)
         assert source.count("train") == 2 and source.count("validation") == 1
     archive(tmp_path / "named" / "more.tar", [("x.png", None)])
-    assert "more.tar" in question(tmp_path / "named")
+    assert "more.tar" in ambiguity_message(tmp_path / "named")
     mapped = FolderSource(tmp_path / "named", splits="train=in-train-*,test=more.tar")
     assert mapped.count("train") == 2 and mapped.count("test") == 1
-    assert "'test', 'train': give each split a list" in question(tmp_path / "inside")
+    assert "'test', 'train': give each split a list" in ambiguity_message(tmp_path / "inside")
 
 
 def test_damaged_archives_are_counted(tmp_path):
@@ -380,33 +389,33 @@ def test_damaged_archives_are_counted(tmp_path):
     (tmp_path / "damaged.tar").write_bytes(damaged)
     (tmp_path / "text.tar").write_text("hello")
     source = FolderSource(tmp_path)
-    names = [name for name, _, _ in source.pictures("train")]
+    names = [name for name, _, _ in source.iter_images("train")]
     assert names == [
         "cut.tar/0.png",
         "damaged.tar/0.png",
         *(f"whole.tar/{i}.png" for i in range(4)),
     ]
-    told = " ".join(source.skipped.lines())
-    assert all(f"{name}.tar (" in told for name in ("cut", "damaged", "text"))
+    skipped_lines = " ".join(source.skipped.lines())
+    assert all(f"{name}.tar (" in skipped_lines for name in ("cut", "damaged", "text"))
     (tmp_path / "whole.tar").write_bytes(whole[:600])
-    *_, (_, file, _) = source.pictures("train")
-    with pytest.raises(decode.Unreadable, match="ends inside"):
+    *_, (_, file, _) = source.iter_images("train")
+    with pytest.raises(decode.Unreadable, match="archive is truncated"):
         decode.decode(file)
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    "name, message",
     [
         ("photos.zip", "is a zip archive"),
         ("photos.tar.gz", "is a compressed file"),
         ("photos.tgz", r"is a compressed \.tar"),
-        ("photo.JPG", "is one picture"),
+        ("photo.JPG", "is a single image"),
         ("data.h5", "is a file of another kind"),
     ],
 )
-def test_other_files_are_refused_for_what_they_are(tmp_path, name, told):
+def test_other_files_are_refused_for_what_they_are(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match=f"{told}.*a folder of pictures"):
+    with pytest.raises(UserError, match=f"{message}.*a folder of images"):
         FolderSource(tmp_path / name)
 
 
@@ -421,6 +430,6 @@ def test_relative_places_are_read_too(tmp_path, monkeypatch):
     make(tmp_path / "photos", "1.png")
     (tmp_path / "list.txt").write_text("photos/1.png\n")
     monkeypatch.chdir(tmp_path)
-    for place in ("photos", "list.txt", "photos/*", pathlib.Path("photos")):
-        (record,) = FolderSource(place).pictures("train")
+    for location in ("photos", "list.txt", "photos/*", pathlib.Path("photos")):
+        (record,) = FolderSource(location).iter_images("train")
         assert decode.decode(record[1]).shape == (5, 6, 3)

@@ -1,4 +1,4 @@
-"""TFDS data sets: order, continuation, hosts, damaged records, and torchvision's pixels."""
+"""TFDS data sets: order, resuming, hosts, damaged records, and parity with torchvision."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from PIL import Image
 from disco_jax.data import base, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.base import Position
-from disco_jax.data.chosen import ChosenSource
 from disco_jax.data.sources import TfdsSource
+from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
 
@@ -35,7 +35,7 @@ def encode(image, kind="JPEG", **options):
 
 
 def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10, kind="tfrecord"):
-    """A data set as `tfds build` leaves it; records is {split: [(bytes, label)]}.
+    """Writes a data set in the layout of `tfds build`; records is {split: [(bytes, label)]}.
 
     Record i of a split has the file name "i.jpg".
     """
@@ -53,7 +53,7 @@ def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10
     tfds.folder_dataset.write_metadata(
         data_dir=folder, features=features, split_infos=infos, version="1.0.0"
     )
-    if kind != "tfrecord":  # the description is made from TFRecord files alone
+    if kind != "tfrecord":  # TFDS computes the metadata from TFRecord files only
         for file in folder.glob("*tfrecord*"):
             file.unlink()
         for split, examples in records.items():
@@ -64,7 +64,7 @@ def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10
 
 
 def write_split(folder, name, split, examples, features, files, labelled, kind):
-    """The files of one split, and TFDS's description of them."""
+    """Writes the files of one split and returns their TFDS `SplitInfo`."""
     _, tfds = sources.tensorflow()
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix=kind
@@ -95,18 +95,18 @@ def writer(kind, path):
 
 
 def plain(i, shape=SHAPES[0]):
-    """A picture of one grey level, from which the number of its record can be read."""
+    """Encodes an image of one grey level that identifies its record."""
     return encode(np.full((*shape, 3), 5 * i, np.uint8), quality=95)
 
 
 def numbers(images):
-    """The records that crops of `plain` pictures are of."""
+    """Returns the records of crops of `plain` images."""
     return np.rint(images[:, 2, 2, 0] / 5).astype(int).tolist()
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """The digits, `plain` JPEGs of several shapes, and noise in other formats."""
+    """Directory with the digits, `plain` JPEGs of several shapes, and noise in other formats."""
     path = tmp_path_factory.mktemp("tfds")
     digits.write(str(path))
     jpegs = [(plain(i, SHAPES[i % 3]), i % 10) for i in range(COUNT)]
@@ -127,7 +127,7 @@ def data_dir(tmp_path_factory):
 def kind(request, data_dir, monkeypatch):
     """Opens a source that reads in each of the four ways."""
     if request.param in ("streamed", "at_will"):
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     name = request.param if request.param in ("digits", "at_will") else "plain"
 
     def make(**options):
@@ -174,14 +174,14 @@ def test_labels_come_with_their_images(kind):
         assert batch.labels.dtype == np.int32 and batch.labels.shape == (7,)
         if source.name != "digits":
             np.testing.assert_array_equal(batch.labels, np.array(numbers(batch.views[0])) % 10)
-    stored = np.array([label for *_, label in source.pictures("train")])
+    stored = np.array([label for *_, label in source.iter_images("train")])
     whole = train(source, source.count("train") // 7)
     read = np.bincount(np.concatenate([batch.labels for batch in whole]), minlength=10)
     for batch in whole:
         np.testing.assert_array_equal(stored[batch.rows], batch.labels)
     assert len({row for batch in whole for row in batch.rows.tolist()}) == 7 * len(whole)
-    left = np.bincount(stored, minlength=10) - read
-    assert (left >= 0).all() and left.sum() == source.count("train") % 7
+    dropped = np.bincount(stored, minlength=10) - read
+    assert (dropped >= 0).all() and dropped.sum() == source.count("train") % 7
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_labels_come_with_their_images(kind):
 )
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, name, bytes_kept):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
-    seen = [[], []]
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
+    records_by_epoch = [[], []]
     for host in range(hosts):
         source = TfdsSource(
             name, data_dir, shuffle_buffer=16, process_index=host, process_count=hosts
@@ -198,13 +198,13 @@ def test_hosts_share_an_epoch_without_repeats(data_dir, monkeypatch, hosts, name
         per_epoch = COUNT // hosts // 4
         for i, batch in enumerate(train(source, 2 * per_epoch, 4)):
             assert numbers(batch.views[0]) == numbers(batch.views[1]) == batch.rows.tolist()
-            seen[i // per_epoch] += numbers(batch.views[0])
-    assert sorted(seen[0]) == sorted(seen[1]) == list(range(COUNT))
-    assert seen[0] != seen[1]
+            records_by_epoch[i // per_epoch] += numbers(batch.views[0])
+    assert sorted(records_by_epoch[0]) == sorted(records_by_epoch[1]) == list(range(COUNT))
+    assert records_by_epoch[0] != records_by_epoch[1]
 
 
 def test_reading_on_reads_no_more_than_a_group_of_files(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource("plain", data_dir, shuffle_buffer=24)  # groups of 12: one of the 4 files
     read, mixed = [], records.Rows.mixed
     monkeypatch.setattr(
@@ -217,7 +217,7 @@ def test_reading_on_reads_no_more_than_a_group_of_files(data_dir, monkeypatch):
 
 
 def test_groups_mix_files_and_every_epoch_other_ones(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource("plain", data_dir, shuffle_buffer=48)  # groups of 24: two files
     firsts = set()
     for epoch in range(6):
@@ -235,22 +235,22 @@ def test_groups_mix_files_and_every_epoch_other_ones(data_dir, monkeypatch):
 @pytest.mark.parametrize("name", ["plain", "at_will"])
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_subset_keeps_the_named_files(data_dir, name, hosts):
-    wanted = {f"{i}.jpg" for i in range(0, COUNT, 3)}
-    seen = []
+    names = {f"{i}.jpg" for i in range(0, COUNT, 3)}
+    records_read = []
     for host in range(hosts):
         source = TfdsSource(
-            name, data_dir, subset={"train": wanted}, process_index=host, process_count=hosts
+            name, data_dir, subset={"train": names}, process_index=host, process_count=hosts
         )
         assert (source.count("train"), source.count("test")) == (16, 10)
         for batch in train(source, 2, 8 // hosts):
-            seen += numbers(batch.views[0])
+            records_read += numbers(batch.views[0])
             assert numbers(batch.views[0]) == (3 * batch.rows).tolist()
         labels = [b["label"][b["mask"]] for b in source.evaluate("train", 8, 0, "bilinear", 5)]
         first = host * 16 // hosts
         assert np.concatenate(labels).tolist() == [
             3 * i % 10 for i in range(first, first + 16 // hosts)
         ]
-    assert sorted(seen) == list(range(0, COUNT, 3))
+    assert sorted(records_read) == list(range(0, COUNT, 3))
 
 
 def test_fingerprints_are_of_version_and_lengths(data_dir):
@@ -275,17 +275,17 @@ def test_a_subset_that_cannot_be_found_is_an_error(data_dir):
 
 @pytest.mark.parametrize("name", ["plain", "at_will"])
 def test_a_sample_of_a_large_split_is_drawn_from_a_part(data_dir, monkeypatch, name):
-    """All of its records would else be read for their labels."""
+    """Otherwise all records would be read for their labels."""
     source = TfdsSource(name, data_dir)
     assert source.part("train", 5, 0) == "train"  # small enough
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     parts = [source.part("train", 5, seed) for seed in range(4)]
     assert all(source.count(part) == 5 for part in parts) and len(set(parts)) > 1
     assert source.part("train", source.count("train"), 0) == "train"
     assert source.part("train[10:25]", 5, 0) == "train[10:25]"
-    some = ChosenSource(source, parts[0], [1, 3])
-    whole = list(source.pictures(parts[0]))
-    assert list(some.pictures(parts[0])) == [whole[1], whole[3]]
+    some = SubsetSource(source, parts[0], [1, 3])
+    whole = list(source.iter_images(parts[0]))
+    assert list(some.iter_images(parts[0])) == [whole[1], whole[3]]
     assert some.part("train", 5, 1) == parts[1]
 
 
@@ -300,9 +300,9 @@ def test_rules_of_pictures_hold_for_prepared_data_sets(data_dir, name):
 def test_parts_of_a_split_are_read(data_dir, name):
     source = TfdsSource(name, data_dir)
     assert source.count("train[10:25]") == 15
-    made = list(source.pictures("train[10:25]"))
-    assert [label for _, _, label in made] == [i % 10 for i in range(10, 25)]
-    assert made[0][0].startswith(f"{name}-train.") and made[0][0].endswith("__10")
+    stored = list(source.iter_images("train[10:25]"))
+    assert [label for _, _, label in stored] == [i % 10 for i in range(10, 25)]
+    assert stored[0][0].startswith(f"{name}-train.") and stored[0][0].endswith("__10")
 
 
 @pytest.mark.parametrize(
@@ -314,31 +314,31 @@ def test_parts_of_a_split_are_read(data_dir, name):
 def test_records_are_picked_out_in_any_order_by_any_host(
     data_dir, monkeypatch, name, small, cache, hosts
 ):
-    """Repeated ones too, and the same again: what was read before changes nothing."""
+    """Rows may repeat, and earlier reads do not affect later ones."""
     if not small:
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     source = TfdsSource(name, data_dir, cache=cache, process_index=hosts - 1, process_count=hosts)
-    whole = list(source.pictures("train"))
-    wanted = [7, 40, 0, 7, len(whole) - 1, 23]
-    for rows in (wanted, wanted[::-1], wanted):
-        assert list(source.chosen("train", rows)) == [whole[row] for row in rows]
+    whole = list(source.iter_images("train"))
+    selected = [7, 40, 0, 7, len(whole) - 1, 23]
+    for rows in (selected, selected[::-1], selected):
+        assert list(source.take("train", rows)) == [whole[row] for row in rows]
 
 
 def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     for name in ("plain", "at_will"):
         source = TfdsSource(name, data_dir, subset={"train": [f"{i}.jpg" for i in (3, 5, 40)]})
-        whole = list(source.pictures("train"))
-        assert list(source.chosen("train", [2, 0])) == [whole[2], whole[0]]
+        whole = list(source.iter_images("train"))
+        assert list(source.take("train", [2, 0])) == [whole[2], whole[0]]
     source = TfdsSource("at_will", data_dir)
-    assert [label for *_, label in source.chosen("train[10:25]", [4, 0])] == [4, 0]
+    assert [label for *_, label in source.take("train[10:25]", [4, 0])] == [4, 0]
     with pytest.raises(UserError, match="The split of at_will"):
-        source.chosen("trian", ())
+        source.take("trian", ())
 
 
 def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(records.Rows, "_in_runs", None)  # what would read
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
+    monkeypatch.setattr(records.Rows, "_read_runs", None)  # fails if a record is read
     source = TfdsSource("plain", data_dir)
     bags = Bags(neighbours=np.zeros((COUNT, 1), np.int32))
     with pytest.raises(UserError, match=r"plain/1\.0\.0.*=array_record.*source='folder'"):
@@ -346,11 +346,11 @@ def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data
 
 
 def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
-    """Every other member is the record after; nothing but the records of a batch is read."""
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-    read, real = [], records.Rows.chosen
+    """The other member is the next record; only the records of a batch are read."""
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
+    read, real = [], records.Rows.take
     monkeypatch.setattr(
-        records.Rows, "chosen", lambda self, rows: read.append(len(rows)) or real(self, rows)
+        records.Rows, "take", lambda self, rows: read.append(len(rows)) or real(self, rows)
     )
     after = Bags(neighbours=((np.arange(COUNT)[:, None] + 1) % COUNT).astype(np.int32))
     whole_picture = {0: crop(scale=(1.0, 1.0)), 1: crop(scale=(1.0, 1.0))}
@@ -359,22 +359,22 @@ def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
         bagged = BagSource(source, after, (1,))
         return list(itertools.islice(bagged.train("train", whole_picture, 6, 3, start, 0), 4))
 
-    found = batches(TfdsSource("at_will", data_dir))
+    batches_read = batches(TfdsSource("at_will", data_dir))
     assert set(read) == {0, 12} and sum(read) == 4 * 12
-    for batch in found:
+    for batch in batches_read:
         first, second = (numbers(batch.views[view]) for view in (0, 1))
         assert second == [(n + 1) % COUNT for n in first]
         assert batch.labels.tolist() == [n % 10 for n in first]
-    resumed = batches(TfdsSource("at_will", data_dir), found[1].position)
-    same_batches(resumed[:2], found[2:])
-    same_batches(batches(TfdsSource("plain", data_dir, cache=True)), found)
+    resumed = batches(TfdsSource("at_will", data_dir), batches_read[1].position)
+    same_batches(resumed[:2], batches_read[2:])
+    same_batches(batches(TfdsSource("plain", data_dir, cache=True)), batches_read)
 
 
 def test_cache_keeps_what_is_large(data_dir, monkeypatch):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-    kept = train(TfdsSource("plain", data_dir, cache=True), 3)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
+    cached = train(TfdsSource("plain", data_dir, cache=True), 3)
     monkeypatch.undo()
-    same_batches(train(TfdsSource("plain", data_dir), 3), kept)
+    same_batches(train(TfdsSource("plain", data_dir), 3), cached)
 
 
 def test_a_batch_larger_than_a_share_is_refused(data_dir):
@@ -443,14 +443,14 @@ def test_evaluation_reads_everything_once_in_order(data_dir):
 @pytest.mark.parametrize("name", ["plain", "at_will"])
 @pytest.mark.parametrize(("hosts", "limit"), [(1, 0), (3, 0), (4, 0), (1, 5), (3, 5), (4, 2)])
 def test_hosts_evaluate_everything_in_as_many_batches(data_dir, hosts, limit, name):
-    seen, batches = [], set()
+    records_read, batches = [], set()
     for host in range(hosts):
         source = TfdsSource(name, data_dir, process_index=host, process_count=hosts)
-        found = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
-        batches.add(len(found))
-        seen += [i for b in found for i in numbers(b["image"][b["mask"]])]
+        host_batches = list(source.evaluate("test", 8, 0, "bilinear", 2, limit))
+        batches.add(len(host_batches))
+        records_read += [i for b in host_batches for i in numbers(b["image"][b["mask"]])]
     assert len(batches) == 1
-    assert len(seen) == len(set(seen)) == (limit or 10)
+    assert len(records_read) == len(set(records_read)) == (limit or 10)
 
 
 # ---- damage
@@ -461,8 +461,8 @@ NAMES = [f"damaged-train.tfrecord-00000-of-00001__{i}" for i in BAD]
 
 @pytest.fixture(params=[0, 1e9], ids=["streamed", "kept"])
 def damaged(request, tmp_path, monkeypatch):
-    """Opens 24 pictures of which three are an empty, a cut and a text file."""
-    monkeypatch.setattr(sources, "_SMALL_BYTES", request.param)
+    """A function that opens 24 images, three of them an empty, a truncated and a text file."""
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", request.param)
     good = [plain(i) for i in range(24)]
     bad = dict(zip(BAD, (b"", good[3][: len(good[3]) // 2], b"not a picture"), strict=True))
     records = [(bad.get(i, encoded), 0) for i, encoded in enumerate(good)]
@@ -475,8 +475,10 @@ def test_unreadable_records_are_skipped_and_named_once(damaged, caplog):
     with caplog.at_level(logging.WARNING):
         batches = train(source, 2 * 5 + 1, 4, limit=3)  # 21 pictures make 5 batches an epoch
     for epoch in (batches[:5], batches[5:10]):
-        seen = [i for b in epoch for i in numbers(b.views[0])]
-        assert len(seen) == len(set(seen)) == 20 and not set(seen) & set(BAD)
+        records_read = [i for b in epoch for i in numbers(b.views[0])]
+        assert len(records_read) == len(set(records_read)) == 20 and not set(records_read) & set(
+            BAD
+        )
     assert sorted(name.split()[0] for name in source.unreadable) == sorted(NAMES)
     for name in NAMES:
         assert sum(name in line for line in caplog.messages) == 1
@@ -507,7 +509,7 @@ def test_evaluation_skips_and_names_unreadable_records(damaged):
 
 
 def test_nothing_readable_is_an_error(tmp_path):
-    # TFDS decodes the first record of the first split to describe it.
+    # TFDS decodes the first record of the first split for its metadata.
     write(tmp_path, "bad", {"test": [(plain(0), 0)], "train": [(b"no", 0)] * 8})
     with pytest.raises(UserError):
         train(TfdsSource("bad", str(tmp_path)), 1, 4, limit=100)
@@ -516,7 +518,7 @@ def test_nothing_readable_is_an_error(tmp_path):
 @pytest.mark.parametrize("bytes_kept", [0, 1e9], ids=["streamed", "kept"])
 @pytest.mark.parametrize("bad", [BAD, range(24)], ids=["some", "all"])
 def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
     good = [encode(np.full((8, 8), 5 * i, np.uint8), "PNG") for i in range(24)]
     records = [(b"no picture" if i in bad else encoded, 0) for i, encoded in enumerate(good)]
     write(tmp_path, "small", {"test": [(good[0], 0)], "train": records}, shape=(8, 8, 1))
@@ -527,8 +529,8 @@ def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad
         return
     whole = train(source, 6, 7, limit=3)
     assert [b.position.epoch for b in whole[2::3]] == [1, 2]
-    seen = [i for b in whole[:3] for i in numbers(b.views[0])]
-    assert sorted(seen) == [i for i in range(24) if i not in BAD]
+    records_read = [i for b in whole[:3] for i in numbers(b.views[0])]
+    assert sorted(records_read) == [i for i in range(24) if i not in BAD]
     assert len(source.unreadable) == 3
     same_batches(train(source, 4, 7, start=whole[1].position, limit=3), whole[2:])
 
@@ -537,7 +539,7 @@ def test_small_images_that_are_unreadable(tmp_path, monkeypatch, bytes_kept, bad
 @pytest.mark.parametrize("task", ["train", "evaluate"])
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_a_file_that_was_cut_short_is_an_error(tmp_path, monkeypatch, bytes_kept, task, kind):
-    monkeypatch.setattr(sources, "_SMALL_BYTES", bytes_kept)
+    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", bytes_kept)
     pictures = [(plain(i), 0) for i in range(24)]
     folder = write(tmp_path, "cut", {"train": pictures}, files=2, kind=kind)
     path = folder / f"cut-train.{kind}-00001-of-00002"
@@ -636,7 +638,7 @@ def test_digits_are_not_registered_with_tfds(data_dir):
     assert "digits" not in tfds.core.registered._DATASET_REGISTRY
 
 
-# ---- prepared data sets, where there are any
+# ---- prepared data sets, if available
 
 PREPARED = os.environ.get("DISCO_JAX_TEST_TFDS", "")
 

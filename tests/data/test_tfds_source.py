@@ -1,4 +1,4 @@
-"""The TFDS source where it is damaged, kept in memory or streamed."""
+"""The TFDS source with damaged records, both held in memory and streamed."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from helpers import crop, same_batches
 START = Position.start()
 
 
-WHOLE = {0: crop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))}  # a square image comes out as it is
+WHOLE = {0: crop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))}  # leaves a square image unchanged
 
 
 def train(source, n, batch_size, views, start=START, max_unreadable=0):
@@ -25,7 +25,7 @@ def train(source, n, batch_size, views, start=START, max_unreadable=0):
 
 
 def test_views_of_other_sizes_leave_the_first_as_it_is(data_dir, path):
-    """Each view draws for itself, so that a recipe can be widened without changing its start."""
+    """Each view draws independently, so adding views to a recipe does not change the first ones."""
     both = {0: crop(8), 1: crop(8)}
     more = {**both, 2: crop(4, scale=(0.05, 0.14)), 3: crop(5, interpolation="bicubic")}
     for name in ("digits", "photographs"):
@@ -39,7 +39,7 @@ def test_views_of_other_sizes_leave_the_first_as_it_is(data_dir, path):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A directory of prepared data sets: the digits and `photographs`."""
+    """Directory of prepared data sets: the digits and `photographs`."""
     root = tmp_path_factory.mktemp("prepared")
     digits.write(str(root))
     write_photographs(root)
@@ -48,10 +48,10 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(params=["in memory", "streamed"])
 def path(request, monkeypatch):
-    """Both ways to read: kept and cropped a batch at a time, or from the disk, one by one."""
+    """Both reading paths: in memory and cropped by batch, or streamed and cropped one by one."""
     if request.param == "streamed":
-        monkeypatch.setattr(sources, "_SMALL_BYTES", 0)
-        monkeypatch.setattr(sources, "_SMALL_PIXELS", 0)
+        monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
+        monkeypatch.setattr(sources, "_MAX_BATCHED_PIXELS", 0)
     return request.param
 
 
@@ -62,8 +62,8 @@ def test_both_ways_read_every_digit_of_a_part_once(data_dir, path):
     source = TfdsSource("digits", data_dir, shuffle_buffer=30)
     assert source.count("train[:100]") == 100
     batches = list(itertools.islice(source.train("train[:100]", WHOLE, 50, 0, START, 0), 2))
-    seen = sorted(image[..., 0].tobytes() for b in batches for image in b.views[0])
-    assert seen == sorted(image.tobytes() for image in digits._load()["train"][0][:100])
+    images = sorted(image[..., 0].tobytes() for b in batches for image in b.views[0])
+    assert images == sorted(image.tobytes() for image in digits._load()["train"][0][:100])
 
 
 # ---- damaged records
@@ -80,7 +80,7 @@ def jpeg(level, size):
 
 
 def write_photographs(root):
-    """Pictures of two sizes, record i of the grey level 6 i; the bad ones are damaged JPEGs."""
+    """Writes images of two sizes; record i has grey level 6 i, records in `BAD` are damaged."""
     tf, tfds = sources.tensorflow()
     folder = root / "photographs" / "1.0.0"
     folder.mkdir(parents=True)
@@ -111,7 +111,7 @@ def write_photographs(root):
                     example = features.encode_example({"image": encoded, "label": i % 11})
                     out.write(features.serialize_example(example))
 
-    records({})  # the description is made from a picture that can be decoded
+    records({})  # TFDS decodes an image for the metadata
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
         features=features,
@@ -169,19 +169,19 @@ def test_too_many_damaged_records_are_an_error(data_dir, path):
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_leaves_damaged_records_out(data_dir, hosts):
-    found, names, batches = [], set(), set()
+    records_read, names, batches = [], set(), set()
     for host in range(hosts):
         source = TfdsSource(
             "photographs", data_dir, max_unreadable=2, process_index=host, process_count=hosts
         )
-        made = list(source.evaluate("test", 16, 20, "bicubic", 4))
-        batches.add(len(made))
+        host_batches = list(source.evaluate("test", 16, 20, "bicubic", 4))
+        batches.add(len(host_batches))
         names |= {name.split()[0] for name in source.unreadable}
-        for batch in made:
+        for batch in host_batches:
             read = levels(batch["image"][batch["mask"]])
             assert read == batch["label"][batch["mask"]].tolist()
-            found += read
-    assert found == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+            records_read += read
+    assert records_read == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert names == named("test", BAD["test"]) and len(batches) == 1
 
 

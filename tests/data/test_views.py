@@ -1,4 +1,4 @@
-"""Recipes: what they draw, what they compile, what they refuse."""
+"""Augmentation recipes: distributions, compiled operations and rejected settings."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disco_jax.data import stacks, views
+from disco_jax.data import presets, views
 from disco_jax.errors import UserError
 from disco_jax.ops import augment
 
 MANY = 8192
 EVERYTHING = {
-    **stacks.STACKS["moco_v2"],
+    **presets.PRESETS["moco_v2"],
     "order": ("flip", "jitter", "grey", "blur", "solarize"),
     "solarize_prob": 0.2,
 }
@@ -58,19 +58,20 @@ def many_draws():
 
 
 def near(share, expected):
-    """Whether a share of MANY draws is within five standard errors of its probability."""
+    """Returns whether a share of MANY draws is within five standard errors of its probability."""
     return abs(share - expected) < 5 * (expected * (1 - expected) / MANY) ** 0.5
 
 
-def test_stacks_build():
-    for name, stack in stacks.STACKS.items():
-        recipe = views.build(stack, count=2)
+def test_presets_build():
+    for name, preset in presets.PRESETS.items():
+        recipe = views.build(preset, count=2)
         assert recipe.sizes == (224,) * 2, name
         assert len(recipe.photometric_ops) == 2
-        assert recipe.crops[0].scale == stack["scale"]
+        assert recipe.crops[0].scale == preset["scale"]
 
 
-# Scale, operations in order, jitter and its probability, grey, blur and solarize of both views.
+# Scale, operations in order, jitter strengths and probability, and the probabilities of grey, blur
+# and solarize for both views.
 PAPERS = {
     "weak": ((0.08, 1), ("flip",), None, 0, (0, 0), (0, 0)),
     "weak02": ((0.2, 1), ("flip",), None, 0, (0, 0), (0, 0)),
@@ -111,10 +112,10 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize("name", stacks.STACKS)
-def test_stacks_are_those_of_the_official_code(name):
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_those_of_the_official_code(name):
     scale, order, jitter, grey, blur, solarize = PAPERS[name]
-    recipe = views.build(stacks.STACKS[name])
+    recipe = views.build(presets.PRESETS[name])
     for view, (crop, ops) in enumerate(zip(recipe.crops, recipe.photometric_ops, strict=True)):
         assert crop.scale == scale
         assert crop.interpolation == ("bicubic" if name == "dino" else "bilinear")
@@ -126,46 +127,48 @@ def test_stacks_are_those_of_the_official_code(name):
         assert ops.std == ((0.228, 0.224, 0.225) if name == "swav" else (0.229, 0.224, 0.225))
 
 
-@pytest.mark.parametrize("name", stacks.LOCALS)
+@pytest.mark.parametrize("name", presets.LOCALS)
 def test_local_views_differ_in_what_is_named_alone(name):
-    local = stacks.LOCALS[name]
-    recipe = views.build(stacks.STACKS[name], 2, local)
+    local = presets.LOCALS[name]
+    recipe = views.build(presets.PRESETS[name], 2, local)
     assert recipe.sizes == (224, 224) + (96,) * local["count"]
     assert len(recipe.photometric_ops) == len(recipe.crops)
     crop, ops = recipe.crops[-1], recipe.photometric_ops[-1]
     assert crop.scale == local["scale"] and crop.ratio == recipe.crops[0].ratio
     assert crop.interpolation == recipe.crops[0].interpolation
     assert (ops.blur_prob, ops.solarize_prob) == (0.5, 0.0)
-    assert ops.jitter == recipe.photometric_ops[0].jitter and ops.std == stacks.STACKS[name]["std"]
+    assert (
+        ops.jitter == recipe.photometric_ops[0].jitter and ops.std == presets.PRESETS[name]["std"]
+    )
 
 
 def test_no_local_views_leave_the_recipe_as_it_is():
-    stack = stacks.STACKS["moco_v2"]
-    assert views.build(stack, 2, stacks.NO_LOCALS) == views.build(stack)
+    preset = presets.PRESETS["moco_v2"]
+    assert views.build(preset, 2, presets.NO_LOCALS) == views.build(preset)
 
 
 @pytest.mark.parametrize(
     "changes, local, message",
     [
-        ({}, {"scale": (0.5, 0.1)}, r"config.local.scale=\(0.5, 0.1\) will not do"),
-        ({}, {"size": 0}, r"config.local.size=0 will not do"),
-        ({}, {"count": -1}, r"config.local.count=-1 will not do"),
+        ({}, {"scale": (0.5, 0.1)}, r"config.local.scale=\(0.5, 0.1\) is invalid"),
+        ({}, {"size": 0}, r"config.local.size=0 is invalid"),
+        ({}, {"count": -1}, r"config.local.count=-1 is invalid"),
         ({}, {"solarize_prob": 0.5}, r"config.local.solarize_prob=0.5 .*lacks 'solarize'"),
         ({"blur_prob": (0.5, 0.5, 0.5)}, {}, r"config.augment.blur_prob=.* or 2 of them"),
-        ({"blur_prob": (0.5, 1.5)}, {}, r"config.augment.blur_prob=1.5 will not do"),
-        ({"flip_prob": (0.5, 0.5)}, {}, r"config.augment.flip_prob=.* will not do"),
+        ({"blur_prob": (0.5, 1.5)}, {}, r"config.augment.blur_prob=1.5 is invalid"),
+        ({"flip_prob": (0.5, 0.5)}, {}, r"config.augment.flip_prob=.* is invalid"),
     ],
 )
 def test_settings_of_views_name_themselves(changes, local, message):
-    stack = {**stacks.STACKS["moco_v2"], **changes}
+    preset = {**presets.PRESETS["moco_v2"], **changes}
     with pytest.raises(UserError, match=message):
-        views.build(stack, 2, {**stacks.LOCALS["swav"], **local})
+        views.build(preset, 2, {**presets.LOCALS["swav"], **local})
 
 
 def test_a_config_dict_builds_the_same_recipe():
-    config = ml_collections.ConfigDict(stacks.STACKS["moco_v2"])
+    config = ml_collections.ConfigDict(presets.PRESETS["moco_v2"])
     config.jitter = list(config.jitter)
-    assert views.build(config) == views.build(stacks.STACKS["moco_v2"])
+    assert views.build(config) == views.build(presets.PRESETS["moco_v2"])
     hash(views.build(config))
 
 
@@ -179,7 +182,7 @@ def test_draws_do_not_depend_on_the_number_of_devices():
 
 
 def test_replicas_under_vmap_share_one_order():
-    """A key that differs by replica would turn the four switches into selects."""
+    """A key that differed by replica would turn the four switches into selects."""
     operation, key, batch = photometric(), jax.random.key(7), images()
     split = jax.vmap(operation.__call__, in_axes=(0, None, 0), axis_name="batch")
     arguments = (batch.reshape(4, 2, 6, 6, 3), key, everywhere(8).reshape(4, 2))
@@ -238,7 +241,7 @@ def test_blur_widths_are_uniform_in_their_range():
 
 
 def assert_uniform(values, low, high):
-    """Kolmogorov's distance, 1.95 / sqrt(n) at a level of 0.1 %, and the ends."""
+    """Checks the range and the Kolmogorov distance, below 1.95 / sqrt(n) at a level of 0.1 %."""
     ranks = (np.sort(values) - low) / (high - low)
     assert ranks[0] >= -1e-6 and ranks[-1] <= 1 + 1e-6
     steps = (np.arange(len(ranks)) + 0.5) / len(ranks)
@@ -280,8 +283,8 @@ def test_jitter_of_no_strength_is_not_compiled():
     assert "cond" not in traced(off)
 
 
-def test_the_weak_stack_compiles_a_flip_alone():
-    weak = views.build(stacks.STACKS["weak"]).photometric_ops[0]
+def test_the_weak_preset_compiles_a_flip_alone():
+    weak = views.build(presets.PRESETS["weak"]).photometric_ops[0]
     assert weak.active == ("flip",)
     primitives = traced(weak)
     assert "dot_general" not in primitives and "cond" not in primitives
@@ -289,7 +292,7 @@ def test_the_weak_stack_compiles_a_flip_alone():
 
 
 def test_operations_act_in_the_given_order():
-    """Solarizing before or after greying is not the same."""
+    """Solarizing does not commute with conversion to greyscale."""
     changes = {"grey_prob": 1.0, "solarize_prob": 1.0, "jitter_prob": 0.0, "blur_prob": 0.0}
     base = photometric(**changes, flip_prob=0.0)
     results = [
@@ -305,7 +308,7 @@ def test_operations_act_in_the_given_order():
     "order", [("flip", "jitter", "grey", "blur"), ("solarize", "blur", "grey", "flip")]
 )
 def test_a_flip_that_the_blur_does_is_in_its_place(order):
-    """At the size of a crop, against the operations one by one in their order."""
+    """Compares with the operations applied one by one in their order."""
     active = {f"{name}_prob": 0.5 * (name in order) for name in views.OPERATIONS}
     operation = photometric(order=order, **active)
     batch, key = images(8, 12), jax.random.key(3)
@@ -382,7 +385,10 @@ def test_bad_settings_name_themselves_and_what_they_were_given(field, value):
     with pytest.raises(UserError) as error:
         views.build({**EVERYTHING, field: value})
     assert f"config.augment.{field}" in str(error.value)
-    offenders = [value, *(value if field == "order" else ())]  # a wrong name stands for the tuple
+    offenders = [
+        value,
+        *(value if field == "order" else ()),
+    ]  # the message may show the wrong name only
     assert any(f"{field}={offender!r}" in str(error.value) for offender in offenders)
 
 
@@ -393,9 +399,9 @@ def test_a_probability_that_nothing_reads_is_refused():
     views.build({**EVERYTHING, "order": order, "blur_prob": 0.0})
 
 
-@pytest.mark.parametrize(("given_name", "meant"), [("flp", "flip"), ("gray", "grey")])
-def test_unknown_operations_get_a_suggestion(given_name, meant):
-    with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
+@pytest.mark.parametrize(("given_name", "suggestion"), [("flp", "flip"), ("gray", "grey")])
+def test_unknown_operations_get_a_suggestion(given_name, suggestion):
+    with pytest.raises(UserError, match=f"Did you mean '{suggestion}'"):
         views.build({**EVERYTHING, "order": (given_name,)})
 
 
@@ -412,16 +418,16 @@ def crop(size, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def test_the_ratio_of_pixel_scales_is_that_of_the_crops():
-    """On square crops of a square image: E[PS_g / PS_l] = (GC / LC)^2 E[A_l] E[1 / A_g]."""
+    """Square crops of a square image have E[PS_g / PS_l] = (GC / LC)^2 E[A_l] E[1 / A_g]."""
     large, small = crop(224, (0.3, 1.0), (1, 1)), crop(128, (0.05, 0.3), (1, 1))
     expected = (224 / 128) ** 2 * 0.175 * math.log(1 / 0.3) / 0.7
     assert views.pixel_scale_ratio(large, small, 1000, 1000) == pytest.approx(expected, rel=0.02)
 
 
 def test_sslights_views_are_nearer_to_one_pixel_scale_than_the_usual():
-    ours = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
+    sslight = views.pixel_scale_ratio(crop(224, (0.3, 1.0)), crop(128, (0.05, 0.3)))
     usual = views.pixel_scale_ratio(crop(224, (0.14, 1.0)), crop(96, (0.05, 0.14)))
-    assert abs(ours - 1) < 0.1 < abs(usual - 1)
+    assert abs(sslight - 1) < 0.1 < abs(usual - 1)
 
 
 def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
@@ -432,15 +438,15 @@ def test_many_alike_views_are_compiled_once_and_drawn_as_ever(monkeypatch):
     crops = {v: rng.integers(0, 256, (4, s, s, 3), np.uint8) for v, s in enumerate(recipe.sizes)}
     key, positions = jax.random.key(3), jnp.arange(4, dtype=jnp.int32)
 
-    def make():
+    def trace_and_run():
         return jax.make_jaxpr(recipe.photometric)(crops, key, positions), jax.jit(
             recipe.photometric
         )(crops, key, positions)
 
-    looped, made = make()
-    monkeypatch.setattr(views, "LOOPED", 99)
-    unrolled, expected = make()
-    assert list(made) == list(range(6))
-    for view in made:
-        np.testing.assert_allclose(made[view], expected[view], atol=1e-5)
+    looped, augmented = trace_and_run()
+    monkeypatch.setattr(views, "LOOP_MIN_VIEWS", 99)
+    unrolled, expected = trace_and_run()
+    assert list(augmented) == list(range(6))
+    for view in augmented:
+        np.testing.assert_allclose(augmented[view], expected[view], atol=1e-5)
     assert len(str(looped)) < 0.7 * len(str(unrolled))

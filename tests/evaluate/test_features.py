@@ -1,4 +1,4 @@
-"""Features of a split: every image once, whatever the batch, and clear words when there is none."""
+"""Features of a split: every image exactly once for any batch size, and clear error messages."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.stacks import STACKS
+from disco_jax.data.presets import PRESETS
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder
@@ -41,14 +41,14 @@ def test_a_split_without_labels_or_images_is_refused(trained, monkeypatch):
 
 
 def test_settings_for_each_view_do_not_stand_in_the_way():
-    """An evaluation makes no views, but reads the normalisation of a recipe that has them."""
+    """Evaluation makes no views, but reads the normalization of recipes with settings per view."""
     config = helpers.smoke_config("moco_v2", views=3, **{"student.backbone": "tiny"})
     per_view = {"blur_prob": (1.0, 0.1, 0.5), "solarize_prob": 0.0}
-    config.augment = helpers.ConfigDict({**STACKS["dino"], **per_view, "size": 16})
+    config.augment = helpers.ConfigDict({**PRESETS["dino"], **per_view, "size": 16})
     source = ArraySource(helpers.digits_splits())
     with helpers.tiny_backbone():
-        found = features.of_split(features.untrained(config), source, "test", 64)
-    assert found.features.shape[0] == 360
+        encoded = features.of_split(features.untrained(config), source, "test", 64)
+    assert encoded.features.shape[0] == 360
 
 
 def test_several_blocks_of_a_vit_end_with_the_last_and_leave_the_head_alone():

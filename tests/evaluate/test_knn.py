@@ -1,4 +1,4 @@
-"""kNN: neighbours and predictions equal to the official DINO code's, and to brute force."""
+"""kNN: neighbours and predictions equal the official DINO code's, and brute force."""
 
 import jax
 import numpy as np
@@ -46,10 +46,10 @@ def test_a_vote_outweighs_any_similarity():
 def test_blocks_do_not_change_the_neighbours(tests, block, seed):
     rng = np.random.default_rng(seed)
     train, test = rng.normal(size=(30, 5)).astype("f"), rng.normal(size=(tests, 5)).astype("f")
-    found = knn.neighbours(train, test, 4, block * 8)[1]
+    neighbours = knn.neighbours(train, test, 4, block * 8)[1]
     normal = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
     brute = np.argsort(-(normal[1] @ normal[0].T), axis=1)[:, :4]
-    np.testing.assert_array_equal(found, brute)
+    np.testing.assert_array_equal(neighbours, brute)
 
 
 def test_what_cannot_be_is_refused():
@@ -68,7 +68,7 @@ def test_top_k_counts_ties_once():
 
 
 def brute_force(train, test, k):
-    """The whole matrix in float64, equal similarities in the order of their rows."""
+    """Sorts all float64 similarities, equal ones in index order."""
     normal = [
         x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)
     ]
@@ -77,18 +77,18 @@ def brute_force(train, test, k):
 
 @pytest.mark.parametrize("rows", [37, 100, 131])
 def test_shards_blocks_and_passes_equal_brute_force(rows):
-    """Four devices, a bank that they do not divide, several passes, a partial last block."""
+    """Uses four devices that do not divide the bank, several passes and a partial last block."""
     rng = np.random.default_rng(rows)
     train, test = rng.normal(size=(rows, 6)).astype("f"), rng.normal(size=(23, 6)).astype("f")
-    train[5] = train[-1]  # equal similarities: the lower row comes first
-    found = knn.neighbours(train, test, 7, 10, bank_block=8, resident=16)[1]
-    np.testing.assert_array_equal(found, brute_force(train, test, 7))
+    train[5] = train[-1]  # equal similarities are in index order
+    neighbours = knn.neighbours(train, test, 7, 10, bank_block=8, resident=16)[1]
+    np.testing.assert_array_equal(neighbours, brute_force(train, test, 7))
 
 
 def test_equal_rows_stand_in_their_order_whatever_they_are_computed_with():
-    """More of them than candidates: sums in another order would give them other similarities.
+    """Uses more equal rows than candidates, whose similarities depend on the summation order.
 
-    Over blocks of the bank, shards and passes; of rows that fill registers and that do not.
+    Covers blocks of the bank, shards and passes, and widths that do and do not fill SIMD registers.
     """
     for width in (17, 64):
         rng = np.random.default_rng(width)
@@ -104,25 +104,25 @@ def test_equal_rows_stand_in_their_order_whatever_they_are_computed_with():
 
 def test_leaving_out_passes_over_the_row_itself():
     rows = np.random.default_rng(0).normal(size=(50, 4)).astype("f")
-    found = knn.neighbours(rows, rows, 5, 16, bank_block=8, resident=8, leave_out=True)[1]
-    np.testing.assert_array_equal(found, brute_force(rows, rows, 6)[:, 1:])
+    neighbours = knn.neighbours(rows, rows, 5, 16, bank_block=8, resident=8, leave_out=True)[1]
+    np.testing.assert_array_equal(neighbours, brute_force(rows, rows, 6)[:, 1:])
 
 
 def test_what_a_device_needs_beside_the_bank_does_not_grow_with_it():
-    """Of the compiled program, as the compiler counts it: far below one row of products a test."""
+    """Temporary memory of the compiled program is far below one row of products per test row."""
 
-    def beside(rows):
+    def temporary_bytes(rows):
         shapes = ((4, rows, 16), (4,), (4,), (256, 16), (256,))
         kinds = ("float32", "int32", "int32", "float32", "int32")
         arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
         return knn._scan.lower(*arguments, 28, 512).compile().memory_analysis().temp_size_in_bytes
 
-    small, large = beside(2048), beside(65_536)
+    small, large = temporary_bytes(2048), temporary_bytes(65_536)
     assert large - small < 4 * 65_536 and large < 256 * 65_536 * 4 / 10
 
 
 def test_no_more_than_blocks_are_held():
-    """The products of a step are of one block, whatever the size of the bank."""
+    """The similarities in a step cover one block, for any size of the bank."""
     shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((4096, 4), (512, 4))]
     number = jax.ShapeDtypeStruct((), "int32")
     own = jax.ShapeDtypeStruct((512,), "int32")

@@ -1,4 +1,4 @@
-"""Two hosts find what one finds: every image once, the same neighbours, the same classifier."""
+"""Two hosts give the results of one: every image once, same neighbours, same classifier."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from disco_jax.evaluate import features, knn, target
 from disco_jax.tasks import knn as knn_task, linear
 import numpy as np
 models.BACKBONES["tiny"] = helpers.TinyBackbone, {}
-found = []
+results = []
 for recipe in ("linear", "linear:protocol=moco"):
     config = flags.load(recipe)
-    config.update(total_epochs=2, batch_size=32, name=f"two_{len(found)}")
+    config.update(total_epochs=2, batch_size=32, name=f"two_{len(results)}")
     config.learning_rate.per_256 = 0.5
-    found.append(linear.run(config, sys.argv[3]))
-assert found[1]["images"] == found[0]["images"] == 61
+    results.append(linear.run(config, sys.argv[3]))
+assert results[1]["images"] == results[0]["images"] == 61
 config = flags.load("knn")
 config.name = "two_knn"
 knn_task.run(config, sys.argv[3])
@@ -42,14 +42,14 @@ test = features.of_split(trained, source, "test", 16)
 near = knn.neighbours(test.features, test.features, 5, 16, leave_out=True)[1]
 if jax.process_index() == 0:
     np.savez(sys.argv[4], features=test.features, labels=test.labels, near=near,
-             top1=found[0]["top1"])
+             top1=results[0]["top1"])
 """
 
 
 @pytest.mark.slow
 def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
-    made = helpers.digits()
-    few = {k: v[: 96 if k.startswith("train") else 61] for k, v in made.items()}
+    arrays = helpers.digits()
+    few = {k: v[: 96 if k.startswith("train") else 61] for k, v in arrays.items()}
     np.savez(tmp_path / "few.npz", **few)
     monkeypatch.setitem(models.BACKBONES, "tiny", (helpers.TinyBackbone, {}))
     tiny = {"student.backbone": "tiny"}
@@ -66,8 +66,8 @@ def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
         for i in (0, 1)
     ]  # fmt: skip
     for host in hosts:
-        said, _ = host.communicate(timeout=300)
-        assert host.returncode == 0, said[-3000:]
+        output, _ = host.communicate(timeout=300)
+        assert host.returncode == 0, output[-3000:]
     from disco_jax import flags
     from disco_jax.evaluate import features, knn, target
     from disco_jax.tasks import knn as knn_task

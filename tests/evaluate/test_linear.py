@@ -1,4 +1,4 @@
-"""The linear probe learns what is linear, and nothing from noise."""
+"""The linear probe learns linear classes, and nothing from noise."""
 
 import itertools
 
@@ -19,7 +19,7 @@ from disco_jax.tasks import linear as linear_task
 
 
 def blobs(count, seed, spread=4.0):
-    """Overlapping Gaussian classes, so that no classifier is perfect."""
+    """Draws overlapping Gaussian classes, so that no classifier is perfect."""
     centres = np.random.default_rng(0).normal(size=(5, 16)) * 2
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, count)
@@ -28,11 +28,11 @@ def blobs(count, seed, spread=4.0):
 
 
 def config(rate=0.05, epochs=30):
-    made = flags.load("configs/linear.py")
-    made.learning_rate.per_256 = rate
-    made.total_epochs = epochs
-    made.learning_rate.milestones = (18, 24)
-    return made
+    linear_config = flags.load("configs/linear.py")
+    linear_config.learning_rate.per_256 = rate
+    linear_config.total_epochs = epochs
+    linear_config.learning_rate.milestones = (18, 24)
+    return linear_config
 
 
 def fit(config, train, **options):
@@ -45,12 +45,12 @@ def accuracy(config, train, test):
 
 def test_agrees_with_logistic_regression():
     train, test = blobs(1500, 1), blobs(1500, 2)
-    ours = accuracy(config(), train, test)
+    measured = accuracy(config(), train, test)
     reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
     expected = 100 * reference.score(test.features, test.labels)
     assert 70 < expected < 99
-    assert ours["top1"] == pytest.approx(expected, abs=1.5)
-    assert ours["top5"] == 100
+    assert measured["top1"] == pytest.approx(expected, abs=1.5)
+    assert measured["top5"] == 100
 
 
 def test_labels_without_meaning_give_chance():
@@ -73,34 +73,34 @@ def test_too_few_images_for_the_devices():
 
 
 def grid_config(**changes):
-    made = flags.load("linear:protocol=grid")
-    made.grid.update(rates=(1e-5, 0.05, 1e6), weight_decays=(0.0, 1e-3))
-    made.update_from_flattened_dict({"total_epochs": 10, **changes})
-    return made
+    recipe = flags.load("linear:protocol=grid")
+    recipe.grid.update(rates=(1e-5, 0.05, 1e6), weight_decays=(0.0, 1e-3))
+    recipe.update_from_flattened_dict({"total_epochs": 10, **changes})
+    return recipe
 
 
 def test_a_grid_finds_a_rate_that_works_and_survives_those_that_do_not():
     train, test = blobs(1500, 1), blobs(1500, 2)
-    layer, found = grid.train(grid_config(total_epochs=30), train.features, train.labels, 5)
-    assert found["rate"] == 0.05 and len(found["grid"]) == 6
-    assert found["held_out_top1"] == max(row["held_out_top1"] for row in found["grid"])
+    layer, result = grid.train(grid_config(total_epochs=30), train.features, train.labels, 5)
+    assert result["rate"] == 0.05 and len(result["grid"]) == 6
+    assert result["held_out_top1"] == max(row["held_out_top1"] for row in result["grid"])
     reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
     expected = 100 * reference.score(test.features, test.labels)
-    ours = scores.summary(layer.scores(test.features), test.labels)["top1"]
-    assert ours == pytest.approx(expected, abs=1.5)
+    measured = scores.summary(layer.scores(test.features), test.labels)["top1"]
+    assert measured == pytest.approx(expected, abs=1.5)
 
 
 def test_every_layer_of_a_grid_is_the_one_trained_alone():
-    """The heads side by side learn what each of them would, momentum and weight decay too."""
+    """Classifiers trained in parallel equal separate ones, with momentum and weight decay."""
     train = blobs(300, 1)
-    made = grid_config(total_epochs=3)
+    probe_config = grid_config(total_epochs=3)
     pairs = [(0.02, 0.0), (0.05, 1e-2)]
-    heads = grid.side_by_side(made, train.features, train.labels, 5, pairs, {})
+    heads = grid.side_by_side(probe_config, train.features, train.labels, 5, pairs, {})
     for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
-        made.learning_rate.per_256, made.optimizer.weight_decay = rate, decay
-        alone = fit(made, train)
-        np.testing.assert_allclose(kernel, alone.kernel, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(bias, alone.bias, rtol=1e-4, atol=1e-6)
+        probe_config.learning_rate.per_256, probe_config.optimizer.weight_decay = rate, decay
+        expected = fit(probe_config, train)
+        np.testing.assert_allclose(kernel, expected.kernel, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(bias, expected.bias, rtol=1e-4, atol=1e-6)
 
 
 def test_a_grid_chooses_by_training_images_alone():
@@ -112,22 +112,24 @@ def test_a_grid_chooses_by_training_images_alone():
 
 
 def test_what_is_held_out_weighs_nothing_in_a_batch():
-    """A step on eight images, three of them held out, is that on the other five."""
+    """A step on eight images, three of them held out, equals a step on the other five."""
     rng = np.random.default_rng(0)
     rows, labels = rng.normal(size=(8, 3)).astype("f"), np.arange(8, dtype=np.int32) % 4
     learned = np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)
-    made = grid_config()
+    probe_config = grid_config()
     pairs = [(0.5, 0.0), (0.1, 1e-3)]
-    how = linear.plan(made, 64)
-    step, state = grid._many(made, how, pairs, (3, 4), lambda _, __, batch: batch["features"])
+    probe_plan = linear.plan(probe_config, 64)
+    step, state = grid._parallel_step(
+        probe_config, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
+    )
     batch = {"features": rows, "labels": labels, "learned": learned}
-    some = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}
-    run = jax.jit(lambda state, batch: helpers.single(step, state, {"standard": {}}, batch))
+    remaining = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}
+    run = jax.jit(lambda state, batch: helpers.single(step, state, {"feature_stats": {}}, batch))
     for _ in range(2):
-        marked, told = run(state, batch)
-        alone, same = run(state, some)
-        chex.assert_trees_all_close(marked, alone, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(told["loss"], same["loss"], rtol=1e-6)
+        marked, metrics = run(state, batch)
+        expected, expected_metrics = run(state, remaining)
+        chex.assert_trees_all_close(marked, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
         state = marked
 
 
@@ -153,14 +155,14 @@ def test_marked_batches_know_their_rows_in_every_epoch_and_after_a_restart():
 
 def test_normalised_rows_have_mean_zero_and_deviation_one():
     train = blobs(400, 1)
-    made = config(epochs=5)
-    made.normalise = True
-    layer = fit(made, train)
-    assert set(layer.standard) == {"mean", "deviation"}
+    probe_config = config(epochs=5)
+    probe_config.normalise = True
+    layer = fit(probe_config, train)
+    assert set(layer.feature_stats) == {"mean", "deviation"}
     unit = train.features / np.linalg.norm(train.features, axis=1, keepdims=True)
-    np.testing.assert_allclose(layer.standard["mean"], unit.mean(0), atol=1e-6)
-    np.testing.assert_allclose(layer.standard["deviation"] ** 2, unit.var(0) + 1e-5, rtol=1e-4)
-    expected = (unit - layer.standard["mean"]) / layer.standard["deviation"]
+    np.testing.assert_allclose(layer.feature_stats["mean"], unit.mean(0), atol=1e-6)
+    np.testing.assert_allclose(layer.feature_stats["deviation"] ** 2, unit.var(0) + 1e-5, rtol=1e-4)
+    expected = (unit - layer.feature_stats["mean"]) / layer.feature_stats["deviation"]
     np.testing.assert_allclose(
         layer.scores(train.features), expected @ layer.kernel + layer.bias, rtol=1e-3, atol=1e-4
     )
@@ -204,15 +206,15 @@ def test_mirror_images_are_drawn_half_of_the_time():
     ],
 )
 def test_protocols_hold_the_papers_settings(recipe, expected):
-    made = flags.load(recipe)
-    rate = made.learning_rate
-    found = dict(
-        rate=rate.per_256, epochs=made.total_epochs, steps=rate.milestones, factor=rate.factor,
+    probe = flags.load(recipe)
+    rate = probe.learning_rate
+    settings = dict(
+        rate=rate.per_256, epochs=probe.total_epochs, steps=rate.milestones, factor=rate.factor,
         milestones=len(rate.milestones), warmup=rate.warmup_from, schedule=rate.decay,
-        batch=made.batch_size, decay=made.optimizer.weight_decay, name=made.optimizer.name,
-        blocks=made.blocks, augment=made.augment, labelled=made.labelled.percent,
-        layers=made.layers, head=made.head_rate,
+        batch=probe.batch_size, decay=probe.optimizer.weight_decay, name=probe.optimizer.name,
+        blocks=probe.blocks, augment=probe.augment, labelled=probe.labelled.percent,
+        layers=probe.layers, head=probe.head_rate,
     )  # fmt: skip
-    assert {key: found[key] for key in expected} == expected
+    assert {key: settings[key] for key in expected} == expected
     with pytest.raises(UserError, match="protocol"):
         flags.load(f"{recipe.partition(':')[0]}:protocol=sead")

@@ -1,4 +1,4 @@
-"""Few-shot regression: equal to scikit-learn's, its leave-one-out to leaving one out."""
+"""Few-shot ridge regression: equals scikit-learn's, and its leave-one-out equals refitting."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Accuracies, confusions and intervals."""
+"""Accuracies, confusion matrices and confidence intervals."""
 
 import numpy as np
 import pytest
@@ -9,24 +9,24 @@ from disco_jax.evaluate import scores
 
 
 def test_rows_of_a_confusion_are_the_true_classes():
-    found = np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4], [0.5, 0.5, 0.0]])
-    table = scores.confusion(found, np.array([1, 1, 2, 1]))
+    logits = np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4], [0.5, 0.5, 0.0]])
+    table = scores.confusion(logits, np.array([1, 1, 2, 1]))
     np.testing.assert_array_equal(table, [[0, 0, 0], [2, 1, 0], [0, 0, 1]])
 
 
 def test_a_summary_says_what_it_does_not_know():
-    found = np.eye(3)[[0, 0, 1]]
-    result = scores.summary(found, np.array([0, 1, 1]))
+    logits = np.eye(3)[[0, 0, 1]]
+    result = scores.summary(logits, np.array([0, 1, 1]))
     assert result["class_top1"] == [100.0, 50.0, None]
     assert result["top1"] == pytest.approx(200 / 3) and result["top5"] == 100
     assert "of 3 images" in scores.line(result)
 
 
 def test_scores_that_are_no_numbers_are_never_right():
-    """A layer that diverged must not be the best of a grid."""
-    found = np.array([[np.nan, np.nan, np.nan], [0.0, np.nan, 1.0], [0.0, np.nan, 1.0]])
-    assert scores.top_k(found, np.array([0, 1, 2]), 1) == 0
-    assert scores.top_k(found, np.array([0, 1, 2]), 2) == pytest.approx(100 / 3)
+    """A diverged classifier must not be the best of a grid."""
+    logits = np.array([[np.nan, np.nan, np.nan], [0.0, np.nan, 1.0], [0.0, np.nan, 1.0]])
+    assert scores.top_k(logits, np.array([0, 1, 2]), 1) == 0
+    assert scores.top_k(logits, np.array([0, 1, 2]), 2) == pytest.approx(100 / 3)
 
 
 def test_wilsons_interval_is_the_published_one():

@@ -1,4 +1,4 @@
-"""Few labels: balanced, the same for a seed, and nested."""
+"""Few labels: balanced, deterministic for a seed, and nested."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_every_class_has_as_many_and_more_hold_fewer(seed):
 
 def test_a_share_is_spread_evenly():
     np.testing.assert_array_equal(np.bincount(LABELS[subsets.share(LABELS, 10, 0)]), [4] * 5)
-    assert len(subsets.share(LABELS, 0.01, 0)) == 5  # one of every class at least
+    assert len(subsets.share(LABELS, 0.01, 0)) == 5  # at least one of every class
     with pytest.raises(UserError, match="Class 0 has 20 labelled images, fewer than the 40"):
         subsets.share(LABELS, 100, 0)
     with pytest.raises(UserError, match=r"config.labelled.percent=101"):
@@ -32,7 +32,7 @@ def test_what_is_held_out_leaves_something_of_every_class():
     np.testing.assert_array_equal(np.bincount(LABELS[out]), [2, 2, 3, 4, 8])
     out = subsets.held_out(LABELS, 100, 0)
     np.testing.assert_array_equal(np.bincount(LABELS[~out]), [1] * 5)
-    with pytest.raises(UserError, match="nothing can be held out"):
+    with pytest.raises(UserError, match="no image can be held out"):
         subsets.held_out(np.arange(4), 10, 0)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation reads: the run's data or others, found and checked before hours are spent."""
+"""Data of an evaluation: the run's or another data set, checked before training starts."""
 
 import dataclasses
 
@@ -20,13 +20,13 @@ def trained():
 
 
 def data(**changes):
-    made = flags.load("linear").data
-    made.update(changes)
-    return made
+    data_config = flags.load("linear").data
+    data_config.update(changes)
+    return data_config
 
 
 def test_nothing_asked_is_the_runs_own(trained):
-    own = target.aimed(trained, data()).config
+    own = target.with_eval_data(trained, data()).config
     assert own == trained.config and own is not trained.config
 
 
@@ -37,17 +37,19 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
             folder.mkdir(parents=True)
             for i in range(3):
                 Image.fromarray(np.full((30, 20, 3), level + i, np.uint8)).save(folder / f"{i}.png")
-    aimed = target.aimed(trained, data(dir=str(tmp_path), size=24, interpolation="bicubic"))
-    assert aimed.config.data.source == "folder" and aimed.config.data.eval_resize == 24
-    aimed, source = target.opened(aimed)
-    assert aimed.config.data.eval_split == "validation" and source.num_classes == 2
-    found = features.of_split(aimed, source, "validation", 4, ("features",))
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and found.embedding.shape == (6, 0)
+    retargeted = target.with_eval_data(
+        trained, data(dir=str(tmp_path), size=24, interpolation="bicubic")
+    )
+    assert retargeted.config.data.source == "folder" and retargeted.config.data.eval_resize == 24
+    retargeted, source = target.opened(retargeted)
+    assert retargeted.config.data.eval_split == "validation" and source.num_classes == 2
+    encoded = features.of_split(retargeted, source, "validation", 4, ("features",))
+    assert encoded.labels.tolist() == [0, 0, 0, 1, 1, 1] and encoded.embedding.shape == (6, 0)
     target.check_labels(source, "train", "validation", thorough=True)
 
 
 def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
-    """As SimCLR's lists for ImageNet do: a probe then reads these alone, and all test images."""
+    """A list of file names, like SimCLR's for ImageNet, selects training images only."""
     for split in ("train", "val"):
         for label, level in (("dark", 20), ("light", 220)):
             folder = tmp_path / "pictures" / split / label
@@ -58,19 +60,19 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
     names = ["dark_1.png", "dark_3.png", "light_0.png"]
     listed = tmp_path / "few.txt"
     listed.write_text("\n".join(names) + "\n")
-    given = data(dir=str(tmp_path / "pictures"), subset=str(listed))
-    aimed, source = target.opened(target.aimed(trained, given))
+    data_fields = data(dir=str(tmp_path / "pictures"), subset=str(listed))
+    retargeted, source = target.opened(target.with_eval_data(trained, data_fields))
     assert (source.count("train"), source.count("validation")) == (3, 8)
-    assert [name.rsplit("/")[-1] for name, _, _ in source.pictures("train")] == names
-    found = features.of_split(aimed, source, "train", 4, ("features",))
-    assert found.labels.tolist() == [0, 0, 1]
+    assert [name.rsplit("/")[-1] for name, _, _ in source.iter_images("train")] == names
+    encoded = features.of_split(retargeted, source, "train", 4, ("features",))
+    assert encoded.labels.tolist() == [0, 0, 1]
 
 
 def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
     trained.config.data.update(splits="train=a", labels="a.txt", range="image")
-    own, other, given = (
-        target.aimed(trained, data(**changes)).config.data
+    own, other, overridden = (
+        target.with_eval_data(trained, data(**changes)).config.data
         for changes in (
             {},
             {"dir": "photos"},
@@ -79,21 +81,23 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
     )
     assert (own.splits, own.labels, own.range) == ("train=a", "a.txt", "image")
     assert (other.splits, other.labels, other.range) == ("", "", "full")
-    assert (given.splits, given.labels, given.range) == ("test=b", "", "0,9")
+    assert (overridden.splits, overridden.labels, overridden.range) == ("test=b", "", "0,9")
 
 
 @pytest.mark.parametrize(
     "changes, kind", [({"name": "cifar10"}, "tfds"), ({"dir": "some.npz"}, "npz")]
 )
 def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
-    made = target.aimed(trained, data(**changes, subset="list.txt", eval_resize=0)).config.data
-    assert (made.source, made.train_split, made.subset) == (kind, "train", "list.txt")
-    assert made.eval_resize == 0
+    resolved = target.with_eval_data(
+        trained, data(**changes, subset="list.txt", eval_resize=0)
+    ).config.data
+    assert (resolved.source, resolved.train_split, resolved.subset) == (kind, "train", "list.txt")
+    assert resolved.eval_resize == 0
 
 
 def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
     pair = (np.zeros((4, 9, 9), np.uint8), np.arange(4))
-    unclear = target.aimed(trained, data(dir="x.npz"))
+    unclear = target.with_eval_data(trained, data(dir="x.npz"))
     for names in (("train",), ("train", "test", "validation")):
         source = ArraySource(dict.fromkeys(names, pair))
         with pytest.raises(UserError, match="eval_split is not set"):

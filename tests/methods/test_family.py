@@ -1,4 +1,4 @@
-"""Objectives of the distillation family: the official losses and memories, on any device count."""
+"""Tests distillation objectives against the official losses and queues on 1 to 4 devices."""
 
 import functools
 
@@ -29,23 +29,35 @@ EXACT = 1e-5
 
 
 def terms(objective, encoded, memory, step=0, aux=None, replicas=1):
-    """(mean loss, memory, gradients of what the student encoded) on virtual replicas.
+    """Evaluates an objective on virtual replicas.
 
-    `encoded` maps (network, view) to f32[B, D]; vmap refuses a memory that differs by replica.
+    vmap raises an error if the memory differs between replicas.
+
+    Args:
+      objective: an objective.
+      encoded: (network, view) -> f32[B, D], embeddings of the global batch.
+      memory: of the objective.
+      step: number of the step.
+      aux: see `Record.aux`.
+      replicas: number of virtual replicas.
+
+    Returns:
+      The mean loss, the next memory, and the gradients of the mean loss with respect to the
+      student's embeddings.
     """
     split = {k: jnp.asarray(x).reshape(replicas, -1, x.shape[-1]) for k, x in encoded.items()}
     run = compiled(objective, replicas)
     loss, memory, grads = run(split, memory, jnp.int32(step), aux or {})
-    # A replica's loss is the mean over its own rows, and gradients are averaged over replicas.
+    # A replica's loss is the mean over its rows, and gradients are averaged over replicas.
     grads = {k: x.reshape(-1, x.shape[-1]) / replicas for k, x in grads.items()}
     return loss, memory, grads
 
 
 @functools.cache
 def compiled(objective, replicas):
-    """What `terms` runs, compiled once for all steps of an objective."""
+    """Returns the compiled function of `terms`, the same for all steps of an objective."""
 
-    def one(rows, memory, step, aux):
+    def on_replica(rows, memory, step, aux):
         def loss(students):
             networks = {}
             for (network, view), x in {**rows, **students}.items():
@@ -57,8 +69,8 @@ def compiled(objective, replicas):
         grads, term = jax.grad(loss, has_aux=True)(students)
         return jax.lax.pmean(term.loss, AXIS), term.memory, grads
 
-    over = dict(in_axes=(0, None, None, None), out_axes=(None, None, 0))
-    return jax.jit(jax.vmap(one, axis_name=AXIS, axis_size=replicas, **over))
+    axes = dict(in_axes=(0, None, None, None), out_axes=(None, None, 0))
+    return jax.jit(jax.vmap(on_replica, axis_name=AXIS, axis_size=replicas, **axes))
 
 
 def queue(columns):
@@ -88,9 +100,9 @@ def test_small_patches_of_seed(replicas):
         small = np.stack([grads["student", v] for v in patches], axis=1)
         assert helpers.relative_error(grads["student", 0], ref["grad_student_raw"][step]) < EXACT
         assert helpers.relative_error(small, ref["grad_small_student_raw"][step]) < EXACT
-        for bank, name in (("view_0", "queue"), ("view_1", "small_queue")):
-            assert helpers.relative_error(memory[bank].vectors, ref[name][step].T) < EXACT
-            assert memory[bank].pointer == ref["ptr"][step]
+        for view, name in (("view_0", "queue"), ("view_1", "small_queue")):
+            assert helpers.relative_error(memory[view].vectors, ref[name][step].T) < EXACT
+            assert memory[view].pointer == ref["ptr"][step]
 
 
 @pytest.mark.parametrize("name, replicas", [("a", 1), ("a", 4), ("early", 1), ("early", 2)])
@@ -123,11 +135,11 @@ def test_bags_of_bingo(name, replicas):
 def test_cutmix_of_bingo(name):
     _, ref = helpers.fixture(f"losses/bingo_cutmix_{name}")
     images, others = (ref[key].transpose(0, 2, 3, 1) for key in ("image", "neighbour"))
-    mixed, kept = mixing.cutmix(
+    mixed, fraction = mixing.cutmix(
         images, others, jnp.float32(ref["lam_raw"]), jnp.asarray(ref["centre"], jnp.int32)
     )
     np.testing.assert_array_equal(mixed, ref["mixed"].transpose(0, 2, 3, 1))
-    assert kept == pytest.approx(ref["lam"].item(), abs=1e-6)
+    assert fraction == pytest.approx(ref["lam"].item(), abs=1e-6)
 
 
 def test_mixed_queries_are_made_of_both_and_say_how_much():
@@ -172,7 +184,7 @@ def rows(seed, count, dim):
 
 
 def expected_pushes(start, pushes):
-    """A queue in NumPy: written at the pointer, which wraps."""
+    """Pushes blocks to a queue in NumPy, with a pointer that wraps."""
     vectors, pointer = np.array(start.vectors), 0
     for block in pushes:
         vectors[pointer : pointer + len(block)] = block
@@ -182,10 +194,10 @@ def expected_pushes(start, pushes):
 
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_the_two_banks_of_retro_follow_their_own_views_through_a_wrap(replicas):
-    """Logits first, then each view's keys into its own bank; 3 steps of 8 into 16 rows."""
+    """Logits use the queues before each view's keys are pushed; 3 steps of 8 rows into 16."""
     objective = Contrast(pairs=((0, 1), (1, 0)), queue_size=16)
-    banks = {f"view_{v}": Queue.create(jax.random.key(v), 16, 12) for v in (0, 1)}
-    memory, pushed = banks, {0: [], 1: []}
+    initial = {f"view_{v}": Queue.create(jax.random.key(v), 16, 12) for v in (0, 1)}
+    memory, pushed = initial, {0: [], 1: []}
     for step in range(3):
         encoded = {(n, v): rows(10 * step + 4 * v + i, 8, 12)
                    for i, n in enumerate(("student", "momentum")) for v in (0, 1)}  # fmt: skip
@@ -199,7 +211,7 @@ def test_the_two_banks_of_retro_follow_their_own_views_through_a_wrap(replicas):
         assert loss == pytest.approx(np.mean(halves), rel=1e-5)
         for v in (0, 1):
             pushed[v].append(np.asarray(unit(encoded["momentum", v])))
-            expected = expected_pushes(banks[f"view_{v}"], pushed[v])
+            expected = expected_pushes(initial[f"view_{v}"], pushed[v])
             np.testing.assert_allclose(memory[f"view_{v}"].vectors, expected, atol=1e-6)
             assert memory[f"view_{v}"].pointer == 8 * (step + 1) % 16
 
@@ -218,26 +230,26 @@ def test_queues_of_the_others_follow_their_keys_through_a_wrap(objective, key, r
         encoded = {("student", 0): rows(step, 8, 12), key: rows(100 + step, 8, 12)}
         loss, memory, _ = terms(objective, encoded, memory, replicas=replicas)
         pushed.append(np.asarray(unit(encoded[key])))
-        found = memory["view_0"] if isinstance(objective, Similarity) else memory
-        np.testing.assert_allclose(found.vectors, expected_pushes(start, pushed), atol=1e-6)
+        after = memory["view_0"] if isinstance(objective, Similarity) else memory
+        np.testing.assert_allclose(after.vectors, expected_pushes(start, pushed), atol=1e-6)
         assert np.isfinite(loss)
 
 
 def test_consistency_is_the_cross_entropy_with_the_keys_relations():
-    bank = Queue.create(jax.random.key(0), 32, 12)
+    memory = Queue.create(jax.random.key(0), 32, 12)
     query, key = rows(0, 8, 12), rows(1, 8, 12)
-    loss, _, _ = terms(Consistency(), {("student", 0): query, ("momentum", 1): key}, bank)
-    similarities = [np.asarray(unit(x)) @ np.asarray(bank.vectors).T for x in (query, key)]
+    loss, _, _ = terms(Consistency(), {("student", 0): query, ("momentum", 1): key}, memory)
+    similarities = [np.asarray(unit(x)) @ np.asarray(memory.vectors).T for x in (query, key)]
     target = np.exp(similarities[1] / 0.04)
     target /= target.sum(1, keepdims=True)
     logits = similarities[0] / 0.1
     expected = -(target * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
     assert loss == pytest.approx(expected.mean(), rel=1e-5)
-    ours = bank_cross_entropy(
-        unit(query), unit(key), bank.vectors, bank.vectors,
+    losses = bank_cross_entropy(
+        unit(query), unit(key), memory.vectors, memory.vectors,
         student_temperature=0.1, target_temperature=0.04,
     )  # fmt: skip
-    assert loss == pytest.approx(float(ours.mean()), rel=1e-6)
+    assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
 def test_simreg_is_two_minus_two_cosines_of_the_features():
@@ -272,7 +284,7 @@ def test_relations_within_groups_do_not_depend_on_the_devices():
 
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_online_centroids_move_to_what_they_win(replicas):
-    """Two tight groups of embeddings: two centroids follow them, and the idle are replaced."""
+    """Two tight groups of embeddings: two centroids follow them, and unused ones are replaced."""
     rng = np.random.default_rng(0)
     axes = np.eye(6, dtype="f")[[0, 1]]
     teacher = (axes[np.arange(8) % 2] + 0.01 * rng.normal(size=(8, 6))).astype("f")
@@ -285,14 +297,14 @@ def test_online_centroids_move_to_what_they_win(replicas):
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(8), np.arange(8) % 2]
     assert loss == pytest.approx(expected.mean(), rel=1e-5)
     np.testing.assert_allclose(memory.usage, [0.5, 0.5, 0, 0], atol=1e-6)
-    assert (np.asarray(memory.vectors[:2]) * axes).sum(1).min() > 0.95  # closer than they were
+    assert (np.asarray(memory.vectors[:2]) * axes).sum(1).min() > 0.95  # closer than before
     nearest = np.max(np.asarray(memory.vectors) @ axes.T, axis=1)
-    assert (nearest > 0.99).all()  # the two that won nothing now stand among the embeddings
+    assert (nearest > 0.99).all()  # the two unused centroids are now embeddings of the batch
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_centroids_follow_every_batch_whole_and_in_its_order(replicas):
-    """Three steps against NumPy: assign, move what won, then give idle centroids to the batch."""
+    """Three steps against NumPy: assign, move used centroids, then replace unused ones."""
     objective = OnlineClusters(count=6, rate=0.8, idle=0.5)
     vectors, usage = np.array(unit(rows(0, 6, 5))), np.zeros(6, "f")
     memory, replaced = Centroids(jnp.asarray(vectors), jnp.asarray(usage)), 0
@@ -301,12 +313,12 @@ def test_centroids_follow_every_batch_whole_and_in_its_order(replicas):
         encoded = {("student", 0): rows(20 + step, 8, 5), ("teacher", 0): teacher}
         _, memory, _ = terms(objective, encoded, memory, replicas=replicas)
         teacher = teacher / np.linalg.norm(teacher, axis=1, keepdims=True)
-        won = (teacher @ vectors.T).argmax(1)
-        for k in set(won.tolist()):
-            mean = teacher[won == k].sum(0)
+        assigned = (teacher @ vectors.T).argmax(1)
+        for k in set(assigned.tolist()):
+            mean = teacher[assigned == k].sum(0)
             moved = 0.8 * vectors[k] + 0.2 * mean / np.linalg.norm(mean)
             vectors[k] = moved / np.linalg.norm(moved)
-        usage = 0.8 * usage + 0.2 * np.bincount(won, minlength=6) / 8
+        usage = 0.8 * usage + 0.2 * np.bincount(assigned, minlength=6) / 8
         for row, k in zip(teacher, np.argsort(usage, kind="stable"), strict=False):
             if usage[k] < 0.5 / 6:
                 vectors[k], replaced = row, replaced + 1

@@ -1,4 +1,4 @@
-"""SwAV, DINO and SSLight's losses, gradients and memories against the official code."""
+"""Tests losses, gradients and memories of SwAV, DINO and SSLight against the official code."""
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,14 @@ LOSS, GRADIENT, MEMORY = 1e-5, 1e-5, 1e-5
 
 
 def views_of(counts):
-    """`Views` of (globals, locals) counts."""
-    first, further = counts
-    return Views(tuple(range(first)), tuple(range(first, first + further)))
+    """Returns `Views` for (number of global views, number of local views)."""
+    global_count, local_count = counts
+    numbers = tuple(range(global_count + local_count))
+    return Views(numbers[:global_count], numbers[global_count:])
 
 
 def swav_record(raw, prototypes, views, teacher=None):
-    """A record of embeddings `raw`, f32[views, B, D], on prototypes f32[K, D]."""
+    """Builds a record of embeddings `raw`, f32[views, B, D], scored on prototypes f32[K, D]."""
     dot = lambda rows, kernel: jnp.dot(rows, kernel.T, precision="highest")  # noqa: E731
     student = {}
     for view in range(len(raw)):
@@ -35,17 +36,17 @@ def swav_record(raw, prototypes, views, teacher=None):
     encoded = {"student": student}
     if teacher is not None:
         encoded["teacher"] = {v: Encoded(rows, rows) for v, rows in enumerate(teacher)}
-    still = jax.lax.stop_gradient(prototypes)
-    return Record(encoded, {}, views, {"student": lambda rows: dot(rows, still)})
+    constant = jax.lax.stop_gradient(prototypes)
+    return Record(encoded, {}, views, {"student": lambda rows: dot(rows, constant)})
 
 
 def newest_first(queue):
-    """A ring buffer in the order of the official queue."""
+    """Returns a ring buffer's rows in the order of the official queue."""
     return np.roll(np.asarray(queue.vectors), -int(queue.pointer), axis=0)
 
 
 def blocks(rows, size):
-    """Rows in blocks of a push: the official queue keeps the order inside a block."""
+    """Reverses the order of blocks; the official queue preserves the order inside a push."""
     return np.concatenate(np.split(rows, len(rows) // size)[::-1])
 
 
@@ -95,8 +96,8 @@ def test_swav_follows_the_official_code_on_any_number_of_devices(name, share, re
         if memory:
             assert term.metrics["queue_full"][0] == ref["queue_used"][i].all()
             for v in (0, 1):
-                ours = blocks(newest_first(memory[f"view_{v}"]), batch)
-                assert helpers.relative_error(ours, ref["queue"][i][v]) < MEMORY
+                rows = blocks(newest_first(memory[f"view_{v}"]), batch)
+                assert helpers.relative_error(rows, ref["queue"][i][v]) < MEMORY
 
 
 def test_disco_on_swav_follows_the_official_code():
@@ -178,8 +179,8 @@ def test_sslights_contrast_follows_the_official_code():
     batch = meta["params"]["batch"]
 
     def loss(logits):
-        each = jax.nn.logsumexp(logits, axis=-1) - logits[:, 0]
-        first, *others = [jnp.mean(rows) for rows in jnp.split(each, len(each) // batch)]
+        losses = jax.nn.logsumexp(logits, axis=-1) - logits[:, 0]
+        first, *others = [jnp.mean(rows) for rows in jnp.split(losses, len(losses) // batch)]
         return rebalanced([first], others, meta["params"]["lambdas"][0])
 
     value, grad = jax.value_and_grad(loss)(ref["logits"])
@@ -204,9 +205,9 @@ def test_local_views_are_queries_for_the_one_global_key(share, weights):
     memory = objective.init(jax.random.key(0), record, None)
     run = jax.vmap(lambda _: objective(record, memory, jnp.int32(0)), axis_name=AXIS)
     term = jax.tree.map(lambda x: x[0], run(jnp.zeros(1)))
-    bank = memory["view_0"].vectors
-    each = [jnp.mean(info_nce(rows[v], rows[0], bank, temperature=0.2)) for v in (1, 2, 3)]
-    np.testing.assert_allclose(term.loss, np.dot(weights, each), rtol=1e-6)
+    queue = memory["view_0"].vectors
+    losses = [jnp.mean(info_nce(rows[v], rows[0], queue, temperature=0.2)) for v in (1, 2, 3)]
+    np.testing.assert_allclose(term.loss, np.dot(weights, losses), rtol=1e-6)
     assert set(term.memory) == {"view_0"} and term.memory["view_0"].pointer == 4
 
 
@@ -216,13 +217,13 @@ def test_the_queue_fills_from_its_epoch_on_and_is_read_when_full():
     prototypes = unit(rng.normal(size=(6, 5)).astype("f"))
     memory = {f"view_{v}": Queue.empty(8, 5) for v in (0, 1)}
 
-    def once(raw, memory, step):
+    def evaluate(raw, memory, step):
         return objective(swav_record(raw, prototypes, Views((0, 1))), memory, jnp.int32(step))
 
     filled, used = [], []
     for step in range(9):
         raw = rng.normal(size=(2, 4, 5)).astype("f")
-        term = helpers.single(once, raw, memory, step)
+        term = helpers.single(evaluate, raw, memory, step)
         memory = term.memory
         used.append(float(term.metrics["queue_full"]))
         filled.append(int(np.any(np.asarray(memory["view_0"].vectors) != 0, axis=1).sum()))
@@ -232,5 +233,6 @@ def test_the_queue_fills_from_its_epoch_on_and_is_read_when_full():
 
 def test_temperature_of_the_targets_changes_once_an_epoch():
     objective = SelfDistill(momentum_temperature=0.07, warmup_epochs=4, steps_per_epoch=10)
-    at = [float(objective.temperature_at(jnp.int32(s))) for s in (0, 9, 10, 30, 39, 40, 400)]
-    np.testing.assert_allclose(at, [0.04, 0.04, 0.05, 0.07, 0.07, 0.07, 0.07], rtol=1e-6)
+    steps = 0, 9, 10, 30, 39, 40, 400
+    temperatures = [float(objective.temperature_at(jnp.int32(step))) for step in steps]
+    np.testing.assert_allclose(temperatures, [0.04, 0.04, 0.05, 0.07, 0.07, 0.07, 0.07], rtol=1e-6)

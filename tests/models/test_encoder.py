@@ -1,4 +1,4 @@
-"""Views of one size go through a network together."""
+"""Views of one size pass a network together."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 from disco_jax import models
-from disco_jax.models import vit
+from disco_jax.models.backbones import vit
 from disco_jax.models.encoder import Encoder, Network, encode
 from disco_jax.models.heads import Identity
 from disco_jax.ops.collectives import AXIS
@@ -22,7 +22,7 @@ def images(batch, seed=0):
 
 
 def run(network, variables, views, replicas, dropout=False):
-    """{view: `Encoded`} in the order of the global batch, and the statistics."""
+    """Returns {view: `Encoded`} in the order of the global batch, and the statistics."""
 
     def one(views):
         return encode(network, variables, views, tuple(SIZES), jax.random.key(5), dropout)
@@ -59,11 +59,11 @@ def test_the_backbone_is_called_once_a_size_and_the_head_once(encoder, monkeypat
 
 @pytest.mark.parametrize("norm", ["running", "sync", "shuffle"])
 def test_rows_come_back_to_their_views(encoder, norm):
-    """Views of the same pixels get the same embedding, and on stored statistics that of a call."""
+    """Equal views get equal scores; with stored statistics, those of a call for one view."""
     variables, views = encoder.create(0, 12), images(4)
     views[1], views[4] = views[0], views[2]
     out, _ = run(Network(encoder, norm, grouped=True), variables, views, 2)
-    if norm == "shuffle":  # each view trades images by an order of its own
+    if norm == "shuffle":  # each view is shuffled in another order
         return assert_shuffled(encoder, variables, views, out)
     for a, b in ((0, 1), (2, 4)):
         np.testing.assert_allclose(out[a].scores, out[b].scores, atol=1e-5)
@@ -75,16 +75,16 @@ def test_rows_come_back_to_their_views(encoder, norm):
 
 
 def assert_shuffled(encoder, variables, views, out):
-    """One replica has everyone's statistics in any order, so shuffling changes nothing there."""
-    whole, _ = run(Network(encoder, "shuffle", grouped=True), variables, views, 1)
+    """Asserts that shuffling changes the outputs of two replicas and not those of one."""
+    shuffled, _ = run(Network(encoder, "shuffle", grouped=True), variables, views, 1)
     plain, _ = run(Network(encoder, "sync", grouped=True), variables, views, 1)
     for v in views:
-        np.testing.assert_allclose(whole[v].scores, plain[v].scores, atol=1e-4)
-    assert np.abs(out[0].scores - whole[0].scores).max() > 1e-4
+        np.testing.assert_allclose(shuffled[v].scores, plain[v].scores, atol=1e-4)
+    assert np.abs(out[0].scores - shuffled[0].scores).max() > 1e-4
 
 
 def test_statistics_are_those_of_a_size_and_of_everyone_in_the_head(encoder):
-    """The first BatchNorm sees one size after the other, the head's all rows at once."""
+    """The first BatchNorm gets one size after the other, the head's gets all rows at once."""
     variables, views = encoder.create(0, 12), images(4)
     network = Network(encoder, "sync", grouped=True)
     (out, stats), (four, other) = (run(network, variables, views, n) for n in (1, 4))
@@ -92,7 +92,7 @@ def test_statistics_are_those_of_a_size_and_of_everyone_in_the_head(encoder):
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), (out, stats), (four, other)
     )
 
-    current = variables  # by hand, "local" on a single device being "sync"
+    current = variables  # on a single device, "local" equals "sync"
     for group in ((0, 1), (2, 3, 4)):
         together = jnp.concatenate([views[v] for v in group])
         _, new = jax.jit(lambda v, x: encoder.apply(v, x, norm="local", mutable=["batch_stats"]))(
@@ -118,7 +118,7 @@ def test_dropout_of_grouped_views_does_not_depend_on_the_devices():
     variables = encoder.create(0, 12)
     network = Network(encoder, "sync", grouped=True)
     one, four = (run(network, variables, images(8), n, dropout=True)[0] for n in (1, 4))
-    still = run(network, variables, images(8), 1)[0]
+    deterministic = run(network, variables, images(8), 1)[0]
     for v in SIZES:
         np.testing.assert_allclose(one[v].features, four[v].features, atol=1e-5)
-        assert np.abs(one[v].features - still[v].features).max() > 1e-3
+        assert np.abs(one[v].features - deterministic[v].features).max() > 1e-3

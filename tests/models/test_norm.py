@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disco_jax.models.columns import packed, unpacked
 from disco_jax.models.encoder import Encoded, Network, encode
-from disco_jax.models.norm import BatchNorm, Product
+from disco_jax.models.layers.norm import BatchNorm, ConvInput
+from disco_jax.models.layers.packing import pack_width, unpack_width
 from disco_jax.ops.collectives import AXIS
 
 REPLICAS, BATCH = 4, 6
@@ -23,7 +23,7 @@ VARIABLES = {
 
 
 def normalised(x, groups):
-    """X[groups of examples] normalised a group at a time, and the statistics to store."""
+    """Normalizes x in groups of examples; returns it with the mean and variance to store."""
     grouped = x.astype(np.float64).reshape(groups, -1, x.shape[-1])
     mean, var = grouped.mean(1, keepdims=True), grouped.var(1, keepdims=True)
     out = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
@@ -75,7 +75,7 @@ def test_running_statistics_are_read_and_left_alone():
 
 
 class Normaliser(BatchNorm):
-    """A BatchNorm where a network is asked for."""
+    """A BatchNorm with the call of an encoder."""
 
     def __call__(self, images, *, norm):
         out = super().__call__(images, norm=norm)
@@ -92,14 +92,14 @@ def test_shuffled_keys_are_normalised_among_strangers_and_come_home():
     out = jax.jit(jax.vmap(one, axis_name=AXIS))(X)
     own = np.stack([normalised(x, 1)[0] for x in X])
     assert not np.allclose(out, own, atol=1e-2)
-    # Each is still its own image: an affine function of it, one of the four replicas' statistics.
-    for mine, image in zip(out.reshape(-1, 5, 2), X.reshape(-1, 5, 2), strict=True):
+    # Each output is an affine function of its image, with the statistics of one of four replicas.
+    for rows, image in zip(out.reshape(-1, 5, 2), X.reshape(-1, 5, 2), strict=True):
         for channel in range(2):
-            assert np.corrcoef(mine[:, channel], image[:, channel])[0, 1] > 0.9999
+            assert np.corrcoef(rows[:, channel], image[:, channel])[0, 1] > 0.9999
 
 
 def far_channels():
-    """f32[8, 4, 4, 5]: constant channels, and means up to 100 deviations away."""
+    """Returns f32[8, 4, 4, 5] with constant channels and means up to 100 deviations from 0."""
     rng = np.random.default_rng(1)
     means, deviations = [100.0, 0.0, -7.3, 100.0, 3.0], [0.0, 0.0, 0.0, 1.0, 1.0]
     return (means + deviations * rng.normal(size=(8, 4, 4, 5))).astype(np.float32)
@@ -107,15 +107,15 @@ def far_channels():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_channels_far_from_0_and_constant_ones_are_normalised(compiled):
-    """About a stored mean exactly; about the first one, 0, as well as float32 squares allow."""
+    """Exact about a stored mean; about the initial 0, as precise as float32 squares allow."""
     x = far_channels()
     exact, weights = x.astype(np.float64), np.random.default_rng(2).normal(size=x.shape)
     mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
     expected = (exact - mean) / np.sqrt(var + 1e-5)
 
-    def of_inputs(x, near):
+    def outputs(x, stored_mean):
         def loss(x):
-            stats = {"mean": near, "var": jnp.ones(5)}
+            stats = {"mean": stored_mean, "var": jnp.ones(5)}
             params = {"scale": jnp.ones(5), "bias": jnp.zeros(5)}
             out, new = BatchNorm().apply(
                 {"params": params, "batch_stats": stats}, x, norm="local", mutable=["batch_stats"]
@@ -125,18 +125,19 @@ def test_channels_far_from_0_and_constant_ones_are_normalised(compiled):
         gradient, (out, new) = jax.grad(loss, has_aux=True)(x)
         return out, (new["var"] - 0.9) / 0.1, gradient
 
-    run = jax.jit(of_inputs) if compiled else of_inputs
-    out, found, gradient = run(x, mean.astype(np.float32))
+    run = jax.jit(outputs) if compiled else outputs
+    out, unbiased, gradient = run(x, mean.astype(np.float32))
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_allclose(found, exact.var((0, 1, 2), ddof=1), atol=2e-6)
+    np.testing.assert_allclose(unbiased, exact.var((0, 1, 2), ddof=1), atol=2e-6)
     centred = weights - weights.mean((0, 1, 2))
     straight = centred - expected * (centred * expected).mean((0, 1, 2))
-    theirs = straight / np.sqrt(var + 1e-5)
-    np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
-    out, found, _ = run(x, np.zeros(5, np.float32))
+    exact_gradient = straight / np.sqrt(var + 1e-5)
+    tolerance = 1e-4 * np.abs(exact_gradient).max()
+    np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-4, atol=tolerance)
+    out, unbiased, _ = run(x, np.zeros(5, np.float32))
     np.testing.assert_allclose(out, expected, atol=5e-3)
     rounding = 5 * np.spacing(np.float32(100**2))  # of the mean square
-    np.testing.assert_allclose(found, exact.var((0, 1, 2), ddof=1), atol=rounding)
+    np.testing.assert_allclose(unbiased, exact.var((0, 1, 2), ddof=1), atol=rounding)
 
 
 POOLS = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1),) * 2)
@@ -147,7 +148,7 @@ SIGNED = {
 
 
 def with_gradients(function, *arguments):
-    """The result, the new statistics, and gradients of a sum that tells entries apart."""
+    """Returns the output, the new statistics, and gradients of a randomly weighted sum."""
 
     def loss(*arguments):
         out, new = function(*arguments)
@@ -161,7 +162,7 @@ def with_gradients(function, *arguments):
 
 @pytest.mark.parametrize("norm, group", [("local", 0), ("local", 2), ("running", 0)])
 def test_a_max_pool_before_the_normalisation_is_one_after_it(norm, group):
-    """Channels with scales below 0 too, whose largest values are the smallest ones."""
+    """Includes a channel with a negative scale, whose largest outputs are its smallest inputs."""
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3)) * 3 + 1
 
     def run(params, x, first):
@@ -172,16 +173,16 @@ def test_a_max_pool_before_the_normalisation_is_one_after_it(norm, group):
         out = nn.relu(out)
         return (out if first else POOLS(out)), new
 
-    found = [
+    after, before = (
         with_gradients(functools.partial(run, first=first), SIGNED["params"], x)
         for first in (False, True)
-    ]
-    for theirs, ours in zip(*found, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    )
+    for expected, array in zip(after, before, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_max_pool_before_the_normalisation_knows_the_global_batch():
-    """Two replicas of two images: as one replica of four, statistics and gradients too."""
+    """Two replicas of two images equal one replica of four, in statistics and gradients too."""
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3)) * 3 + 1
 
     def of_replicas(count):
@@ -201,85 +202,88 @@ def test_a_max_pool_before_the_normalisation_knows_the_global_batch():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
 
 
-def of_product(rows, kernel, params, columns, group, dtype, by_product):
-    """BatchNorm of rows @ kernel, all of it in `dtype`."""
-    module = BatchNorm(group=group, columns=columns, dtype=dtype, by_product=by_product)
+def normalized_product(rows, kernel, params, packing, group, dtype, from_input):
+    """Returns BatchNorm of rows @ kernel, in `dtype`, and the new statistics."""
+    module = BatchNorm(group=group, width_packing=packing, dtype=dtype)
     features = kernel.shape[-1]
     stats = {"mean": jnp.zeros(features), "var": jnp.ones(features)}
     rows = rows.astype(dtype)
-    made = jnp.matmul(rows, kernel.astype(dtype), precision="highest")
+    product = jnp.matmul(rows, kernel.astype(dtype), precision="highest")
+    conv_input = ConvInput(pack_width(rows, packing), kernel[None, None])
     out, new = module.apply(
         {"params": params, "batch_stats": stats},
-        packed(made, columns),
+        pack_width(product, packing),
         norm="local",
-        product=Product(packed(rows, columns), kernel[None, None]),
+        conv_input=conv_input if from_input else None,
         mutable=["batch_stats"],
     )
-    return unpacked(out, columns), new
+    return unpack_width(out, packing), new
 
 
 def factors(features=12, channels=4):
+    """Returns inputs and weights of a 1x1 convolution, and parameters of its BatchNorm."""
     keys = jax.random.split(jax.random.key(3), 4)
     params = {
         "scale": 1 + 0.3 * jax.random.normal(keys[2], (features,)),
         "bias": 0.1 * jax.random.normal(keys[3], (features,)),
     }
-    # Rows far from 0 and alike in part, as after a ReLU.
+    # Far from 0 and in part equal, as after a ReLU.
     rows = jax.nn.relu(jax.random.normal(keys[0], (4, 8, 8, channels)) + 2)
     return rows, jax.random.normal(keys[1], (channels, features)), params
 
 
-@pytest.mark.parametrize("columns, group", [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_statistics_of_a_product_from_its_factors_are_its_own(columns, group):
-    found = [
-        with_gradients(
-            functools.partial(
-                of_product, columns=columns, group=group, dtype=jnp.float32, by_product=way
-            ),
-            *factors(),
-        )
-        for way in (False, True)
-    ]
-    for theirs, ours in zip(*found, strict=True):
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * scale)
+@pytest.mark.parametrize("packing, group", [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_statistics_of_a_product_from_its_factors_are_its_own(packing, group):
+    def outputs(from_input):
+        function = functools.partial(
+            normalized_product, packing=packing, group=group, dtype=jnp.float32,
+            from_input=from_input,
+        )  # fmt: skip
+        return with_gradients(function, *factors())
+
+    for expected, array in zip(outputs(False), outputs(True), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_statistics_of_the_global_batch_are_the_products_own():
-    """`by_product` is for one replica's: between replicas there would be more to exchange."""
+    """Statistics in the mode "sync" come from the output, as fewer numbers are exchanged."""
     rows, kernel, params = factors()
     stats = {"mean": jnp.zeros(12), "var": jnp.ones(12)}
 
-    def run(by_product):
+    def run(with_input):
         def one(rows):
-            return BatchNorm(by_product=by_product).apply(
+            return BatchNorm().apply(
                 {"params": params, "batch_stats": stats},
                 rows @ kernel,
                 norm="sync",
-                product=Product(rows, kernel[None, None]),
+                conv_input=ConvInput(rows, kernel[None, None]) if with_input else None,
                 mutable=["batch_stats"],
             )
 
         return jax.jit(jax.vmap(one, axis_name=AXIS))(rows.reshape(2, 2, *rows.shape[1:]))
 
-    for theirs, ours in zip(*(jax.tree.leaves(run(way)) for way in (False, True)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for expected, array in zip(*(jax.tree.leaves(run(way)) for way in (False, True)), strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 def test_statistics_of_a_product_in_half_are_exact():
-    """Of the rounded factors; what is counted on the rounded product misses by its rounding."""
+    """They are those of the rounded factors, without the rounding error of the product."""
     rows, kernel, params = factors()
-    made = functools.partial(of_product, columns=1, group=0, dtype=jnp.bfloat16, by_product=True)
-    new = jax.jit(made)(rows, kernel, params)[1]["batch_stats"]
+    function = functools.partial(
+        normalized_product, packing=1, group=0, dtype=jnp.bfloat16, from_input=True
+    )
+    new = jax.jit(function)(rows, kernel, params)[1]["batch_stats"]
     rows, kernel = (np.asarray(x.astype(jnp.bfloat16), np.float64) for x in (rows, kernel))
-    made = (rows @ kernel).reshape(-1, kernel.shape[-1])
-    np.testing.assert_allclose(new["mean"], 0.1 * made.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * made.var(0, ddof=1), rtol=1e-5)
+    product = (rows @ kernel).reshape(-1, kernel.shape[-1])
+    np.testing.assert_allclose(new["mean"], 0.1 * product.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * product.var(0, ddof=1), rtol=1e-5)
 
 
 def test_only_products_wider_than_their_factors_count_on_them():
     rows = jnp.zeros((4, 8, 8, 4))
-    assert Product(rows, jnp.zeros((1, 1, 4, 8))).pays(groups=1)
-    assert not Product(rows, jnp.zeros((1, 1, 4, 7))).pays(groups=1)
-    assert not Product(rows, jnp.zeros((1, 1, 4, 8))).pays(groups=8)
-    assert not Product(packed(rows, 2), jnp.zeros((1, 1, 4, 8))).pays(groups=8)
+    wide, narrow = jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 1, 4, 7))
+    assert ConvInput(rows, wide).pays(groups=1)
+    assert not ConvInput(rows, narrow).pays(groups=1)
+    assert not ConvInput(rows, wide).pays(groups=8)
+    assert not ConvInput(pack_width(rows, 2), wide).pays(groups=8)

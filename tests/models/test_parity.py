@@ -11,9 +11,9 @@ import helpers
 import reference_weights
 from disco_jax import convert
 
-# Recorded network -> eval cases, each a program to compile. What is computed in train mode (96 px)
-# is not repeated here, nor the ViT of 192 px, which the class tokens have. Every way of padding has
-# 224 px and a smaller size: symmetric, down to maps of one pixel (32), fixed for 224 px, patches.
+# {recorded network: eval cases}, each a program to compile. Tests in train mode cover 96 px; the
+# test of class tokens covers the ViT at 192 px. Every padding is tested at 224 px and a smaller
+# size: symmetric (down to maps of one pixel at 32 px), fixed for 224 px, patches.
 EVAL = {
     "moco_resnet18": ("eval_224", "eval_32"),
     "moco_resnet34": ("eval_96",),
@@ -27,9 +27,10 @@ EVAL = {
     "seed_efficientnet_b0": ("eval_224", "eval_96"),
     "dino_vit_tiny_p16": ("eval_224",),
     "xcit_tiny_12_p16": ("eval_32",),
+    "timm_convnext_atto": ("eval_224", "eval_96x128"),
 }
 CASES = [(name, case) for name, cases in EVAL.items() for case in cases]
-OURS = {"logits": "scores"}
+RENAMED = {"logits": "scores"}  # recorded outputs by another name here
 KNOWN = ("features", "embedding", "scores", "logits")
 
 
@@ -40,16 +41,16 @@ def imported(name, **options):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(encoder, variables, images):
-    """As in every evaluation; one program for all checkpoints of an encoder."""
+    """Encodes images as evaluations do; one program for all checkpoints of an encoder."""
     return encoder.apply(variables, images, norm="running")
 
 
 @pytest.mark.parametrize("name, case", CASES)
 def test_features_embeddings_and_scores_in_eval_mode(name, case):
     meta, arrays, _ = helpers.recorded_state(name)
-    found = imported(name)
+    checkpoint = imported(name)
     images = helpers.recorded_images(meta["cases"][case])
-    out = forward(found.encoder, found.variables, images)
+    out = forward(checkpoint.encoder, checkpoint.variables, images)
     assert_recorded(meta, arrays, case, out)
 
 
@@ -58,17 +59,17 @@ def assert_recorded(meta, arrays, case, out):
     assert outputs
     for output in outputs:
         expected = arrays[f"{case}/{output}_f64"]
-        error = helpers.relative_error(getattr(out, OURS.get(output, output)), expected)
+        error = helpers.relative_error(getattr(out, RENAMED.get(output, output)), expected)
         assert error < 1e-5, (output, error)
 
 
 @pytest.mark.parametrize("name", ["disco_resnet18", "disco_efficientnet_b0"])
 def test_the_teacher_beside_a_student_is_read_by_its_prefix(name):
     meta, arrays, _ = helpers.recorded_state(name)
-    found = imported(name, prefix="module.teacher_encoder_q.")
-    assert found.spec["backbone"] == "resnet50"
+    checkpoint = imported(name, prefix="module.teacher_encoder_q.")
+    assert checkpoint.spec["backbone"] == "resnet50"
     images = helpers.recorded_images(meta["cases"]["eval_96_teacher"])
-    out = forward(found.encoder, found.variables, images)
+    out = forward(checkpoint.encoder, checkpoint.variables, images)
     for output in ("features", "embedding"):
         expected = arrays[f"eval_96_teacher/{output}_f64"]
         assert helpers.relative_error(getattr(out, output), expected) < 1e-5
@@ -76,21 +77,22 @@ def test_the_teacher_beside_a_student_is_read_by_its_prefix(name):
 
 def test_class_tokens_of_the_last_blocks_and_a_position_embedding_of_another_size():
     meta, arrays, _ = helpers.recorded_state("dino_vit_tiny_p16")
-    found = imported("dino_vit_tiny_p16")
+    checkpoint = imported("dino_vit_tiny_p16")
+    encoder = checkpoint.encoder
     images = helpers.recorded_images(meta["cases"]["eval_192"])
 
     @jax.jit
     def run(variables, images):
         backbone = {"params": variables["params"]["backbone"]}
-        tokens = found.encoder.backbone.apply(backbone, images, norm="running", blocks=4)
-        return tokens, found.encoder.apply(variables, images, norm="running")
+        tokens = encoder.backbone.apply(backbone, images, norm="running", blocks=4)
+        return tokens, encoder.apply(variables, images, norm="running")
 
-    tokens, out = run(found.variables, images)
+    tokens, out = run(checkpoint.variables, images)
     assert helpers.relative_error(tokens, arrays["eval_192/linear_features_f64"]) < 1e-5
     assert_recorded(meta, arrays, "eval_192", out)
 
 
-# Recorded network -> (what the loss is made of, tolerance of outputs and statistics).
+# {recorded network: (output in the loss, tolerance of outputs and statistics)}.
 TRAIN = {
     "moco_resnet18": ("embedding", 2e-4),
     "disco_efficientnet_b0": ("embedding", 2e-4),
@@ -104,43 +106,43 @@ TRAIN = {
 def test_outputs_statistics_and_gradients_in_train_mode(name):
     output, tolerance = TRAIN[name]
     meta, arrays, _ = helpers.recorded_state(name)
-    found = imported(name)
+    checkpoint = imported(name)
+    encoder, variables = checkpoint.encoder, checkpoint.variables
     case = meta["cases"]["train_96"]
     images = helpers.recorded_images(case)
 
     def loss(params):
-        out, new = found.encoder.apply(
-            {**found.variables, "params": params}, images, norm="local", mutable=["batch_stats"]
+        out, new = encoder.apply(
+            {**variables, "params": params}, images, norm="local", mutable=["batch_stats"]
         )
         return 0.5 * jnp.sum(jnp.square(getattr(out, output))), (out, new)
 
     (value, (out, new)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        found.variables["params"]
+        variables["params"]
     )
     assert helpers.relative_error(value, arrays["train_96/loss"]) < tolerance
     assert helpers.relative_error(out.features, arrays["train_96/features"]) < tolerance
-    paths = {key: path.split("/") for key, path in found.keys.items()}
-    ours = {"params": grads, **new}
+    paths = {key: path.split("/") for key, path in checkpoint.keys.items()}
     checked = 0
     for key in arrays:
-        kind, _, theirs = key.removeprefix("train_96/").partition("/")
-        if kind not in ("grad", "updated") or theirs.endswith("num_batches_tracked"):
+        kind, _, name = key.removeprefix("train_96/").partition("/")
+        if kind not in ("grad", "updated") or name.endswith("num_batches_tracked"):
             continue
-        leaf = ours
-        for part in paths[theirs]:
+        leaf = {"params": grads, **new}
+        for part in paths[name]:
             leaf = leaf[part]
         limit = tolerance
         if kind == "grad":
-            error = case["float32_error"][f"grad/{theirs}"]["max_abs_over_max"]
+            error = case["float32_error"][f"grad/{name}"]["max_abs_over_max"]
             limit = max(1e-4, 10 * error)
-        expected = in_our_layout(arrays[key], leaf.ndim)
+        expected = in_flax_layout(arrays[key], leaf.ndim)
         assert helpers.relative_error(leaf, expected) < limit, key
         checked += 1
     assert checked >= 8
 
 
-def in_our_layout(array, ndim):
-    """A gradient of a convolution, a linear layer or a vector."""
+def in_flax_layout(array, ndim):
+    """Transposes PyTorch's gradient of a convolution, a linear layer or a vector."""
     if array.ndim == 4 and ndim == 2:
         array = array.reshape(array.shape[:2])
     if array.ndim in (2, 4) and array.ndim == ndim:
@@ -149,22 +151,22 @@ def in_our_layout(array, ndim):
 
 
 def test_gradients_of_a_vit():
-    """There is no train case of DINO's ViT; these gradients were recorded from timm's."""
+    """DINO's ViT has no recorded train case; these gradients were recorded from timm's."""
     meta, _, _ = helpers.recorded_state("dino_vit_tiny_p16")
     _, expected = helpers.fixture("models/vit_tiny_p16_gradients")
-    found = imported("dino_vit_tiny_p16")
+    checkpoint = imported("dino_vit_tiny_p16")
     images = helpers.recorded_images(meta["cases"]["eval_224"])
 
     def loss(params):
-        out = found.encoder.apply({"params": params}, images, norm="running")
+        out = checkpoint.encoder.apply({"params": params}, images, norm="running")
         return 0.5 * jnp.sum(jnp.square(out.features))
 
-    grads = jax.jit(jax.grad(loss))(found.variables["params"])
+    grads = jax.jit(jax.grad(loss))(checkpoint.variables["params"])
     row = expected.pop("pos_embed_row")
     assert helpers.relative_error(grads["backbone"]["pos_embed"][0, 57], row) < 1e-4
     for key, array in expected.items():
         leaf = grads
-        for part in found.keys[f"backbone.{key}"].split("/")[1:]:
+        for part in checkpoint.keys[f"backbone.{key}"].split("/")[1:]:
             leaf = leaf[part]
         assert helpers.relative_error(leaf, array) < 1e-4, key
 

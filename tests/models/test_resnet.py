@@ -9,7 +9,9 @@ import pytest
 
 import helpers
 from disco_jax import models
-from disco_jax.models.resnet import ResNet
+from disco_jax.errors import UserError
+from disco_jax.models import Compute
+from disco_jax.models.backbones.resnet import ResNet
 
 
 def build(backbone, **fields):
@@ -47,32 +49,23 @@ def test_residual_branches_start_at_zero_when_asked_to():
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    from disco_jax.errors import UserError
-
     with pytest.raises(UserError, match=r"config\.student\.backbone.*Did you mean 'resnet50'"):
         build("resnet500")
     with pytest.raises(UserError, match=r"config\.student\.stem"):
         build("resnet18", stem="smal")
 
 
-def small(block, quick, dtype):
-    """Two stages, with or without the quicker ways of computing them."""
-    columns = 2 if quick else 1
-    return ResNet(
-        (2, 1),
-        block,
-        width=8,
-        pairs=quick,
-        columns=columns,
-        by_product=quick,
-        shifts=quick,
-        dtype=dtype,
-    )
+def small(block, optimized, dtype):
+    """Returns two stages, with all or no optimizations."""
+    compute = Compute(dtype).plain()
+    if optimized:
+        compute = Compute(dtype, width_packing=True, stats_from_input=True, shift_and_add=True)
+    return ResNet((2, 1), block, width=8, compute=compute)
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_quicker_ways_have_the_same_gradients_and_are_no_less_precise(block):
-    """On a batch's own statistics; some scales are below 0, which turns the first max-pool."""
+    """Uses batch statistics and some negative scales, which affect the first max-pool."""
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 3))
     variables = small(block, False, jnp.float32).init(jax.random.key(0), images, norm="running")
     keys = iter(jax.random.split(jax.random.key(2), 100))
@@ -82,24 +75,23 @@ def test_quicker_ways_have_the_same_gradients_and_are_no_less_precise(block):
     )
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def found(quick, dtype):
+    def outputs(optimized, dtype):
         def loss(params):
-            out, new = small(block, quick, dtype).apply(
+            out, new = small(block, optimized, dtype).apply(
                 {**variables, "params": params}, images, norm="local", mutable=["batch_stats"]
             )
             return jnp.sum(jnp.sin(out)), new["batch_stats"]
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    exact = found(False, jnp.float32)
-    ours = found(True, jnp.float32)
+    exact = outputs(False, jnp.float32)
     # Images that differ by 1e-6 move these gradients by 6e-5; sums in another order by 2e-4.
-    for theirs, mine in zip(*map(jax.tree.leaves, (exact, ours)), strict=True):
-        assert helpers.relative_error(mine, theirs) < 1e-3
+    pairs = zip(*map(jax.tree.leaves, (exact, outputs(True, jnp.float32))), strict=True)
+    assert all(helpers.relative_error(array, expected) < 1e-3 for expected, array in pairs)
 
-    def miss(made):
-        pairs = zip(*map(jax.tree.leaves, (exact, made)), strict=True)
-        return np.mean([helpers.relative_error(mine, theirs) for theirs, mine in pairs])
+    def mean_error(optimized):
+        half = outputs(optimized, jnp.bfloat16)
+        pairs = zip(*map(jax.tree.leaves, (exact, half)), strict=True)
+        return np.mean([helpers.relative_error(array, expected) for expected, array in pairs])
 
-    plain, quick = miss(found(False, jnp.bfloat16)), miss(found(True, jnp.bfloat16))
-    assert 0 < quick < 1.1 * plain
+    assert 0 < mean_error(True) < 1.1 * mean_error(False)

@@ -1,4 +1,4 @@
-"""Photometric operations against torchvision's and against their definitions."""
+"""Tests photometric operations against torchvision and against their definitions."""
 
 import functools
 import json
@@ -20,10 +20,10 @@ COLOURS = [
     for name, count in (("brightness", 3), ("contrast", 2), ("saturation", 3), ("hue", 3))
     for i in range(count)
 ]
-# What the blend with grey differs by when red weighs 0.299, as in PIL, and not 0.2989, as in
-# torchvision on floats: at most this, times the share of the grey image.
+# Largest difference of the grey image for a red weight of 0.299 (PIL) instead of 0.2989
+# (torchvision's float version). A blend with grey differs by this times the weight of grey.
 LUMA = 1e-4
-INNER = (slice(8, -8), slice(8, -8))  # four widths of the widest blur away from the border
+INNER = (slice(8, -8), slice(8, -8))  # at least four sigmas of the widest blur from the border
 BATCH, HEIGHT, WIDTH = 3, 5, 7
 
 factors = functools.partial(st.lists, min_size=BATCH, max_size=BATCH)
@@ -37,7 +37,7 @@ def fixture(name):
 
 
 def floats(image):
-    """u8[H, W, 3] -> f32[1, H, W, 3] in [0, 1]."""
+    """Converts u8[H, W, 3] to f32[1, H, W, 3] in [0, 1]."""
     return jnp.asarray(image, jnp.float32)[None] / 255
 
 
@@ -46,7 +46,7 @@ def one(value):
 
 
 def levels(result, reference):
-    """Distance from a PIL result, in grey levels of 255."""
+    """Returns the absolute difference from a PIL result, in grey levels of 255."""
     return np.abs(255 * np.asarray(result)[0] - reference.astype(np.float64))
 
 
@@ -69,7 +69,7 @@ def test_colours_agree_with_torchvision(name, i):
     reference = arrays[f"{name}{i}_float"]
     np.testing.assert_allclose(result[0], reference, rtol=0, atol=1e-6 + LUMA * grey_share)
     from_pil = levels(result, arrays[f"{name}{i}_pil"])
-    if name == "hue":  # PIL turns bytes
+    if name == "hue":  # PIL rotates bytes
         assert from_pil.mean() <= 0.7 and from_pil.max() <= 8
     else:
         assert from_pil.max() <= 1.2
@@ -112,7 +112,7 @@ def test_blur_agrees_with_pillow_up_to_the_border(i):
     result = compiled["gaussian_blur"](floats(arrays["image"]), one(params["radii"][i]))
     away = levels(result, arrays[f"blur{i}_pil"])
     assert away.mean() <= 0.55 and away.max() <= 2.5
-    # Not so far from the Gaussian itself, which torchvision's float version has.
+    # It is also close to an exact Gaussian, which torchvision's float version computes.
     inner = np.asarray(result)[0][INNER] - arrays[f"gaussian{i}_float"][INNER]
     assert np.abs(255 * inner).mean() <= 1
 
@@ -121,8 +121,8 @@ def test_blur_agrees_with_pillow_up_to_the_border(i):
 def test_moco_chain_stays_within_a_few_grey_levels_of_pil(case):
     params, arrays = fixture("moco_chain_a")
     draws, image = params[case], Image.fromarray(arrays["image"])
-    top, left, height, width = draws["box"]
-    crop = image.crop((left, top, left + width, top + height))
+    top, left_edge, height, width = draws["box"]
+    crop = image.crop((left_edge, top, left_edge + width, top + height))
     images = floats(np.asarray(crop.resize((draws["size"],) * 2, Image.Resampling.BILINEAR)))
     if draws["order"]:
         order = jnp.asarray([augment.JITTER.index(name) for name in draws["order"]], jnp.int32)
@@ -131,24 +131,24 @@ def test_moco_chain_stays_within_a_few_grey_levels_of_pil(case):
     images = compiled["gaussian_blur"](images, one(draws["blur"] or 0.0))
     images = augment.flip(images, one(draws["flip"]))
     away = levels(images, arrays[f"chain{case}_pil"])
-    # Every PIL step rounds, hue and blur differ most: 1.8 and 11.5 were measured.
+    # PIL rounds in every step; hue and blur differ most. Measured: mean 1.8, maximum 11.5.
     assert away.mean() <= 2 and away.max() <= 12
 
 
 def boxed(image, sigma):
-    """Three extended boxes an axis in float64, one after the other over repeated edges."""
+    """Blurs in float64 with three successive extended boxes per axis and repeated edge pixels."""
     length = np.sqrt(12 * sigma**2 / 3 + 1)
-    whole = int((length - 1) // 2)
-    taps = np.full(2 * whole + 3, 1.0)
-    # The two outer taps such that the variance of a box is a third of sigma squared.
-    inner = sum(d**2 for d in range(-whole, whole + 1))
-    taps[[0, -1]] = ((2 * whole + 1) * sigma**2 / 3 - inner) / (
-        2 * (whole + 1) ** 2 - 2 * sigma**2 / 3
+    radius = int((length - 1) // 2)
+    taps = np.full(2 * radius + 3, 1.0)
+    # The two outer taps make the variance of a box a third of sigma squared.
+    inner = sum(d**2 for d in range(-radius, radius + 1))
+    taps[[0, -1]] = ((2 * radius + 1) * sigma**2 / 3 - inner) / (
+        2 * (radius + 1) ** 2 - 2 * sigma**2 / 3
     )
     taps /= taps.sum()
     image = image.astype(np.float64)
     for axis in (0, 0, 0, 1, 1, 1):
-        padding = [(whole + 1,) * 2 if a == axis else (0, 0) for a in range(3)]
+        padding = [(radius + 1,) * 2 if a == axis else (0, 0) for a in range(3)]
         padded = np.pad(image, padding, mode="edge")
         image = np.apply_along_axis(np.convolve, axis, padded, taps, mode="valid")
     return image
@@ -159,13 +159,13 @@ def boxed(image, sigma):
 def test_blur_is_three_boxes_over_repeated_edges(sigma, shape):
     images = noise(height=shape[0], width=shape[1])
     result = compiled["gaussian_blur"](images, jnp.full(BATCH, sigma))
-    for got, image in zip(result, images, strict=True):
-        np.testing.assert_allclose(got, boxed(np.asarray(image), sigma), rtol=0, atol=2e-6)
+    for blurred, image in zip(result, images, strict=True):
+        np.testing.assert_allclose(blurred, boxed(np.asarray(image), sigma), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.0, 5.0])
 def test_blur_has_the_variance_that_is_asked_for(sigma):
-    """Also below half a pixel, where samples of a Gaussian are almost a single one."""
+    """Includes sigmas below half a pixel, where a sampled Gaussian is almost a single point."""
     point = jnp.zeros((BATCH, 49, 49, 3)).at[:, 24, 24].set(1.0)
     result = np.asarray(compiled["gaussian_blur"](point, jnp.full(BATCH, sigma)), np.float64)
     offsets = np.arange(-24, 25)
@@ -235,7 +235,7 @@ def test_jitter_acts_in_the_given_order(order):
 
 
 def test_jitter_executes_one_branch_a_position():
-    """A switch that lost its scalar index would turn into a select over all four results."""
+    """A switch without a scalar index would become a select over all four results."""
     arguments = (noise(), jnp.ones((BATCH, 4)), jnp.arange(4, dtype=jnp.int32))
     text = jax.jit(augment.jitter).lower(*arguments).as_text()
     assert text.count("stablehlo.case") == 4

@@ -1,9 +1,9 @@
-"""Every loss is the same compiled as eagerly: alone, and with what normalises its inputs.
+"""Tests that every loss gives equal results eagerly and compiled with its normalisation.
 
-A compiler merges operations, so a value that is exactly 0, 1 or equal to another when each
-operation rounds by itself may not be when it is compiled. Each case runs on raw rows, normalised
-inside the same program as a method does: rows at random, with an image twice in the batch, with
-all rows within a hundredth of one another (a collapsing network), and with a row of zeros.
+A compiler fuses operations. A value that is exactly 0, 1 or equal to another when each operation
+rounds separately may differ when compiled. Each case runs on raw rows that the same program
+normalises, as methods do: random rows, a batch with one image twice, rows that differ by a
+hundredth (a collapsing network), and a batch with a row of zeros.
 """
 
 import inspect
@@ -58,7 +58,7 @@ def nce(reading=bank.USUAL, temperature=0.2):
 
 
 FORMULA = bank.Reading(one_pass=False)
-# name -> function of raw rows f32[B, D]; the part before ":" names the public function.
+# name -> function of raw rows f32[B, D]. The name before ":" is that of the public function.
 LOSSES = {
     "info_nce": nce(),
     "info_nce:cold": nce(temperature=0.01),
@@ -113,7 +113,7 @@ LOSSES = {
         sinkhorn.sinkhorn(unit(s), epsilon=0.05, iterations=3), unit(s), temperature=0.1
     ),
 }
-MEASURES = {  # without a gradient
+MEASURES = {  # functions without a gradient
     "contrast_accuracy": lambda s: losses.contrast_accuracy(
         unit(s), unit(s), bank.compared(unit(s[::-1]), unit(s), temperature=0.2).nearest
     ),
@@ -137,7 +137,7 @@ def inputs(kind):
 
 
 def on_one_replica(function):
-    """Of what is averaged over replicas, there is one."""
+    """Maps a function over a single replica, so that collectives work."""
     return lambda s: jax.vmap(function, axis_name=AXIS)(s[None])[0]
 
 
@@ -145,14 +145,14 @@ def on_one_replica(function):
 def test_a_loss_and_its_gradient_are_the_same_compiled_as_eagerly(name):
     loss = on_one_replica(LOSSES[name])
     both = jax.value_and_grad(lambda s: jnp.mean(loss(s)))
-    together = jax.jit(both)
+    compiled_both = jax.jit(both)
     for kind in SETS:
         student = inputs(kind)
-        (eager, to_eager), (compiled, to_compiled) = both(student), together(student)
-        away = abs(float(eager) - float(compiled)) / max(abs(float(eager)), 1e-3)
+        (eager, to_eager), (compiled, to_compiled) = both(student), compiled_both(student)
+        error = abs(float(eager) - float(compiled)) / max(abs(float(eager)), 1e-3)
         gradient = np.abs(to_eager - to_compiled).max() / max(np.abs(to_eager).max(), 1e-3)
-        print(f"{name:28} {kind:10} {eager:12.6f} {compiled:12.6f} {away:8.1e} {gradient:8.1e}")
-        assert away < LOSS, kind
+        print(f"{name:28} {kind:10} {eager:12.6f} {compiled:12.6f} {error:8.1e} {gradient:8.1e}")
+        assert error < LOSS, kind
         assert gradient < GRADIENT, kind
 
 
@@ -160,14 +160,14 @@ def test_a_loss_and_its_gradient_are_the_same_compiled_as_eagerly(name):
 def test_a_measure_is_the_same_compiled_as_eagerly(name):
     measure = on_one_replica(MEASURES[name])
     compiled = jax.jit(measure)
-    kinds = ("random", "twice") if name == "closest" else SETS  # of equal rows, any is the closest
+    kinds = ("random", "twice") if name == "closest" else SETS  # of equal rows, either may win
     for kind in kinds:
         student = inputs(kind)
         np.testing.assert_allclose(compiled(student), measure(student), rtol=1e-5, atol=1e-3)
 
 
 def test_a_collapsed_network_finds_no_key_among_equals():
-    """Own and nearest product are both 1, summed in different orders."""
+    """The own and the largest product are both 1, but summed in different orders."""
     accuracy = jax.jit(MEASURES["contrast_accuracy"])
     for width in (1e-9, 0.0):
         student = np.ones((B, D), np.float32) + width * rows(0)
@@ -204,7 +204,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_operation_is_the_same_compiled_as_eagerly(name):
-    """On colours of which two or three channels are equal, too, where the hue has its corners."""
+    """Includes colours with two or three equal channels, where the hue is not differentiable."""
     images = np.random.default_rng(0).integers(0, 3, (4, 9, 9, 3)).astype(np.float32) / 2
     factors = np.asarray([0.5, 0.8, 1.0, 1.3], np.float32)
     eager, compiled = (f(images, factors) for f in (IMAGES[name], jax.jit(IMAGES[name])))
@@ -242,7 +242,7 @@ def test_no_schedule_is_missing_here():
             assert name in SCHEDULES, name
 
 
-READ_IN_HALF = {  # what accelerators compute in bfloat16
+READ_IN_HALF = {  # losses that accelerators compute with bfloat16 factors
     "info_nce": nce(bank.Reading(dtype=HALF)),
     "soft_cross_entropy": seed(0.01, bank.Reading(dtype=HALF)),
     "attention_distance": lambda s: relations.attention_distance(

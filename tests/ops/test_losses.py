@@ -1,4 +1,4 @@
-"""Losses against the official PyTorch code, and what holds for any embedding."""
+"""Tests losses against the official PyTorch code and by their mathematical properties."""
 
 import functools
 
@@ -106,26 +106,26 @@ def test_seed_matches_official(name):
 
 def test_seed_with_a_sharp_teacher_is_info_nce():
     rng = np.random.default_rng(0)
-    student, teacher, bank = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+    student, teacher, queue = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
 
     def seed(student, temperature):
-        each = soft_cross_entropy(
-            student, teacher, bank, student_temperature=0.2, teacher_temperature=temperature
+        losses = soft_cross_entropy(
+            student, teacher, queue, student_temperature=0.2, teacher_temperature=temperature
         )
-        return jnp.sum(each), each
+        return jnp.sum(losses), losses
 
     def contrast(student):
-        each = info_nce(student, teacher, bank, temperature=0.2)
-        return jnp.sum(each), each
+        losses = info_nce(student, teacher, queue, temperature=0.2)
+        return jnp.sum(losses), losses
 
-    grad, each = jax.grad(contrast, has_aux=True)(student)
-    away = []
+    grad, expected = jax.grad(contrast, has_aux=True)(student)
+    deviations = []
     for temperature in (1.0, 0.1, 0.03, 1e-3, 1e-6, 0.0):
-        to_student, ours = jax.grad(seed, has_aux=True)(student, temperature)
-        away.append(helpers.relative_error(ours, each))
+        to_student, losses = jax.grad(seed, has_aux=True)(student, temperature)
+        deviations.append(helpers.relative_error(losses, expected))
         if temperature <= 1e-3:
-            assert away[-1] < 1e-6 and helpers.relative_error(to_student, grad) < 1e-6
-    assert away[0] > away[1] > away[2] > 1e-6 and away[0] > 0.1
+            assert deviations[-1] < 1e-6 and helpers.relative_error(to_student, grad) < 1e-6
+    assert deviations[0] > deviations[1] > deviations[2] > 1e-6 and deviations[0] > 0.1
 
 
 def test_squared_distance_of_unit_rows_is_two_minus_two_cosines():

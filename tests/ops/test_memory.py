@@ -1,4 +1,4 @@
-"""The queue: order, wrap-around, and what it refuses; the queue that replicas share."""
+"""Tests of the queue: order, wrap-around, invalid pushes, and sharding over replicas."""
 
 import dataclasses
 
@@ -55,10 +55,10 @@ def test_a_rewound_queue_has_its_oldest_row_first_and_takes_pushes_of_any_size()
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_a_queue_that_replicas_share_holds_what_each_of_them_would(replicas, half):
-    """Through a wrap; a row that was pushed stays with the replica that pushed it."""
+    """Pushes through a wrap; each row stays on the replica that pushed it."""
     size, batch, dim = 24, 8, 4
     whole = Queue.create(jax.random.key(0), size, dim).stored(half)
-    shared = whole.stored(half, shared=batch).dealt(replicas)
+    shared = whole.stored(half, shared=batch).shard(replicas)
     assert shared.vectors.shape == (replicas, size // replicas, dim)
     axes = dataclasses.replace(shared, vectors=0, pointer=None)
     push = jax.jit(
@@ -71,18 +71,18 @@ def test_a_queue_that_replicas_share_holds_what_each_of_them_would(replicas, hal
         rows = Queue.create(jax.random.key(1 + i), batch, dim).vectors
         whole = whole.push(rows)
         shared, count = push(shared, rows.reshape(replicas, batch // replicas, dim))
-        collected = shared.collected()
-        np.testing.assert_array_equal(collected.vectors, whole.vectors)
-        assert collected.vectors.dtype == whole.vectors.dtype
-        assert collected.pointer == whole.pointer and count == size
-    if replicas > 1:  # or its order would be any
+        unsharded = shared.unshard()
+        np.testing.assert_array_equal(unsharded.vectors, whole.vectors)
+        assert unsharded.vectors.dtype == whole.vectors.dtype
+        assert unsharded.pointer == whole.pointer and count == size
+    if replicas > 1:  # otherwise any order would pass
         assert not np.array_equal(shared.vectors.reshape(size, dim), whole.vectors)
 
 
 def test_a_push_of_all_into_a_whole_queue_is_of_their_rows_in_order():
     queue = Queue.create(jax.random.key(0), 12, 8)
     rows = Queue.create(jax.random.key(1), 6, 8).vectors
-    pushed = jax.vmap(lambda mine: queue.push_all(mine), axis_name=AXIS)(rows.reshape(3, 2, 8))
+    pushed = jax.vmap(lambda local: queue.push_all(local), axis_name=AXIS)(rows.reshape(3, 2, 8))
     for vectors in pushed.vectors:
         np.testing.assert_array_equal(vectors, queue.push(rows).vectors)
 
@@ -90,4 +90,6 @@ def test_a_push_of_all_into_a_whole_queue_is_of_their_rows_in_order():
 def test_a_shared_queue_refuses_a_push_of_another_size_than_it_is_dealt_by():
     queue = Queue.create(jax.random.key(0), 12, 8).stored(False, shared=6)
     with pytest.raises(AssertionError):
-        jax.vmap(lambda mine: queue.push_all(mine), axis_name=AXIS)(np.ones((2, 2, 8), np.float32))
+        jax.vmap(lambda local: queue.push_all(local), axis_name=AXIS)(
+            np.ones((2, 2, 8), np.float32)
+        )

@@ -1,4 +1,4 @@
-"""Losses on relations, and the memories behind them, against the official PyTorch code."""
+"""Tests losses on relations and their queues against the official PyTorch code."""
 
 import functools
 
@@ -12,7 +12,7 @@ from disco_jax.ops import losses, relations
 from disco_jax.ops.losses import unit
 from disco_jax.ops.memory import Queue
 
-EXACT = 1e-5  # relative, of losses and of gradients
+EXACT = 1e-5  # relative tolerance of losses and gradients
 
 
 def assert_loss(loss, student, expected, gradient):
@@ -39,24 +39,25 @@ def test_rkd_of_equal_rows_has_a_finite_gradient(loss):
 
 @pytest.mark.parametrize("kind", ["distance", "angle"])
 def test_rkd_compiled_with_what_normalises_its_rows_is_the_formula(kind):
-    """The compiler merges the normalisation with differences: equal rows differ by rounding."""
+    """The compiler fuses normalisation and differences, so that equal rows differ by rounding."""
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 8, 16)).astype(np.float32)
-    student[5] = teacher[3] = student[2]  # an image twice in a batch
+    student[5] = teacher[3] = student[2]  # one image twice in the batch
     teacher[1] = student[2]
     loss = {"distance": relations.rkd_distance, "angle": relations.rkd_angle}[kind]
     run = jax.jit(jax.value_and_grad(lambda s, t: loss(unit(s), unit(t))))
     value, grad = run(student, teacher)
     expected = rkd_in_float64(kind, student, teacher)
     assert value == pytest.approx(expected, rel=1e-5)
-    ahead = np.random.default_rng(1).normal(size=student.shape)
-    ahead[5] = ahead[2]  # equal rows stay so: where they part there is no derivative
-    by = [rkd_in_float64(kind, student + h * ahead, teacher) for h in (1e-5, -1e-5)]
-    assert np.sum(grad * ahead) == pytest.approx((by[0] - by[1]) / 2e-5, rel=1e-4)
+    direction = np.random.default_rng(1).normal(size=student.shape)
+    direction[5] = direction[2]  # equal rows must stay equal: there is no derivative otherwise
+    values = [rkd_in_float64(kind, student + h * direction, teacher) for h in (1e-5, -1e-5)]
+    expected_slope = (values[0] - values[1]) / 2e-5
+    assert np.sum(grad * direction) == pytest.approx(expected_slope, rel=1e-4)
 
 
 def rkd_in_float64(kind, *rows):
-    """RKD's formulas in NumPy, on rows that it normalises."""
+    """Computes RKD's formulas in NumPy on rows that it normalises."""
 
     def relation(rows):
         rows = rows.astype(np.float64)
@@ -68,8 +69,8 @@ def rkd_in_float64(kind, *rows):
         directions = differences / np.maximum(lengths, 1e-12)[..., None]
         return np.einsum("ijd,ikd->ijk", directions, directions)
 
-    away = np.abs(relation(rows[0]) - relation(rows[1]))
-    return np.where(away < 1, away**2 / 2, away - 0.5).mean()
+    difference = np.abs(relation(rows[0]) - relation(rows[1]))
+    return np.where(difference < 1, difference**2 / 2, difference - 0.5).mean()
 
 
 def test_attention_transfer_matches_official():
@@ -89,18 +90,23 @@ def test_supervised_distillation_matches_official(name):
     settings = {key: meta["params"][key] for key in ("alpha", "temperature")}
     labels = jnp.asarray(ref["labels"], jnp.int32)
     loss = functools.partial(losses.softened_cross_entropy, **settings)
-    given = ref["student_logits"], ref["teacher_logits"], labels
+    student, teacher = ref["student_logits"], ref["teacher_logits"]
     assert_loss(
-        lambda s: jnp.mean(loss(s, *given[1:])), given[0], ref["loss"], ref["grad_student_logits"]
+        lambda s: jnp.mean(loss(s, teacher, labels)),
+        student,
+        ref["loss"],
+        ref["grad_student_logits"],
     )
-    hard = (1 - settings["alpha"]) * losses.class_cross_entropy(given[0], labels)
-    soft, summed = (loss(*given, reduction=r) - hard for r in ("element", "batch"))
-    np.testing.assert_allclose(summed, soft * given[0].shape[1], rtol=1e-4)
+    hard = (1 - settings["alpha"]) * losses.class_cross_entropy(student, labels)
+    soft, summed = (
+        loss(student, teacher, labels, reduction=r) - hard for r in ("element", "batch")
+    )
+    np.testing.assert_allclose(summed, soft * student.shape[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["1q_a", "2q_a", "2q_momentum_a"])
 def test_compress_matches_official_with_its_queues(name):
-    """The banks wrap inside a push: 20 rows, 8 at a time."""
+    """The queues wrap inside a push: 20 rows, 8 per push."""
     meta, ref = helpers.fixture(f"losses/compress_{name}")
     settings, start = meta["params"], jnp.zeros((), jnp.int32)
     teachers = students = Queue(jnp.asarray(ref["teacher_queue_init"]), start)
@@ -126,49 +132,49 @@ def test_compress_matches_official_with_its_queues(name):
         keys = {"1q_a": teacher, "2q_a": unit(raw)}.get(name)
         keys = unit(ref["student_key_raw"][step]) if keys is None else keys
         teachers, students = teachers.push(teacher), students.push(keys)
-        bank = ref["teacher_queue"] if name == "1q_a" else ref["student_queue"]
+        queue = ref["teacher_queue"] if name == "1q_a" else ref["student_queue"]
         assert helpers.relative_error(teachers.vectors, ref["teacher_queue"][step]) < EXACT
-        assert helpers.relative_error(students.vectors, bank[step]) < EXACT
+        assert helpers.relative_error(students.vectors, queue[step]) < EXACT
         assert teachers.pointer == ref["pointer"][step]
 
 
 def test_one_hot_targets_of_seed_are_info_nce_to_the_bit():
     rng = np.random.default_rng(0)
-    student, teacher, bank = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+    student, teacher, queue = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
 
     def seed(student, temperature):
         return losses.soft_cross_entropy(
-            student, teacher, bank, student_temperature=0.2, teacher_temperature=temperature
+            student, teacher, queue, student_temperature=0.2, teacher_temperature=temperature
         )
 
     def nce(student):
-        return losses.info_nce(student, teacher, bank, temperature=0.2)
+        return losses.info_nce(student, teacher, queue, temperature=0.2)
 
     np.testing.assert_array_equal(seed(student, 0.0), nce(student))
-    ours, theirs = (jax.grad(lambda s, f=f: f(s).sum())(student) for f in (
+    gradient, expected = (jax.grad(lambda s, f=f: f(s).sum())(student) for f in (
         lambda s: seed(s, 1e-3), nce))  # fmt: skip
-    # The gap to the next most similar row is above 0.1: e^-100 of the target is elsewhere.
+    # The gap to the second most similar row is above 0.1, so other targets are at most e^-100.
     np.testing.assert_allclose(seed(student, 1e-3), nce(student), rtol=1e-6)
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
 def test_binary_contrast_is_the_sum_of_its_decisions():
-    """Against the formula written out with h, in float64."""
+    """Compares with the formula written with h, in float64."""
     rng = np.random.default_rng(0)
-    student, teacher, bank = (unit(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12))
-    potential = losses.mean_potential(student, bank, temperature=0.07)
-    ours = losses.binary_contrast(student, teacher, bank, temperature=0.07, potential=potential)
-    s, t, b = (np.asarray(x, np.float64) for x in (student, teacher, bank))
+    student, teacher, queue = (unit(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12))
+    potential = losses.mean_potential(student, queue, temperature=0.07)
+    loss = losses.binary_contrast(student, teacher, queue, temperature=0.07, potential=potential)
+    s, t, q = (np.asarray(x, np.float64) for x in (student, teacher, queue))
 
     def h(similarity):
         e = np.exp(similarity / 0.07)
-        return e / (e + 12 * np.exp(s @ b.T / 0.07).mean())
+        return e / (e + 12 * np.exp(s @ q.T / 0.07).mean())
 
-    expected = -np.log(h((s * t).sum(1))) - np.log(1 - h(s @ b.T)).sum(1)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    expected = -np.log(h((s * t).sum(1))) - np.log(1 - h(s @ q.T)).sum(1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_a_bank_of_compress_starts_with_rows_of_length_one_on_average():
-    bank = Queue.uniform(jax.random.key(0), 4000, 16).vectors
-    assert np.abs(bank).max() <= (3 / 16) ** 0.5
-    assert np.square(bank).sum(axis=1).mean() == pytest.approx(1.0, rel=0.02)
+    vectors = Queue.uniform(jax.random.key(0), 4000, 16).vectors
+    assert np.abs(vectors).max() <= (3 / 16) ** 0.5
+    assert np.square(vectors).sum(axis=1).mean() == pytest.approx(1.0, rel=0.02)

@@ -1,4 +1,4 @@
-"""Learning rates against the official scripts, epoch by epoch."""
+"""Tests learning rates against the official scripts, epoch by epoch."""
 
 import jax
 import numpy as np
@@ -9,11 +9,11 @@ import helpers
 from disco_jax.ops import schedules
 from disco_jax.train import optimizer
 
-STEPS = 7  # an epoch
+STEPS = 7  # per epoch
 
 
 def rates(epochs, batch_size=256, **fields):
-    """The rate in the last step of every epoch."""
+    """Returns the learning rate in the last step of every epoch."""
     spec = dict(
         decay="cosine", every="epoch", milestones=(), factor=0.1, warmup_epochs=0, warmup_from=0.0
     )
@@ -79,8 +79,8 @@ def test_swavs_rate_step_by_step(array):
         warmup_from=params["start_warmup"],
     )
     schedule = optimizer.learning_rate(ConfigDict(spec), 256, per_epoch, epochs)
-    ours = jax.vmap(schedule)(np.arange(per_epoch * epochs))
-    np.testing.assert_allclose(ours, ref[array], rtol=1e-5)
+    rate = jax.vmap(schedule)(np.arange(per_epoch * epochs))
+    np.testing.assert_allclose(rate, ref[array], rtol=1e-5)
 
 
 @pytest.mark.parametrize("array", ["lr", "momentum"])
@@ -95,14 +95,14 @@ def test_dinos_rate_and_ema_rate_step_by_step(array):
         params.get("warmup_epochs", 0) * steps,
         params["epochs"] * steps,
     )
-    ours = jax.vmap(schedule)(np.arange(params["epochs"] * steps))
-    np.testing.assert_allclose(ours, ref[array], rtol=1e-6, atol=1e-9)
+    values = jax.vmap(schedule)(np.arange(params["epochs"] * steps))
+    np.testing.assert_allclose(values, ref[array], rtol=1e-6, atol=1e-9)
 
 
 def test_end_points_of_the_cosine_after_a_warmup():
     schedule = schedules.cosine_after(0.1, 1.0, 0.01, 10, 50)
-    found = [float(schedule(step)) for step in (0, 9, 10, 30, 50)]
-    np.testing.assert_allclose(found, [0.1, 1.0, 1.0, 0.505, 0.01], rtol=1e-6)
+    values = [float(schedule(step)) for step in (0, 9, 10, 30, 50)]
+    np.testing.assert_allclose(values, [0.1, 1.0, 1.0, 0.505, 0.01], rtol=1e-6)
 
 
 def test_dinos_temperature_epoch_by_epoch():
@@ -114,7 +114,7 @@ def test_dinos_temperature_epoch_by_epoch():
             params["teacher_temp"],
             params["warmup_teacher_temp_epochs"],
         )
-        ours = jax.vmap(schedule)(np.arange(params["nepochs"]))
-        np.testing.assert_allclose(ours, ref["teacher_temp"], rtol=1e-6)
+        temperatures = jax.vmap(schedule)(np.arange(params["nepochs"]))
+        np.testing.assert_allclose(temperatures, ref["teacher_temp"], rtol=1e-6)
     ramp = schedules.line(0.04, 0.07, 30)
     np.testing.assert_allclose([ramp(0), ramp(29), ramp(30), ramp(99)], [0.04, 0.07, 0.07, 0.07])

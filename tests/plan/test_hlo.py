@@ -1,4 +1,4 @@
-"""Reading the text of compiled programs."""
+"""Parsing the text of compiled programs."""
 
 import pytest
 
@@ -52,10 +52,10 @@ def test_cycles_count_loops_by_turns_choices_by_their_mean_and_fusions_once():
 
 
 def test_the_dearest_instructions_come_first_with_all_their_turns():
-    first, second, third = hlo.dearest(PROGRAM, 3)
+    first, second, third = hlo.most_expensive(PROGRAM, 3)
     assert (first[0], second[0], third[0]) == (150, 35, 20)
     assert first[1] == "%a f32[8]: " and second[1].startswith("%turn (s32[]")
-    assert len(hlo.dearest(PROGRAM, 100)) == 4 and hlo.dearest(PROGRAM, 0) == []
+    assert len(hlo.most_expensive(PROGRAM, 100)) == 4 and hlo.most_expensive(PROGRAM, 0) == []
 
 
 def test_collectives_are_counted_once_with_what_they_make():

@@ -1,4 +1,4 @@
-"""The page of a run, the comparison of several, the papers' values and the contact sheet."""
+"""Page of a run, comparison of runs, papers' values and contact sheet."""
 
 import contextlib
 import html.parser
@@ -20,14 +20,14 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.report import build, page, paper, runs, sheet
+from disco_jax.run.metrics import Logger
 from disco_jax.tasks import compare, report
-from disco_jax.train.metrics import Logger
 
 _VOID = ("meta", "img", "br", "link", "input")
 
 
 class Checked(html.parser.HTMLParser):
-    """Fails where tags are not closed in order; gathers texts and sources of pictures."""
+    """Fails if tags are not closed in order; collects texts and picture sources."""
 
     def __init__(self, text):
         super().__init__()
@@ -49,8 +49,8 @@ class Checked(html.parser.HTMLParser):
         self.cells.append(data.strip())
 
 
-def made(folder, name="disco", data="imagenet2012", **changes):
-    """A run directory with what a report reads, as if it had been trained on ImageNet."""
+def make_run(folder, name="disco", data="imagenet2012", **changes):
+    """Writes a run directory with the files that a report reads, as if trained on ImageNet."""
     config = flags.load("disco:student=resnet18,teacher=resnet50")
     config.name, config.data.name, config.teacher.weights = name, data, "runs/<teacher> & co"
     config.update_from_flattened_dict(changes)
@@ -64,8 +64,8 @@ def made(folder, name="disco", data="imagenet2012", **changes):
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     seconds = {"init": 1.0, "data": 2.0, "step": 6.0, "eval": 0.5, "save": 0.5}
-    noted = {"seconds": seconds, "starts": 1, "unsaved_s": 0}
-    (folder / "goodput.json").write_text(json.dumps(noted))
+    goodput = {"seconds": seconds, "starts": 1, "unsaved_s": 0}
+    (folder / "goodput.json").write_text(json.dumps(goodput))
     result = {
         "step": 3,
         "data": data,
@@ -87,27 +87,27 @@ def made(folder, name="disco", data="imagenet2012", **changes):
 
 
 def test_the_page_stands_alone_and_says_what_the_run_holds(tmp_path):
-    run = made(tmp_path / "run")
+    run = make_run(tmp_path / "run")
     build.keep_sheet(str(run), np.zeros((4, 4, 3), np.uint8))
     assert report.run(str(run)) == str(run / "report.html")
-    found = Checked((run / "report.html").read_text())
-    assert not {"script", "link"} & found.tags
-    assert all(source.startswith("data:image/png;base64,") for source in found.sources)
+    parsed = Checked((run / "report.html").read_text())
+    assert not {"script", "link"} & parsed.tags
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
     for text in (
-        "59.88", "(59.00 to 61.00)", "60.60", "83.70", "DisCo (2104.09124), Table 1",  # beside it
+        "59.88", "(59.00 to 61.00)", "60.60", "83.70", "DisCo (2104.09124), Table 1",
         "31.25", "+- 0.50", "resnet50, runs/<teacher> & co", "abc123", "config.batch_size",
         "waiting for images", "20.0 %", "What the networks see", "tsne", "3, epoch 0.33",
         "10 (9.0 %), 9 (8.0 %), 8 (7.0 %), 7 (6.0 %), 6 (5.0 %)", "500.00", "7.12",
     ):  # fmt: skip
-        assert text in found.cells, text
-    # Of 1 % of the labels there is only what RETRO printed.
-    assert found.cells[found.cells.index("semi 1 %") :].index("39.20") < 20
-    drawn = {file.stem for file in (run / "figures").iterdir()}
-    assert drawn == {
+        assert text in parsed.cells, text
+    # For 1 % of the labels there is only the value printed by RETRO.
+    assert parsed.cells[parsed.cells.index("semi 1 %") :].index("39.20") < 20
+    figure_names = {file.stem for file in (run / "figures").iterdir()}
+    assert figure_names == {
         "losses", "rates", "health", "knn", "speed", "times", "views", "confusion_linear_disco",
         "training_linear_disco",
     }  # fmt: skip
-    assert len(found.sources) == len(drawn) + 1  # and tsne.png
+    assert len(parsed.sources) == len(figure_names) + 1  # includes tsne.png
     for name in ("losses", "times", "confusion_linear_disco"):
         with Image.open(run / "figures" / f"{name}.png") as image:
             assert image.width > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
@@ -122,11 +122,13 @@ def test_a_run_without_anything_yet_has_a_page(tmp_path):
 
 
 def test_a_report_never_ends_a_task(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(build._LOG, "warning", lambda text, *words: said.append(text % words))
+    warnings = []
+    monkeypatch.setattr(build._LOG, "warning", lambda text, *words: warnings.append(text % words))
     build.refresh(True, str(tmp_path / "none"))
-    assert "No report was made: UserError" in said[0] and "not a run directory" in said[0]
-    run = made(tmp_path / "run")
+    assert (
+        "No report was written: UserError" in warnings[0] and "not a run directory" in warnings[0]
+    )
+    run = make_run(tmp_path / "run")
     build.refresh(False, str(run))
     assert not (run / "report.html").exists()
     build.refresh(True, str(run))
@@ -136,18 +138,18 @@ def test_a_report_never_ends_a_task(tmp_path, monkeypatch):
 
 
 def test_a_comparison_shows_what_differs_alone(tmp_path, capsys):
-    first = made(tmp_path / "one")
-    second = made(tmp_path / "two", seed=3, **{"objectives.distill.weight": 1.0})
+    first = make_run(tmp_path / "one")
+    second = make_run(tmp_path / "two", seed=3, **{"objectives.distill.weight": 1.0})
     output = tmp_path / "out" / "compare.html"
-    found = compare.run([str(first), str(second)], str(output))
-    assert found["runs"] == ["one", "two"]
-    assert found["differences"] == {"seed": [0, 3], "objectives.distill.weight": [32.0, 1.0]}
+    comparison = compare.run([str(first), str(second)], str(output))
+    assert comparison["runs"] == ["one", "two"]
+    assert comparison["differences"] == {"seed": [0, 3], "objectives.distill.weight": [32.0, 1.0]}
     cells = Checked(output.read_text()).cells
     assert {"config.seed", "one", "two", "59.88", "60.60"} <= set(cells)
     assert not any("batch_size" in cell for cell in cells)
     out = capsys.readouterr().out
     assert "config.objectives.distill.weight  32.0  1.0" in out and "59.88" in out
-    made(tmp_path / "three", data="digits", name="mine")
+    make_run(tmp_path / "three", data="digits", name="mine")
     for name in ("linear_disco", "fewshot"):
         (tmp_path / "three" / f"{name}.json").unlink()
     three = compare.run([str(first), str(tmp_path / "three")], str(output))["results"]
@@ -175,39 +177,41 @@ def test_paper_values_are_of_recipes_and_networks_that_there_are():
 
 
 def test_paper_values_need_the_papers_data_and_networks(tmp_path):
-    config = runs.read(str(made(tmp_path / "a"))).config
+    config = runs.read(str(make_run(tmp_path / "a"))).config
     assert paper.values(config)["linear"][:2] == (60.6, 83.7)
     assert paper.values(config)["semi 10 %"].top1 == 50.1
-    assert not paper.values(runs.read(str(made(tmp_path / "b", data="digits"))).config)
-    other = runs.read(str(made(tmp_path / "c", **{"student.backbone": "resnet8"}))).config
+    assert not paper.values(runs.read(str(make_run(tmp_path / "b", data="digits"))).config)
+    other = runs.read(str(make_run(tmp_path / "c", **{"student.backbone": "resnet8"}))).config
     assert not paper.values(other)
     for head, top1 in (("mlp", 60.6), ("swav", 65.1), ("dino", None)):  # of MoCo-v2, SwAV, DINO
         config["teacher"]["head"] = head
-        assert (found := paper.values(config).get("linear")) is None or found.top1 == top1
-        assert (found is None) == (top1 is None)
-    assert not paper.values({"data": config["data"], "evaluation": {}})  # of a probe's training
+        assert (printed := paper.values(config).get("linear")) is None or printed.top1 == top1
+        assert (printed is None) == (top1 is None)
+    assert not paper.values(
+        {"data": config["data"], "evaluation": {}}
+    )  # config of a probe's training
     assert paper.kind("linear_grid") == "linear" and paper.kind("semi_disco_1") == "semi 1 %"
     assert paper.kind("linear_kd") == paper.kind("knn") == ""
 
 
 def test_the_contact_sheet_shows_the_views_themselves():
-    """Views that change nothing are the images; a normalisation and its undoing cancel."""
+    """Views without augmentation equal the images; normalization is undone."""
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
     source = ArraySource({"train": (images, None)}, name="noise")
     config = helpers.smoke_config("moco_v2")
     config.views, config.local.count = 2, 1
     common.augment(config, "weak")
-    config.augment.update(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    config.augment.update(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_prob=0.0)
     config.local.update(size=4, scale=(1.0, 1.0), blur_prob=0.0)
-    drawn = sheet.sheet(config, source)
+    contact_sheet = sheet.sheet(config, source)
     tile, step = 64, 64 + sheet.GAP
-    assert drawn.shape == (4 * step + sheet.GAP, sheet.IMAGES * step - sheet.GAP, 3)
+    assert contact_sheet.shape == (4 * step + sheet.GAP, sheet.IMAGES * step - sheet.GAP, 3)
     for column in range(sheet.IMAGES):
-        left = column * step
+        left_edge = column * step
         for top in (0, step + 2 * sheet.GAP, 2 * step + 2 * sheet.GAP):
-            shown = drawn[top : top + tile : 8, left : left + tile : 8]
-            np.testing.assert_array_equal(shown, images[column])
-    local = drawn[3 * step + 2 * sheet.GAP :][:tile, :tile]
+            tile_pixels = contact_sheet[top : top + tile : 8, left_edge : left_edge + tile : 8]
+            np.testing.assert_array_equal(tile_pixels, images[column])
+    local = contact_sheet[3 * step + 2 * sheet.GAP :][:tile, :tile]
     assert (local[:16] == 255).all() and (local[16:48, 16:48] != 255).any()  # half as large
 
 
@@ -219,9 +223,9 @@ def test_there_is_no_sheet_of_unreadable_images(tmp_path):
         sheet.sheet(helpers.smoke_config("moco_v2"), FolderSource(tmp_path))
 
 
-def told(file):
-    """(step, tag) -> number, or (width, height) of an image, of a file for TensorBoard."""
-    reader, found = pywrap_tensorflow.PyRecordReader_New(str(file)), {}  # checks the checksums
+def read_events(file):
+    """Returns (step, tag) -> number, or (width, height) of an image, of a TensorBoard file."""
+    reader, events = pywrap_tensorflow.PyRecordReader_New(str(file)), {}  # verifies the checksums
     with contextlib.suppress(op_errors.OutOfRangeError):
         while True:
             reader.GetNext()
@@ -230,10 +234,10 @@ def told(file):
                 if value.HasField("image"):
                     with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
                         assert image.size == (value.image.width, value.image.height)
-                        found[event.step, value.tag] = image.size
+                        events[event.step, value.tag] = image.size
                 else:
-                    found[event.step, value.tag] = value.simple_value
-    return found
+                    events[event.step, value.tag] = value.simple_value
+    return events
 
 
 def test_tensorboard_gets_the_contact_sheet_and_the_metrics(tmp_path):
@@ -242,27 +246,27 @@ def test_tensorboard_gets_the_contact_sheet_and_the_metrics(tmp_path):
     logger.write(3, {"loss": 0.5})
     logger.close()
     (file,) = tmp_path.glob("events.out.*")
-    assert told(file) == {(0, "views"): (7, 5), (3, "loss"): 0.5}
+    assert read_events(file) == {(0, "views"): (7, 5), (3, "loss"): 0.5}
 
 
 def test_tensorboard_gets_what_evaluations_found(tmp_path):
-    run = made(tmp_path / "run")
+    run = make_run(tmp_path / "run")
     report.run(str(run))
-    report.run(str(run))  # anew, not once more
+    report.run(str(run))  # replaces the first events
     (file,) = run.glob("events.out.*")
-    found = told(file)
+    events = read_events(file)
     rows = {row.name: row for row in runs.rows(runs.read(str(run))) if row.top1 is not None}
     assert len(rows) == 2
     for name, row in rows.items():
-        shown = [x for (_, tag), x in found.items() if tag == f"{name}/top1"]
-        assert shown == [pytest.approx(row.top1)]
+        values = [x for (_, tag), x in events.items() if tag == f"{name}/top1"]
+        assert values == [pytest.approx(row.top1)]
     trainings = runs.read(str(run)).trainings
     for name, lines in trainings.items():
         key = next(key for key in lines[0] if key != "step")
-        assert found[lines[0]["step"], f"{name}/{key}"] == pytest.approx(lines[0][key])
-    pictures = {tag.removeprefix("report/") for _, tag in found if tag.startswith("report/")}
-    drawn = {file.stem for file in (run / "figures").glob("*.png")} - {build.SHEET}
-    assert trainings and pictures == drawn | runs.read(str(run)).pictures.keys()
+        assert events[lines[0]["step"], f"{name}/{key}"] == pytest.approx(lines[0][key])
+    pictures = {tag.removeprefix("report/") for _, tag in events if tag.startswith("report/")}
+    figure_names = {file.stem for file in (run / "figures").glob("*.png")} - {build.SHEET}
+    assert trainings and pictures == figure_names | runs.read(str(run)).pictures.keys()
 
 
 def test_numbers_in_cells():

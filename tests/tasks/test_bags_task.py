@@ -98,7 +98,7 @@ def test_bags_that_nobody_reads_are_refused(bag_folders, source):
         ({"kind": "kmean"}, "Did you mean 'kmeans'"),
         ({"output": "feature"}, "Did you mean 'features'"),
         ({"neighbours": 200}, "between 1 and 199"),
-        ({"kind": "kmeans", "clusters": 201}, "between 1 and the 200 images"),
+        ({"kind": "kmeans", "clusters": 201}, "between 1 and the number of images, 200"),
         ({"teacher": ""}, "config.teacher is empty"),
         ({"teacher": "/no/such"}, "does not exist"),
     ],

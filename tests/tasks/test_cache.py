@@ -15,10 +15,11 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.base import Position
 from disco_jax.errors import UserError
 from disco_jax.plan import budget
+from disco_jax.run import hosts, lease
 from disco_jax.tasks import cache, joint, pretrain
 from disco_jax.tasks.prepare import prepare
-from disco_jax.train import hosts, lease, step, teacher
-from disco_jax.train.state import everywhere
+from disco_jax.train import step, teacher
+from disco_jax.train.state import replicate
 
 STEPS = 5  # per epoch: 1437 images in batches of 256
 
@@ -77,7 +78,7 @@ def test_embeddings_are_those_of_the_teacher_to_bfloat16(cache_folder, source):
     start = saved.after[5]
     with pretrain.batches_of(ready, start) as batches:
         batch, _ = next(batches)
-    outputs = live(jnp.int32(6), everywhere(ready.frozen), batch)
+    outputs = live(jnp.int32(6), replicate(ready.frozen), batch)
     for view in (0, 1):
         expected = np.asarray(outputs[view]["embedding"]).reshape(256, -1)
         actual = saved.batch(6)[view]["embedding"].astype(np.float32)
@@ -108,7 +109,7 @@ def test_a_longer_run_sees_the_views_again_and_resumes_bit_for_bit(tmp_path, sou
     for stop in (2 * STEPS - 1, 2 * STEPS + 1):
         patched = config_of(**changes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pretrain.loop.hosts, "asked_to_stop", stopping_at(stop))
+            patch.setattr(pretrain.loop.hosts, "stop_on_signals", stopping_at(stop))
             with pytest.raises(pretrain.errors.Preempted):
                 pretrain.run(patched, str(tmp_path / "parts"), source)
     pretrain.run(config, str(tmp_path / "parts"), source)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import helpers
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 from disco_jax.errors import UserError
 from disco_jax.sweeps import cells, claims, table
 from disco_jax.sweeps.table import Row
@@ -107,7 +107,7 @@ def test_findings_are_written(tmp_path):
 
 
 RECIPE_OF_OURS = """
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 
 
 def get_config(arg=None):

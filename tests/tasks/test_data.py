@@ -1,4 +1,4 @@
-"""`disco-jax data`: what a data set holds, before a run needs it."""
+"""The command `disco-jax data`: reports, messages and copies."""
 
 import json
 
@@ -16,7 +16,7 @@ from disco_jax.tasks import data
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of pictures of two sizes, one of them cut short, one with a name only."""
+    """A folder with two classes of images of several sizes, one of them an empty file."""
     for name, count in (("cat", 3), ("dog", 1)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(count):
@@ -51,10 +51,10 @@ def test_a_folder_is_counted_and_measured(photos, tmp_path, capsys):
 
 def test_a_prepared_data_set_and_an_npz_file_are_read_too(tmp_path):
     digits.write(str(tmp_path))
-    found = data.run("digits", data_dir=str(tmp_path), limit=100, seconds=0)
-    assert found["images_per_s"] is None and found["classes"] == 10
-    assert found["splits"]["train"]["images"] == 1437 and found["splits"]["train"]["read"] == 100
-    assert found["splits"]["test"]["sides"] == {"1": 100}
+    report = data.run("digits", data_dir=str(tmp_path), limit=100, seconds=0)
+    assert report["images_per_s"] is None and report["classes"] == 10
+    assert report["splits"]["train"]["images"] == 1437 and report["splits"]["train"]["read"] == 100
+    assert report["splits"]["test"]["sides"] == {"1": 100}
     folder = next((tmp_path / "digits").glob("*/dataset_info.json")).parent
     assert data.run(str(folder), limit=3, seconds=0)["splits"]["test"]["read"] == 3
     np.savez(tmp_path / "a.npz", **helpers.digits())
@@ -74,7 +74,7 @@ def test_images_of_one_size_are_copied_for_a_machine_without_tensorflow(tmp_path
     source = ArraySource.from_npz(copy)
     by_label = [grey[0], grey[2], grey[4], grey[1], grey[3], grey[5]]
     images, labels = zip(
-        *((image, label) for _, image, label in source.pictures("train")), strict=True
+        *((image, label) for _, image, label in source.iter_images("train")), strict=True
     )
     np.testing.assert_array_equal(images, np.squeeze(by_label))
     assert labels == (0, 0, 0, 1, 1, 1)
@@ -90,16 +90,16 @@ def test_images_of_one_size_are_copied_for_a_machine_without_tensorflow(tmp_path
 def test_nothing_readable_is_reported_not_raised(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no")
-    found = data.run(str(tmp_path), seconds=0.1)
-    assert len(found["splits"]["train"]["unreadable"]) == 3 and found["images_per_s"] is None
+    report = data.run(str(tmp_path), seconds=0.1)
+    assert len(report["splits"]["train"]["unreadable"]) == 3 and report["images_per_s"] is None
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["imagenet2012", "--data-dir={here}"], "ILSVRC2012_img_train.tar"),
-        (["{here}"], "has no pictures"),
-        (["{here}/*.png"], "matches no pictures"),
+        (["{here}"], "has no images"),
+        (["{here}/*.png"], "matches no images"),
         (["{here}", "--output=a.txt"], "should end in .json"),
         (["{here}", "--npz=a.npy"], "should end in .npz"),
         (["{here}", "--limit=-1"], "must not be below 0"),
@@ -157,4 +157,4 @@ def test_questions_are_answered_on_the_command_line(tmp_path, capsys):
     assert main.main([*words, "--splits=train=train,test=tests", f"--labels={labels}"]) == 0
     out = capsys.readouterr().out
     assert "train: 1 images, 1 to 1 in each of 1 classes" in out
-    assert "not used: 1 beside the splits: bus/2.png" in out
+    assert "not used: 1 outside the splits: bus/2.png" in out

@@ -61,7 +61,7 @@ def test_a_pattern_of_names_is_data_too(folder, teacher):
     pattern = str(folder / "train" / "**" / "*.png")
     config, source = distill.resolve(data=pattern, teacher=str(teacher), student="resnet14")
     assert config.data.source == "folder" and source.count("train") == 160
-    with pytest.raises(UserError, match="matches no pictures"):
+    with pytest.raises(UserError, match="matches no images"):
         distill.resolve(data=str(folder / "*.bmp"), teacher=str(teacher), student="resnet14")
 
 
@@ -76,7 +76,7 @@ def test_questions_about_the_data_are_answered_by_the_config(folder, teacher, tm
     config, source = distill.resolve(**inputs, opening={"splits": splits})
     assert (source.count("train"), source.count("test")) == (160, 40)
     assert config.data.splits == splits and config.data.eval_split == "test"
-    assert source.skipped.counts["beside the splits"] == 40
+    assert source.skipped.counts["outside the splits"] == 40
 
 
 def test_from_folder_to_student_through_the_python_api(folder, teacher, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`disco-jax export` and `embed`: networks and features out, run again and compared."""
+"""`disco-jax export` and `embed`: networks and features are written, run again and compared."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from disco_jax.tasks.opening import open_network
 
 
 def scrambled(backbone, seed=0, size=32, **fields):
-    """(encoder, variables) of which nothing is 0 or 1; drawn by NumPy, which compiles nothing."""
+    """Returns an encoder and variables drawn by NumPy, which compiles nothing; none is 0 or 1."""
     encoder = models.build_encoder(helpers.encoder_spec(backbone, **fields))
     rng = np.random.default_rng(seed)
 
@@ -50,7 +50,7 @@ def run(file, tmp_path_factory):
     return workdir
 
 
-# Formats, and a backbone that each must hold whole, with its head.
+# (format, backbone, fields): each format must preserve the backbone and its head.
 ROUND_TRIPS = [
     ("timm", "resnet18", dict(stem="small")),
     ("torchvision", "resnet50", dict(width=8)),
@@ -73,7 +73,7 @@ ROUND_TRIPS = [
 
 @pytest.mark.parametrize("naming, backbone, fields", ROUND_TRIPS)
 def test_state_dicts_come_back_as_they_were(naming, backbone, fields):
-    """Without the head they are the same arrays, and are read again of the smallest networks."""
+    """Compares headless and complete exports; reads headless ones of the smallest networks only."""
     encoder, variables = scrambled(backbone, hidden=24, dim=16, **fields)
     whole, headless = (
         save.state_dict(backbone, encoder, variables, naming, with_head)
@@ -87,16 +87,18 @@ def test_state_dicts_come_back_as_they_were(naming, backbone, fields):
     if backbone.startswith("resnet"):
         read["backbone",] = headless
     for parts, saved in read.items():
-        found = convert.from_mapping(saved.arrays, arch=export._arch(backbone, saved.model))
+        imported = convert.from_mapping(saved.arrays, arch=saved.backbone)
         for part in parts:
             for collection in ("params", "batch_stats"):
-                chex_equal(found.variables[collection].get(part), variables[collection].get(part))
-        assert ("head" in parts) == (found.spec["head"] == "mlp")
+                assert_equal(
+                    imported.variables[collection].get(part), variables[collection].get(part)
+                )
+        assert ("head" in parts) == (imported.spec["head"] == "mlp")
 
 
-def chex_equal(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -106,37 +108,37 @@ def test_heads_come_back_as_they_were(head):
     fields = dict(head=head, hidden=24, dim=16, prototypes=prototypes)
     encoder, variables = scrambled("resnet8", width=4, **fields)
     saved = save.state_dict("resnet8", encoder, variables, "moco", with_head=True)
-    found = convert.from_mapping(saved.arrays)
-    assert (found.spec["head"], found.spec["prototypes"]) == (head, prototypes)
-    chex_equal(dict(found.variables), dict(variables))
+    imported = convert.from_mapping(saved.arrays)
+    assert (imported.spec["head"], imported.spec["prototypes"]) == (head, prototypes)
+    assert_equal(dict(imported.variables), dict(variables))
 
 
 def test_an_epsilon_there_changes_the_variances_and_not_the_features():
     encoder, variables = scrambled("mobilenetv3_large", head="none")
     saved = save.state_dict("mobilenetv3_large", encoder, variables, "torchvision")
     assert "-0.00099 was added" in saved.notes[1]
-    found = convert.from_mapping(saved.arrays)
-    assert found.spec["backbone"] == "mobilenetv3_large_tv"
+    imported = convert.from_mapping(saved.arrays)
+    assert imported.spec["backbone"] == "mobilenetv3_large_tv"
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    there, here = (
+    exported, original = (
         jax.jit(lambda v, x, e=e: e.apply(v, x, norm="running"))(v, images).features
-        for e, v in ((found.encoder, found.variables), (encoder, variables))
+        for e, v in ((imported.encoder, imported.variables), (encoder, variables))
     )
-    assert helpers.relative_error(there, here) < 1e-5
+    assert helpers.relative_error(exported, original) < 1e-5
 
 
 def test_networks_that_do_not_exist_there_are_refused():
     for backbone, naming, message in (
-        ("mobilenetv3_large_seed", "timm", "nothing there computes the same"),
-        ("resnet50_same", "torchvision", "nothing there computes the same"),
-        ("vit_tiny_p16", "detectron2", "detectron2 takes: resnet18"),
+        ("mobilenetv3_large_seed", "timm", "which has no equal model"),
+        ("resnet50_same", "torchvision", "which has no equal model"),
+        ("vit_tiny_p16", "detectron2", "detectron2 supports: resnet18"),
         ("resnet18", "keras", "naming='keras' is not known"),
     ):
         encoder = models.backbone(backbone)
         with pytest.raises(UserError, match=message):
             save.state_dict(backbone, encoder, {"params": {}, "batch_stats": {}}, naming)
     encoder, variables = scrambled("resnet8", width=4, adapter=8)
-    with pytest.raises(UserError, match="behind an adapter has no place"):
+    with pytest.raises(UserError, match="cannot hold a head behind an adapter"):
         save.state_dict("resnet8", encoder, variables, "moco", with_head=True)
 
 
@@ -153,9 +155,9 @@ def test_every_format_is_written_compared_and_described(run, tmp_path, format, c
 
 
 def test_detectron2_reads_its_own_names(run, tmp_path):
-    found = export.run(str(run), format="detectron2", output=str(tmp_path / "model.pkl"), size=16)
+    result = export.run(str(run), format="detectron2", output=str(tmp_path / "model.pkl"), size=16)
     content = pickle.loads((tmp_path / "model.pkl").read_bytes())
-    assert content["matching_heuristics"] is True and found["errors"]
+    assert content["matching_heuristics"] is True and result["errors"]
     model = content["model"]
     assert model["stem.conv1.weight"].shape == (4, 3, 3, 3)
     for key in (
@@ -171,8 +173,8 @@ def test_a_head_is_left_out_unless_it_is_asked_for(run, tmp_path):
     for words, count in (({}, 0), ({"with_head": True}, 4)):
         export.run(str(run), format="moco", output=str(tmp_path / "a.pth"), size=16, **words)
         content = pickles.read(tmp_path / "a.pth")
-        found = [k for k in content["state_dict"] if k.startswith("module.encoder_q.fc")]
-        assert len(found) == count
+        keys = [k for k in content["state_dict"] if k.startswith("module.encoder_q.fc")]
+        assert len(keys) == count
         assert ("16 wide" in (tmp_path / "a.pth.md").read_text()) == bool(count)
 
 
@@ -194,7 +196,7 @@ def test_a_wrong_export_is_removed_again(run, tmp_path, monkeypatch):
         return saved
 
     monkeypatch.setattr(save, "state_dict", wrong)
-    with pytest.raises(RuntimeError, match="would not compute the same"):
+    with pytest.raises(RuntimeError, match="was not written"):
         export.run(str(run), format="timm", output=str(tmp_path / "new" / "a.pth"), size=16)
     assert list(tmp_path.iterdir()) == []
 
@@ -204,7 +206,7 @@ def test_a_failed_export_leaves_the_one_before(run, tmp_path, monkeypatch):
     output.write_bytes(b"before")
 
     def broken(*_):
-        raise UserError("nothing there computes the same")
+        raise UserError("broken")
 
     for name, error in (("state_dict", UserError), ("write", OSError)):
         monkeypatch.setattr(save, name, broken if name == "state_dict" else full)
@@ -217,11 +219,11 @@ def test_a_failed_export_leaves_the_one_before(run, tmp_path, monkeypatch):
 
 def test_what_a_killed_export_left_is_removed(run, tmp_path):
     here = export.socket.gethostname()
-    gone, running, other = (
+    killed, running, other = (
         tmp_path / f".unchecked.{host}.{process}"
         for host, process in ((here, 2**22 + 1), (here, os.getpid()), ("elsewhere", 2**22 + 1))
     )
-    for folder in (gone, running, other):
+    for folder in (killed, running, other):
         folder.mkdir()
         (folder / "a.pth").write_bytes(b"half")
     export._remove_killed(export.epath.Path(tmp_path))
@@ -257,14 +259,14 @@ def test_a_checkpoint_that_is_not_there_is_told(tmp_path, capsys):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five pictures of several kinds, one of them damaged."""
+    """Five pictures of several formats, one of them damaged."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     rng = np.random.default_rng(0)
     names = ("a.png", "b.jpg", "more/c.bmp", "more/d é.webp")
     for i, name in enumerate(names):
-        picture = Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8))
-        picture.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+        image = Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8))
+        image.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
     damaged = io.BytesIO()
     Image.new("RGB", (64, 64)).save(damaged, "PNG")
     (folder / "b2.png").write_bytes(damaged.getvalue()[:60])
@@ -272,33 +274,33 @@ def photos(tmp_path):
 
 
 def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, monkeypatch):
-    """Made as a CPU is quick at them, by a network that is exported as it is."""
-    target, seen, extract = tmp_path / "found.npz", [], embed.features.extract
+    """Extracts features with the CPU's faster convolutions, which an export does not use."""
+    target, shifts, extract = tmp_path / "found.npz", [], embed.features.extract
 
-    def watched(encoder, *rest):
-        seen.append(encoder.backbone.shifts)
+    def recording_extract(encoder, *rest):
+        shifts.append(encoder.compute.shift_and_add)
         return extract(encoder, *rest)
 
-    monkeypatch.setattr(embed.features, "extract", watched)
+    monkeypatch.setattr(embed.features, "extract", recording_extract)
     result = embed.run(
         str(run), images=str(photos), output=str(target), with_head=True, size=16, batch_size=4
     )
-    assert seen == [True] and not open_network(str(run)).encoder.backbone.shifts
+    assert shifts == [True] and not open_network(str(run)).encoder.compute.shift_and_add
     assert result["images"] == 4 and result["unreadable"] == [str(photos / "b2.png")]
-    with np.load(target, allow_pickle=False) as found:
-        assert list(found["files"]) == ["a.png", "b.jpg", "more/c.bmp", "more/d é.webp"]
+    with np.load(target, allow_pickle=False) as stored:
+        assert list(stored["files"]) == ["a.png", "b.jpg", "more/c.bmp", "more/d é.webp"]
         opened = open_network(str(run))
         mean, std = (np.array(opened.preprocessing[k], np.float32) for k in ("mean", "std"))
-        for i, name in enumerate(found["files"]):
-            picture = decode.evaluated(decode.decode(photos / name), 16, 18, "bilinear")
-            image = ((picture / np.float32(255) - mean) / std)[None]
+        for i, name in enumerate(stored["files"]):
+            pixels = decode.evaluated(decode.decode(photos / name), 16, 18, "bilinear")
+            image = ((pixels / np.float32(255) - mean) / std)[None]
             for output in ("features", "embedding"):
-                error = helpers.relative_error(found[output][i], opened(image, output)[0])
+                error = helpers.relative_error(stored[output][i], opened(image, output)[0])
                 assert error < 1e-5, (name, output)
 
 
 def test_features_go_into_parquet(run, photos, tmp_path):
-    """With names that are not UTF-8, too."""
+    """Writes file names that are not UTF-8, too."""
     parquet = pytest.importorskip("pyarrow.parquet")
     (photos / "b.jpg").rename(photos / "caf\udce9.jpg")
     target = tmp_path / "found.parquet"

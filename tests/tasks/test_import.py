@@ -1,4 +1,4 @@
-"""`disco-jax import`: a PyTorch file becomes a directory like any run's."""
+"""`disco-jax import`: turns a PyTorch file into a run directory."""
 
 import contextlib
 import io
@@ -15,9 +15,9 @@ from disco_jax import main, models
 from disco_jax.convert import pickles
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
+from disco_jax.run.workdir import read_config
 from disco_jax.tasks import importing
 from disco_jax.train import teacher
-from disco_jax.train.workdir import read_config
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(file, tmp_path_factory):
-    """(the directory, what was printed)."""
+    """The run directory of an import, and its printed output."""
     workdir = tmp_path_factory.mktemp("runs") / "moco"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main.main(["import", str(file), "--workdir", str(workdir)]) == 0
@@ -82,7 +82,7 @@ def test_swavs_normalisation_goes_into_the_config(tmp_path):
     assert manifest["network"]["prototypes"] == [3000]
     config = read_config(tmp_path / "swav")
     assert config.augment.std == [0.228, 0.224, 0.225]
-    assert not config.objectives.contrast.weight  # no queue came with it
+    assert not config.objectives.contrast.weight  # the file holds no queue
     weights = str(tmp_path / "swav")
     spec = helpers.encoder_spec(
         "resnet50", head="auto", weights=weights, network="student", mean=(), std=()
@@ -110,7 +110,7 @@ class Hostile:
 
 
 def bad_files(tmp_path, file):
-    """name -> what the one message must say."""
+    """Writes bad files; returns name -> text that the error message must contain."""
     whole = file.read_bytes()
     (tmp_path / "cut.pth.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pth").write_text("this is no checkpoint\n" * 9)
@@ -123,7 +123,7 @@ def bad_files(tmp_path, file):
         "cut.pth.tar": "cut.pth.tar",
         "text.pth": "text.pth",
         "hostile.pth": "posix.system",
-        "vgg.pkl": "does not hold a network that is known",
+        "vgg.pkl": "does not hold a known network",
         "absent.pth": "does not exist",
     }
 
@@ -154,7 +154,7 @@ def test_an_import_that_fails_half_way_leaves_nothing(tmp_path, file, monkeypatc
 
 
 class Killed(BaseException):
-    """Ends a process where it is."""
+    """A process killed at this point."""
 
 
 @pytest.mark.parametrize("at", ["claim", "save", "wait", "describe"])
@@ -168,7 +168,7 @@ def test_an_import_that_was_killed_can_be_repeated(tmp_path, file, at, place, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "_remove", kill)  # a killed process clears nothing away
+        patch.setattr(importing, "_remove", kill)  # a killed process removes nothing
         if at == "claim":
             patch.setattr(importing, "claim", kill)
         elif at == "describe":

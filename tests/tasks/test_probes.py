@@ -10,10 +10,10 @@ import pytest
 import helpers
 from disco_jax import flags
 from disco_jax.convert import pickles
-from disco_jax.data import chosen
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, saved, streamed, target
+from disco_jax.evaluate import features, online, saved, target
 from disco_jax.tasks import importing, knn, linear
 
 
@@ -113,7 +113,7 @@ def test_devices_do_not_change_what_is_learned(run, recipe):
     outputs = []
     for devices in (1, 4):
         with helpers.devices(devices):
-            network, layer = streamed.train(config, trained, ArraySource(splits()), None)
+            network, layer = online.train(config, trained, ArraySource(splits()), None)
             test = features.of_split(network, ArraySource(splits()), "test", 24)
             outputs.append((layer.scores(test.features), test.labels))
     np.testing.assert_array_equal(outputs[0][1], few()["test_labels"])
@@ -129,9 +129,9 @@ def splits():
 def test_the_same_few_of_every_class_are_read(run):
     source = ArraySource(splits())
     rows = [3, 17, 40]
-    some = chosen.ChosenSource(source, "train", rows)
+    some = SubsetSource(source, "train", rows)
     assert some.count("train") == 3 and some.count("test") == 60
-    labels = [label for *_, label in some.pictures("train")]
+    labels = [label for *_, label in some.iter_images("train")]
     assert labels == few()["train_labels"][rows].tolist()
     result = linear.run(
         quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run
@@ -151,7 +151,7 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     assert all(jax.tree.leaves(moved))
     assert teacher.classifier.kernel.shape == (24, 10)  # the head's hidden width
     trained = features.load(run)
-    fine = streamed.Teacher(teacher.trained, teacher.classifier, "hidden", 1)
+    fine = online.Teacher(teacher.trained, teacher.classifier, "hidden", 1)
     test = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
     correct = fine.classifier.scores(test.hidden).argmax(1) == test.labels
     assert 100 * correct.mean() == pytest.approx(result["top1"])
@@ -183,7 +183,7 @@ def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
     with np.load(run / "linear_dino.npz") as arrays:
         assert arrays["kernel"].shape == (4 * 192, 10)
         kernel, bias = arrays["kernel"], arrays["bias"]
-    trained, source = target.opened(target.aimed(features.load(str(run)), config.data))
+    trained, source = target.opened(target.with_eval_data(features.load(str(run)), config.data))
     rows = {
         blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
         for blocks in (1, 4)
@@ -207,7 +207,7 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
     "recipe, changes, says",
     [
         ("linear", {"output": "hiden"}, "Did you mean 'hidden'"),
-        ("linear", {"blocks": 4}, "tiny has 1 to read"),
+        ("linear", {"blocks": 4}, "tiny allows only 1"),
         ("linear", {"augment": "crops"}, "config.augment='crops'"),
         ("linear", {"network": "momentum"}, "--config.network=student"),
         ("linear", {"init": "zeros"}, "config.init='zeros'"),

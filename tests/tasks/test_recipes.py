@@ -6,7 +6,7 @@ import test_learning
 
 import helpers
 from disco_jax import errors, fields, flags, methods
-from disco_jax.configs import common
+from disco_jax.configs import data as datasets
 from disco_jax.data.bags import Bags
 from disco_jax.tasks import plan, pretrain
 from disco_jax.train import experiment as experiments
@@ -39,7 +39,7 @@ class Images:
     def count(self, split):
         return self._count
 
-    def chosen(self, split, rows):
+    def take(self, split, rows):
         return iter(())
 
 
@@ -53,7 +53,7 @@ def loaded(recipe, data, *further):
 def test_networks_objectives_and_optimizer_are_built(recipe, data):
     """Checks queue sizes, unused views and schedules."""
     config = loaded(recipe, data)
-    assert set(common.DATA) == set(IMAGES)
+    assert set(datasets.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
     problems = errors.Problems()
     fields.check(config, problems)

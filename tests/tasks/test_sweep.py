@@ -8,12 +8,12 @@ import pytest
 
 import helpers
 from disco_jax import flags
-from disco_jax.configs import common
+from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
+from disco_jax.run import lease
 from disco_jax.sweeps import cells, table
 from disco_jax.tasks import joint, pretrain, sweep
-from disco_jax.train import lease
 
 # Checks which cells are trained, evaluated, dropped and tabulated, for any scores.
 pytestmark = pytest.mark.wiring
@@ -215,7 +215,7 @@ def test_all_cells_are_trained_scored_and_tabulated(finished):
     assert [line["student.hidden"] for line in lines] == ["8", "16", "8", "16"]
     for line in lines:
         assert line["seeds"] == "1/1"
-        name = f"recipe={cells._told(line['recipe'])},hidden={line['student.hidden']}"
+        name = f"recipe={cells._slug(line['recipe'])},hidden={line['student.hidden']}"
         scores = json.loads((folder / "cells" / name / "knn.json").read_text())
         assert float(line["knn top-1 (%)"]) == pytest.approx(scores["top1"], abs=1e-3)
     assert "<table>" in (folder / "table.html").read_text()

@@ -92,7 +92,7 @@ def test_a_run_without_an_ema_copy_teaches_with_its_student(runs, source, caplog
     config = student_of(runs / "swav", "swav_disco", **{"teacher.network": "momentum"})
     ready = pretrain.prepare(config, source)
     assert_same(ready.teacher.variables, features.load(str(runs / "swav")).variables)
-    assert "holds no momentum network" in caplog.text
+    assert "has no momentum network" in caplog.text
 
 
 def test_a_swav_teacher_serves_the_moco_testbed_too(runs, source):
@@ -130,7 +130,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
 @pytest.mark.parametrize(
     "recipe, changes, message",
     [
-        ("swav", {"student.prototypes": ()}, r"config\.student\.prototypes=\(\): set for instance"),
+        ("swav", {"student.prototypes": ()}, r"config\.student\.prototypes=\(\)\. Set for example"),
         ("dino", {"student.prototypes": (4, 4)}, r"reads the scores of one set of prototypes"),
         ("dino", {"momentum.follow": "afer"}, "Did you mean 'after'"),
         (

@@ -1,18 +1,18 @@
-"""Kills a run amid something, for `test_resume.py`."""
+"""Kills a run during a save or an evaluation, for `test_resume.py`."""
 
 import os
 import signal
 
 
 def amid(what, at):
-    """SIGKILL to this process halfway through its "save" or "evaluation" number `at`; "": never."""
+    """Kills this process halfway through its "save" or "evaluation" number `at`; "": never."""
     from disco_jax.evaluate import knn
 
-    done = []
+    calls = []
 
     def count(*_):
-        done.append(what)
-        if len(done) == at:
+        calls.append(what)
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if what == "evaluation":
@@ -20,22 +20,22 @@ def amid(what, at):
     if what != "save":
         return
 
-    def moved(old, *_):
-        # A checkpoint is written under another name, its parts too. Each is then renamed, the
-        # whole last: where the metadata is renamed, the checkpoint is not there yet.
+    def on_rename(old, *_):
+        # A checkpoint and its parts are written under temporary names. The parts are renamed
+        # first, so the checkpoint is incomplete when the metadata is renamed.
         if "/meta." in str(old):
             count()
 
-    first(os, "rename", moved)
-    first(os, "replace", moved)
+    first(os, "rename", on_rename)
+    first(os, "replace", on_rename)
 
 
 def first(module, name, call):
-    """Lets a function of a module call `call` with its arguments before it does its own work."""
-    own = getattr(module, name)
+    """Replaces a function of a module by one that first calls `call` with the same arguments."""
+    original = getattr(module, name)
 
     def both(*args, **kwargs):
         call(*args)
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     setattr(module, name, both)

@@ -1,4 +1,4 @@
-"""Accepted settings that lead nowhere: the run ends with 3 and keeps its last good state."""
+"""Valid settings with which training diverges: exit code 3, and the last finite state is kept."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ from disco_jax.train import joint, loop
 
 
 def config_of(recipe, **changes):
-    """A recipe with the smallest networks that its objectives take."""
-    if recipe.startswith("attention"):  # reads feature maps
+    """Returns a recipe with the smallest networks that its objectives support."""
+    if recipe.startswith("attention"):  # the tiny backbone has no feature maps
         return helpers.only_cropped(helpers.smoke_config(recipe, **changes))
     return helpers.tiny_config(recipe, **changes)
 
 
 def methods():
-    """A recipe for each set of objectives that recipes combine -> these objectives."""
-    made = {}
+    """Returns one recipe for each distinct set of objectives -> that set."""
+    recipes = {}
     with helpers.tiny_backbone():
         for recipe in helpers.RECIPES:
             objectives = config_of(recipe).objectives
-            made.setdefault(frozenset(n for n, o in objectives.items() if o.weight), recipe)
-    return {recipe: objectives for objectives, recipe in made.items()}
+            recipes.setdefault(frozenset(n for n, o in objectives.items() if o.weight), recipe)
+    return {recipe: objectives for objectives, recipe in recipes.items()}
 
 
 METHODS = methods()
@@ -39,13 +39,13 @@ def test_every_objective_is_in_one_of_the_methods():
     assert frozenset().union(*METHODS.values()) == set(OBJECTIVES)
 
 
-@pytest.mark.wiring  # how it ends, whatever the numbers were
+@pytest.mark.wiring  # checks how the run ends, independent of the numbers
 @pytest.mark.parametrize("recipe", sorted(METHODS))
 def test_a_mad_rate_ends_with_3_and_keeps_the_last_good_state(
     recipe, tmp_path, capsys, monkeypatch
 ):
-    made = helpers.digits()
-    source = ArraySource({"train": (made["train_images"][:64], made["train_labels"][:64])})
+    digits = helpers.digits()
+    source = ArraySource({"train": (digits["train_images"][:64], digits["train_labels"][:64])})
     with helpers.tiny_backbone(), helpers.devices(1):
         config = config_of(recipe, batch_size=16, total_steps=8)
         config.learning_rate.update(per_256=1e38, decay="constant", warmup_epochs=0)
@@ -61,12 +61,12 @@ def test_a_mad_rate_ends_with_3_and_keeps_the_last_good_state(
         assert "Not finite" in message and "last good checkpoint is kept" in message
         _, like, _, _ = helpers.smoke(config, 1)
         restored = helpers.restore(run, like)
-    if restored is not None:  # None: the first step was too much already
+    if restored is not None:  # None: the first step diverged
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored[0]))
 
 
-class Kept:
-    """Checkpoints in memory."""
+class FakeCheckpoints:
+    """Checkpoints in memory that record the saved steps."""
 
     def __init__(self):
         self.steps = []
@@ -78,13 +78,13 @@ class Kept:
         pass
 
 
-class Nowhere:
+class NullLogger:
     def write(self, *_):
         pass
 
 
-def run_until(last_good, kept):
-    """Six steps whose losses are finite and whose state is not, after step `last_good`."""
+def run_until(last_good, checkpoints):
+    """Runs six steps with finite losses and, after step `last_good`, states that are not finite."""
 
     def step_fn(state, frozen, batch):
         weights = jnp.full(3, jnp.where(state["step"] >= last_good, jnp.inf, 1.0))
@@ -92,16 +92,17 @@ def run_until(last_good, kept):
 
     begin = {"step": jnp.int32(0), "weights": jnp.ones(3)}
     schedule = loop.Schedule(0, 6, 3, 4, log_steps=1, checkpoint_steps=2, verbose=False)
-    loop.run(step_fn, begin, {}, iter([(None, (0, 0))] * 6), schedule, Nowhere(), kept)
+    batches = iter([(None, (0, 0))] * 6)
+    loop.run(step_fn, begin, {}, batches, schedule, NullLogger(), checkpoints)
 
 
 def test_a_state_that_is_not_finite_is_not_saved_though_its_losses_were():
-    kept = Kept()
+    checkpoints = FakeCheckpoints()
     with pytest.raises(NumericError, match=r"Not finite after step 4: weights \(1 arrays\)"):
-        run_until(3, kept)
-    assert kept.steps == [2]
-    run_until(6, kept := Kept())
-    assert kept.steps == [2, 4, 6]
+        run_until(3, checkpoints)
+    assert checkpoints.steps == [2]
+    run_until(6, checkpoints := FakeCheckpoints())
+    assert checkpoints.steps == [2, 4, 6]
 
 
 def test_of_several_runs_the_one_is_named_whose_state_is_not_finite():

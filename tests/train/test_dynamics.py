@@ -1,4 +1,4 @@
-"""Whole training steps against the official `train()` functions, state by state."""
+"""Complete training steps compared with recordings of the official `train()` functions."""
 
 import functools
 
@@ -26,11 +26,11 @@ from disco_jax.train.learner import Learner
 from disco_jax.train.state import TrainState
 from disco_jax.train.step import make_train_step
 
-STATE = 1e-5  # relative to the largest value of a tensor, after several steps
+STATE = 1e-5  # tolerance relative to the largest value of a tensor, after several steps
 
 
 def build(meta, ref, objectives, hidden, teacher_hidden):
-    """The step and the start of a recorded run."""
+    """Builds the step, the initial state and the frozen variables of a recorded run."""
     settings = meta["params"]
     networks = {
         "student": Network(helpers.TinyEncoder(hidden, settings["dim"]), "local"),
@@ -38,7 +38,7 @@ def build(meta, ref, objectives, hidden, teacher_hidden):
         "teacher": Network(helpers.TinyEncoder(teacher_hidden, settings["dim"]), "local"),
     }
     method = Method(networks, objectives, Views((0, 1)))
-    if "base_lr" in settings:  # one epoch a step
+    if "base_lr" in settings:  # the recording has one step per epoch
         rate = schedules.cosine(settings["base_lr"], settings["epochs"])
     else:
         rate = schedules.constant(settings["lr"])
@@ -63,7 +63,7 @@ def build(meta, ref, objectives, hidden, teacher_hidden):
 
 
 def replicated(step, replicas):
-    """The step on `replicas` virtual replicas; vmap refuses outputs that differ between them."""
+    """Maps the step over virtual replicas; vmap rejects outputs that differ between them."""
     step = jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS)
 
     def run(state, frozen, images):
@@ -73,12 +73,12 @@ def replicated(step, replicas):
     return jax.jit(run)
 
 
-def assert_variables(ours, ref, prefix):
+def assert_variables(actual, ref, prefix):
     expected = helpers.tiny_variables(ref, prefix)
     flat = jax.tree_util.tree_leaves_with_path(expected)
     assert flat
     for path, value in flat:
-        leaf = functools.reduce(lambda tree, key: tree[key.key], path, ours)
+        leaf = functools.reduce(lambda tree, key: tree[key.key], path, actual)
         assert helpers.relative_error(leaf, value) < STATE, (prefix, path)
 
 
@@ -88,7 +88,7 @@ def assert_variables(ours, ref, prefix):
         ("moco_train_steps_a", ("contrast",)),
         ("disco_train_steps_a", ("contrast", "distill")),
         ("disco_train_steps_only_mse", ("distill",)),
-        # The official RKD script encodes the second view too and weighs its distance with 0.
+        # The official RKD script encodes the second view too, with weight 0 for its distance.
         ("rkd_train_steps_a", ("contrast", "relations", "distill")),
     ],
 )
@@ -146,14 +146,17 @@ def test_two_replicas_follow_two_official_processes(distill):
 
 
 class Vectors(nn.Module):
-    """The backbone of SwAV's recording: the input itself."""
+    """The backbone of SwAV's recording, which returns its input."""
 
     def __call__(self, images, *, norm):
         return images
 
 
 def swav_variables(ref, prefix, scaled=True):
-    """Its encoder's variables; SwAV scales prototypes at the start of a step, we at the end."""
+    """Returns the encoder's variables of a recording.
+
+    SwAV normalises prototypes at the start of a step, this package at the end.
+    """
     prototypes = ref[f"{prefix}/prototypes.weight"].T
     if scaled:
         prototypes = prototypes / np.linalg.norm(prototypes, axis=0)
@@ -167,12 +170,12 @@ def swav_variables(ref, prefix, scaled=True):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_swavs_states_follow_the_official_train_function(replicas):
-    """LARC, frozen and scaled prototypes, the queue; on two devices as on one."""
+    """Covers LARC, frozen and normalised prototypes and the queue, on one device and on two."""
     meta, ref = helpers.fixture("dynamics/swav_train_steps_a")
     settings = meta["params"]
     encoder = Encoder(
         Vectors(),
-        ProjectionHead(0, settings["dim"], unit=True),
+        ProjectionHead(0, settings["dim"], l2_normalized=True),
         prototypes=Prototypes((settings["prototypes"],)),
     )
     swapped = Swapped(
@@ -211,14 +214,14 @@ def test_swavs_states_follow_the_official_train_function(replicas):
         ):
             assert helpers.relative_error(a, b) < STATE, (i, path)
         for v in (0, 1):
-            ours = state.memory["swapped"][f"view_{v}"].vectors
-            rows = {tuple(np.round(row, 3)) for row in np.asarray(ours)}
+            vectors = state.memory["swapped"][f"view_{v}"].vectors
+            rows = {tuple(np.round(row, 3)) for row in np.asarray(vectors)}
             assert rows == {tuple(np.round(row, 3)) for row in ref[f"step{i}/queue"][v]}
 
 
 @pytest.mark.parametrize("follow_last", [False, True])
 def test_when_the_momentum_network_follows(follow_last):
-    """MoCo: the student before the step. DINO: the student after the optimizer."""
+    """Checks that MoCo averages the student before the step, and DINO after the optimizer."""
     encoder = Encoder(Vectors(), ProjectionHead(0, 4), prototypes=Prototypes((6,), True))
     networks = {name: Network(encoder, "sync", grouped=True) for name in ("student", "momentum")}
     method = Method(networks, {"self_distill": SelfDistill()}, Views((0, 1)))

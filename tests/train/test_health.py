@@ -1,4 +1,4 @@
-"""Signals of a run without labels, and the alarm that a collapse raises."""
+"""Label-free health signals of a run, and the alarm for a collapsed embedding."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from disco_jax.train import health, teacher
 
 
 def measured(encoded, memory=None, step=0, replicas=1):
-    """Signals of (network, view) -> f32[B, D] on virtual replicas."""
+    """Computes the signals of {(network, view): f32[B, D]} on virtual replicas."""
 
     def one(rows):
         networks = {}
@@ -30,8 +30,8 @@ def measured(encoded, memory=None, step=0, replicas=1):
         return health.signals(Record(networks, {}), memory or {}, jnp.int32(step))
 
     split = {k: jnp.asarray(x).reshape(replicas, -1, x.shape[-1]) for k, x in encoded.items()}
-    found = jax.vmap(one, axis_name=AXIS)(split)
-    return {k.removeprefix("health/"): np.asarray(v).mean(0) for k, v in found.items()}
+    signals = jax.vmap(one, axis_name=AXIS)(split)
+    return {k.removeprefix("health/"): np.asarray(v).mean(0) for k, v in signals.items()}
 
 
 def rows(seed, count=32, dim=16):
@@ -43,19 +43,19 @@ def test_signals_are_their_definitions(replicas):
     student, teacher = rows(0), rows(1)
     bank = Queue.create(jax.random.key(0), 64, 16)
     encoded = {("student", 0): student, ("teacher", 0): teacher}
-    found = measured(encoded, {"similarity": {"view_0": bank}}, 1, replicas)
+    signals = measured(encoded, {"similarity": {"view_0": bank}}, 1, replicas)
     s, t = (np.asarray(unit(x), np.float64) for x in (student, teacher))
-    assert found["std"] == pytest.approx(np.sqrt(16 * s.var(axis=0).mean()), rel=1e-5)
+    assert signals["std"] == pytest.approx(np.sqrt(16 * s.var(axis=0).mean()), rel=1e-5)
     distances = ((s[:, None] - s[None]) ** 2).sum(-1)[~np.eye(32, dtype=bool)]
-    assert found["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-4)
-    assert found["alignment"] == pytest.approx(((s - t) ** 2).sum(1).mean(), rel=1e-5)
+    assert signals["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-4)
+    assert signals["alignment"] == pytest.approx(((s - t) ** 2).sum(1).mean(), rel=1e-5)
     picks = [np.argmax(x @ np.asarray(bank.vectors).T, axis=1) for x in (s, t)]
-    assert found["agreement"] == pytest.approx((picks[0] == picks[1]).mean())
-    assert found["queue_age"] == 1  # of at most 64 / 32
+    assert signals["agreement"] == pytest.approx((picks[0] == picks[1]).mean())
+    assert signals["queue_age"] == 1  # of at most 64 / 32
     values = np.linalg.svd(student.astype(np.float64), compute_uv=False)
     shares = values / values.sum()
     expected = np.exp(-(shares * np.log(shares)).sum())
-    assert health.effective_rank(found["rank"]) == pytest.approx(expected, rel=1e-4)
+    assert health.effective_rank(signals["rank"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_signals_of_what_follows_and_of_what_collapsed():
@@ -72,12 +72,12 @@ def test_signals_of_what_follows_and_of_what_collapsed():
 
 def test_networks_of_other_widths_are_not_compared():
     encoded = {("student", 0): rows(0), ("teacher", 0): rows(1, dim=8)}
-    found = measured(encoded, {"x": Queue.create(jax.random.key(0), 64, 8)})
-    assert "agreement" not in found and "alignment" not in found
+    signals = measured(encoded, {"x": Queue.create(jax.random.key(0), 64, 8)})
+    assert "agreement" not in signals and "alignment" not in signals
 
 
 def test_a_teacher_of_whom_features_alone_were_kept_is_not_compared():
-    """As SimReg reads its cache."""
+    """The teacher's embedding is None, as in SimReg's cache of features."""
     student, teacher = jnp.asarray(rows(0)), jnp.asarray(rows(1))
     bank = Queue.create(jax.random.key(0), 64, 16)
 
@@ -88,9 +88,9 @@ def test_a_teacher_of_whom_features_alone_were_kept_is_not_compared():
         }
         return health.signals(Record(networks, {}), {"x": bank}, jnp.int32(0))
 
-    found = jax.vmap(one, axis_name=AXIS)(student[None], teacher[None])
-    assert "health/std" in found
-    assert "health/alignment" not in found and "health/agreement" not in found
+    signals = jax.vmap(one, axis_name=AXIS)(student[None], teacher[None])
+    assert "health/std" in signals
+    assert "health/alignment" not in signals and "health/agreement" not in signals
 
 
 def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
@@ -110,11 +110,11 @@ def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
         stopping(7, low)
     never = health.Watch(min_std=0.0, patience=1, stop=True)
     never(0, {"health/std": 0.0})
-    never(1, {})  # a loop without the signal, as a probe's
+    never(1, {})  # a loop without the signal, such as a probe's
 
 
 def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
-    """40 steps with an alarm; a random teacher, where it is patched a constant one."""
+    """Trains 40 steps with the alarm, and with a constant teacher if `monkeypatch` is given."""
     with helpers.tiny_backbone():
         config = helpers.tiny_config(recipe, batch_size=32, total_steps=40)
     rate = 8.0 if recipe == "squared_distance" else 0.5
@@ -137,11 +137,11 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
 
 
 def test_a_collapsing_run_is_stopped_or_warned_of(tmp_path, monkeypatch, caplog):
-    """A teacher that says the same of every image teaches just that."""
+    """A teacher with equal outputs for all images makes the student collapse."""
     with pytest.raises(NumericError, match="The embedding has collapsed"):
         run(tmp_path, "stopped", True, monkeypatch=monkeypatch)
     with caplog.at_level(logging.WARNING, logger="disco_jax"):
-        run(tmp_path, "warned", False)  # still patched
+        run(tmp_path, "warned", False)  # the teacher is still patched
     assert any("has collapsed" in record.getMessage() for record in caplog.records)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers against three recorded steps of the official ones, and what stands still in them."""
+"""Optimizers compared with three recorded steps of the official ones, and frozen parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ STEP = 1e-5
 
 
 def halved(rate):
-    """The recordings halve the rate before the second step."""
+    """Returns a schedule that halves the rate before the second step, as the recordings do."""
     return lambda step: jnp.where(step < 1, rate, rate / 2)
 
 
@@ -27,9 +27,9 @@ def build(rate=None, steps_per_epoch=1, total_epochs=1, **spec):
 
 
 def recorded(ref, prefix):
-    """The parameters or gradients of a recording in our layout."""
-    made = {k: ref[f"{prefix}/{k}"] for k in ("dense", "bias", "depthwise", "zero")}
-    return made | {"depthwise": made["depthwise"].transpose(2, 3, 1, 0)}
+    """Returns the parameters or gradients of a recording in Flax's layout."""
+    arrays = {k: ref[f"{prefix}/{k}"] for k in ("dense", "bias", "depthwise", "zero")}
+    return arrays | {"depthwise": arrays["depthwise"].transpose(2, 3, 1, 0)}
 
 
 @pytest.mark.parametrize(
@@ -57,20 +57,20 @@ def test_three_steps_follow_the_official_optimizer(name, spec):
 
 
 def test_kinds_of_parameters_are_left_out_of_decay_and_trust():
-    """With a gradient of 0, weight decay alone moves; disagreement L2's option for depthwise."""
+    """Zero gradients leave only weight decay; covers disagreement L2 (depthwise kernels)."""
     params = {
         "conv": {"kernel": jnp.ones((3, 3, 4, 4))},
         "depthwise": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)},
         "prototypes": {"scale0": jnp.ones(4)},
     }
     tx = build(weight_decay=0.1, no_decay=("vectors", "depthwise"), momentum=0.0)
-    still = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(tx.update)(still, tx.init(params), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     moved = jax.tree.map(lambda x: bool(jnp.any(x != 0)), updates)
     assert moved == {
         "conv": {"kernel": True},
         "depthwise": {"kernel": False, "bias": False},
-        "prototypes": {"scale0": True},  # of two axes in PyTorch
+        "prototypes": {"scale0": True},  # it has two axes in PyTorch
     }
     gradients = jax.tree.map(jnp.ones_like, params)
     sizes = {}
@@ -93,18 +93,18 @@ def test_clipping_takes_every_parameter_on_its_own():
 
 
 def run(tx, params, gradients):
-    """Parameters after each step on the given gradients."""
-    state, seen, update = tx.init(params), [], jax.jit(tx.update)
+    """Returns the parameters after each step on the given gradients."""
+    state, history, update = tx.init(params), [], jax.jit(tx.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-        seen.append(params)
-    return seen
+        history.append(params)
+    return history
 
 
 @pytest.mark.parametrize("name", ["sgd", "larc", "lars", "adamw"])
 def test_frozen_parameters_start_late_as_if_nothing_had_been(name):
-    """PyTorch skips what has no gradient: no moments, no decay, no count of steps."""
+    """PyTorch skips parameters without a gradient: no moments, no decay, no step count."""
     rng = np.random.default_rng(0)
     draw = lambda: {  # noqa: E731
         "head": {"kernel": rng.normal(size=(3, 4)).astype("f")},
@@ -113,21 +113,21 @@ def test_frozen_parameters_start_late_as_if_nothing_had_been(name):
     params, gradients = draw(), [draw() for _ in range(5)]
     rate = lambda step: 0.1 / (1 + jnp.asarray(step, jnp.float32))  # noqa: E731
     spec = dict(name=name, weight_decay=0.01)
-    seen = run(build(rate, frozen=("prototypes/*",), frozen_steps=2, **spec), params, gradients)
+    delayed = run(build(rate, frozen=("prototypes/*",), frozen_steps=2, **spec), params, gradients)
     plain = run(build(rate, **spec), params, gradients)
     for step in range(5):
-        assert_equal(seen[step]["head"], plain[step]["head"])
+        assert_equal(delayed[step]["head"], plain[step]["head"])
     for step in (0, 1):
         np.testing.assert_array_equal(
-            seen[step]["prototypes"]["kernel0"], params["prototypes"]["kernel0"]
+            delayed[step]["prototypes"]["kernel0"], params["prototypes"]["kernel0"]
         )
     late = run(build(lambda step: rate(step + 2), **spec), params, gradients[2:])
-    assert_equal(seen[-1]["prototypes"], late[-1]["prototypes"])
+    assert_equal(delayed[-1]["prototypes"], late[-1]["prototypes"])
 
 
-def assert_equal(ours, expected):
+def assert_equal(actual, expected):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8), ours, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8), actual, expected
     )
 
 
@@ -141,9 +141,9 @@ def test_fixed_parameters_never_move_and_prototypes_keep_unit_length():
     }
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), params)] * 2
     tx = build(fixed=("prototypes/scale*",), unit_norm=("prototypes/kernel*",), weight_decay=0.1)
-    seen = run(tx, params, gradients)[-1]["prototypes"]
-    np.testing.assert_array_equal(seen["scale0"], 1)
-    np.testing.assert_allclose(np.linalg.norm(seen["kernel0"], axis=0), 1, atol=1e-6)
+    prototypes = run(tx, params, gradients)[-1]["prototypes"]
+    np.testing.assert_array_equal(prototypes["scale0"], 1)
+    np.testing.assert_allclose(np.linalg.norm(prototypes["kernel0"], axis=0), 1, atol=1e-6)
 
 
 def test_weight_decay_follows_the_cosine_of_dino():
@@ -157,19 +157,19 @@ def test_weight_decay_follows_the_cosine_of_dino():
         weight_decay=0.04,
         weight_decay_end=0.4,
     )
-    state, found, update = tx.init(params), [], jax.jit(tx.update)
+    state, decays, update = tx.init(params), [], jax.jit(tx.update)
     zero = {"kernel": np.zeros((1, 1), np.float32)}
     for _ in range(108):
         updates, state = update(zero, state, params)
-        found.append(-float(updates["kernel"][0, 0]))
-    np.testing.assert_allclose(found, ref["wd"], atol=1e-6)
+        decays.append(-float(updates["kernel"][0, 0]))
+    np.testing.assert_allclose(decays, ref["wd"], atol=1e-6)
 
 
 def test_state_of_plain_sgd_is_what_it_was():
-    """Runs of earlier versions resume: nothing is wrapped around it."""
+    """Its structure must not change, so that runs of earlier versions can resume."""
     params = {"kernel": jnp.ones((2, 2))}
     state = build(weight_decay=1e-4).init(params)
-    assert len(jax.tree.leaves(state)) == 2  # velocity and the count of the rate
+    assert len(jax.tree.leaves(state)) == 2  # the velocity and the step count of the schedule
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_state_of_plain_sgd_is_what_it_was():
         (dict(no_trust=("depth",)), r"config\.optimizer\.no_trust='depth'"),
         (dict(frozen=("head",), frozen_steps=2), r"frozen=\('head',\): 'head' matches no"),
         (dict(unit_norm=("prototypes/*",)), "unit_norm"),
-        (dict(frozen_steps=2, frozen_epochs=1), "both say how long"),
-        (dict(name="larc", weight_decay_end=0.4), "take 'lars'"),
+        (dict(frozen_steps=2, frozen_epochs=1), "both set the duration"),
+        (dict(name="larc", weight_decay_end=0.4), "use 'lars'"),
     ],
 )
 def test_mistakes(spec, message):

@@ -1,4 +1,4 @@
-"""A run killed at any moment and started again ends with the bits of one that was never killed."""
+"""Resuming: runs that are killed and restarted end bit-identical to uninterrupted runs."""
 
 import json
 import os
@@ -32,15 +32,15 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory):
-    """The digits as an .npz file."""
+    """Path of an .npz file with the digits."""
     path = tmp_path_factory.mktemp("data") / "digits.npz"
     np.savez(path, **helpers.digits())
     return path
 
 
 STEPS = 60
-# A user's command line, but with a backbone that compiles in a moment; perhaps killed amid what
-# the first words say.
+# A user's command line with a backbone that compiles quickly. The first two arguments say when to
+# kill the process, see `kills.amid`.
 COMMAND = """
 import sys
 import helpers, kills
@@ -84,7 +84,7 @@ def start(digits_file, workdir, amid=("", 0)):
 
 
 def final(workdir, digits_file):
-    """Every array of the last checkpoint."""
+    """Returns the last checkpoint: all arrays and the metadata."""
     config = teacher.resolve(helpers.flags_config(arguments(digits_file, workdir)))
     _, state, _, _ = helpers.smoke(config, 1)
     return helpers.restore(workdir, state)
@@ -102,28 +102,28 @@ def lines(workdir):
 
 
 def wait_for_lines(process, workdir, count):
-    """Until a run has written so many lines more, or has ended."""
+    """Waits until a run has written `count` more lines or has ended."""
     goal = len(lines(workdir)) + count
     while process.poll() is None and len(lines(workdir)) < goal:
         time.sleep(0.01)
 
 
 def saved(workdir):
-    """Names in the folder of checkpoints; what is not whole yet has a longer name."""
+    """Returns the names in the folder of checkpoints; incomplete ones have longer names."""
     return {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
 def compiled(workdir):
-    """Seconds that all starts of a run compiled for."""
+    """Returns the seconds spent compiling in all starts of a run."""
     return json.loads((workdir / "goodput.json").read_text())["seconds"]["compile"]
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(tmp_path, digits_file):
-    """Amid a save and an evaluation, at random, and by SIGTERM, which saves and exits with 75.
+    """Kills a run during a save, an evaluation and at random, and stops it by SIGTERM (code 75).
 
-    About 50 s: eight starts of the command line. Each takes over from `xla_cache`, in the run's
-    directory, what an earlier one compiled, as on a machine that takes over.
+    Takes about 50 s: eight starts of the command line. Each reuses what earlier ones compiled from
+    `xla_cache` in the run's directory, as another machine would.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert "Compiling took" in finish(start(digits_file, whole))
@@ -136,33 +136,34 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(tmp_p
     for _ in range(2):
         process = start(digits_file, killed)
         wait_for_lines(process, killed, rng.randint(1, 3))
-        time.sleep(rng.random() * 0.3)  # anywhere within a step, or a save
+        time.sleep(rng.random() * 0.3)  # any time within a step or a save
         process.send_signal(signal.SIGKILL)
         assert "Resuming after step" in finish(process, -signal.SIGKILL)
     process = start(digits_file, killed)
     wait_for_lines(process, killed, 1)
     process.send_signal(signal.SIGTERM)
     output = finish(process, expected=75)
-    step = int(output.split("Asked to stop; step ")[1].split(" ")[0])
+    step = int(output.split("Stopped on request; step ")[1].split(" ")[0])
     assert step < STEPS and f"{step}" in saved(killed)
     before = compiled(killed)
     assert f"Resuming after step {step}" in finish(start(digits_file, killed))
     assert compiled(killed) - before < 0.5 * compiled(whole)
 
-    expected, found = (final(workdir, digits_file) for workdir in (whole, killed))
-    assert expected[1]["step"] == found[1]["step"] == STEPS
-    assert expected[1]["position"] == found[1]["position"]
-    chex.assert_trees_all_equal(expected[0], found[0])
-    told = [[json.loads(line) for line in lines(workdir)] for workdir in (whole, killed)]
-    losses = [{line["step"]: line["loss"] for line in run if "loss" in line} for run in told]
-    numbers = [line["step"] for line in told[1] if "loss" in line]
+    expected, resumed = (final(workdir, digits_file) for workdir in (whole, killed))
+    assert expected[1]["step"] == resumed[1]["step"] == STEPS
+    assert expected[1]["position"] == resumed[1]["position"]
+    chex.assert_trees_all_equal(expected[0], resumed[0])
+    metrics = [[json.loads(line) for line in lines(workdir)] for workdir in (whole, killed)]
+    losses = [{line["step"]: line["loss"] for line in run if "loss" in line} for run in metrics]
+    numbers = [line["step"] for line in metrics[1] if "loss" in line]
     assert numbers == sorted(set(numbers)) and numbers[-1] == STEPS
-    # Where a start began amid two lines, the first line is the mean of fewer steps.
+    # Only the last line is compared: after a start between two log steps, the next line is the
+    # mean of fewer steps.
     assert losses[0][STEPS] == losses[1][STEPS]
 
 
 def test_two_runs_in_one_process_of_the_same_config_are_identical(tmp_path):
-    """Each compiles for itself; the directory of the first is then refused to another config."""
+    """Each run compiles separately. Another config in the first directory is then refused."""
     source = ArraySource(helpers.digits_splits())
     config = helpers.tiny_config("moco_v2", batch_size=64, total_steps=4)
     states = []
@@ -172,7 +173,7 @@ def test_two_runs_in_one_process_of_the_same_config_are_identical(tmp_path):
     chex.assert_trees_all_equal(*states)
     before = saved(tmp_path / "a")
     config.student.hidden = 64
-    config.log.every_steps = 7  # free to change
+    config.log.every_steps = 7  # may change between starts
     with pytest.raises(UserError, match=r"config\.student\.hidden: -1 -> 64") as error:
         pretrain.run(config, str(tmp_path / "a"), source)
     assert "every_steps" not in str(error.value)
@@ -189,7 +190,7 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):
-    from disco_jax.train import workdir
+    from disco_jax.run import workdir
 
     config = helpers.smoke_config("moco_v2")
     with (
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_a_commit_that_was_installed_is_noted(tmp_path, monkeypatch):
-    from disco_jax.train import workdir
+    from disco_jax.run import workdir
 
     monkeypatch.setenv("DISCO_JAX_COMMIT", "abc123")
     with workdir.claim(str(tmp_path), helpers.smoke_config("moco_v2")):
@@ -228,8 +229,9 @@ def test_preempted_has_its_exit_code():
     assert Preempted.exit_code == 75
 
 
-# What must come back beside weights. Times in epochs are cut so that they pass within the run.
-ALL_QUEUES = {  # RETRO with two banks, and every other objective that remembers images of its own
+# State other than weights that must be restored. Durations in epochs are shortened so that they
+# end within the run.
+ALL_QUEUES = {  # RETRO with two queues, and every other objective with its own queue
     f"objectives.{name}.weight": 0.1
     for name in ("compress", "consistency", "binary_contrast", "online_clusters", "similarity")
 }
@@ -243,7 +245,7 @@ DINO = {
     "objectives.self_distill.warmup_temperature": 0.02,
     "objectives.self_distill.warmup_epochs": 2,
 }
-# With each optimizer too: SGD, LARS, LARC and AdamW.
+# These cases also cover all optimizers: SGD, LARS, LARC and AdamW.
 MEMORIES = {
     "retro": ALL_QUEUES,
     "bingo": {"objectives.bags.own_epochs": 1, "optimizer.name": "lars"},
@@ -258,12 +260,13 @@ def one_compilation(monkeypatch):
 
 
 def stopped_and_whole(recipe, changes, folder):
-    """The states of a run whose last checkpoint was lost and of one that lost nothing.
+    """Returns the final states of an uninterrupted and of a resumed run, and a fresh state.
 
-    Between them, the fresh state. Checkpoints fall into the second of three epochs.
+    The order is (uninterrupted, fresh, resumed). The resumed run has lost its last checkpoint.
+    Checkpoints are saved in the second of three epochs.
     """
-    made = helpers.digits()
-    source = ArraySource({"train": (made["train_images"][:70], made["train_labels"][:70])})
+    digits = helpers.digits()
+    source = ArraySource({"train": (digits["train_images"][:70], digits["train_labels"][:70])})
     config = helpers.tiny_config(recipe, batch_size=32, total_steps=6, **changes)
     config.checkpoint.every_steps = 3
     if config.bags.file:
@@ -280,7 +283,7 @@ def stopped_and_whole(recipe, changes, folder):
 
 
 def assert_memory_was_used(whole, like):
-    """Every memory holds something by the end, and what it begins with has changed."""
+    """Asserts that every array of the memory is nonzero at the end and differs from its start."""
     for name, memory in whole.memory.items():
         leaves = zip(jax.tree.leaves(memory), jax.tree.leaves(like.memory[name]), strict=True)
         for after, before in leaves:
@@ -289,7 +292,7 @@ def assert_memory_was_used(whole, like):
 
 @pytest.mark.parametrize("recipe", MEMORIES)
 def test_memories_resume_bit_for_bit(recipe, tmp_path, one_compilation):
-    """A run whose last checkpoint is lost goes on from the one before and ends the same."""
+    """Resumes a run from the checkpoint before the last one, and compares the final states."""
     whole, like, again = stopped_and_whole(recipe, MEMORIES[recipe], tmp_path)
     chex.assert_trees_all_equal(whole, again)
     assert_memory_was_used(whole, like)
@@ -305,17 +308,17 @@ SHARED = {"fast.shard_queue": True}
 
 @pytest.fixture(scope="module")
 def shared_queue(tmp_path_factory):
-    """A function that starts a run, (step, devices, setting, ...) -> its state at the end.
+    """A function (name, start, devices, changes) -> final state, and the state of a first run.
 
-    It goes on from the checkpoint of step 3 of a run on four devices that share their queues, and
-    from its beginning where `step` is 0.
+    The first run shards its queues over four devices. The function resumes from the first run's
+    checkpoint of step 3, or starts from scratch if `start` is 0.
     """
     folder, source = tmp_path_factory.mktemp("shared"), ArraySource(helpers.digits_splits())
     sync = {f"{network}.norm": "sync" for network in ("student", "momentum", "teacher")}
-    given = {"batch_size": 16, "total_steps": 6, "objectives.similarity.weight": 1.0}
+    settings = {"batch_size": 16, "total_steps": 6, "objectives.similarity.weight": 1.0}
 
     def run(name, start, devices, changes):
-        config = helpers.tiny_config("disco", **sync, **given, **changes)
+        config = helpers.tiny_config("disco", **sync, **settings, **changes)
         config.checkpoint.every_steps = 3
         if start:
             shutil.copytree(folder / "first", folder / name)
@@ -340,14 +343,14 @@ def test_a_shared_queue_resumes_bit_for_bit(shared_queue):
 def test_runs_end_alike_however_their_devices_share_a_queue(
     shared_queue, start, devices, changes, request
 ):
-    """What is saved tells nothing of it, so that a run can go on in another way.
+    """Checkpoints do not depend on the sharding, so a run may resume with another one.
 
-    From shared to whole: `test_hosts.py`.
+    `test_hosts.py` covers the change from sharded to whole queues.
     """
     run, first = shared_queue
-    found = run(request.node.callspec.id, start, devices, changes)
-    expected, found = (jax.tree_util.tree_leaves_with_path(s) for s in (first, found))
+    state = run(request.node.callspec.id, start, devices, changes)
+    expected, actual = (jax.tree_util.tree_leaves_with_path(s) for s in (first, state))
     names = [jax.tree_util.keystr(path) for path, _ in expected]
-    assert names == [jax.tree_util.keystr(path) for path, _ in found]
-    for name, (_, a), (_, b) in zip(names, expected, found, strict=True):
+    assert names == [jax.tree_util.keystr(path) for path, _ in actual]
+    for name, (_, a), (_, b) in zip(names, expected, actual, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""Heads reused, feature maps read, networks with normalisations of their own, and what is not."""
+"""Reused heads, feature maps, normalisation of each network, and checks of invalid settings."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
 from disco_jax.tasks import pretrain
 from disco_jax.train import state, teacher
-from disco_jax.train.state import everywhere
+from disco_jax.train.state import replicate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,34 +24,34 @@ def tiny():
 
 
 def steps(config, count=2):
-    """(first state, last state, frozen, metrics) of steps on one device."""
+    """Takes steps on one device; returns (first state, last state, frozen, metrics)."""
     step, first, frozen, batch = helpers.smoke(config, 1)
     devices = jax.devices()[:1]
     run = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
-    last, still = everywhere(first, devices), everywhere(frozen, devices)
+    last, replicated = replicate(first, devices), replicate(frozen, devices)
     for _ in range(count):
-        last, metrics = run(last, still, batch)
+        last, metrics = run(last, replicated, batch)
     return jax.device_get((first, last, frozen, metrics))
 
 
 def test_retro_learns_backbone_and_adapter_and_leaves_the_teachers_head_alone():
     first, last, frozen, _ = steps(helpers.tiny_config("retro"))
-    theirs = frozen["teacher"]["params"]["head"]
+    head = frozen["teacher"]["params"]["head"]
     for network in (first.student, last.student, last.momentum):
-        jax.tree.map(np.testing.assert_array_equal, network["params"]["head"], theirs)
+        jax.tree.map(np.testing.assert_array_equal, network["params"]["head"], head)
     for part in ("backbone", "adapter"):
         moved = jax.tree.map(
             lambda a, b: not np.array_equal(a, b), first.student["params"], last.student["params"]
         )[part]
         assert any(jax.tree.leaves(moved)), part
-    # The optimizer does not even know of the head: one momentum buffer for each learned value.
+    # The optimizer's state does not contain the head, only a momentum buffer per trained array.
     learned = {part: last.student["params"][part] for part in ("backbone", "adapter")}
-    kept = [x.shape for x in jax.tree.leaves(last.opt_state) if np.ndim(x)]
-    assert sorted(kept) == sorted(x.shape for x in jax.tree.leaves(learned))
+    buffers = [x.shape for x in jax.tree.leaves(last.opt_state) if np.ndim(x)]
+    assert sorted(buffers) == sorted(x.shape for x in jax.tree.leaves(learned))
 
 
 def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
-    """Disagreement R2, with a head like SwAV's."""
+    """Covers disagreement R2, with a head like SwAV's."""
     changes = {"teacher.head": "swav", "teacher.norm": "running"}
     config = helpers.tiny_config("retro", **changes)
     method = methods.build(config, config.views)
@@ -69,7 +69,7 @@ def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
 
 
 def test_retros_student_is_described_whole_and_learns_what_table_5_counts():
-    """The resolved config builds it without its teacher."""
+    """The resolved config describes the student completely, so it builds without the teacher."""
     config = helpers.smoke_config("retro", **{"teacher.head": "mlp", "student.dim": 7})
     assert (config.student.head, config.student.dim) == ("mlp", 16)
     assert config.student.adapter == models.width(config.teacher) == 16
@@ -78,16 +78,16 @@ def test_retros_student_is_described_whole_and_learns_what_table_5_counts():
     shapes = jax.tree.map(jnp.shape, train_state.student)
     assert shapes == jax.tree.map(jnp.shape, dict(encoder.create(0, 16)))
     method = methods.build(config, config.views)
-    learned, still = method.split(train_state.student["params"])
+    learned, frozen = method.split(train_state.student["params"])
     count = models.parameters(encoder, ("backbone", "adapter"))
-    assert sum(x.size for x in jax.tree.leaves(learned)) == count and set(still) == {"head"}
+    assert sum(x.size for x in jax.tree.leaves(learned)) == count and set(frozen) == {"head"}
 
 
 def convolutions(recipe):
-    """How many convolutions there are in a recipe's step, as the compiler leaves it.
+    """Counts the convolutions in a recipe's compiled step.
 
-    None of them is made of shifted maps, which aren't convolutions to the compiler. Nor does LLVM
-    optimise what is only counted: XLA has dropped what nobody reads before.
+    `fast.shifts` is off because shifted maps are not convolutions to the compiler. LLVM's
+    optimisations are off to save time, since XLA removes unused operations before them.
     """
     config = helpers.only_cropped(helpers.smoke_config(recipe, **{"fast.shifts": "off"}))
     step, train_state, frozen, batch = helpers.smoke(config, 1)
@@ -101,7 +101,7 @@ def convolutions(recipe):
 
 
 def test_the_compiled_steps_hold_no_network_that_nobody_reads():
-    """ResNet-8 has 9 convolutions; a backward pass has twice as many, less the image's gradient."""
+    """A ResNet-8 has 9 convolutions; its backward pass has twice as many, minus the image's."""
     forward, backward = 9, 17
     assert convolutions("seed") == 2 * forward + backward  # student, teacher
     assert convolutions("moco_v2") == 2 * forward + backward  # student, momentum
@@ -125,12 +125,12 @@ def test_maps_are_kept_only_where_they_are_read():
 )  # fmt: skip
 def test_the_students_of_the_papers_have_every_map_of_a_resnet_50(backbone, sizes):
     network = Network(models.backbone(backbone))
-    shape = state._shape(network, True, 224)
+    shape = state._output_shape(network, True, 224)
     assert [x.shape[1] for x in shape.maps] == sizes
 
 
 def test_maps_of_other_sizes_need_a_resize_rule():
-    """And with it, every size adds to the loss of a step."""
+    """Checks too that with `resize` the loss of a step sums over all sizes."""
     changes = {"student.stem": "imagenet", "augment.size": 32, "fast.shifts": "off"}
     config = helpers.smoke_config("attention", **changes)
     method = methods.build(config, config.views)
@@ -169,21 +169,21 @@ def test_a_network_sees_the_normalisation_that_it_was_trained_with():
     encoder = models.build_encoder(helpers.encoder_spec("resnet8", width=4, hidden=8, dim=8))
     variables = encoder.create(0, 16)
     image = jnp.asarray(np.random.default_rng(0).random((4, 16, 16, 3), np.float32))
-    given = tuple(map(jnp.asarray, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
-    network = Network(encoder, "running", rescaling((MEAN, STD), tuple(map(tuple, given))))
+    imagenet = tuple(map(jnp.asarray, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
+    network = Network(encoder, "running", rescaling((MEAN, STD), tuple(map(tuple, imagenet))))
 
     def embed(network, mean, std):
         x = (image - jnp.asarray(mean)[None, None, None]) / jnp.asarray(std)[None, None, None]
         return encode(network, variables, {0: x}, (0,), jax.random.key(0))[0][0].embedding
 
-    ours, expected = embed(network, *given), embed(Network(encoder, "running"), MEAN, STD)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
-    assert not np.allclose(embed(Network(encoder, "running"), *given), expected, atol=1e-3)
+    rescaled, expected = embed(network, *imagenet), embed(Network(encoder, "running"), MEAN, STD)
+    np.testing.assert_allclose(rescaled, expected, atol=1e-5)
+    assert not np.allclose(embed(Network(encoder, "running"), *imagenet), expected, atol=1e-3)
     assert rescaling((MEAN, STD), (MEAN, STD)) is None
 
 
 def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
-    """From a run; a student of another normalisation shows it images as it knows them."""
+    """A student with another normalisation rescales the images for the teacher of a run."""
     source = ArraySource(helpers.digits_splits())
     run = helpers.tiny_config("moco_v2", batch_size=16, total_steps=1)
     run.augment.update(mean=MEAN, std=STD)
@@ -192,11 +192,11 @@ def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
     config.teacher.update(head="auto", weights=str(tmp_path / "teacher"))
     ready = pretrain.prepare(config, source)
     assert (tuple(ready.config.teacher.mean), tuple(ready.config.teacher.std)) == (MEAN, STD)
-    given = tuple(config.augment.mean), tuple(config.augment.std)
-    assert ready.method.networks["teacher"].rescale == rescaling((MEAN, STD), given)
+    student = tuple(config.augment.mean), tuple(config.augment.std)
+    assert ready.method.networks["teacher"].rescale == rescaling((MEAN, STD), student)
     assert ready.method.networks["student"].rescale is None
     assert teacher.normalisation(str(tmp_path / "teacher")) == (MEAN, STD)
-    config.teacher.update(mean=given[0], std=given[1])  # asked for: the official code's way
+    config.teacher.update(mean=student[0], std=student[1])  # as in the official code
     assert pretrain.prepare(config, source).method.networks["teacher"].rescale is None
 
 
@@ -206,12 +206,12 @@ def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
         ("retro", {"teacher.head": "none"}, "the teacher has no head"),
         ("retro", {"student.reuse": ("heads",)}, "Did you mean 'head'"),
         ("moco_v2", {"student.reuse": ("head",)}, "no objective has a teacher"),
-        ("bingo", {"bags.file": ""}, "make the bags with `disco-jax bags`"),
-        ("bingo", {"local.count": 2}, r"CutMix.*local\.count=2.*cutmix=False"),
+        ("bingo", {"bags.file": ""}, "Compute them with `disco-jax bags`"),
+        ("bingo", {"local.count": 2}, r"multi-crop.*local\.count=2.*cutmix=False"),
         ("bingo", {"views": 5}, r"config\.views=4"),
         ("bingo", {"views": 3}, "reads view 3 of the teacher"),
         ("compress:queues=1", {"student.dim": 5}, "must equal the 16 features of the teacher"),
-        ("compress:queues=1", {"student.head": "none", "teacher.width": 8}, "Give the student"),
+        ("compress:queues=1", {"student.head": "none", "teacher.width": 8}, "Set --config.student"),
         ("compress", {"objectives.compress.queue_size": 4}, "below config.batch_size"),
         ("simreg", {"objectives.distill.teacher_output": "feature"}, "Did you mean 'features'"),
         ("seed", {"teacher.mean": (0.5,)}, "three numbers each"),
@@ -248,14 +248,7 @@ def test_a_group_of_relations_must_divide_a_devices_batch():
 def test_the_plan_is_printed(recipe, says, capsys):
     config = helpers.smoke_config(recipe)
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
-    begin = state.create(
-        ready.method,
-        ready.built.learner.tx,
-        0,
-        16,
-        reused=ready.teacher.variables,
-        record=ready.experiment.record,
-    )
+    begin = ready.experiment.initial_state(ready.built, teacher=ready.teacher.variables)
     pretrain.describe(ready, begin)
     out = capsys.readouterr().out
     assert says in out and ("M of it trainable" in out) == (recipe == "retro")

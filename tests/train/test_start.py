@@ -1,4 +1,4 @@
-"""A student that starts from weights of a run, an import or a file, with its head or without."""
+"""Students that start from the weights of a run, an import or a file, with or without the head."""
 
 import shutil
 
@@ -12,8 +12,9 @@ from disco_jax.convert import save
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
+from disco_jax.run import checkpoint
 from disco_jax.tasks import importing, joint, opening, pretrain
-from disco_jax.train import checkpoint, start
+from disco_jax.train import start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,7 @@ def config_of(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that ended with other weights than a fresh student's."""
+    """The directory of a run whose weights differ from those of a fresh student."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     changes = {"student.backbone": "tiny", "student.hidden": 24}
     return helpers.network_run(folder, "none.npz", seed=7, **changes)
@@ -42,7 +43,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A ResNet-8 with a head, as a PyTorch file."""
+    """Path of a PyTorch file with a ResNet-8 and a head."""
     encoder = models.build_encoder(helpers.encoder_spec("resnet8", width=4, hidden=24, dim=16))
     state = save.state_dict("resnet8", encoder, encoder.create(7, 32), "moco", with_head=True)
     path = tmp_path_factory.mktemp("files") / "small.pth"
@@ -54,22 +55,22 @@ def prepared(config, source, workdir):
     return pretrain.fresh(pretrain.starting(pretrain.prepare(config, source), str(workdir)))
 
 
-def equal(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, dict(ours), dict(theirs))
+def equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, dict(actual), dict(expected))
 
 
-def differ(ours, theirs):
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+def differ(first, second):
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return any(not np.array_equal(a, b) for a, b in pairs)
 
 
 def test_a_student_and_its_ema_copy_start_from_a_runs_backbone(run, source, tmp_path):
     config = config_of(**{"student.weights": run, "student.hidden": 16})
     begin = prepared(config, source, tmp_path)
-    given = features.load(run).variables
+    expected = features.load(run).variables
     for network in (begin.student, begin.momentum):
         for collection in ("params", "batch_stats"):
-            equal(network[collection]["backbone"], given[collection]["backbone"])
+            equal(network[collection]["backbone"], expected[collection]["backbone"])
     fresh = prepared(config_of(**{"student.hidden": 16}), source, tmp_path)
     equal(begin.student["params"]["head"], fresh.student["params"]["head"])
     assert differ(begin.student["params"]["backbone"], fresh.student["params"]["backbone"])
@@ -94,9 +95,9 @@ def test_a_student_starts_from_a_file_and_from_its_import(imported, part, file, 
     )
     config.student.dim = 16
     begin = prepared(config, source, tmp_path / "run")
-    given = opening.open_network(str(file)).variables
-    equal(begin.student["params"]["backbone"], given["params"]["backbone"])
-    assert differ(begin.student["params"]["head"], given["params"]["head"]) == (part != "all")
+    expected = opening.open_network(str(file)).variables
+    equal(begin.student["params"]["backbone"], expected["params"]["backbone"])
+    assert differ(begin.student["params"]["head"], expected["params"]["head"]) == (part != "all")
 
 
 def test_a_distilled_student_starts_from_weights_beside_its_teacher(run, source, tmp_path):
@@ -141,27 +142,30 @@ def test_students_that_train_together_start_each_from_its_own_weights(
     configs["left"].student.weights = run
     with pytest.raises(KeyboardInterrupt):
         joint.run(configs, {name: str(tmp_path / name) for name in configs}, source)
-    given = features.load(run).variables["params"]["backbone"]
-    equal(begun["left"].student["params"]["backbone"], given)
-    assert differ(begun["right"].student["params"]["backbone"], given)
+    expected = features.load(run).variables["params"]["backbone"]
+    equal(begun["left"].student["params"]["backbone"], expected)
+    assert differ(begun["right"].student["params"]["backbone"], expected)
 
 
 def test_weights_of_another_network_are_refused_with_the_fields_to_set(run, file, source, tmp_path):
     for fields, message in (
-        ({"student.width": 8}, r"do not fit: config\.student\.width=8, but they have 4\."),
-        ({"student.backbone": "resnet14"}, "backbone='resnet14', but they have 'tiny'"),
+        ({"student.width": 8}, r"do not fit: config\.student\.width=8, but the weights have 4\."),
+        ({"student.backbone": "resnet14"}, "backbone='resnet14', but the weights have 'tiny'"),
         (
             {"student.start": "all", "student.hidden": 32},
-            r"config\.student\.hidden=32, but they have 24 \(config\.student\.start=backbone takes",
+            r"hidden=32, but the weights have 24 \(config\.student\.start=backbone loads no head",
         ),
-        ({"student.start": "all", "student.head": "none"}, "head='none', but they have 'mlp'"),
+        (
+            {"student.start": "all", "student.head": "none"},
+            "head='none', but the weights have 'mlp'",
+        ),
     ):
         config = config_of(**{"student.weights": run, **fields})
         with pytest.raises(UserError, match=message) as error:
             prepared(config, source, tmp_path)
         assert "\n" not in str(error.value)
     config = config_of(**{"student.weights": str(file)})
-    with pytest.raises(UserError, match="backbone='tiny', but they have 'resnet8'"):
+    with pytest.raises(UserError, match="backbone='tiny', but the weights have 'resnet8'"):
         prepared(config, source, tmp_path)
 
 
@@ -169,10 +173,10 @@ def test_weights_of_another_network_are_refused_with_the_fields_to_set(run, file
     "recipe, fields, message",
     [
         ("moco_v2", {"student.start": "all"}, r"student\.weights, which is empty"),
-        ("moco_v2", {"student.weights": "random"}, "leave it empty"),
+        ("moco_v2", {"student.weights": "random"}, "Leave it empty"),
         ("moco_v2", {"student.weights": "w", "student.start": "al"}, "Did you mean 'all'"),
         ("moco_v2", {"student.weights": "w", "student.network": "teacher"}, "student.network="),
-        ("retro", {"student.weights": "w", "student.start": "all"}, "both decide the head"),
+        ("retro", {"student.weights": "w", "student.start": "all"}, "both set the head"),
     ],
 )
 def test_fields_that_contradict_one_another_are_refused(recipe, fields, message, source):
@@ -184,7 +188,7 @@ def test_weights_for_images_normalised_otherwise_are_told(run, source, tmp_path,
     config = config_of(**{"student.weights": run})
     config.augment.mean = (0.5, 0.5, 0.5)
     prepared(config, source, tmp_path)
-    assert "weights for images normalised by mean" in caplog.text
+    assert "weights trained on images normalised by mean" in caplog.text
 
 
 def test_a_directory_of_something_else_is_refused(source, tmp_path):

@@ -1,4 +1,4 @@
-"""The step: the same on any number of devices, and nothing computed that nobody reads."""
+"""The train step: independent of the number of devices, and without unused forward passes."""
 
 import functools
 from typing import NamedTuple
@@ -14,10 +14,17 @@ from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import learner
-from disco_jax.train.state import apart, axes, dealt_shapes, everywhere, refilled_by, whole
+from disco_jax.train.state import (
+    axes,
+    gather_to_host,
+    replicate,
+    rotate_oldest_first,
+    shard_batch,
+    shard_shapes,
+)
 from disco_jax.train.step import parallel
 
-FORWARDS = {  # network -> views, by recipe; the papers' counts of forward passes
+FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward passes
     "moco_v2": {"student": (0,), "momentum": (1,)},
     "disco": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "disco_star": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
@@ -59,17 +66,17 @@ def tiny():
 
 
 def config_of(recipe, **changes):
-    """With a tiny backbone, unless the objective reads its maps."""
+    """Returns the config of a recipe with the tiny backbone, unless it needs feature maps."""
     make = helpers.smoke_config if recipe == "attention" else helpers.tiny_config
     return make(recipe, **changes)
 
 
 @pytest.mark.parametrize("recipe", helpers.RECIPES)
 def test_next_state_is_equal_on_every_replica(recipe):
-    """vmap rejects out_axes=None for a value that differs by replica; pmap keeps replica 0's."""
+    """Uses vmap, which rejects values that differ by replica; pmap would return replica 0's."""
     step, state, frozen, batch = helpers.smoke(config_of(recipe), replicas=4)
     step = jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS)
-    new_state, _ = jax.eval_shape(step, state, frozen, batch)  # nothing is computed
+    new_state, _ = jax.eval_shape(step, state, frozen, batch)
     assert bool(state.momentum) == ("momentum" in FORWARDS[recipe])
     assert bool(frozen) == ("teacher" in FORWARDS[recipe])
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, jax.eval_shape(lambda: state))
@@ -79,10 +86,11 @@ def test_next_state_is_equal_on_every_replica(recipe):
 def test_of_what_devices_share_the_queues_alone_differ_by_replica(recipe):
     config = config_of(recipe, **{"fast.shard_queue": True})
     step, state, frozen, batch = helpers.smoke(config, replicas=4)
-    state = dealt_shapes(jax.eval_shape(lambda: state), 4)
-    where = axes(state)
-    assert set(jax.tree.leaves(where)) == {0}
-    step = jax.vmap(step, in_axes=(where, None, 0), out_axes=(where, None), axis_name=AXIS)
+    state = shard_shapes(jax.eval_shape(lambda: state), 4)
+    state_axes = axes(state)
+    assert set(jax.tree.leaves(state_axes)) == {0}
+    in_axes, out_axes = (state_axes, None, 0), (state_axes, None)
+    step = jax.vmap(step, in_axes=in_axes, out_axes=out_axes, axis_name=AXIS)
     new_state, _ = jax.eval_shape(step, state, frozen, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
@@ -102,13 +110,13 @@ SGD = {
     "learning_rate.warmup_epochs": 0,
     "learning_rate.warmup_from": 0.0,
 }
-# Statistics that do not depend on the number of devices. A real network with all augmentation;
-# with a tiny one, in as few steps as there are ways to prepare views, every objective. What an
-# optimizer makes of gradients that are equal on all devices is in `test_optimizer.py`.
+# Configs whose statistics do not depend on the number of devices (except the last one): a real
+# network with all augmentations, and tiny networks that cover every objective, with one config for
+# each way to prepare views. `test_optimizer.py` covers the optimizers.
 CASES = {
     "a real network": ("seed", SYNC),
-    # Local views one after the other, two banks, and all that compares with what it remembers, or
-    # images with one another. The head is the teacher's.
+    # Local views encoded separately, two queues, all objectives with a queue, and relations
+    # between images. The head is the teacher's.
     "one view after the other": ("retro", {
         **SYNC,
         "batch_size": 16,
@@ -119,7 +127,7 @@ CASES = {
             "compress", "consistency", "online_clusters", "binary_contrast", "similarity",
             "relations")},
     }),
-    # Two images of a bag and their CutMix, the classes of clusters, a head of SimReg, and
+    # Two images of a bag and their CutMix, pseudo-labels of clusters, SimReg's head, and BatchNorm
     # statistics of groups within a device.
     "bags": ("bingo", {
         "batch_size": 16,
@@ -132,13 +140,13 @@ CASES = {
         "objectives.distill.weight": 0.5,
         "objectives.distill.views": (0,),
     }),
-    # Views of a size together, with Sinkhorn's algorithm and its queue.
+    # Views of equal size encoded together, with the Sinkhorn algorithm and its queue.
     "assignments": ("swav_disco", {
         **SGD,
         "objectives.swapped.queue_size": 64,
         "objectives.swapped.queue_epochs": 0,
     }),
-    # Likewise, with a centre, and SSLight's local queries.
+    # The same with DINO's centre and SSLight's local queries.
     "a centre": ("dino_disco", {
         **SGD,
         "objectives.contrast.weight": 1.0,
@@ -146,7 +154,7 @@ CASES = {
         "objectives.contrast.local_queries": True,
         "objectives.contrast.global_share": 0.4,
     }),
-    # DisCo as it ships: statistics of a device, some of them of shuffled images.
+    # DisCo's recipe unchanged: statistics of each device, for some networks of shuffled images.
     "of a device": ("disco", {
         "objectives.similarity.weight": 0.5,
         "objectives.distill.weight": 3.0,
@@ -155,35 +163,35 @@ CASES = {
 
 
 def case_of(case, **changes):
-    recipe, given = CASES[case]
+    recipe, settings = CASES[case]
     make = helpers.smoke_config if case == "a real network" else helpers.tiny_config
-    return make(recipe, **{**given, **changes})
+    return make(recipe, **{**settings, **changes})
 
 
 @functools.cache
 def program(case, replicas, **changes):
-    """(compiled step, state, frozen, batch), shared by tests."""
+    """Builds (mapped step, state, frozen, batch), shared by tests."""
     step, state, frozen, batch = helpers.smoke(case_of(case, **changes), replicas)
     return parallel(step, jax.devices()[:replicas]), state, frozen, batch
 
 
-class Taken(NamedTuple):
-    """What two steps did: the states before, between and after them, as they are stored."""
+class TwoSteps(NamedTuple):
+    """The states before, between and after two steps, as stored, and the last metrics."""
 
     states: tuple
     metrics: dict
 
 
 def run_two_steps(case, replicas, **changes):
-    """On so many of the devices; the metrics are those of the second step."""
+    """Takes two steps on the first `replicas` devices."""
     step, state, frozen, batch = program(case, replicas, **changes)
     devices = jax.devices()[:replicas]
     states = [jax.device_get(state)]
-    state, frozen = everywhere(state, devices), everywhere(frozen, devices)
+    state, frozen = replicate(state, devices), replicate(frozen, devices)
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
-        states.append(jax.device_get(whole(state)))
-    return Taken(tuple(states), jax.device_get(metrics))
+        states.append(jax.device_get(gather_to_host(state)))
+    return TwoSteps(tuple(states), jax.device_get(metrics))
 
 
 two_steps = functools.cache(run_two_steps)
@@ -203,7 +211,7 @@ def test_dropout_acts_in_the_student_alone(monkeypatch):
 
 
 def test_local_views_are_encoded_at_their_own_size():
-    """The teacher is followed on two small crops too; the contrast stays with the large ones."""
+    """Distillation uses the two small crops too; the contrast uses only the large ones."""
     config = case_of("one view after the other")
     method = methods.build(config, config.views, config.local.count)
     plan = {"student": (0, 1, 2, 3), "momentum": (0, 1), "teacher": (0, 1, 2, 3)}
@@ -218,7 +226,7 @@ SYNCED = [case for case in CASES if case != "of a device"]
 
 @pytest.mark.parametrize("case", SYNCED)
 def test_one_device_and_four_take_the_same_steps(case):
-    """Two of them: state, losses and what is logged; the costliest compiles a ResNet twice."""
+    """Compares state and metrics after two steps; the slowest case compiles a ResNet twice."""
     one, four = (two_steps(case, replicas) for replicas in (1, 4))
     assert_alike(one, four)
     weighted = [name for name, fields in case_of(case).objectives.items() if fields.weight]
@@ -226,7 +234,7 @@ def test_one_device_and_four_take_the_same_steps(case):
 
 
 def test_every_objective_is_among_those_that_do_not_depend_on_the_number_of_devices():
-    """But attention's, which is a mean over the maps of each image."""
+    """Attention is exempt, since its loss is a mean over the maps of each image."""
     weighted = {
         name
         for case in SYNCED
@@ -237,42 +245,43 @@ def test_every_objective_is_among_those_that_do_not_depend_on_the_number_of_devi
 
 
 def assert_alike(one, other):
-    """States and metrics are equal up to rounding."""
-    one, other = ((taken.states[-1], taken.metrics) for taken in (one, other))
+    """Asserts that states and metrics are equal up to rounding."""
+    one, other = ((steps.states[-1], steps.metrics) for steps in (one, other))
     leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
     for (path, a), b in leaves:
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
 def test_local_statistics_do_depend_on_the_devices():
-    """Or the test above could not fail."""
+    """Shows that the test above can fail."""
     one, four = (two_steps("of a device", replicas).metrics["loss"] for replicas in (1, 4))
     assert abs(one - four) > 1e-4
 
 
-# Statistics of four values divide by a deviation that rounding may double; here, of the batch.
+# Groups of four values have a standard deviation that rounding may double, so the statistics are
+# those of the batch here.
 WHOLE_BATCH = {f"{network}.norm_group": 0 for network in ("student", "teacher")}
 HALF = {case: WHOLE_BATCH if case == "bags" else {} for case in SYNCED}
-# Of gradients. bfloat16 rounds by 2**-9, which a softmax divides by its temperature: 0.2 to 0.07
-# in the others, 0.04 in DINO's targets.
-AWAY = {case: 0.1 if case == "a centre" else 0.05 for case in SYNCED}
+# Relative tolerance of gradients. bfloat16 rounds by 2**-9, which a softmax divides by its
+# temperature: 0.04 in DINO's targets, 0.07 to 0.2 in the others.
+TOLERANCE = {case: 0.1 if case == "a centre" else 0.05 for case in SYNCED}
 
 
 @pytest.mark.parametrize("case", SYNCED)
 def test_bfloat16_has_nearly_the_losses_and_gradients_of_float32(case):
-    """A run on accelerators computes its networks in bfloat16, and reads its queues so.
+    """A run on accelerators computes networks and reads queues in bfloat16.
 
-    The velocity of plain SGD after its first step is the gradient, but for the weight decay.
+    The velocity of plain SGD after its first step is the gradient plus the weight decay.
     """
     full, half = (two_steps(case, 1, **HALF[case], **more) for more in ({}, {"dtype": "bfloat16"}))
     assert case_of(case).optimizer.name == "sgd"
-    same, rough = (
+    exact, rounded = (
         np.concatenate(
-            [np.ravel(x) for x in jax.tree.leaves(taken.states[1].opt_state) if np.ndim(x)]
+            [np.ravel(x) for x in jax.tree.leaves(steps.states[1].opt_state) if np.ndim(x)]
         )
-        for taken in (full, half)
+        for steps in (full, half)
     )
-    assert 0 < np.linalg.norm(rough - same) < AWAY[case] * np.linalg.norm(same)
+    assert 0 < np.linalg.norm(rounded - exact) < TOLERANCE[case] * np.linalg.norm(exact)
     for name, value in full.metrics.items():
         if name.endswith("loss"):
             assert half.metrics[name] == pytest.approx(value, rel=0.01), name
@@ -281,28 +290,28 @@ def test_bfloat16_has_nearly_the_losses_and_gradients_of_float32(case):
 def test_a_step_is_repeated_bit_for_bit_and_follows_the_seed():
     chex.assert_trees_all_equal(run_two_steps("of a device", 4), two_steps("of a device", 4))
     step, state, frozen, batch = program("of a device", 4)
-    given = everywhere(state), everywhere(frozen), batch
-    text = step.lower(*given).as_text()
-    for seed in (0, 1):  # of what the step draws; the state begins as it does
+    inputs = replicate(state), replicate(frozen), batch
+    text = step.lower(*inputs).as_text()
+    for seed in (0, 1):  # only the step's draws depend on it, as the inputs are the same
         other = program("of a device", 4, seed=seed)[0]
-        assert (other.lower(*given).as_text() == text) == (seed == 0)
+        assert (other.lower(*inputs).as_text() == text) == (seed == 0)
 
 
 @pytest.mark.parametrize("case, shared", [("of a device", 0), ("one view after the other", 16)])
 def test_donation_takes_the_whole_state(case, shared):
-    """Every buffer of the old state is given up: nothing is held twice in the device's memory."""
+    """Every buffer of the old state is deleted, so the device's memory holds the state once."""
     step, state, frozen, batch = program(case, 4, **({"fast.shard_queue": True} if shared else {}))
-    state = everywhere(state)
+    state = replicate(state)
     queue = state.memory["contrast"]["view_1"]
-    held = [shard.data.size for shard in queue.vectors.addressable_shards]
+    sizes = [shard.data.size for shard in queue.vectors.addressable_shards]
     assert queue.shared == shared
-    assert held == [64 * 16 // (4 if shared else 1)] * 4
-    step(state, everywhere(frozen), batch)
+    assert sizes == [64 * 16 // (4 if shared else 1)] * 4
+    step(state, replicate(frozen), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_objectives_are_switched_and_weighted_from_the_config():
-    """DisCo + SEED, DisCo without contrast, and each weight in the total."""
+    """Covers DisCo + SEED, DisCo without contrast, and each weight in the total."""
     metrics = two_steps("of a device", 4).metrics
     parts = {name: metrics[f"{name}/loss"] for name in ("contrast", "distill", "similarity")}
     total = parts["contrast"] + 3.0 * parts["distill"] + 0.5 * parts["similarity"]
@@ -312,11 +321,11 @@ def test_objectives_are_switched_and_weighted_from_the_config():
 
 
 def test_quick_losses_are_those_of_the_formulas_and_can_be_switched_off():
-    """With a half queue too, whose rows are rounded."""
-    ways = [{"fast.losses": False}, {}, {"fast.losses": False, "fast.half_queue": True}]
-    made = [two_steps("of a device", 1, **changes) for changes in ways]
-    slow, quick, rounded = (taken.metrics for taken in made)
-    one_pass, half = (taken.states[-1] for taken in made[1:])
+    """Includes a queue in half precision, whose rows are rounded."""
+    settings = [{"fast.losses": False}, {}, {"fast.losses": False, "fast.half_queue": True}]
+    runs = [two_steps("of a device", 1, **changes) for changes in settings]
+    slow, quick, rounded = (steps.metrics for steps in runs)
+    one_pass, half = (steps.states[-1] for steps in runs[1:])
     for name in ("contrast/loss", "similarity/loss", "contrast/accuracy"):
         np.testing.assert_allclose(quick[name], slow[name], rtol=1e-5)
         np.testing.assert_allclose(rounded[name], slow[name], rtol=1e-3)
@@ -329,10 +338,10 @@ def test_quick_losses_are_those_of_the_formulas_and_can_be_switched_off():
 
 @pytest.mark.parametrize("case, count", [("one view after the other", 3), ("bags", 1)])
 def test_queues_that_devices_share_change_nothing_but_where_they_are(case, count):
-    """Two contrasts and SEED's term, and bags: the state as it is stored, and what is logged."""
-    found = two_steps(case, 4, **{"fast.shard_queue": True})
-    assert_alike(two_steps(case, 4), found)
-    queues = [q for q in jax.tree.leaves(found.states[-1].memory, is_leaf=is_queue) if is_queue(q)]
+    """Compares stored state and metrics, for two contrasts and SEED's term, and for bags."""
+    steps = two_steps(case, 4, **{"fast.shard_queue": True})
+    assert_alike(two_steps(case, 4), steps)
+    queues = [q for q in jax.tree.leaves(steps.states[-1].memory, is_leaf=is_queue) if is_queue(q)]
     queues = [queue for queue in queues if queue.shared]
     assert len(queues) == count
     assert all(q.shared == 16 and q.vectors.shape == (64, 16) for q in queues)
@@ -345,26 +354,27 @@ def is_queue(tree):
 
 def test_a_queue_filled_by_another_batch_is_dealt_from_its_oldest_row_on():
     rows = np.arange(24.0, dtype=np.float32)[:, None]
-    kept = everywhere(Queue(rows, np.int32(6), shared=8))
-    found = jax.device_get(whole(kept))
-    np.testing.assert_array_equal(found.vectors, np.roll(rows, -6, axis=0))
-    assert found.pointer == 0
-    kept = everywhere(Queue(rows, np.int32(16), shared=8))  # nothing to do
-    np.testing.assert_array_equal(kept.vectors[1].ravel(), [2, 3, 10, 11, 18, 19])
-    found = jax.device_get(whole(kept))
-    np.testing.assert_array_equal(found.vectors, rows)
-    assert found.pointer == 16
+    sharded = replicate(Queue(rows, np.int32(6), shared=8))
+    stored = jax.device_get(gather_to_host(sharded))
+    np.testing.assert_array_equal(stored.vectors, np.roll(rows, -6, axis=0))
+    assert stored.pointer == 0
+    sharded = replicate(Queue(rows, np.int32(16), shared=8))  # needs no rotation
+    np.testing.assert_array_equal(sharded.vectors[1].ravel(), [2, 3, 10, 11, 18, 19])
+    stored = jax.device_get(gather_to_host(sharded))
+    np.testing.assert_array_equal(stored.vectors, rows)
+    assert stored.pointer == 16
 
 
 def test_only_queues_that_a_batch_would_miss_are_refilled():
-    """Of what resumes with its own batch size no bit may change."""
+    """A run that resumes with the same batch size must not change by a bit."""
     rows = np.arange(12.0, dtype=np.float32)[:, None]
-    filled = {at: Queue(rows, np.int32(at)) for at in (3, 8)}
-    ours = refilled_by({"step": np.int32(3), "memory": filled}, 4)["memory"]
-    np.testing.assert_array_equal(ours[3].vectors, np.roll(rows, -3, axis=0))
-    assert ours[3].pointer == 0
-    chex.assert_trees_all_equal(ours[8], filled[8])
-    chex.assert_trees_all_equal(refilled_by(filled, 5), filled)  # it goes on from any row
+    queues = {at: Queue(rows, np.int32(at)) for at in (3, 8)}
+    rotated = rotate_oldest_first({"step": np.int32(3), "memory": queues}, 4)["memory"]
+    np.testing.assert_array_equal(rotated[3].vectors, np.roll(rows, -3, axis=0))
+    assert rotated[3].pointer == 0
+    chex.assert_trees_all_equal(rotated[8], queues[8])
+    unchanged = rotate_oldest_first(queues, 5)  # such pushes may start at any row
+    chex.assert_trees_all_equal(unchanged, queues)
 
 
 def test_what_is_logged():
@@ -403,9 +413,9 @@ def test_a_batch_that_was_read_ahead_is_not_moved_again():
         return state + jax.lax.psum(batch.sum(), AXIS), frozen
 
     step, start = parallel(total), np.float32(1)
-    state, _ = step(everywhere(start), everywhere(start), rows)
+    state, _ = step(replicate(start), replicate(start), rows)
     assert state == 1 + rows.sum()
-    ahead, state, frozen = apart({"x": rows})["x"], everywhere(start), everywhere(start)
+    ahead, state, frozen = shard_batch({"x": rows})["x"], replicate(start), replicate(start)
     with jax.transfer_guard("disallow"):
         state, _ = step(state, frozen, ahead)
         with pytest.raises(Exception, match="Disallowed host-to-device"):

@@ -1,4 +1,4 @@
-"""DINO, alone and with DisCo, trains a tiny ViT and a tiny XCiT: whole steps, as their papers."""
+"""Complete steps of DINO and DINO with DisCo, with a tiny ViT, a tiny XCiT and paper settings."""
 
 import chex
 import jax
@@ -15,32 +15,32 @@ TEACHERS = {"vit_tiny_p16": "vit_small_p16", "xcit_tiny_12_p16": "xcit_small_12_
 
 @pytest.fixture(autouse=True)
 def one_block(monkeypatch):
-    """The variants of the papers, but one block deep."""
+    """The papers' variants, reduced to a depth of one block."""
     for name in (*TEACHERS, *TEACHERS.values()):
         cls, fields = models.BACKBONES[name]
         monkeypatch.setitem(models.BACKBONES, name, (cls, {**fields, "depth": 1}))
 
 
 def smoke(recipe, student, **changes):
-    """A recipe as it ships for a transformer, on small images, in its second and last epoch."""
+    """Returns a transformer's recipe with its paper's settings, on small images."""
     arg = f"student={student},data=digits,smoke=true"
     if recipe == "dino_disco":
         arg += f",teacher={TEACHERS[student]}"
     config = flags.load(f"{recipe}:{arg}")
     config.augment.size, config.local.size, config.batch_size = 16, 8, 4
-    # The settings of the papers, which short runs on small images replace.
+    # Restores the papers' settings, which `smoke=true` replaces.
     real = flags.load(f"{recipe}:{arg.replace('digits,smoke=true', 'imagenet2012')}")
     fields = ("name", "weight_decay", "weight_decay_end", "no_decay", "clip", "frozen", "fixed")
     config.optimizer.update({field: real.optimizer[field] for field in fields})
     config.optimizer.update(frozen_epochs=0, frozen_steps=1)
-    config.learning_rate.warmup_epochs = 0  # whose first step has the rate 0
+    config.learning_rate.warmup_epochs = 0  # a warm-up would have rate 0 in the first step
     config.student.drop_path = real.student.drop_path
     config.update_from_flattened_dict(changes)
     return teacher.resolve(helpers.only_cropped(config))
 
 
 def steps(config, count):
-    """The states after none, one, ... steps, and the metrics of the last."""
+    """Takes `count` steps; returns the states before and after each of them, and last metrics."""
     step, state, frozen, batch = helpers.smoke(config, 1)
     step = jax.jit(jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=AXIS))
     states = [state]
@@ -63,7 +63,7 @@ def moved(before, after):
 @pytest.mark.parametrize(
     "recipe, student",
     [
-        # Each network once, and each recipe: DisCo's term is the same for both.
+        # Two of four combinations suffice, since DisCo's term is the same for both networks.
         ("dino", "vit_tiny_p16"),
         pytest.param("dino_disco", "xcit_tiny_12_p16", marks=pytest.mark.slow),
     ],
@@ -78,18 +78,18 @@ def test_a_transformer_takes_steps_with_every_setting_of_its_paper(recipe, stude
     names = {"self_distill/loss"} | ({"distill/loss"} if recipe == "dino_disco" else set())
     assert names <= set(metrics)
     chex.assert_tree_all_finite((second, metrics))
-    # The last layer waits for its step; its lengths never change, and all else learns at once.
-    everything = moved(
+    # The prototypes are frozen in the first step and their scale is fixed; all else is trained.
+    all_names = moved(
         start.student["params"], jax.tree.map(lambda x: x + 1, start.student["params"])
     )
-    still = {"prototypes/scale0"}
+    fixed = {"prototypes/scale0"}
     assert moved(start.student["params"], first.student["params"]) >= {
-        name for name in everything if name.startswith(("backbone", "head"))
+        name for name in all_names if name.startswith(("backbone", "head"))
     }
-    assert moved(first.student["params"], second.student["params"]) == everything - still
+    assert moved(first.student["params"], second.student["params"]) == all_names - fixed
     assert not {n for n in moved(start.student["params"], first.student["params"])
                 if n.startswith("prototypes")}  # fmt: skip
-    # The momentum network follows by 1 - 0.996, later less; the centre is a tenth of a mean.
+    # The EMA's decay starts at 0.996; the centre is 0.1 times a mean after one step.
     share = jax.tree.map(
         lambda m, a, b: np.allclose(m, 0.996 * a + 0.004 * b, atol=1e-6),
         first.momentum["params"], start.momentum["params"], first.student["params"],

@@ -1,7 +1,7 @@
 """Makes zip.pth and stream.pth with PyTorch: the same checkpoint in its two formats.
 
 Run `python tests/convert/torch_files/make.py`; the files committed are those of PyTorch 2.13.
-`test_pickles.py` knows their content by heart.
+`test_pickles.py` contains the expected content.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 
 
 def checkpoint():
-    """A small training state with every kind of tensor that checkpoints have."""
+    """Returns a small training state with every kind of tensor that occurs in checkpoints."""
     shared = torch.arange(10, dtype=torch.float32)
     state = collections.OrderedDict(
         {

@@ -1,0 +1,1 @@
+"""Layers that backbones and heads share, and how they are computed."""
