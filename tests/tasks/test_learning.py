@@ -39,10 +39,6 @@ AMONG = {  # leave-one-out accuracy on the training digits after training
     "sslight_moco": 87.0,
     "sslight_swav": 92.6,
 }
-NOT_SCORED = {  # recipe -> reason
-    "moco_v2": "trains the teacher of the others, whose score the fixture checks",
-    "disco_star": "has DisCo's objectives",
-}
 # Methods that cannot learn from targets that are shuffled among the images of a batch.
 SHUFFLED = (
     "seed", "squared_distance", "simreg", "compress", "swav_disco", "dino_disco", "sslight_swav"

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import test_learning
 
 import helpers
 from disco_jax import errors, fields, flags, methods
@@ -83,13 +82,6 @@ def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
     experiment = ready.experiment
     assert experiment.total_steps == config.total_epochs * experiment.steps_per_epoch > 0
     assert set(experiment.record.encoded) == set(experiment.needs)
-
-
-def test_every_recipe_has_a_student_with_a_score():
-    """Compares with the table of tests/tasks/test_learning.py, whose tests run rarely."""
-    scored = {name.partition(":")[0] for name in test_learning.AMONG}
-    assert scored | set(test_learning.NOT_SCORED) == set(helpers.PRETRAINING)
-    assert not scored & set(test_learning.NOT_SCORED)
 
 
 def test_a_plan_tells_the_forward_passes():
