@@ -31,6 +31,7 @@ from disco_jax.methods.base import Record
 from disco_jax.models.encoder import encode
 from disco_jax.models.layers import folding
 from disco_jax.ops.collectives import AXIS, shuffle
+from disco_jax.ops.memory import Queue
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train.experiment import assemble
 from disco_jax.train.state import axes
@@ -190,7 +191,8 @@ def components(config: Any, batch: int) -> dict[str, Part]:
     targets = {name: shapes for name, shapes in encoded.items() if name != "student"}
     for name, objective in method.objectives.items():
         arguments = encoded["student"], targets, memory[name]
-        sharded = bool(getattr(objective, "shared", 0))
+        queues = jax.tree.leaves(memory[name], is_leaf=lambda leaf: isinstance(leaf, Queue))
+        sharded = any(queue.shared for queue in queues if isinstance(queue, Queue))
         parts[name] = Part(_term(objective), arguments, donated=(2,), everywhere=sharded)
     if "momentum" in method.plan and method.networks["momentum"].norm == "shuffle":
         network, view = method.networks["momentum"], method.plan["momentum"][0]

@@ -20,7 +20,7 @@ def get_config(arg=None):
     # As in seed.py with identical views (disagreements S2, S3).
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=seed.weight_decay(arg.student))
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch")
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch")
     config.learning_rate.update(warmup_epochs=5, warmup_from=0.03)
     config.views = 1
     common.augment(config, "moco_v2")

@@ -21,7 +21,7 @@ def get_config(arg=None):
     # Official code (main_moco.py, scripts/).
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=4e-5 if efficientnet else 1e-4)
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch", warmup_epochs=0)
     # Two views of the image and two of another image of its bag.
     config.views = 4
     common.augment(config, "moco_v2")

@@ -49,6 +49,8 @@ def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
       name: the recipe.
       dataset: a name of `data.DATA` or any other TFDS name.
     """
+    from disco_jax.methods import registry  # imports JAX
+
     config = ConfigDict()
     config.name = name  # the recipe, as tables and figures show it
     config.seed = 0
@@ -59,7 +61,7 @@ def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
     config.data = data.source(dataset)
     _views(config, dataset)
     _networks(config, dataset)
-    config.objectives = objectives()
+    config.objectives = registry.sections()
     _training(config)
     return config
 
@@ -125,89 +127,3 @@ def is_transformer(backbone: str) -> bool:
     from disco_jax import models  # imports JAX
 
     return models.is_transformer(backbone)
-
-
-def objectives() -> dict[str, dict[str, Any]]:
-    """Returns the section `config.objectives`: every objective with its defaults, weight 0."""
-    return dict(
-        contrast=dict(
-            weight=0.0,
-            pairs=((0, 1),),
-            keys_from="momentum",
-            temperature=0.2,
-            queue_size=65_536,
-            queue_init="teacher",  # teacher (its queue, if it has one) | random (disagreement D3)
-            local_queries=False,  # local views are queries as well
-            global_share=-1.0,  # share of global pairs, SSLight's alpha; -1: pairs weigh alike
-        ),
-        distill=dict(
-            weight=0.0,
-            views=(0, 1),
-            reduction="mean",
-            teacher_output="embedding",  # embedding | features
-            teacher_views=(),  # (): those of `views`
-            teacher_unit=True,  # scale the teacher's output to length 1 (disagreement W1)
-        ),
-        similarity=dict(
-            weight=0.0,
-            groups=(((0, 0),),),  # groups of (student view, teacher view) pairs; one queue a group
-            student_temperature=0.2,
-            teacher_temperature=0.01,  # 0: one-hot targets
-            queue_size=65_536,
-            queue_init="random",
-        ),
-        relations=dict(weight=0.0, view=0, distance=1.0, angle=1.0, group=0),
-        attention=dict(weight=0.0, view=0, layers="all", resize="none"),
-        compress=dict(
-            weight=0.0,
-            view=0,
-            bank="momentum",  # momentum | student | teacher
-            teacher_output="features",
-            temperature=0.04,
-            queue_size=128_000,
-        ),
-        bags=dict(
-            weight=0.0,
-            temperature=0.2,
-            queue_size=65_536,
-            queue_init="random",
-            cutmix=True,
-            own_epochs=11,  # first epochs, which use only the image's own key
-        ),
-        consistency=dict(
-            weight=0.0,
-            query_view=0,
-            key_view=1,
-            student_temperature=0.1,
-            target_temperature=0.04,
-            queue_size=131_072,
-        ),
-        pseudo_labels=dict(weight=0.0, view=0),
-        online_clusters=dict(weight=0.0, view=0, count=4096, temperature=0.2, rate=0.9, idle=0.01),
-        binary_contrast=dict(
-            weight=0.0,
-            view=0,
-            temperature=0.07,
-            queue_size=65_536,
-        ),
-        swapped=dict(
-            weight=0.0,
-            assign=(0, 1),  # views whose assignments the other views predict
-            temperature=0.1,
-            epsilon=0.05,  # entropy regularisation of Sinkhorn's algorithm
-            iterations=3,  # iterations of Sinkhorn's algorithm
-            queue_size=0,  # past embeddings that are assigned with the batch; 0: none
-            queue_epochs=0,  # epochs before the queue starts to fill
-            global_share=-1.0,
-        ),
-        self_distill=dict(
-            weight=0.0,
-            targets=(0, 1),  # views that the momentum network encodes
-            student_temperature=0.1,
-            momentum_temperature=0.04,  # after the warm-up
-            warmup_temperature=0.04,
-            warmup_epochs=0,
-            centre_rate=0.9,
-            global_share=-1.0,
-        ),
-    )

@@ -23,7 +23,7 @@ def get_config(arg=None):
     # Official code (train_student.py).
     config.total_epochs, config.batch_size = 130, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.01, decay="steps", milestones=(90, 120), factor=0.2)
+    config.learning_rate.update(base_lr=0.01, decay="steps", milestones=(90, 120), factor=0.2)
     # One weak view for all networks.
     config.views = 1
     common.augment(config, "weak")

@@ -29,13 +29,13 @@ def get_config(arg=None):
     config.disco.teacher.update(TEACHER)
     config.knn = knn.get_config()
     config.linear = linear.get_config()
-    config.linear.learning_rate.per_256 = 3.0  # these features are larger than ImageNet's
+    config.linear.learning_rate.base_lr = 3.0  # these features are larger than ImageNet's
     return config
 
 
 def _digits(config: ConfigDict) -> ConfigDict:
     """Returns `config` with gentle crops and blur for 16 px and the rates of a short run."""
-    config.learning_rate.per_256 = 0.12
+    config.learning_rate.base_lr = 0.12
     config.momentum.ema_rate = 0.99  # 440 steps are too short for 0.999
     config.augment.update(scale=(0.4, 1.0), blur_sigma=(0.1, 0.6))
     config.log.every_steps = 40

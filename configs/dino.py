@@ -39,11 +39,11 @@ def transformer(config):
     config.total_epochs, config.batch_size = 100, 512
     config.optimizer.update(name="adamw", no_decay=("vectors",), clip=3.0)
     config.optimizer.update(weight_decay=0.04, weight_decay_end=0.4)
-    config.learning_rate.update(per_256=5e-4, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=5e-4, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=1e-6, warmup_epochs=10, warmup_from=0.0)
     # The last layer: length 1 throughout (norm_last_layer), frozen for the first epoch.
-    config.optimizer.update(fixed=("prototypes/scale*",))
-    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+    config.optimizer.update(frozen=("prototypes/scale*",))
+    config.optimizer.update(frozen_until=("prototypes/*",), frozen_epochs=1)
     # 2 + 8 crops, one pass a size.
     config.views, config.group_views = 2, True
     common.augment(config, "dino")
@@ -66,10 +66,10 @@ def convolutional(config):
     # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
     config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
     config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))
-    config.learning_rate.update(per_256=0.48, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=0.48, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.0)  # L1
-    config.optimizer.update(fixed=("prototypes/scale*",))
-    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+    config.optimizer.update(frozen=("prototypes/scale*",))
+    config.optimizer.update(frozen_until=("prototypes/*",), frozen_epochs=1)
     # 2 + 6 crops, one pass a size.
     config.views, config.group_views = 2, True
     common.augment(config, "dino")

@@ -21,7 +21,7 @@ def get_config(arg=None):
     # Section 4.1: 200 epochs; optimizer and rate of MoCo-v2, on all parameters.
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch", warmup_epochs=0)
     # Section 3.2: two views, with MoCo-v2's augmentation.
     config.views = 2
     common.augment(config, "moco_v2")

@@ -24,7 +24,7 @@ PROTOCOLS = {
         "layers": "all",
         "norm": "sync",
         "total_epochs": 20,
-        "learning_rate.per_256": 0.01,
+        "learning_rate.base_lr": 0.01,
         "learning_rate.milestones": (12, 16),
         "learning_rate.factor": 0.2,
         "head_rate": 20.0,
@@ -42,5 +42,5 @@ def get_config(arg=None):
     config.student = arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol == "kd":
-        config.learning_rate.per_256 = probes.base_rate(arg.student)
+        config.learning_rate.base_lr = probes.base_rate(arg.student)
     return config

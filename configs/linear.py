@@ -1,6 +1,6 @@
 r"""Linear probe of a run on frozen features.
 
-    disco-jax linear --workdir RUN [--config.learning_rate.per_256=3.0]
+    disco-jax linear --workdir RUN [--config.learning_rate.base_lr=3.0]
     disco-jax linear --workdir RUN --config configs/linear.py:protocol=disco,student=resnet18
 
 `cached`, the default, extracts the features of the centre crops once, which takes minutes instead
@@ -31,7 +31,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "seed": {"learning_rate.warmup_epochs": 5},
     # Official code (eval_linear.py).
     "swav": {
-        "learning_rate.per_256": 0.3,
+        "learning_rate.base_lr": 0.3,
         "learning_rate.decay": "cosine",
         "optimizer.weight_decay": 1e-6,
         "evaluate_every_epochs": 1,  # SwAV reports the best epoch
@@ -40,14 +40,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "dino": {
         "batch_size": 1024,
         "network": "momentum",
-        "learning_rate.per_256": 0.001,
+        "learning_rate.base_lr": 0.001,
         "learning_rate.decay": "cosine",
         "data.interpolation": "bilinear",
     },
     # Table 8; the code resizes bicubically and scores the student (disagreement L6).
     "sslight": {
         "batch_size": 4096,
-        "learning_rate.per_256": 0.05,
+        "learning_rate.base_lr": 0.05,
         "learning_rate.decay": "cosine_after",
         "learning_rate.minimum": 1e-6,
         "data.interpolation": "bicubic",
@@ -60,7 +60,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "compress": {
         "normalise": True,
         "total_epochs": 40,
-        "learning_rate.per_256": 0.01,
+        "learning_rate.base_lr": 0.01,
         "learning_rate.milestones": (15, 30),
         "optimizer.weight_decay": 1e-4,
     },
@@ -91,13 +91,13 @@ def get_config(arg=None):
         else:
             config.update_from_flattened_dict({field: value})
     if arg.protocol in ("disco", "seed", "cached"):
-        config.learning_rate.per_256 = probes.base_rate(arg.student)
+        config.learning_rate.base_lr = probes.base_rate(arg.student)
     if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.per_256
+        config.learning_rate.warmup_from = config.learning_rate.base_lr
     if arg.protocol in ("dino", "sslight") and arg.student.startswith("vit"):
         config.blocks = 4
     if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024
-        config.learning_rate.per_256 = 0.01
+        config.learning_rate.base_lr = 0.01
         config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0)
     return config

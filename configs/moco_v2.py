@@ -17,7 +17,7 @@ def get_config(arg=None):
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
     # Cosine schedule: MoCo-v2, section 2.
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch", warmup_epochs=0)
     # Two views; MoCo-v1's augmentation and blur (MoCo-v2, section 2).
     config.views = 2
     common.augment(config, "moco_v2")

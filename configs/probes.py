@@ -78,7 +78,7 @@ def classification(name: str) -> ConfigDict:
 def _learning_rate() -> dict[str, Any]:
     """Returns the section `config.learning_rate` of MoCo's linear probe."""
     return dict(
-        per_256=30.0,
+        base_lr=30.0,
         decay="steps",
         every="epoch",
         milestones=(60, 80),

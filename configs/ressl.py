@@ -16,7 +16,7 @@ def get_config(arg=None):
     # Official code (ressl.py).
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.05, decay="cosine", every="step", warmup_epochs=5)
+    config.learning_rate.update(base_lr=0.05, decay="cosine", every="step", warmup_epochs=5)
     # View 0, the query: MoCo-v2's augmentation. View 1, the key: crops and flips only.
     config.views = 2
     common.augment(config, "moco_v2")

@@ -19,7 +19,7 @@ def get_config(arg=None):
     # As in disco.py (DisCo, section 4.4).
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch", warmup_epochs=0)
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch", warmup_epochs=0)
     config.views = 2
     common.augment(config, "moco_v2")
     config.student.update(backbone=arg.student, head="mlp", hidden=2048, dim=128, norm="local")

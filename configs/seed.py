@@ -42,7 +42,7 @@ def get_config(arg=None):
     # Section 4.1: SGD, 200 epochs, cosine. Weight decay by backbone: disagreement S3.
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=weight_decay(arg.student))
-    config.learning_rate.update(per_256=0.03, decay="cosine", every="epoch")
+    config.learning_rate.update(base_lr=0.03, decay="cosine", every="epoch")
     # Section 4.1: 5 warm-up epochs. In the official code the rate is constant in them: S2.
     config.learning_rate.update(warmup_epochs=5, warmup_from=0.03)
     # Appendix A.1.1: MoCo-v2's augmentation.

@@ -14,7 +14,7 @@ from disco_jax.errors import UserError, unknown
 
 PROTOCOLS = {
     # The official code: rate 3 for all backbones, halved at the milestones (disagreement D9).
-    "disco": {"learning_rate.per_256": 3.0, "learning_rate.factor": 0.5},
+    "disco": {"learning_rate.base_lr": 3.0, "learning_rate.factor": 0.5},
     # Appendix: centre crops and flips; the rate is constant during the warm-up (disagreement S2).
     "seed": {"augment": "flip", "learning_rate.warmup_epochs": 5},
     # Section 4.2: as SEED and DisCo; rates by backbone, divided by 10.
@@ -27,7 +27,7 @@ PROTOCOLS = {
         "init": "torch",
         "batch_size": 1024,
         "optimizer.nesterov": True,
-        "learning_rate.per_256": 0.03,
+        "learning_rate.base_lr": 0.03,
         "learning_rate.decay": "cosine_after",
         "learning_rate.minimum": 1e-6,
         "data.interpolation": "bicubic",
@@ -62,12 +62,12 @@ def get_config(arg=None):
     config.student = arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol in ("seed", "retro"):
-        config.learning_rate.per_256 = probes.base_rate(arg.student)
+        config.learning_rate.base_lr = probes.base_rate(arg.student)
     if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.per_256
+        config.learning_rate.warmup_from = config.learning_rate.base_lr
     if arg.protocol == "sslight":
         config.total_epochs = SSLIGHT_EPOCHS[arg.percent]
     if arg.protocol == "swav":
         network, head = SWAV_RATES[arg.percent]
-        config.learning_rate.per_256, config.head_rate = network, head / network
+        config.learning_rate.base_lr, config.head_rate = network, head / network
     return config

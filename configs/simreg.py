@@ -20,7 +20,7 @@ def get_config(arg=None):
     # Official code (main.py, run.sh).
     config.total_epochs, config.batch_size = 130, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(per_256=0.05, decay="cosine", every="epoch", warmup_epochs=0)
+    config.learning_rate.update(base_lr=0.05, decay="cosine", every="epoch", warmup_epochs=0)
     # run.sh: one weak view for both networks.
     config.views = 1
     common.augment(config, "weak02")

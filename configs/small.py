@@ -33,10 +33,10 @@ _DINO = {
     "optimizer.weight_decay": 0.0,
     "optimizer.weight_decay_end": -1.0,
     "optimizer.clip": 3.0,
-    "optimizer.fixed": ("prototypes/*",),
-    "optimizer.frozen": (),
+    "optimizer.frozen": ("prototypes/*",),
+    "optimizer.frozen_until": (),
     "optimizer.frozen_epochs": 0,
-    "learning_rate.per_256": 8e-3,
+    "learning_rate.base_lr": 8e-3,
     "learning_rate.warmup_epochs": 2,
 }
 # SwAV's prototypes and queue for few images. With epsilon=0.05 digits end with the same assignment
@@ -53,7 +53,7 @@ _SWAV = {
     "augment.scale": (0.5, 1.0),
     "local.count": 2,
     "local.scale": (0.3, 0.7),
-    "learning_rate.per_256": 8.0,  # LARC moves a kernel by a thousandth of the rate; runs are short
+    "learning_rate.base_lr": 8.0,  # LARC moves a kernel by a thousandth of the rate; runs are short
     "learning_rate.minimum": 0.0,
     "optimizer.frozen_steps": 0,
     "optimizer.frozen_epochs": 1,
@@ -85,7 +85,7 @@ SMALL_IMAGES: dict[str, dict[str, Any]] = {
         "optimizer.weight_decay": 1e-4,
         "optimizer.no_decay": (),
         "optimizer.no_trust": (),
-        "learning_rate.per_256": 0.12,
+        "learning_rate.base_lr": 0.12,
         "learning_rate.warmup_epochs": 0,
     },
     # SwAV's head and optimizer, for the same reason.
@@ -95,7 +95,7 @@ SMALL_IMAGES: dict[str, dict[str, Any]] = {
         "optimizer.name": "larc",
         "optimizer.no_decay": (),
         "optimizer.no_trust": (),
-        "learning_rate.per_256": 8.0,
+        "learning_rate.base_lr": 8.0,
         "learning_rate.warmup_epochs": 2,
     },
 }

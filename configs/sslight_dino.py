@@ -21,14 +21,14 @@ def get_config(arg=None):
     config = common.pretrain("sslight_dino", arg.data)
     # Table 8 and the official code: 8 devices of 128 images; last rate of the code: L1.
     config.total_epochs, config.batch_size = 200, 1024
-    config.learning_rate.update(per_256=0.48, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=0.48, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.0)
     # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
     config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
     config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))
     # The last layer: length 1 throughout, frozen for the first epoch.
-    config.optimizer.update(fixed=("prototypes/scale*",))
-    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+    config.optimizer.update(frozen=("prototypes/scale*",))
+    config.optimizer.update(frozen_until=("prototypes/*",), frozen_epochs=1)
     # Table 8: S_g 0.3, S_l 0.3, LC 128, N_l 6; one pass a size.
     config.views, config.group_views = 2, True
     common.augment(config, "dino")
@@ -47,7 +47,7 @@ def get_config(arg=None):
         transformer(config)
         # No BatchNorm, 65,536 outputs of any length, a shorter warm-up of the temperature.
         config.student.update(head="dino", prototypes=(65_536,))
-        config.optimizer.fixed = ()
+        config.optimizer.frozen = ()
         config.objectives.self_distill.warmup_epochs = 30
     # For objectives with a teacher that the command line adds.
     config.teacher.update(dim=256, norm="running")
@@ -56,7 +56,7 @@ def get_config(arg=None):
 
 def transformer(config):
     """Sets what SSLight's Table 8 and code change for ViTs: AdamW and 10 local views."""
-    config.learning_rate.update(per_256=5e-4, minimum=1e-5)
+    config.learning_rate.update(base_lr=5e-4, minimum=1e-5)
     config.optimizer.update(name="adamw", weight_decay=0.04, weight_decay_end=0.4)
     config.optimizer.no_decay = ("vectors",)
     config.local.count = 10

@@ -17,7 +17,7 @@ def get_config(arg=None):
     config = common.pretrain("sslight_moco", arg.data)
     # Table 8 and the official code: 8 devices of 128 images; last rate of the code: L1.
     config.total_epochs, config.batch_size = 200, 1024
-    config.learning_rate.update(per_256=0.48, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=0.48, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.0)
     # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
     config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)

@@ -18,14 +18,14 @@ def get_config(arg=None):
     config = common.pretrain("sslight_swav", arg.data)
     # Table 8 and the official code: 8 devices of 128 images; last rate of the code: L1.
     config.total_epochs, config.batch_size = 200, 1024
-    config.learning_rate.update(per_256=0.3, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=0.3, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=0.0048, warmup_epochs=10, warmup_from=0.075)
     # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
     config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
     config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))
     # The prototypes have length 1 and are frozen for the first epoch.
     config.optimizer.update(unit_norm=("prototypes/kernel*",))
-    config.optimizer.update(frozen=("prototypes/*",), frozen_epochs=1)
+    config.optimizer.update(frozen_until=("prototypes/*",), frozen_epochs=1)
     # Table 8: S_g 0.3, S_l 0.3, LC 128, N_l 6; one pass a size.
     config.views, config.group_views = 2, True
     common.augment(config, "swav")

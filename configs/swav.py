@@ -23,11 +23,11 @@ def get_config(arg=None):
     # SwAV's runs at a batch of 256. The rate of 0.6 does not scale with the batch: disagreement W2.
     config.total_epochs, config.batch_size = 200, 512
     config.optimizer.update(name="larc", momentum=0.9, weight_decay=1e-6, trust=1e-3)
-    config.learning_rate.update(per_256=0.3, decay="cosine_after", every="step")
+    config.learning_rate.update(base_lr=0.3, decay="cosine_after", every="step")
     config.learning_rate.update(minimum=0.0006, warmup_epochs=0)
     # Prototypes have length 1 and are frozen for the first two epochs.
     config.optimizer.update(unit_norm=("prototypes/kernel*",))
-    config.optimizer.update(frozen=("prototypes/*",), frozen_steps=5005)
+    config.optimizer.update(frozen_until=("prototypes/*",), frozen_steps=5005)
     # 2 + 6 crops, one pass a size; deviation of SwAV's code: disagreement W5.
     config.views, config.group_views = 2, True
     common.augment(config, "swav")

@@ -45,10 +45,10 @@ def optimizer() -> dict[str, Any]:
         trust=1e-3,  # trust coefficient of larc and lars
         no_trust=(),  # kinds of parameters without the trust ratio of lars
         clip=0.0,  # largest norm of each parameter's gradient; 0: no clipping
-        frozen=(),  # patterns of parameters, such as "prototypes/*", frozen at the start of a run
-        frozen_steps=0,  # steps for which `frozen` holds; set this or frozen_epochs
-        frozen_epochs=0,  # epochs for which `frozen` holds
-        fixed=(),  # patterns of parameters that are never trained
+        frozen_until=(),  # patterns of parameters, such as "prototypes/*", frozen at first
+        frozen_steps=0,  # steps for which `frozen_until` holds; set this or frozen_epochs
+        frozen_epochs=0,  # epochs for which `frozen_until` holds
+        frozen=(),  # patterns of parameters that are never trained
         unit_norm=(),  # patterns of kernels whose columns are scaled to length 1 after each step
     )
 
@@ -56,7 +56,7 @@ def optimizer() -> dict[str, Any]:
 def learning_rate() -> dict[str, Any]:
     """Returns the section `config.learning_rate`."""
     return dict(
-        per_256=0.03,  # peak for a global batch of 256; scales linearly with the batch
+        base_lr=0.03,  # peak for a global batch of 256; scales linearly with the batch
         # cosine (over the whole run) | cosine_after (from the end of the warm-up to `minimum`) |
         # steps | constant
         decay="cosine",

@@ -20,7 +20,7 @@ PROTOCOLS = {
     "seed": {
         "augment": "none",
         "total_epochs": 120,
-        "learning_rate.per_256": 0.001,
+        "learning_rate.base_lr": 0.001,
         "learning_rate.decay": "constant",
     },
 }
@@ -32,6 +32,6 @@ def get_config(arg=None):
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     config = probes.classification(f"transfer_{arg.protocol}_{arg.data.replace('/', '_')}")
     config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
-    config.learning_rate.per_256 = 3.0
+    config.learning_rate.base_lr = 3.0
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     return config

@@ -271,9 +271,9 @@ RULES = {
     "optimizer.momentum": SHARE,
     "weight_decay": AMOUNT,
     "weight_decay_end": number(-1),
-    **dict.fromkeys(("trust", "clip", "per_256", "factor", "minimum", "warmup_from"), AMOUNT),
+    **dict.fromkeys(("trust", "clip", "base_lr", "factor", "minimum", "warmup_from"), AMOUNT),
     **dict.fromkeys(("no_decay", "no_trust"), several(one_of("train.optimizer:KINDS"))),
-    **dict.fromkeys(("frozen", "fixed", "unit_norm"), NAMES),
+    **dict.fromkeys(("frozen", "frozen_until", "unit_norm"), NAMES),
     "frozen_steps": whole(0),
     "decay": one_of("train.optimizer:DECAYS"),
     "every": one_of("epoch", "step"),
@@ -331,6 +331,22 @@ def rule(field: str, value: Any) -> Rule:
     return kinds.get(type(value), NOTHING)
 
 
+def rule_in(config: ConfigDict, field: str, value: Any) -> Rule:
+    """Returns the rule of a field in a config.
+
+    The fields of an objective outside this package are checked by their types: their names may
+    equal those of other settings.
+    """
+    group, _, path = field.partition(".")
+    section, _, name = path.partition(".")
+    if group != "objectives" or name in ("", "weight"):
+        return rule(field, value)
+
+    from disco_jax.methods.registry import CLASS  # imports JAX
+
+    return rule("" if CLASS in config[group][section] else field, value)
+
+
 def refusal(field: str, value: Any, allowed: Rule) -> str:
     """Returns the error message for an invalid value of a field."""
     near = errors.did_you_mean(value, allowed.names()) if isinstance(value, str) else ""
@@ -340,7 +356,7 @@ def refusal(field: str, value: Any, allowed: Rule) -> str:
 def check(config: ConfigDict, problems: errors.Problems) -> None:
     """Records every field with an invalid value in `problems`."""
     for field, value in flatten(config).items():
-        allowed = rule(field, value)
+        allowed = rule_in(config, field, value)
         if not allowed.fits(value):
             problems.add(refusal(field, value, allowed), field)
 

@@ -1,6 +1,7 @@
 """Flags of a task: --config with overrides, --workdir. Reports all mistakes in one error."""
 
 import importlib.util
+import logging
 import os
 import pathlib
 import traceback
@@ -13,6 +14,8 @@ from ml_collections import ConfigDict, config_flags
 
 from disco_jax import errors, fields
 from disco_jax.nested import flatten
+
+_LOG = logging.getLogger(__name__)
 
 CONFIGS = "disco_jax.configs"
 FOLDERS = "", "sweeps", "miniature"  # subfolders with recipes: single runs, then sweeps
@@ -111,7 +114,7 @@ def _values(
             valid.append(word)
         except _PARSE_ERRORS as error:
             if overrides:  # the value has another type than the field
-                allowed = fields.rule(name, flatten(config)[name])
+                allowed = fields.rule_in(config, name, flatten(config)[name])
                 problems.add(fields.refusal(name, value, allowed), name)
             else:
                 problems.add(f"{_sentence(error)} See disco-jax {task} --help.")
@@ -203,7 +206,12 @@ def recipes(folder: str = "") -> dict[str, pathlib.Path]:
 def _known_overrides(
     config: ConfigDict, argv: Sequence[str], problems: errors.Problems
 ) -> list[str]:
-    """Returns `argv` without overrides of unknown fields, which are recorded in `problems`."""
+    """Returns `argv` with the overrides of known fields, renamed ones under their new names.
+
+    Unknown fields are recorded in `problems`.
+    """
+    from disco_jax.run import upgrades
+
     known_fields, valid = flatten(config), []
     for word in argv:
         if not word.startswith(_OVERRIDE):
@@ -212,6 +220,10 @@ def _known_overrides(
         field = word.lstrip("-").split("=", 1)[0].removeprefix("config.")
         if field in known_fields:
             valid.append(word)
+            continue
+        if (current := upgrades.renamed([field]).get(field, "")) in known_fields:
+            _LOG.warning("--config.%s is now --config.%s.", field, current)
+            valid.append(word.replace(field, current, 1))
             continue
         inside = [name for name in known_fields if name.startswith(f"{field}.")]
         near = errors.nearest(field, known_fields)

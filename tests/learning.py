@@ -51,9 +51,9 @@ def recipe(name, folder):
         return dino()
     path, _, arg = name.partition(":")
     config = flags.load(f"{path}:data=digits" + (f",{arg}" if arg else ""))
-    rate = RATES.get(name, 4) * config.learning_rate.per_256
+    rate = RATES.get(name, 4) * config.learning_rate.base_lr
     demo._digits(config)
-    config.learning_rate.update(per_256=rate, decay="cosine", warmup_epochs=0)
+    config.learning_rate.update(base_lr=rate, decay="cosine", warmup_epochs=0)
     config.student.update(backbone="resnet14", width=4)
     if config.student.hidden > 512:
         config.student.hidden = 512

@@ -18,7 +18,7 @@ VARIANTS += ["dino:student=resnet18", "sslight_dino:student=vit_tiny_p16"]
 
 # Fields that define an experiment: of the training, and of each network that takes part.
 TRAINING = (
-    "batch_size", "total_epochs", "views", "augment.jitter", "learning_rate.per_256",
+    "batch_size", "total_epochs", "views", "augment.jitter", "learning_rate.base_lr",
     "learning_rate.decay", "optimizer.name", "optimizer.weight_decay",
 )  # fmt: skip
 NETWORKS = {

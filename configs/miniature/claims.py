@@ -84,7 +84,7 @@ def _changes(good, epochs, size, batch_size, queue_size):
         ("batch_size", batch_size),
         ("objectives.contrast.queue_size", queue_size),
         ("objectives.similarity.queue_size", queue_size),
-        ("learning_rate.per_256", 0.12),
+        ("learning_rate.base_lr", 0.12),
         ("learning_rate.every", "step"),
         ("learning_rate.warmup_epochs", 0),
         ("momentum.ema_rate", 0.99),

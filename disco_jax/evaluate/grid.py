@@ -33,7 +33,7 @@ def train(
 
     Args:
       config: see `probes.classification`; `grid` has the learning rates (for a batch of 256, in
-        place of `learning_rate.per_256`), the weight decays and the held-out percentage.
+        place of `learning_rate.base_lr`), the weight decays and the held-out percentage.
       rows: f32[N, F], features of the training images.
       labels: i32[N].
       num_classes: C.
@@ -155,7 +155,7 @@ def _select(
     ]
     best = int(np.argmax(top1s))
     best_config = config.copy_and_resolve_references()
-    best_config.learning_rate.per_256, best_config.optimizer.weight_decay = pairs[best]
+    best_config.learning_rate.base_lr, best_config.optimizer.weight_decay = pairs[best]
     table = [
         {"rate": rate, "weight_decay": decay, "held_out_top1": top}
         for (rate, decay), top in zip(pairs, top1s, strict=True)
@@ -166,7 +166,7 @@ def _select(
 def _with_unit_rate(config: ConfigDict) -> ConfigDict:
     """Returns the config with learning rate 1, which each pair's rate multiplies."""
     unit_config = config.copy_and_resolve_references()
-    unit_config.learning_rate.per_256 = 1.0
+    unit_config.learning_rate.base_lr = 1.0
     return unit_config
 
 

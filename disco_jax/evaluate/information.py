@@ -40,7 +40,7 @@ def mutual_information(
       UserError: if `grouping` is unknown.
     """
     if grouping not in GROUPINGS:
-        raise errors.unknown("config.plane.grouping", grouping, GROUPINGS)
+        raise errors.unknown("config.information_plane.grouping", grouping, GROUPINGS)
     _, first, values = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     values = values.ravel()
     if grouping == "official":

@@ -7,39 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from disco_jax import errors, models
-from disco_jax.methods import checks
-from disco_jax.methods.attention import Attention
-from disco_jax.methods.bags import Bags
+from disco_jax.methods import checks, registry
 from disco_jax.methods.base import Method, Objective, Record, Views
-from disco_jax.methods.binary import BinaryContrast
 from disco_jax.methods.checks import dim
-from disco_jax.methods.clusters import OnlineClusters, PseudoLabels
-from disco_jax.methods.compress import Compress
-from disco_jax.methods.consistency import Consistency
-from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
-from disco_jax.methods.relations import Relations
-from disco_jax.methods.self_distill import SelfDistill
-from disco_jax.methods.similarity import Similarity
-from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.bank import Reading
+from disco_jax.ops.memory import QueueSettings
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "contrast": Contrast,
-    "distill": Distill,
-    "similarity": Similarity,
-    "relations": Relations,
-    "attention": Attention,
-    "compress": Compress,
-    "bags": Bags,
-    "consistency": Consistency,
-    "pseudo_labels": PseudoLabels,
-    "online_clusters": OnlineClusters,
-    "binary_contrast": BinaryContrast,
-    "swapped": Swapped,
-    "self_distill": SelfDistill,
-}
+OBJECTIVES = registry.objectives()
 REUSABLE = ("head",)
 
 
@@ -62,7 +37,7 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
         networks["teacher"] = _unnormalized(networks["teacher"])
     checks.check_widths(objectives, config)
-    return Method(networks, objectives, method.views, reuse)
+    return Method(networks, objectives, method.views, reuse, _queue_settings(config))
 
 
 def check(config: Any) -> None:
@@ -76,7 +51,7 @@ def check(config: Any) -> None:
 
 def _without_networks(config: Any, views: int, local_views: int) -> Method:
     """Builds the method with its objectives and views only."""
-    objectives = _with_fast_settings(_objectives(config), config)
+    objectives = _objectives(config)
     if not objectives:
         raise errors.UserError(
             "All objectives have weight 0. Set at least one of "
@@ -96,37 +71,22 @@ def plan(config: Any) -> dict[str, tuple[int, ...]]:
 
 def _objectives(config: Any) -> dict[str, Objective]:
     objectives, problems = {}, errors.Problems()
-    for name, fields in config.objectives.items():
-        if fields["weight"]:
-            objectives[name] = problems.attempt(_objective, name, _tuples(fields))
+    for name, section in config.objectives.items():
+        objective = problems.attempt(registry.build, name, _tuples(section))
+        if objective is not None:
+            objectives[name] = objective
     problems.raise_any()
-    return {name: objective for name, objective in objectives.items() if objective is not None}
+    return objectives
 
 
-def _objective(name: str, values: dict[str, Any]) -> Objective:
-    """Creates an objective from its config section."""
-    if name not in OBJECTIVES:
-        raise errors.unknown("The objective of config.objectives", name, OBJECTIVES)
-    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
-    for field in values:
-        if field not in fields:
-            raise errors.unknown(f"The field of config.objectives.{name}", field, fields)
-    return OBJECTIVES[name](**values)
-
-
-def _with_fast_settings(objectives: dict[str, Objective], config: Any) -> dict[str, Objective]:
-    """Sets how objectives store and process their queues, from `config.fast`."""
+def _queue_settings(config: Any) -> QueueSettings:
+    """Returns how objectives store and process their queues, from `config.fast`."""
     one_pass = _fast(config, "losses", True)
-    reading = Reading(one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32)
-    settings = {
-        "reading": reading,
-        "half": _fast(config, "half_queue", False),
-        "shared": config.batch_size if _fast(config, "shard_queue", False) else 0,
-    }
-    return {
-        name: dataclasses.replace(o, **{k: v for k, v in settings.items() if hasattr(o, k)})
-        for name, o in objectives.items()
-    }
+    return QueueSettings(
+        half=_fast(config, "half_queue", False),
+        shared=config.batch_size if _fast(config, "shard_queue", False) else 0,
+        access=Reading(one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32),
+    )
 
 
 def _fast(config: Any, field: str, default: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.bank import USUAL, Reading, compared_together
+from disco_jax.ops.bank import compared_together
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, unit
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.mixing import cutmix, draw_box
@@ -37,12 +37,10 @@ class Bags(Objective):
       cutmix: whether to add the mixed query; without it the mean is over two queries.
       own_epochs: epochs at the start in which the first two queries use only their own key.
       steps_per_epoch: unit of `own_epochs`; set by the run.
-      reading: settings of the computation over the queue; set from `config.fast`, as are `half` and
-        `shared`.
-      half: whether the queue is stored in bfloat16.
-      shared: rows that all replicas push per step if the queue is sharded; 0: not sharded.
     """
 
+    half_queues: ClassVar[bool] = True
+    shard_queues: ClassVar[bool] = True
     members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
 
     weight: float = 1.0
@@ -51,10 +49,7 @@ class Bags(Objective):
     queue_init: str = "random"
     cutmix: bool = True
     own_epochs: int = 11
-    steps_per_epoch: int = 0
-    reading: Reading = USUAL
-    half: bool = False
-    shared: int = 0
+    steps_per_epoch: int = set_by_run(0)
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -72,8 +67,8 @@ class Bags(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
         dim = record.embedding("teacher", KEY).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            return inherited.rewound().stored(self.half, self.shared)
-        return Queue.create(rng, self.queue_size, dim).stored(self.half, self.shared)
+            return inherited.rewound()
+        return Queue.create(rng, self.queue_size, dim)
 
     def mix(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
@@ -95,7 +90,7 @@ class Bags(Objective):
             queries,
             memory.vectors,
             temperature=self.temperature,
-            reading=self.reading,
+            reading=memory.access,
             shared=bool(memory.shared),
         )
         terms = []

@@ -14,10 +14,23 @@ from jax import Array
 
 from disco_jax.models.encoder import Encoded, Network
 from disco_jax.ops.collectives import pmean
-from disco_jax.ops.memory import Queue
+from disco_jax.ops.memory import DEFAULT_SETTINGS, Queue, QueueSettings
 
 NETWORKS = ("student", "momentum", "teacher")  # trained; its EMA copy; frozen
 OUTPUTS = ("embedding", "features")  # after the head; after pooling
+
+_SET_BY_RUN = "set_by_run"
+
+
+def set_by_run(default: Any) -> Any:
+    """Declares a dataclass field that the run sets and that is not part of the config."""
+    return dataclasses.field(default=default, metadata={_SET_BY_RUN: True})
+
+
+def config_fields(cls: type["Objective"]) -> dict[str, Any]:
+    """Returns the config fields of an objective and their defaults, in the order of declaration."""
+    fields = dataclasses.fields(cls)
+    return {field.name: field.default for field in fields if not field.metadata.get(_SET_BY_RUN)}
 
 
 class Views(NamedTuple):
@@ -100,11 +113,16 @@ class Term(NamedTuple):
 class Objective(Protocol):
     """One term of a method's loss.
 
-    A subclass must define `needs` and `__call__`; all other members have defaults.
+    A subclass is a frozen dataclass whose fields are its config section; each has a default. It
+    must define `needs` and `__call__`; all other members have defaults.
 
     Attributes:
       weight: factor of the term in the method's loss.
       reads_maps: whether the objective uses the backbones' feature maps.
+      reads_scores: whether it compares the student's scores on prototypes between views.
+      half_queues: whether its queues may be stored in bfloat16 (`config.fast.half_queue`).
+      shard_queues: whether replicas may each store a part of its queues
+        (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
       members: views that must show another image of the same bag; see `data/bags.py`.
       aux: keys of `Record.aux` that the objective uses.
     """
@@ -114,6 +132,9 @@ class Objective(Protocol):
 
     weight: float
     reads_maps: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
+    half_queues: ClassVar[bool] = False
+    shard_queues: ClassVar[bool] = False
     members: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
 
@@ -128,6 +149,8 @@ class Objective(Protocol):
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Any:
         """Returns the memory at step 0; () for an objective without memory.
+
+        `Method.memory` applies the run's `QueueSettings` to the queues in it.
 
         Args:
           rng: a random key for this objective.
@@ -183,12 +206,14 @@ class Method:
       objectives: name -> objective.
       views: indices of the views that the recipe creates from an image.
       reuse: parts of the student that are copied from the teacher and stay frozen, e.g. "head".
+      queues: how queues in the objectives' memory are stored.
     """
 
     networks: Mapping[str, Network]
     objectives: Mapping[str, Objective]
     views: Views
     reuse: tuple[str, ...] = ()
+    queues: QueueSettings = DEFAULT_SETTINGS
 
     @property
     def plan(self) -> dict[str, tuple[int, ...]]:
@@ -253,9 +278,23 @@ class Method:
     def memory(self, rng: Array, record: Record, inherited: Queue | None = None) -> dict[str, Any]:
         """Returns every objective's memory at step 0, by name; see `Objective.init`."""
         return {
-            name: objective.init(jax.random.fold_in(rng, i), record, inherited)
+            name: self._stored(
+                objective, objective.init(jax.random.fold_in(rng, i), record, inherited)
+            )
             for i, (name, objective) in enumerate(sorted(self.objectives.items()))
         }
+
+    def _stored(self, objective: Objective, memory: Any) -> Any:
+        """Applies `queues`, as far as the objective supports them, to the queues in its memory."""
+        half = self.queues.half and objective.half_queues
+        shared = self.queues.shared if objective.shard_queues else 0
+
+        def store(leaf: Any) -> Any:
+            if isinstance(leaf, Queue):
+                return leaf.stored(half, shared, self.queues.access)
+            return leaf
+
+        return jax.tree.map(store, memory, is_leaf=lambda leaf: isinstance(leaf, Queue))
 
     def total(self, terms: Mapping[str, Term]) -> Array:
         """Returns the weighted sum of the terms' losses, f32[]."""

@@ -97,7 +97,7 @@ def _check_needs(name: str, objective: Objective, views: Views) -> None:
 
 def _check_scores(name: str, objective: Objective, views: Views, student: Any) -> None:
     """Checks that objectives on prototypes have one set of prototypes and at least two views."""
-    if not getattr(objective, "reads_scores", False):
+    if not objective.reads_scores:
         return
     if len(student.prototypes) != 1:
         raise errors.UserError(

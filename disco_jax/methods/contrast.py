@@ -1,14 +1,14 @@
 """InfoNCE against a queue of past keys: MoCo-v2 and the contrastive term of DisCo."""
 
 import dataclasses
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, alpha, spread
-from disco_jax.ops.bank import USUAL, Reading, compared_together
+from disco_jax.ops.bank import compared_together
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, rebalanced, unit
 from disco_jax.ops.memory import Queue
 
@@ -32,11 +32,10 @@ class Contrast(Objective):
         SSLight's MoCo-v2* (arXiv:2210.02808).
       global_share: weight of the pairs of global views, alpha in SSLight's eq. 3; -1: all queries
         weigh equally.
-      reading: settings of the computation over queues; set from `config.fast`, as are `half` and
-        `shared`.
-      half: whether queues are stored in bfloat16.
-      shared: rows that all replicas push per step if queues are sharded; 0: not sharded.
     """
+
+    half_queues: ClassVar[bool] = True
+    shard_queues: ClassVar[bool] = True
 
     weight: float = 1.0
     pairs: tuple[tuple[int, int], ...] = ((0, 1),)
@@ -46,9 +45,6 @@ class Contrast(Objective):
     queue_init: str = "teacher"
     local_queries: bool = False
     global_share: float = -1.0
-    reading: Reading = USUAL
-    half: bool = False
-    shared: int = 0
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         queries, keys = zip(*self._all_pairs(views), strict=True)
@@ -65,13 +61,11 @@ class Contrast(Objective):
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         dim = record.embedding("student", self.pairs[0][0]).shape[-1]
         if self.queue_init == "teacher" and inherits(inherited, self.queue_size, dim):
-            initial = inherited.rewound().stored(self.half, self.shared)
-            return {_queue_name(key): initial for _, key in self.pairs}
-        queues = {
+            return {_queue_name(key): inherited.rewound() for _, key in self.pairs}
+        return {
             _queue_name(key): Queue.create(jax.random.fold_in(rng, key), self.queue_size, dim)
             for _, key in self.pairs
         }
-        return {name: queue.stored(self.half, self.shared) for name, queue in queues.items()}
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
         losses, accuracies, queues = {}, {}, {}
@@ -84,7 +78,7 @@ class Contrast(Objective):
                 queries,
                 queue.vectors,
                 temperature=self.temperature,
-                reading=self.reading,
+                reading=queue.access,
                 shared=bool(queue.shared),
             )
             for view, query in queries.items():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread, usage
+from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread, usage
 from disco_jax.methods.multicrop import pair_loss
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import pmean
@@ -46,7 +46,7 @@ class SelfDistill(Objective):
     warmup_epochs: int = 0
     centre_rate: float = 0.9
     global_share: float = -1.0
-    steps_per_epoch: int = 1
+    steps_per_epoch: int = set_by_run(1)
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": (*views.globals, *views.locals), "momentum": self.targets}

@@ -1,6 +1,7 @@
 """SEED: matches the student's similarities to a queue of teacher embeddings with the teacher's."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, spread
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.bank import USUAL, Reading
 from disco_jax.ops.losses import soft_cross_entropy, unit
 from disco_jax.ops.memory import Queue
 
@@ -19,27 +19,28 @@ Pairs = tuple[tuple[int, int], ...]
 class Similarity(Objective):
     """Soft cross-entropy over a queue of teacher embeddings. SEED (arXiv:2101.04731) eq. 5.
 
-    The similarities use the queue before this step's teacher embeddings are pushed.
+    The similarities use the queue before this step's teacher embeddings are pushed. The `groups` of
+    SEED's four strategies (fig. 6 of its appendix), where view 0 is large and views 1 to 6 are
+    small:
+      identical   (((0, 0),),)
+      cross       (((0, 1),),), two large views
+      to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is always the large view
+      small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
 
     Attributes:
       weight: factor of the term in the method's loss.
       groups: groups of (student view, teacher view) pairs. A group's loss is the mean over its
         pairs; the losses of groups are summed. A group uses, and pushes to, the queue of its first
-        pair's teacher view. SEED's four strategies (fig. 6 of its appendix), where view 0 is large
-        and views 1 to 6 are small:
-          identical   (((0, 0),),)
-          cross       (((0, 1),),), two large views
-          to large    (((0, 0),), ((1, 0), ..., (6, 0))): the target is always the large view
-          small patch (((0, 0),), ((1, 1), ..., (6, 6))): two queues
+        pair's teacher view.
       student_temperature: tau_S > 0.
       teacher_temperature: tau_T >= 0; 0.01 in the paper, 1e-4 in the code (disagreement S1); at 0
         the target is one-hot and the loss equals InfoNCE.
       queue_size: number of past teacher embeddings per queue; a multiple of the global batch.
       queue_init: "random" as in SEED, or "teacher" to start from the queue in the teacher's
         checkpoint.
-      reading: settings of the computation over queues; set from `config.fast`, as is `shared`.
-      shared: rows that all replicas push per step if queues are sharded; 0: not sharded.
     """
+
+    shard_queues: ClassVar[bool] = True
 
     weight: float = 1.0
     groups: tuple[Pairs, ...] = (((0, 0),),)
@@ -47,8 +48,6 @@ class Similarity(Objective):
     teacher_temperature: float = 0.01
     queue_size: int = 65_536
     queue_init: str = "random"
-    reading: Reading = USUAL
-    shared: int = 0
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         students, teachers = zip(*(pair for group in self.groups for pair in group), strict=True)
@@ -66,7 +65,7 @@ class Similarity(Objective):
                 initial = inherited.rewound()
             else:
                 initial = Queue.create(jax.random.fold_in(rng, view), self.queue_size, dim)
-            queues[_queue_name(group)] = initial.stored(False, self.shared)
+            queues[_queue_name(group)] = initial
         return queues
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
@@ -96,7 +95,7 @@ class Similarity(Objective):
             queue.vectors,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
-            reading=self.reading,
+            reading=queue.access,
             shared=bool(queue.shared),
         )
         return jnp.mean(losses)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread, usage
+from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread, usage
 from disco_jax.methods.multicrop import pair_loss
 from disco_jax.ops.collectives import gather, share
 from disco_jax.ops.losses import unit
@@ -47,7 +47,7 @@ class Swapped(Objective):
     queue_size: int = 0
     queue_epochs: int = 0
     global_share: float = -1.0
-    steps_per_epoch: int = 1
+    steps_per_epoch: int = set_by_run(1)
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": tuple({*self.assign, *views.globals, *views.locals})}

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.ops.bank import USUAL, Reading, attended, compared
+from disco_jax.ops.collectives import pmean
 
 # Products of unit rows that differ by at most this are equal up to rounding.
 _TIE = 1e-6
+# Added to variances, as by the BatchNorm of Barlow Twins' official code.
+_VARIANCE_EPSILON = 1e-5
 
 
 def info_nce(
@@ -233,6 +236,39 @@ def squared_distance(student: Array, teacher: Array) -> Array:
     return jnp.sum(jnp.square(student - teacher), axis=-1)
 
 
+def cross_correlation_loss(student: Array, teacher: Array, *, redundancy: float) -> Array:
+    """Computes the Barlow Twins loss between the embeddings of two networks.
+
+    Barlow Twins (arXiv:2103.03230) eq. 1: sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2,
+    where C_ij (eq. 2) is the correlation of the student's dimension i with the teacher's dimension
+    j over the batch. Means, variances and C are computed in float32 over the global batch, so the
+    loss depends on the global batch size but not on the number of devices. As in the official
+    code, 1e-5 is added to the variances: a constant dimension has correlation 0.
+
+    Call it inside `pmap` or `vmap` with `axis_name=AXIS`. It communicates D x D floats.
+
+    Args:
+      student: f32[B, D], not normalised; the only input that receives a gradient.
+      teacher: f32[B, D], not normalised; row i is of the same image as row i of the student.
+      redundancy: lambda >= 0, the weight of off-diagonal correlations; 5e-3 in the paper.
+
+    Returns:
+      f32[], summed over the D x D correlations, equal on all replicas.
+
+    Raises:
+      AssertionError: while tracing, if a shape or dtype differs from those above.
+    """
+    chex.assert_type([student, teacher], jnp.float32)
+    chex.assert_equal_shape([student, teacher])
+    student, teacher = _standardize(student), _standardize(jax.lax.stop_gradient(teacher))
+    products = jnp.matmul(student.T, teacher, precision=jax.lax.Precision.HIGHEST)
+    correlation = pmean(products / len(student))
+    diagonal = jnp.diagonal(correlation)
+    off_diagonal = jnp.where(jnp.eye(len(correlation), dtype=bool), 0.0, correlation)
+    invariance = jnp.sum(jnp.square(1 - diagonal))
+    return invariance + redundancy * jnp.sum(jnp.square(off_diagonal))
+
+
 def target_cross_entropy(targets: Array, scores: Array, *, temperature: float) -> Array:
     """Computes the cross-entropy of the softmax of scores with soft targets.
 
@@ -313,6 +349,13 @@ def unit(rows: Array) -> Array:
     rows = rows.astype(jnp.float32)
     square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
     return rows * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def _standardize(rows: Array) -> Array:
+    """Returns rows [B, D] with mean 0 and variance 1 per dimension over the global batch."""
+    centred = rows - pmean(jnp.mean(rows, axis=0, keepdims=True))
+    variance = pmean(jnp.mean(jnp.square(centred), axis=0, keepdims=True))
+    return centred * jax.lax.rsqrt(variance + _VARIANCE_EPSILON)
 
 
 def _own(rows: Array, others: Array) -> Array:

@@ -7,8 +7,27 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.ops.bank import USUAL, Reading
 from disco_jax.ops.collectives import gather, replicas
 from disco_jax.ops.losses import unit
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueSettings:
+    """Settings of a run for its queues. They change results only by rounding.
+
+    Attributes:
+      half: store vectors in bfloat16, which takes half the memory.
+      shared: see `Queue.shared`.
+      access: see `Queue.access`.
+    """
+
+    half: bool = False
+    shared: int = 0
+    access: Reading = USUAL
+
+
+DEFAULT_SETTINGS = QueueSettings()
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +42,13 @@ class Queue:
       shared: 0 if every replica stores the whole queue. Otherwise the queue is sharded, each
         replica stores the rows it pushed, and this is the number of rows that all replicas together
         push in one step.
+      access: how similarities to the rows are computed.
     """
 
     vectors: Array
     pointer: Array
     shared: int = dataclasses.field(default=0, metadata={"static": True})
+    access: Reading = dataclasses.field(default=USUAL, metadata={"static": True})
 
     @classmethod
     def create(cls, rng: Array, size: int, dim: int) -> "Queue":
@@ -59,10 +80,10 @@ class Queue:
         """K, the number of rows on all replicas; valid inside the step."""
         return len(self.vectors) * (replicas() if self.shared else 1)
 
-    def stored(self, half: bool, shared: int = 0) -> "Queue":
-        """Returns the queue with `shared` set, in bfloat16 if `half` and else in float32."""
+    def stored(self, half: bool, shared: int = 0, access: Reading = USUAL) -> "Queue":
+        """Returns the queue with other `QueueSettings`."""
         vectors = self.vectors.astype(jnp.bfloat16 if half else jnp.float32)
-        return Queue(vectors, self.pointer, shared)
+        return Queue(vectors, self.pointer, shared, access)
 
     def rewound(self) -> "Queue":
         """Rotates the rows so that the oldest comes first and the pointer is 0.

@@ -1,14 +1,18 @@
 """Upgrades of configs written by earlier versions of this package.
 
-New fields get the value that preserves the earlier behaviour; removed fields are dropped with a log
-line. Runs can therefore be resumed, evaluated and exported after an upgrade.
+New fields get the value that preserves the earlier behaviour; renamed fields keep their value;
+removed fields are dropped with a log line. Runs can therefore be resumed, evaluated and exported
+after an upgrade.
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from disco_jax.nested import flatten
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,18 +33,48 @@ ADDED: dict[str, Any] = {
     "student.network": "student",
     "teacher.layers": 0,
 }
+# Fields and groups of fields renamed after version 0.1.0: earlier name -> name in this version.
+# A name that is both old and new comes first as the old one.
+RENAMED = {
+    "learning_rate.per_256": "learning_rate.base_lr",
+    "optimizer.frozen": "optimizer.frozen_until",
+    "optimizer.fixed": "optimizer.frozen",
+    "plane": "information_plane",
+}
+
+
+def renamed(names: Collection[str]) -> dict[str, str]:
+    """Returns earlier name -> name in this version for the fields that were renamed.
+
+    `optimizer.frozen` has changed its meaning. A field is renamed only if `names` lacks the new
+    name, or if the field with that name is renamed as well.
+
+    Args:
+      names: all fields of a config, or a field that no config of this version has.
+    """
+    out: dict[str, str] = {}
+    for old, new in RENAMED.items():
+        pattern = re.compile(rf"(^|\.){re.escape(old)}(?=\.|$)")
+        for name in names:
+            current = pattern.sub(rf"\g<1>{new}", name, count=1)
+            if current != name and (current not in names or current in out):
+                out[name] = current
+    return out
 
 
 def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the flat config of an earlier start, upgraded to the fields of this version.
 
-    Logs the fields that were added or dropped.
+    Logs the fields that were added, renamed or dropped.
 
     Args:
       old: field -> value, as written by the earlier start.
-      current: field -> value of this version's config; only the names are used.
+      current: field -> value of this version's config.
     """
-    added = {name: ADDED[name] for name in current if name not in old and name in ADDED}
+    names = _log_renamed(renamed(old))
+    old = {names.get(name, name): value for name, value in old.items()}
+    values = {**ADDED, **_new_objectives(old, current)}
+    added = {name: values[name] for name in current if name not in old and name in values}
     removed = [name for name in old if name not in current]
     if added:
         settings = ", ".join(f"config.{name}={value!r}" for name, value in added.items())
@@ -51,13 +85,25 @@ def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in old.items() if name in current} | added
 
 
+def _new_objectives(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of objectives that `old` has no section for, with weight 0."""
+    sections = {tuple(name.split(".")[:2]) for name in old}
+    new = {}
+    for name, value in current.items():
+        group, *rest = name.split(".")
+        if group == "objectives" and rest and (group, rest[0]) not in sections:
+            new[name] = 0.0 if rest[1:] == ["weight"] else value
+    return new
+
+
 def complete(config: ConfigDict) -> ConfigDict:
-    """Adds the fields of later versions to a config and returns it.
+    """Adds the fields of later versions to a config, renames earlier ones, and returns it.
 
     Args:
       config: changed in place. If it lacks a whole group of fields, it belongs to another command
         and the group is not added.
     """
+    _rename(config)
     for name, value in ADDED.items():
         *groups, field = name.split(".")
         place: Any = config
@@ -66,4 +112,35 @@ def complete(config: ConfigDict) -> ConfigDict:
         if isinstance(place, ConfigDict) and field not in place:
             with place.unlocked():
                 place[field] = value
+    return config
+
+
+def _log_renamed(names: Mapping[str, str]) -> Mapping[str, str]:
+    """Logs a line with the renamed fields, if there are any; returns `names`."""
+    if names:
+        pairs = ", ".join(f"config.{old} is now config.{new}" for old, new in names.items())
+        _LOG.info("Settings renamed since this run began: %s.", pairs)
+    return names
+
+
+def _rename(config: ConfigDict) -> None:
+    """Moves the values of renamed fields to their new names, in place."""
+    values = flatten(config)
+    names = _log_renamed(renamed(values))
+    with config.unlocked():
+        for old in names:
+            del _group(config, old)[old.rpartition(".")[2]]
+        for old, new in names.items():
+            _group(config, new)[new.rpartition(".")[2]] = values[old]
+        for group in RENAMED.keys() - names.keys():
+            if isinstance(config.get(group), ConfigDict) and not config[group]:
+                del config[group]
+
+
+def _group(config: ConfigDict, name: str) -> Any:
+    """Returns the section that contains a field; creates it if there is none."""
+    for group in name.split(".")[:-1]:
+        if group not in config:
+            config[group] = ConfigDict()
+        config = config[group]
     return config

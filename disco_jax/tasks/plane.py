@@ -35,10 +35,10 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       which I(X;T) begins to fall, "top1", ...}.
 
     Raises:
-      UserError: a setting, the run, the data, or a run of `config.plane.beside` is invalid.
+      UserError: a setting, the run, the data, or a run in `information_plane.beside` is invalid.
     """
-    _check(config.plane)
-    beside = {label: _read_path(label, config.name) for label in config.plane.beside}
+    _check(config.information_plane)
+    beside = {label: _read_path(label, config.name) for label in config.information_plane.beside}
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     online.check(config, trained)
     trained, source = target.opened(trained, source)
@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             print(
                 f"I(X;T) is close to its maximum of {last['most_bits']:.2f} bits for this number "
                 "of images: most outputs are alone in their bin. Use more images "
-                "(config.plane.split, .images)."
+                "(config.information_plane.split, .images)."
             )
     build.refresh(config.report, workdir)
     return result
@@ -78,7 +78,7 @@ def _trace(
     config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
     """Fine-tunes and returns the points of the path, including those before a restart."""
-    data, plane = trained.config.data, config.plane
+    data, plane = trained.config.data, config.information_plane
     total = config.total_epochs * plan.steps_per_epoch
     folder = epath.Path(workdir) / config.name
 
@@ -125,16 +125,20 @@ def _trace(
 def _check(plane: ConfigDict) -> None:
     for name, least in _MINIMA.items():
         if plane[name] < least:
-            raise errors.UserError(f"config.plane.{name}={plane[name]} is below {least}.")
+            raise errors.UserError(
+                f"config.information_plane.{name}={plane[name]} is below {least}."
+            )
     if plane.grouping not in information.GROUPINGS:
-        raise errors.unknown("config.plane.grouping", plane.grouping, information.GROUPINGS)
+        raise errors.unknown(
+            "config.information_plane.grouping", plane.grouping, information.GROUPINGS
+        )
 
 
 def _read_path(run: str, name: str) -> list[dict[str, float]]:
     file = epath.Path(run) / f"{name}.json"
     if not file.exists():
         raise errors.UserError(
-            f"config.plane.beside: {file} does not exist. Run `disco-jax plane --workdir {run}` "
-            "first, with the same --config.name."
+            f"config.information_plane.beside: {file} does not exist. Run `disco-jax plane "
+            f"--workdir {run}` first, with the same --config.name."
         )
     return files.read_json(file)["path"]

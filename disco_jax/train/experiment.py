@@ -268,7 +268,7 @@ def _check_best_metric(experiment: Experiment) -> None:
 def _check_patterns(experiment: Experiment) -> None:
     """Checks that the optimizer's patterns match parameters of the student."""
     config = experiment.config
-    if any(config.optimizer[field] for field in ("frozen", "fixed", "unit_norm")):
+    if any(config.optimizer[field] for field in ("frozen", "frozen_until", "unit_norm")):
         encoder = experiment.method.networks["student"].encoder
         params = jax.eval_shape(lambda: encoder.create(0, config.augment.size))["params"]
         optimizer.check_patterns(config.optimizer, params)

@@ -141,7 +141,7 @@ class Watch:
         message = (
             f"The embedding has collapsed: {STD} was below {self.min_std} in the last "
             f"{self.patience} log lines ({std:.4f} at step {step}, effective rank of the features "
-            f"{rank:.1f}). Try a lower config.learning_rate.per_256, a longer queue or another "
+            f"{rank:.1f}). Try a lower config.learning_rate.base_lr, a longer queue or another "
             "temperature. config.health configures this alarm."
         )
         if self.stop:

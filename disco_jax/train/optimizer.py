@@ -27,10 +27,10 @@ _DEFAULTS = dict(
     no_decay=(),
     no_trust=(),
     clip=0.0,
-    frozen=(),
+    frozen_until=(),
     frozen_steps=0,
     frozen_epochs=0,
-    fixed=(),
+    frozen=(),
     unit_norm=(),
 )
 
@@ -40,7 +40,7 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
 
     Args:
       spec: with these fields:
-        per_256: peak at a global batch of 256; scaled linearly with the batch size.
+        base_lr: peak at a global batch of 256; scaled linearly with the batch size.
         decay: "cosine" over the whole run, to 0; "cosine_after" the warm-up, to `minimum`;
         "steps"; "constant".
         minimum: final rate of "cosine_after", not scaled.
@@ -56,7 +56,7 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     Raises:
       UserError: for an unknown `decay` or `every`.
     """
-    peak = spec.per_256 * batch_size / 256
+    peak = spec.base_lr * batch_size / 256
     total = total_epochs * steps_per_epoch
     warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
     if spec.decay == "cosine_after":
@@ -115,10 +115,10 @@ def build(
         no_decay, no_trust: kinds of parameters without weight decay or without the factor of
         "lars": "vectors" (biases, norms), "depthwise" (kernels of depthwise convolutions).
         clip: maximum norm of each parameter's gradient, clipped separately (DINO); 0: none.
-        frozen: patterns of parameters that are not updated for the first frozen_steps or
+        frozen_until: patterns of parameters that are not updated for the first frozen_steps or
         frozen_epochs. Their moments are not updated either, as in PyTorch, which skips parameters
         without a gradient.
-        fixed: patterns of parameters that are never trained.
+        frozen: patterns of parameters that are never trained.
         unit_norm: patterns of kernels whose columns are scaled to length 1 after every step.
         Patterns are shell-style wildcards for paths such as "prototypes/kernel0".
       rate: step -> learning rate.
@@ -137,7 +137,7 @@ def build(
         decay = schedules.cosine_after(0.0, decay, values.weight_decay_end, 0, total)
     tx = _chain(values, rate, decay)
     late = values.frozen_steps or values.frozen_epochs * steps_per_epoch
-    if (values.frozen and late) or values.fixed:
+    if (values.frozen_until and late) or values.frozen:
         groups = {
             "free": tx,
             "late": _delayed_chain(values, rate, decay, late),
@@ -235,24 +235,24 @@ def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
 
 def _groups(spec: Any, params: Any, late: bool) -> Any:
     """Returns the group of every parameter: "free", "late" or "fixed"."""
-    for field in ("frozen", "fixed"):
+    for field in ("frozen_until", "frozen"):
         _require_matches(spec[field], params, field)
 
     def group(path: str, _: Array) -> str:
-        if _matches(path, spec.fixed):
+        if _matches(path, spec.frozen):
             return "fixed"
-        return "late" if late and _matches(path, spec.frozen) else "free"
+        return "late" if late and _matches(path, spec.frozen_until) else "free"
 
     return _by_path(group, params)
 
 
 def check_patterns(spec: Any, params: Any) -> None:
-    """Checks that every pattern of `frozen`, `fixed` and `unit_norm` matches some parameter.
+    """Checks that every pattern of `frozen`, `frozen_until` and `unit_norm` matches some parameter.
 
     Raises:
       UserError: names the pattern and a few parameters.
     """
-    for field in ("frozen", "fixed", "unit_norm"):
+    for field in ("frozen", "frozen_until", "unit_norm"):
         _require_matches(spec[field], params, field)
 
 
@@ -311,8 +311,8 @@ def _check(spec: Any) -> None:
     if spec.frozen_steps and spec.frozen_epochs:
         raise errors.UserError(
             f"config.optimizer.frozen_steps={spec.frozen_steps} and config.optimizer."
-            f"frozen_epochs={spec.frozen_epochs} both set the duration of config.optimizer.frozen. "
-            "Set one of them to 0."
+            f"frozen_epochs={spec.frozen_epochs} both set the duration of config.optimizer."
+            "frozen_until. Set one of them to 0."
         )
     if spec.name == "larc" and (spec.weight_decay_end >= 0 or spec.no_decay):
         raise errors.UserError(

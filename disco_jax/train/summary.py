@@ -10,7 +10,7 @@ import numpy as np
 from disco_jax.errors import NumericError
 from disco_jax.train.health import PREFIX, STD, effective_rank
 
-_REMEDY = "Try a lower config.learning_rate.per_256 or config.dtype=float32."
+_REMEDY = "Try a lower config.learning_rate.base_lr or config.dtype=float32."
 
 
 def summarise(window: Sequence[Mapping[str, jax.Array]], step: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ results = []
 for recipe in ("linear", "linear:protocol=moco"):
     config = flags.load(recipe)
     config.update(total_epochs=2, batch_size=32, name=f"two_{len(results)}")
-    config.learning_rate.per_256 = 0.5
+    config.learning_rate.base_lr = 0.5
     results.append(linear.run(config, sys.argv[3]))
 assert results[1]["images"] == results[0]["images"] == 61
 config = flags.load("knn")
@@ -77,7 +77,7 @@ def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
     test = features.of_split(trained, source, "test", 16)
     config = flags.load("linear")
     config.update(total_epochs=2, batch_size=32)
-    config.learning_rate.per_256 = 0.5
+    config.learning_rate.base_lr = 0.5
     top1 = linear.run(config, run)["top1"]
     knn_task.run(flags.load("knn"), run)
     with np.load(tmp_path / "out.npz") as two:

@@ -29,7 +29,7 @@ def blobs(count, seed, spread=4.0):
 
 def config(rate=0.05, epochs=30):
     linear_config = flags.load("configs/linear.py")
-    linear_config.learning_rate.per_256 = rate
+    linear_config.learning_rate.base_lr = rate
     linear_config.total_epochs = epochs
     linear_config.learning_rate.milestones = (18, 24)
     return linear_config
@@ -97,7 +97,7 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
     pairs = [(0.02, 0.0), (0.05, 1e-2)]
     heads = grid.side_by_side(probe_config, train.features, train.labels, 5, pairs, {})
     for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
-        probe_config.learning_rate.per_256, probe_config.optimizer.weight_decay = rate, decay
+        probe_config.learning_rate.base_lr, probe_config.optimizer.weight_decay = rate, decay
         expected = fit(probe_config, train)
         np.testing.assert_allclose(kernel, expected.kernel, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(bias, expected.bias, rtol=1e-4, atol=1e-6)
@@ -209,7 +209,7 @@ def test_protocols_hold_the_papers_settings(recipe, expected):
     probe = flags.load(recipe)
     rate = probe.learning_rate
     settings = dict(
-        rate=rate.per_256, epochs=probe.total_epochs, steps=rate.milestones, factor=rate.factor,
+        rate=rate.base_lr, epochs=probe.total_epochs, steps=rate.milestones, factor=rate.factor,
         milestones=len(rate.milestones), warmup=rate.warmup_from, schedule=rate.decay,
         batch=probe.batch_size, decay=probe.optimizer.weight_decay, name=probe.optimizer.name,
         blocks=probe.blocks, augment=probe.augment, labelled=probe.labelled.percent,

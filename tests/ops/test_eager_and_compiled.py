@@ -86,6 +86,7 @@ LOSSES = {
     "squared_distance:itself": lambda s: losses.squared_distance(
         unit(s), unit(jax.lax.stop_gradient(s))
     ),
+    "cross_correlation_loss": lambda s: losses.cross_correlation_loss(s, KEY, redundancy=5e-3),
     "target_cross_entropy": lambda s: losses.target_cross_entropy(
         jax.nn.softmax(KEY), unit(s), temperature=0.1
     ),

@@ -24,23 +24,23 @@ def rates(epochs, batch_size=256, **fields):
 @pytest.mark.parametrize(
     "fixture, array, batch_size, fields",
     [
-        ("moco_a", "moco_cos_200", 256, dict(per_256=0.03)),
-        ("moco_a", "moco_step_200", 256, dict(per_256=0.03, decay="steps", milestones=(120, 160))),
-        ("moco_a", "lincls_100", 256, dict(per_256=30.0, decay="steps", milestones=(60, 80))),
-        ("disco_a", "disco_cos_200", 256, dict(per_256=0.03)),
+        ("moco_a", "moco_cos_200", 256, dict(base_lr=0.03)),
+        ("moco_a", "moco_step_200", 256, dict(base_lr=0.03, decay="steps", milestones=(120, 160))),
+        ("moco_a", "lincls_100", 256, dict(base_lr=30.0, decay="steps", milestones=(60, 80))),
+        ("disco_a", "disco_cos_200", 256, dict(base_lr=0.03)),
         (
             "disco_a",
             "lincls_100",
             256,
             dict(
-                per_256=3.0,
+                base_lr=3.0,
                 decay="steps",
                 milestones=(5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80),
                 factor=0.5,
             ),
         ),
-        ("seed_a", "seed_cos_200", 256, dict(per_256=0.03, warmup_epochs=5, warmup_from=0.03)),
-        ("seed_a", "seed_cos_mult4", 1024, dict(per_256=0.03, warmup_epochs=5, warmup_from=0.03)),
+        ("seed_a", "seed_cos_200", 256, dict(base_lr=0.03, warmup_epochs=5, warmup_from=0.03)),
+        ("seed_a", "seed_cos_mult4", 1024, dict(base_lr=0.03, warmup_epochs=5, warmup_from=0.03)),
     ],
 )
 def test_matches_the_official_script(fixture, array, batch_size, fields):
@@ -50,7 +50,7 @@ def test_matches_the_official_script(fixture, array, batch_size, fields):
 
 
 def test_per_step_cosine_ends_near_zero_and_starts_at_the_peak():
-    spec = ConfigDict(dict(per_256=0.5, decay="cosine", every="step", warmup_epochs=0))
+    spec = ConfigDict(dict(base_lr=0.5, decay="cosine", every="step", warmup_epochs=0))
     schedule = optimizer.learning_rate(spec, 256, STEPS, 10)
     assert schedule(0) == pytest.approx(0.5)
     assert schedule(10 * STEPS) == pytest.approx(0, abs=1e-7)
@@ -60,7 +60,7 @@ def test_per_step_cosine_ends_near_zero_and_starts_at_the_peak():
 def test_unknown_names_are_refused_with_the_nearest():
     from disco_jax.errors import UserError
 
-    spec = ConfigDict(dict(per_256=0.5, decay="cosin", every="step", warmup_epochs=0))
+    spec = ConfigDict(dict(base_lr=0.5, decay="cosin", every="step", warmup_epochs=0))
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         optimizer.learning_rate(spec, 256, STEPS, 10)
 
@@ -71,7 +71,7 @@ def test_swavs_rate_step_by_step(array):
     params = next(p for p in meta["params"] if p["array"] == array)
     per_epoch, epochs = params["iterations_per_epoch"], params["epochs"]
     spec = dict(
-        per_256=params["base_lr"],
+        base_lr=params["base_lr"],
         decay="cosine_after",
         every="step",
         minimum=params["final_lr"],

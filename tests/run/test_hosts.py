@@ -31,7 +31,7 @@ CONFIG = {
     "log.replicas_every_steps": 5,
     # Sums over processes round differently from sums over the devices of one process. At the
     # recipes' rates, this tiny network amplifies a difference of 1e-6 to 2e-5 in ten steps.
-    "learning_rate.per_256": 0.003,
+    "learning_rate.base_lr": 0.003,
 }
 OF_RECIPE = {
     # MoCo's, DisCo's and SEED's objectives, shuffled BatchNorm in one network.
@@ -286,7 +286,7 @@ def test_errors_that_say_that_a_process_is_gone_are_told_apart(monkeypatch):
 def test_a_process_that_waits_for_a_lost_one_ends_within_the_time_out(victim):
     """Checks the documented exit code; process 0 is special because it runs the coordinator."""
     code = (
-        "import os, sys, time; from disco_jax.train import hosts; me = int(sys.argv[2]); "
+        "import os, sys, time; from disco_jax.run import hosts; me = int(sys.argv[2]); "
         "hosts.initialize(f'localhost:{sys.argv[1]}', 2, me, timeout_s=10); hosts.all_gather(me); "
         f"me == {victim} and os.kill(os.getpid(), 9); time.sleep(100)"
     )

@@ -24,7 +24,7 @@ CELLS = {
     "more": {
         "student.hidden": 32,
         "optimizer.name": "lars",
-        "learning_rate.per_256": 0.3,
+        "learning_rate.base_lr": 0.3,
         "objectives.similarity.weight": 1.0,
         "momentum.ema_rate": 0.9,
     },
@@ -178,7 +178,7 @@ def convolutions(names):
 
 @pytest.mark.wiring  # checks the names in the error, not the numbers
 def test_students_that_diverge_are_named(tmp_path, source):
-    changes = {"narrow": {}, "wide": {"learning_rate.per_256": 1e30}}
+    changes = {"narrow": {}, "wide": {"learning_rate.base_lr": 1e30}}
     configs = {name: config_of("narrow", **changes[name]) for name in changes}
     folders = {name: str(tmp_path / name) for name in changes}
     with pytest.raises(shared.Diverged, match="wide: Not finite") as raised:

@@ -73,7 +73,7 @@ def test_few_shots_are_the_same_for_a_seed_and_better_with_more(runs):
 def short_plane(**changes):
     config = flags.load("plane")
     config.update_from_flattened_dict(
-        {"total_epochs": 4, "batch_size": 64, "plane.points": 4, **changes}
+        {"total_epochs": 4, "batch_size": 64, "information_plane.points": 4, **changes}
     )
     return config
 
@@ -85,7 +85,7 @@ def test_a_way_through_the_plane(runs):
         assert 0 <= point["label_bits"] <= min(point["input_bits"], np.log2(10)) + 1e-9
         assert point["input_bits"] <= np.log2(80) + 1e-9
     assert result == read(runs[0], "plane")
-    second = plane.run(short_plane(**{"plane.beside": (runs[0],)}), runs[1])
+    second = plane.run(short_plane(**{"information_plane.beside": (runs[0],)}), runs[1])
     assert second["path"] != result["path"]
     assert is_drawn(pathlib.Path(runs[1], "plane.png"))
 
@@ -93,9 +93,9 @@ def test_a_way_through_the_plane(runs):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"plane.points": 1}, "config.plane.points=1"),
-        ({"plane.grouping": "row"}, "Did you mean 'rows'"),
-        ({"plane.beside": ("/no/run",)}, "disco-jax plane --workdir /no/run"),
+        ({"information_plane.points": 1}, "config.information_plane.points=1"),
+        ({"information_plane.grouping": "row"}, "Did you mean 'rows'"),
+        ({"information_plane.beside": ("/no/run",)}, "disco-jax plane --workdir /no/run"),
     ],
 )
 def test_a_plane_that_cannot_be_is_refused_first(runs, changes, says):

@@ -48,7 +48,7 @@ def run(tmp_path_factory, data_file):
 def quick(recipe, **changes):
     """Returns a recipe with two epochs of small batches."""
     config = flags.load(recipe)
-    short = {"total_epochs": 2, "batch_size": 32, "learning_rate.per_256": 0.5}
+    short = {"total_epochs": 2, "batch_size": 32, "learning_rate.base_lr": 0.5}
     config.update_from_flattened_dict({**short, **changes})
     return config
 
@@ -88,7 +88,7 @@ def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(ru
 
 
 def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
-    config = quick("linear:protocol=grid_crops", **{"learning_rate.per_256": 50.0})
+    config = quick("linear:protocol=grid_crops", **{"learning_rate.base_lr": 50.0})
     config.grid.update(rates=(1e-6, 50.0), weight_decays=(0.0,), held_out_percent=30.0)
     result = linear.run(config, run)
     assert result["rate"] == 50.0 and len(result["grid"]) == 2
@@ -109,7 +109,7 @@ def test_devices_do_not_change_what_is_learned(run, recipe):
     """Compares one device with four, with partial last batches of test images."""
     trained = features.load(run)
     # Small rates, at which rounding errors do not grow from step to step.
-    config = quick(recipe, **{"learning_rate.per_256": 0.05, "head_rate": 2.0})
+    config = quick(recipe, **{"learning_rate.base_lr": 0.05, "head_rate": 2.0})
     outputs = []
     for devices in (1, 4):
         with helpers.devices(devices):

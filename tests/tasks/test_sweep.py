@@ -236,12 +236,12 @@ def test_a_cell_that_diverges_is_left_out(digits_file, tmp_path):
     """Checks that the other cells of its group are trained and evaluated."""
     config = small(digits_file, teacher="", teachers={})
     config.recipe = RECIPES[0]
-    config.axes = (("config.learning_rate.per_256", (1e30, 0.01)),)
-    config.figure.x = "config.learning_rate.per_256"
+    config.axes = (("config.learning_rate.base_lr", (1e30, 0.01)),)
+    config.figure.x = "config.learning_rate.base_lr"
     config.changes = (*config.changes, ("total_steps", 4))
     result = sweep.run(config, str(tmp_path))
     assert result["done"] == 1
-    assert list(result["failed"]) == ["per_256=1e+30"]
+    assert list(result["failed"]) == ["base_lr=1e+30"]
     lines = rows_of(tmp_path)
     assert "Not finite" in lines[0]["remark"] and not lines[0]["knn top-1 (%)"]
     assert float(lines[1]["knn top-1 (%)"]) > 0

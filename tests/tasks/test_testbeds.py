@@ -138,7 +138,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
             {"momentum.ema_rate_end": 1.5},
             r"ema_rate_end=1\.5 must be a finite number",
         ),
-        ("dino", {"optimizer.fixed": ("head/scale",)}, "'head/scale' matches no parameter"),
+        ("dino", {"optimizer.frozen": ("head/scale",)}, "'head/scale' matches no parameter"),
         ("swav", {"objectives.swapped.queue_size": 12}, "nearest that are: 8, 16"),
         (
             "swav",

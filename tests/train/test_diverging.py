@@ -48,7 +48,7 @@ def test_a_mad_rate_ends_with_3_and_keeps_the_last_good_state(
     source = ArraySource({"train": (digits["train_images"][:64], digits["train_labels"][:64])})
     with helpers.tiny_backbone(), helpers.devices(1):
         config = config_of(recipe, batch_size=16, total_steps=8)
-        config.learning_rate.update(per_256=1e38, decay="constant", warmup_epochs=0)
+        config.learning_rate.update(base_lr=1e38, decay="constant", warmup_epochs=0)
         config.checkpoint.every_steps = 1
         if config.bags.file:
             config.bags.file = str(tmp_path / "bags.npz")

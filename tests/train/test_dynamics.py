@@ -192,7 +192,7 @@ def test_swavs_states_follow_the_official_train_function(replicas):
         name="larc",
         momentum=0.9,
         weight_decay=settings["weight_decay"],
-        frozen=("prototypes/*",),
+        frozen_until=("prototypes/*",),
         frozen_steps=settings["freeze_prototypes_niters"],
         unit_norm=("prototypes/kernel*",),
     )

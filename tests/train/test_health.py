@@ -118,7 +118,7 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
     with helpers.tiny_backbone():
         config = helpers.tiny_config(recipe, batch_size=32, total_steps=40)
     rate = 8.0 if recipe == "squared_distance" else 0.5
-    config.learning_rate.update(per_256=rate, warmup_epochs=0, decay="constant")
+    config.learning_rate.update(base_lr=rate, warmup_epochs=0, decay="constant")
     config.log.every_steps = 4
     config.checkpoint.every_steps = 40
     config.health.update(min_std=0.02, patience=3, stop=stop)

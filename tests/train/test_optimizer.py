@@ -113,7 +113,9 @@ def test_frozen_parameters_start_late_as_if_nothing_had_been(name):
     params, gradients = draw(), [draw() for _ in range(5)]
     rate = lambda step: 0.1 / (1 + jnp.asarray(step, jnp.float32))  # noqa: E731
     spec = dict(name=name, weight_decay=0.01)
-    delayed = run(build(rate, frozen=("prototypes/*",), frozen_steps=2, **spec), params, gradients)
+    delayed = run(
+        build(rate, frozen_until=("prototypes/*",), frozen_steps=2, **spec), params, gradients
+    )
     plain = run(build(rate, **spec), params, gradients)
     for step in range(5):
         assert_equal(delayed[step]["head"], plain[step]["head"])
@@ -140,7 +142,7 @@ def test_fixed_parameters_never_move_and_prototypes_keep_unit_length():
         }
     }
     gradients = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), params)] * 2
-    tx = build(fixed=("prototypes/scale*",), unit_norm=("prototypes/kernel*",), weight_decay=0.1)
+    tx = build(frozen=("prototypes/scale*",), unit_norm=("prototypes/kernel*",), weight_decay=0.1)
     prototypes = run(tx, params, gradients)[-1]["prototypes"]
     np.testing.assert_array_equal(prototypes["scale0"], 1)
     np.testing.assert_allclose(np.linalg.norm(prototypes["kernel0"], axis=0), 1, atol=1e-6)
@@ -178,7 +180,10 @@ def test_state_of_plain_sgd_is_what_it_was():
         (dict(name="adam"), "Did you mean 'adamw'"),
         (dict(no_decay=("vector",)), "Did you mean 'vectors'"),
         (dict(no_trust=("depth",)), r"config\.optimizer\.no_trust='depth'"),
-        (dict(frozen=("head",), frozen_steps=2), r"frozen=\('head',\): 'head' matches no"),
+        (
+            dict(frozen_until=("head",), frozen_steps=2),
+            r"frozen_until=\('head',\): 'head' matches no",
+        ),
         (dict(unit_norm=("prototypes/*",)), "unit_norm"),
         (dict(frozen_steps=2, frozen_epochs=1), "both set the duration"),
         (dict(name="larc", weight_decay_end=0.4), "use 'lars'"),

@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
     source = ArraySource(helpers.digits_splits())
     config = helpers.tiny_config("disco", batch_size=64, total_steps=40)
-    config.learning_rate.per_256 = 1e30
+    config.learning_rate.base_lr = 1e30
     config.checkpoint.every_steps = 1
     with pytest.raises(NumericError, match=r"Not finite at step \d+: .*distill/loss"):
         pretrain.run(config, str(tmp_path), source)
@@ -238,8 +238,8 @@ ALL_QUEUES = {  # RETRO with two queues, and every other objective with its own 
 LATE_PROTOTYPES = {"optimizer.frozen_epochs": 0, "optimizer.frozen_steps": 2}
 SWAV = {"objectives.swapped.queue_size": 64, "objectives.swapped.queue_epochs": 0}
 DINO = {
-    "optimizer.fixed": ("prototypes/scale*",),
-    "optimizer.frozen": ("prototypes/*",),
+    "optimizer.frozen": ("prototypes/scale*",),
+    "optimizer.frozen_until": ("prototypes/*",),
     "optimizer.weight_decay_end": 0.4,
     "optimizer.clip": 0.3,
     "objectives.self_distill.warmup_temperature": 0.02,

@@ -135,7 +135,7 @@ def test_maps_of_other_sizes_need_a_resize_rule():
     config = helpers.smoke_config("attention", **changes)
     method = methods.build(config, config.views)
     with pytest.raises(
-        UserError, match=r"teacher has a map of 32x32, the student maps of 8x8.*linear"
+        UserError, match=r"teacher has a map of 32x32, the student has maps of 8x8.*linear"
     ):
         method.check(state.shapes(method, (32, 32)))
     config.objectives.attention.resize = "linear"

@@ -39,6 +39,7 @@ FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward 
     "disco_seed:rkd=true": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "squared_distance": {"student": (0,), "teacher": (0,)},
     "binary_contrast": {"student": (0,), "teacher": (0,)},
+    "barlow_twins": {"student": (0,), "teacher": (0,)},
     "online_clusters": {"student": (0,), "teacher": (0,)},
     "pseudo_labels": {"student": (0,)},
     "simreg": {"student": (0,), "teacher": (0,)},
@@ -125,7 +126,7 @@ CASES = {
         "objectives.relations.group": 4,
         **{f"objectives.{name}.weight": 0.1 for name in (
             "compress", "consistency", "online_clusters", "binary_contrast", "similarity",
-            "relations")},
+            "relations", "cross_correlation")},
     }),
     # Two images of a bag and their CutMix, pseudo-labels of clusters, SimReg's head, and BatchNorm
     # statistics of groups within a device.

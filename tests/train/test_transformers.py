@@ -30,7 +30,8 @@ def smoke(recipe, student, **changes):
     config.augment.size, config.local.size, config.batch_size = 16, 8, 4
     # Restores the papers' settings, which `smoke=true` replaces.
     real = flags.load(f"{recipe}:{arg.replace('digits,smoke=true', 'imagenet2012')}")
-    fields = ("name", "weight_decay", "weight_decay_end", "no_decay", "clip", "frozen", "fixed")
+    fields = ("name", "weight_decay", "weight_decay_end", "no_decay", "clip")
+    fields += ("frozen_until", "frozen")
     config.optimizer.update({field: real.optimizer[field] for field in fields})
     config.optimizer.update(frozen_epochs=0, frozen_steps=1)
     config.learning_rate.warmup_epochs = 0  # a warm-up would have rate 0 in the first step
