@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 
-from disco_jax import flags, methods
-from disco_jax.data import views
+from disco_jax import flags
 from disco_jax.methods.base import Record
 from disco_jax.models.encoder import encode
 from disco_jax.models.layers import folding
 from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.ops.memory import Queue
 from disco_jax.plan import hlo, program, topology
+from disco_jax.train.experiment import assemble
 from disco_jax.train.state import axes
 
 
@@ -156,8 +156,8 @@ def specs(tree: Any) -> Any:
 def components(config: Any, batch: int) -> dict[str, Part]:
     """Returns name -> part of a config's step."""
     single_device = jax.sharding.AbstractMesh((1,), (AXIS,))
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
+    experiment = assemble(config)
+    recipe, method = experiment.views, experiment.method
     crops = {
         v: jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
         for v, side in enumerate(recipe.sizes)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from disco_jax import flags
-from disco_jax.data import views
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train import state, step
+from disco_jax.train.experiment import assemble
 
 WIDTHS = 512, 1024, 1280, 2048, 4096
 NETWORKS = "student=resnet18,teacher=resnet50"
@@ -110,7 +110,7 @@ def joint(args):
     }
     abstract_steps = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
     first = next(iter(configs.values()))
-    recipe = views.build(first.augment, first.views, first.local)
+    recipe = assemble(first).views
     learners = {name: built.learner for name, (built, _) in abstract_steps.items()}
     together = step.make_joint_step(learners, recipe, first.seed)
     separate = {

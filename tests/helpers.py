@@ -15,8 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 import reference_weights
-from disco_jax import flags, methods, models
-from disco_jax.data import views
+from disco_jax import errors, flags, models
 from disco_jax.models.backbones.base import Backbone
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.layers.norm import BatchNorm
@@ -24,7 +23,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.run.checkpoint import Checkpoints
 from disco_jax.run.workdir import claim
 from disco_jax.train import state, teacher
-from disco_jax.train.step import from_config
+from disco_jax.train.experiment import assemble
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -176,45 +175,32 @@ class Identity:
         return views
 
 
-# Recipes with views of two sizes, and all recipes with their variants.
-MULTICROP = (
-    "swav", "swav_disco", "dino", "dino_disco", "sslight_moco", "sslight_swav", "sslight_dino",
-)  # fmt: skip
-RECIPES = (
-    "moco_v2",
-    "disco",
-    "disco_star",
-    "seed",
-    "seed:views=cross",
-    "seed:views=small_patch",
-    "retro",
-    "retro:symmetric=false",
-    "rkd",
-    "attention",
-    "disco_seed:rkd=true",
-    "squared_distance",
-    "binary_contrast",
-    "barlow_twins",
-    "online_clusters",
-    "pseudo_labels",
-    "simreg",
-    "compress",
-    "compress:queues=1",
-    "bingo",
-    "ressl",
-    *MULTICROP,
+# Arguments that change a recipe's views or objectives: recipe -> arguments, tested besides the
+# recipe itself.
+VARIANTS = {
+    "seed": ("views=cross", "views=small_patch"),
+    "retro": ("symmetric=false",),
+    "disco_seed": ("rkd=true",),
+    "compress": ("queues=1",),
+}
+# All pretraining recipes, those with views of two sizes, and all with their variants.
+PRETRAINING = tuple(name for name in flags.recipes() if "objectives" in flags.load(name))
+MULTICROP = tuple(name for name in PRETRAINING if flags.load(name).local.count)
+RECIPES = tuple(
+    recipe
+    for name in PRETRAINING
+    for recipe in (name, *(f"{name}:{arguments}" for arguments in VARIANTS.get(name, ())))
 )
 
 
-_WITHOUT_TEACHER = (
-    "moco_v2", "ressl", "pseudo_labels",
-    "swav", "dino", "sslight_moco", "sslight_swav", "sslight_dino",
-)  # fmt: skip
-
-
+@functools.cache
 def has_teacher(recipe):
     """Returns True if a recipe takes the argument `teacher`."""
-    return recipe.partition(":")[0] not in _WITHOUT_TEACHER
+    try:
+        flags.load(f"{recipe.partition(':')[0]}:teacher=resnet8")
+    except errors.UserError:
+        return False
+    return True
 
 
 QUIET = {}  # changes applied to every smoke config
@@ -314,24 +300,19 @@ def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):
 
 def smoke(config, replicas):
     """Returns (single-replica step, state, frozen, batch with a leading replica axis)."""
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    method = method.paced(10)
     config = ConfigDict({**config.to_dict(), "total_epochs": 5})
-    train_step, learner = from_config(config, method, recipe, 10)
-    size = config.augment.size
+    experiment = assemble(config, steps_per_epoch=10)
+    built = experiment.build_step()
     frozen = {}
-    if "teacher" in method.plan:
-        frozen["teacher"] = method.networks["teacher"].encoder.create(1, size)
-    train_state = state.create(method, learner.tx, config.seed, size, reused=frozen.get("teacher"))
+    if "teacher" in experiment.needs:
+        encoder = experiment.method.networks["teacher"].encoder
+        frozen["teacher"] = encoder.create(1, config.augment.size)
+    train_state = experiment.initial_state(built, teacher=frozen.get("teacher"))
     rng = np.random.default_rng(0)
-    shape = (replicas, config.batch_size // replicas)
-    crops = {
-        v: rng.integers(0, 256, (*shape, side, side, 3), np.uint8)
-        for v, side in enumerate(recipe.sizes)
-    }
-    aux = {"cluster": rng.integers(0, 16, shape, np.int32)} if config.bags.file else {}
-    return train_step, train_state, frozen, {"views": crops, "aux": aux}
+    shapes = experiment.batch_shapes(replicas)
+    crops = {v: rng.integers(0, 256, x.shape, np.uint8) for v, x in shapes["views"].items()}
+    aux = {name: rng.integers(0, 16, x.shape, np.int32) for name, x in shapes["aux"].items()}
+    return built.train_step, train_state, frozen, {"views": crops, "aux": aux}
 
 
 @functools.cache

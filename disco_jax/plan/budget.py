@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from disco_jax.data import views
 from disco_jax.ops.collectives import AXIS
 from disco_jax.plan import estimate, program, topology
 from disco_jax.train import step
+from disco_jax.train.experiment import assemble
 
 IMAGES = 1_281_167  # ImageNet's training images, for the number of steps in an epoch
 
@@ -58,7 +58,7 @@ def costs(configs: Mapping[str, Any]) -> tuple[float, float]:
     """Returns the operations per image of all runs trained separately, and in one joint step."""
     abstract_steps = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
     first = next(iter(configs.values()))
-    recipe = views.build(first.augment, first.views, first.local)
+    recipe = assemble(first).views
     learners = {name: built.learner for name, (built, _) in abstract_steps.items()}
     joint = step.make_joint_step(learners, recipe, first.seed)
     states = {name: arguments[0] for name, (_, arguments) in abstract_steps.items()}

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax import methods, models
-from disco_jax.data import views
+from disco_jax import models
 from disco_jax.data.targets import KEY
-from disco_jax.models.layers import folding
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
+from disco_jax.train.experiment import assemble
 
 # The compiler's error messages for programs that are too large: either the total memory needed and
 # available, or only that of temporaries.
@@ -155,42 +154,23 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
       replicas: number of replicas that share a batch.
       steps_per_epoch: for the schedules.
     """
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    record = state.shapes(method, recipe.sizes)
-    method.check(record)
-    method = method.paced(steps_per_epoch)
-    built = step.from_config(config, method, recipe, steps_per_epoch)
-    size, teacher_shapes = config.augment.size, None
-    if "teacher" in method.plan:
-        encoder = method.networks["teacher"].encoder
+    experiment = assemble(config, steps_per_epoch=steps_per_epoch)
+    method, record, built = experiment.method, experiment.record, experiment.build_step()
+    teacher_shapes, frozen = None, {}
+    if "teacher" in experiment.needs:
+        encoder, size = method.networks["teacher"].encoder, config.augment.size
         teacher_shapes = jax.eval_shape(lambda: encoder.create(0, size))
+        frozen = jax.eval_shape(lambda: experiment.frozen(encoder.create(0, size)))
     initial_state = jax.eval_shape(
-        lambda teacher: state.create(
-            method, built.learner.tx, config.seed, size, reused=teacher, record=record
-        ),
-        teacher_shapes,
+        lambda teacher: experiment.initial_state(built, teacher=teacher), teacher_shapes
     )
-    shape = (replicas, config.batch_size // replicas)
-    crops = {
-        view: jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8)
-        for view, side in enumerate(recipe.sizes)
-    }
-    aux = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for objective in method.objectives.values()
-        for name in objective.aux
-    }
     initial_state = state.shard_shapes(initial_state, replicas)
-    frozen = {"teacher": teacher_shapes} if teacher_shapes else {}
-    if teacher_shapes and config.fast.teacher:
-        network = method.networks["teacher"]
-        frozen = jax.eval_shape(
-            lambda: {"teacher": folding.fold_batch_norm(network, encoder.create(0, size), size)}
-        )
+    batch = experiment.batch_shapes(replicas)
     if teacher_shapes and config.teacher.cache:
-        frozen, aux[KEY] = {}, _cached_shapes(method.teacher_outputs(record), shape)
-    return built, (initial_state, frozen, {"views": crops, "aux": aux})
+        shape = (replicas, config.batch_size // replicas)
+        outputs = method.teacher_outputs(record)
+        frozen, batch["aux"][KEY] = {}, _cached_shapes(outputs, shape)
+    return built, (initial_state, frozen, batch)
 
 
 def _cached_shapes(outputs: Any, shape: tuple[int, ...]) -> Any:

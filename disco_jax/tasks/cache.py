@@ -67,8 +67,8 @@ def run(
     config = config.copy_and_resolve_references()
     config.teacher.cache = ""
     ready = prepare(config, source)
-    outputs = cached.required_outputs(ready.method, ready.record)
-    steps = epochs * ready.steps_per_epoch
+    outputs = cached.required_outputs(ready.experiment)
+    steps = epochs * ready.experiment.steps_per_epoch
     size = targets.size_bytes(outputs, config.batch_size, steps)
     if not jax.process_index():
         print(
@@ -80,7 +80,7 @@ def run(
         return {"steps": steps, "bytes": size}
     path = epath.Path(folder)
     assert ready.teacher is not None  # `required_outputs` rejects methods without a teacher
-    origin = cached.origin(ready.config, ready.method, ready.record, ready.source, ready.teacher)
+    origin = cached.origin(ready.experiment, ready.source, ready.teacher)
     meta = {"steps": steps, "epochs": epochs, "made_of": origin}
     with _claimed(path, meta):
         _fill(ready, path, steps)
@@ -118,9 +118,9 @@ def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     """Encodes and saves the missing batches."""
     unreadable.keep(ready.source, path)
     writer = targets.Writer(path, jax.process_index(), jax.process_count())
-    names = tuple(next(iter(ready.method.teacher_outputs(ready.record).values())))
+    names = tuple(next(iter(ready.method.teacher_outputs(ready.experiment.record).values())))
     encode = step.parallel_targets(
-        step.make_targets(ready.method, ready.recipe, ready.config.seed, names)
+        step.make_targets(ready.method, ready.experiment.views, ready.config.seed, names)
     )
     frozen = state.replicate(ready.frozen)
     rows = ready.config.batch_size // jax.process_count()

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data import targets
 from disco_jax.data.base import Source
-from disco_jax.methods.base import Method, Record
 from disco_jax.nested import flatten
+from disco_jax.train.experiment import Experiment
 from disco_jax.train.teacher import Teacher
 
 # Config fields that define the teacher and its inputs. Excluded are fields about where and how the
@@ -32,34 +31,31 @@ _EXCLUDED_FIELDS = (
 _ADDED_FIELDS = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
 
 
-def required_outputs(method: Method, record: Record) -> dict[int, dict[str, int]]:
+def required_outputs(experiment: Experiment) -> dict[int, dict[str, int]]:
     """Returns the teacher outputs that the objectives read: view -> output name -> width.
 
     Raises:
       UserError: they read no teacher output, or its feature maps.
     """
-    if "teacher" not in method.plan:
+    if "teacher" not in experiment.needs:
         raise errors.UserError("No objective reads a teacher: there are no outputs to cache.")
-    if method.reads_maps("teacher"):
+    if experiment.method.reads_maps("teacher"):
         raise errors.UserError(
             "config.teacher.cache contains embeddings and features, but not the feature maps that "
             "config.objectives.attention reads: set its weight to 0, or leave the cache empty."
         )
-    return method.teacher_outputs(record)
+    return experiment.method.teacher_outputs(experiment.record)
 
 
-def origin(
-    config: ConfigDict, method: Method, record: Record, source: Source, loaded: Teacher
-) -> dict[str, Any]:
+def origin(experiment: Experiment, source: Source, loaded: Teacher) -> dict[str, Any]:
     """Returns everything that determines the outputs, as saved in targets.json.
 
     Args:
-      config: a resolved pretraining config.
-      method: the method built from `config`.
-      record: output shapes, see `state.shapes`.
+      experiment: the run.
       source: the images.
       loaded: the teacher.
     """
+    config, method = experiment.config, experiment.method
     fields = flatten(json.loads(config.to_json_best_effort()))
     settings = {
         f"config.{name}": value
@@ -77,7 +73,7 @@ def origin(
         _IMAGES: source.fingerprint(config.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
         "views mixed by": [repr(o) for o in method.objectives.values() if o.makes],
-        "outputs": {str(v): named for v, named in required_outputs(method, record).items()},
+        "outputs": {str(v): named for v, named in required_outputs(experiment).items()},
     }
 
 

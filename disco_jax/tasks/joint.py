@@ -14,7 +14,6 @@ from disco_jax import errors
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.evaluate import monitor
-from disco_jax.methods.base import Method
 from disco_jax.nested import flatten
 from disco_jax.report import build
 from disco_jax.run import checkpoint, unreadable
@@ -24,6 +23,7 @@ from disco_jax.run.workdir import claim
 from disco_jax.tasks import pretrain
 from disco_jax.tasks.prepare import Prepared, prepare, starting
 from disco_jax.train import health, joint, loop, state, step
+from disco_jax.train.experiment import Experiment
 
 # Config fields that may differ between students of one joint training.
 OWN = (
@@ -37,14 +37,10 @@ OWN = (
 )
 
 
-def key(config: ConfigDict, method: Method) -> str:
-    """Returns a key that is equal for runs that can train together.
-
-    Args:
-      config: a resolved pretraining config.
-      method: the method built from `config`.
-    """
-    parts: dict[str, Any] = {"config": _shared(config)}
+def key(experiment: Experiment) -> str:
+    """Returns a key that is equal for runs that can train together."""
+    method = experiment.method
+    parts: dict[str, Any] = {"config": _shared(experiment.config)}
     network, views = method.networks.get("teacher"), method.plan.get("teacher", ())
     if network is not None:
         parts["teacher"] = repr(network)
@@ -117,11 +113,11 @@ def run(
         )
         for name, run in ready.items():
             pretrain.describe(run, begin[name])
-        if _step(begin) < ready[first].total:
+        if _step(begin) < ready[first].experiment.total_steps:
             _train(ready, paths, checkpoints, begin, position, goodput)
     for name, run in ready.items():
         build.refresh(run.config.log.report, str(paths[name]))
-    return {"step": ready[first].total, "seconds": time.monotonic() - started}
+    return {"step": ready[first].experiment.total_steps, "seconds": time.monotonic() - started}
 
 
 def _prepare_all(configs: Mapping[str, ConfigDict], source: Source | None) -> dict[str, Prepared]:
@@ -153,7 +149,7 @@ def check(ready: Mapping[str, Prepared]) -> None:
                 + ", ".join(f"config.{field}" for field in OWN)
                 + "."
             )
-    if len({key(run.config, run.method) for run in ready.values()}) > 1:
+    if len({key(run.experiment) for run in ready.values()}) > 1:
         raise errors.UserError(
             f"{', '.join(ready)} cannot train together: their objectives read different views or "
             "outputs of the teacher."
@@ -172,7 +168,9 @@ def _train(
     first = next(iter(ready.values()))
     start = _step(begin)
     learners = {name: run.built.learner for name, run in ready.items()}
-    joint_step = step.make_joint_step(learners, first.recipe, first.config.seed, first.period)
+    joint_step = step.make_joint_step(
+        learners, first.experiment.views, first.config.seed, first.period
+    )
     loggers = {
         name: Logger(
             str(paths[name]), tensorboard=pretrain.tensorboard(run.config, paths[name]), step=start

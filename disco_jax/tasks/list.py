@@ -67,15 +67,15 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
 def _needs(recipe: str) -> str:
     """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
     from disco_jax import methods, models
-    from disco_jax.train import teacher
+    from disco_jax.train import experiment
 
     config = flags.load(recipe)
     if "objectives" not in config:
         return ""
     config.bags.file = config.bags.file or "bags.npz"  # not read here
     models.resolve_config(config, "cpu")  # "auto" would initialize accelerators
-    config = teacher.resolve(config)
-    method = methods.build(config, config.views, config.local.count)
+    assembled = experiment.assemble(config)
+    config, method = assembled.config, assembled.method
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
     networks = ", ".join(f"{name} {len(views)}" for name, views in method.plan.items())
     also = ["the teacher's weights"] if "teacher" in method.plan else []

@@ -61,15 +61,14 @@ def run(
     """
     from disco_jax import methods
     from disco_jax.data import pipeline
-    from disco_jax.tasks import prepare
-    from disco_jax.train import teacher
+    from disco_jax.train import experiment, teacher
 
     if output and not output.endswith(".json"):
         raise errors.UserError(f"--output={output} should end in .json.")
     config = teacher.resolve(config)
     program.as_on_tpus(config)
     slice_ = topology.open_slice(name)
-    prepare.check_devices(config, len(slice_.devices))
+    experiment.check_devices(config, len(slice_.devices))
     data = config.data
     images = images or (IMAGES.get(data.name, 0) if data.source == "tfds" else 0)
     images = images or pipeline.open_source(data).count(data.train_split)

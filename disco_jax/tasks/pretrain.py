@@ -54,7 +54,7 @@ def run(
     started = time.monotonic()
     profile_steps = _parse_profile(profile)
     ready = starting(prepare(config, source), workdir)
-    config = ready.config
+    config, total = ready.config, ready.experiment.total_steps
     warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
@@ -69,14 +69,14 @@ def run(
         # The batch size may have changed since the queues were filled.
         begin = state.rotate_oldest_first(begin, config.batch_size)
         describe(ready, begin)
-        if int(begin.step) < ready.total:
+        if int(begin.step) < total:
             _train(config, ready, path, checkpoints, begin, position, goodput, profile_steps)
         elif jax.process_index() == 0:
-            print(f"{path} is finished: {int(begin.step)} of {ready.total} steps are done.")
+            print(f"{path} is finished: {int(begin.step)} of {total} steps are done.")
     build.refresh(config.log.report, workdir)
     if ready.source.unreadable:
         _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
-    return {"step": ready.total, "workdir": str(path), "seconds": time.monotonic() - started}
+    return {"step": total, "workdir": str(path), "seconds": time.monotonic() - started}
 
 
 def _train(
@@ -114,16 +114,11 @@ def _train(
 
 def fresh(ready: Prepared) -> state.TrainState:
     """Creates the state at step 0."""
-    config = ready.config
-    return state.create(
-        ready.method,
-        ready.built.learner.tx,
-        config.seed,
-        config.augment.size,
-        inherited=ready.teacher.queue if ready.teacher else None,
-        reused=ready.teacher.variables if ready.teacher else None,
+    return ready.experiment.initial_state(
+        ready.built,
+        teacher=ready.teacher.variables if ready.teacher else None,
+        queue=ready.teacher.queue if ready.teacher else None,
         started=ready.started,
-        record=ready.record,
     )
 
 
@@ -132,7 +127,7 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
     config = ready.config
     crops = ready.source.train(
         config.data.train_split,
-        dict(enumerate(ready.recipe.crops)),
+        dict(enumerate(ready.experiment.views.crops)),
         config.batch_size // jax.process_count(),
         config.seed,
         position,
@@ -155,8 +150,8 @@ def schedule(
     config = ready.config
     return loop.Schedule(
         start=start,
-        total=ready.total,
-        steps_per_epoch=ready.steps_per_epoch,
+        total=ready.experiment.total_steps,
+        steps_per_epoch=ready.experiment.steps_per_epoch,
         batch_size=config.batch_size,
         log_steps=config.log.every_steps,
         checkpoint_steps=config.checkpoint.every_steps,
@@ -274,13 +269,13 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
         f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
         f"with head {total:.2f} M (M = 2^20, as in the papers){trainable}; {count} forward "
         f"passes per step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
-        f"{ready.total} steps, {ready.steps_per_epoch} per epoch"
+        f"{ready.experiment.total_steps} steps, {ready.experiment.steps_per_epoch} per epoch"
         + ("; queue initialized from the teacher" if ready.teacher and ready.teacher.queue else "")
         + (f"; student initialized from {config.student.weights}" if ready.started else ""),
         flush=True,
     )
     if config.local.count:
-        print(_view_recipe(ready.recipe, config), flush=True)
+        print(_view_recipe(ready.experiment.views, config), flush=True)
 
 
 def _view_recipe(recipe: views.Recipe, config: ConfigDict) -> str:

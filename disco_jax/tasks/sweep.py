@@ -12,7 +12,7 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, methods, models, programs
+from disco_jax import errors, flags, models, programs
 from disco_jax.data import pipeline
 from disco_jax.data.base import Source
 from disco_jax.files import read_or_set_aside, whole
@@ -22,7 +22,8 @@ from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
 from disco_jax.tasks import joint, pretrain
-from disco_jax.train import teacher
+from disco_jax.train import experiment, teacher
+from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
 
 # Evaluation recipe -> its task.
@@ -99,9 +100,10 @@ def run(
         if cell.teacher in teachers:
             _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
     by_name = {cell.name: cell for cell in cells}
-    groups = _groups(by_name, config.joint)
+    experiments = _assemble(cells)
+    groups = _groups(experiments, config.joint)
     if dry_run:
-        return _show(by_name, teachers, groups, topology)
+        return _show(experiments, teachers, groups, topology)
     path.mkdir(parents=True, exist_ok=True)
     programs.settle(path)
     with contextlib.ExitStack() as stack:
@@ -115,8 +117,8 @@ def run(
                 _train([by_name[name] for name in names], path, source)
                 for name in names:
                     _evaluate(path / CELLS / name, evaluations, source)
-                _write_table(config, cells, path, evaluations)
-        summary = _write_table(config, cells, path, evaluations)
+                _write_table(config, cells, experiments, path, evaluations)
+        summary = _write_table(config, cells, experiments, path, evaluations)
     print(f"{summary['done']} of {summary['cells']} cells are done. Table: {path / 'table.html'}")
     return summary | {"seconds": round(time.monotonic() - started, 1)}
 
@@ -155,21 +157,24 @@ def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
     )
 
 
-def _groups(by_name: Mapping[str, Cell], most: int) -> list[list[str]]:
-    """Returns the names of cells that train in one step; raises UserError for invalid cells."""
-    keys = {}
-    for name, cell in by_name.items():
+def _assemble(cells: Sequence[Cell]) -> dict[str, Experiment]:
+    """Builds the experiment of every cell; raises UserError for invalid cells."""
+    experiments = {}
+    for cell in cells:
         try:
-            resolved = teacher.resolve(cell.config)
-            method = methods.build(resolved, resolved.views, resolved.local.count)
+            experiments[cell.name] = experiment.assemble(cell.config)
         except errors.UserError as error:
-            raise errors.UserError(f"Cell {name}: {error}") from error
-        keys[name] = joint.key(resolved, method)
-    return joint.groups(keys, most)
+            raise errors.UserError(f"Cell {cell.name}: {error}") from error
+    return experiments
+
+
+def _groups(experiments: Mapping[str, Experiment], most: int) -> list[list[str]]:
+    """Returns the names of cells that train in one step."""
+    return joint.groups({name: joint.key(cell) for name, cell in experiments.items()}, most)
 
 
 def _show(
-    by_name: Mapping[str, Cell],
+    experiments: Mapping[str, Experiment],
     teachers: Mapping[str, ConfigDict],
     groups: Sequence[Sequence[str]],
     topology: str,
@@ -182,12 +187,11 @@ def _show(
     for number, names in enumerate(groups):
         print(f"group {number}: {len(names)} in one step", flush=True)
         for name in names:
-            resolved = teacher.resolve(by_name[name].config)
-            print(f"  {name}: {budget.told(resolved, topology)}", flush=True)
+            print(f"  {name}: {budget.told(experiments[name].config, topology)}", flush=True)
         if len(names) > 1:
-            configs = {name: teacher.resolve(by_name[name].config) for name in names}
+            configs = {name: experiments[name].config for name in names}
             print(f"  together: {budget.told_together(configs)}", flush=True)
-    return {"cells": len(by_name), "done": 0, "failed": {}, "groups": [list(g) for g in groups]}
+    return {"cells": len(experiments), "done": 0, "failed": {}, "groups": [list(g) for g in groups]}
 
 
 def _train_teachers(
@@ -254,7 +258,11 @@ def _evaluate(run: epath.Path, evaluations: Mapping[str, Any], source: Source | 
 
 
 def _write_table(
-    config: ConfigDict, cells: Sequence[Cell], path: epath.Path, evaluations: Mapping[str, Any]
+    config: ConfigDict,
+    cells: Sequence[Cell],
+    experiments: Mapping[str, Experiment],
+    path: epath.Path,
+    evaluations: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Writes the table and the judged claims of all finished cells; returns their counts."""
     results, failed = {}, {}
@@ -267,7 +275,8 @@ def _write_table(
             continue
         run = runs.read(str(path / CELLS / cell.name))
         results[cell.name] = {n: run.results[n] for n in evaluations if n in run.results}
-    rows = table.rows(cells, {c.name: _parameters(c) for c in cells}, results, failed)
+    parameters = {name: _parameters(cell) for name, cell in experiments.items()}
+    rows = table.rows(cells, parameters, results, failed)
     if not jax.process_index():
         findings = [f for name in evaluations for f in claims.judge(config.claims, rows, name)]
         table.write(
@@ -279,10 +288,9 @@ def _write_table(
     return {"cells": len(cells), "done": finished, "failed": failed}
 
 
-def _parameters(cell: Cell) -> int:
+def _parameters(cell: Experiment) -> int:
     """Counts the parameters of a cell's student with its head."""
-    spec = teacher.resolve(cell.config).student
-    encoder = models.build_encoder(spec)
+    encoder = models.build_encoder(cell.config.student)
     variables = jax.eval_shape(lambda: encoder.create(0, cell.config.augment.size))
     return sum(x.size for x in jax.tree.leaves(variables["params"]))
 

@@ -71,7 +71,7 @@ def test_embeddings_are_those_of_the_teacher_to_bfloat16(cache_folder, source):
     """Compares with the live teacher, on the same number of devices."""
     ready = prepare(config_of(), source)
     live = step.parallel_targets(
-        step.make_targets(ready.method, ready.recipe, ready.config.seed, ("embedding",))
+        step.make_targets(ready.method, ready.experiment.views, ready.config.seed, ("embedding",))
     )
     saved = targets.Targets(str(cache_folder), 0, 1)
     assert len(saved) == 2 * STEPS
@@ -128,7 +128,7 @@ def stopping_at(number):
 def test_batches_come_again_after_the_last_one(source, cache_folder):
     replayed = targets.ReplayedSource(source, targets.Targets(str(cache_folder), 0, 1))
     ready = prepare(config_of(), source)
-    crops = dict(enumerate(ready.recipe.crops))
+    crops = dict(enumerate(ready.experiment.views.crops))
     batches = []
     for batch in replayed.train("train", crops, 256, ready.config.seed, Position.start(), 0):
         batches.append(batch)

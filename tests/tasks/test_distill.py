@@ -125,10 +125,8 @@ def test_the_students_queue_starts_as_the_teachers(teacher, tmp_path):
     config.teacher.hidden = -1
     queue = pretrain.prepare(config, source).teacher.queue
     assert queue.vectors.shape == (64, 16) and queue.pointer == 32  # two steps of 16
-    from disco_jax.train import state
-
     ready = pretrain.prepare(config, source)
-    create = lambda: state.create(ready.method, ready.built.learner.tx, 0, 16, queue)  # noqa: E731
+    create = lambda: ready.experiment.initial_state(ready.built, queue=queue)  # noqa: E731
     begin = create().memory["contrast"]["view_1"]
     # Oldest key first, since the student's batch size may differ from the teacher's.
     np.testing.assert_array_equal(begin.vectors, np.roll(queue.vectors, -32, axis=0))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError, UserError
 from disco_jax.tasks import joint, pretrain
 from disco_jax.train import joint as shared
+from disco_jax.train.experiment import assemble
 
 STEPS = 6
 # These tests do not depend on the backbone.
@@ -153,7 +153,6 @@ def test_the_teacher_sees_the_images_once():
 
 def convolutions(names):
     """Counts the convolutions in the traced joint step, and in the teacher's passes."""
-    from disco_jax.data import views
     from disco_jax.models import encoder
     from disco_jax.ops.collectives import AXIS
     from disco_jax.train import step
@@ -162,15 +161,14 @@ def convolutions(names):
     for name in names:
         real = dict.fromkeys(TINY, "resnet8")
         config = config_of("narrow", **real, **{"fast.shifts": "off"})
-        method = methods.build(config)
-        learners[name] = step.learner_of(config, method, 10)
+        experiment = assemble(config, steps_per_epoch=10)
+        learners[name] = experiment.build_step().learner
         _, states[name], frozen, batch = helpers.smoke(config, 1)
-    recipe = views.build(config.augment, config.views, config.local)
-    joint_step = step.make_joint_step(learners, recipe, 0)
+    joint_step = step.make_joint_step(learners, experiment.views, 0)
     text = jax.make_jaxpr(jax.vmap(joint_step, in_axes=(None, None, 0), axis_name=AXIS))(
         states, frozen, batch
     )
-    network = method.networks["teacher"]
+    network = experiment.method.networks["teacher"]
     crops = {v: np.zeros((2, 16, 16, 3), np.float32) for v in (0, 1)}
     alone = jax.make_jaxpr(
         lambda: encoder.encode(network, frozen["teacher"], crops, (0, 1), jax.random.key(0))
@@ -206,7 +204,7 @@ def test_groups_are_of_equal_keys_and_not_too_large():
     configs = {name: config_of(name) for name in CELLS}
     configs["wide"] = config_of("narrow", **{"student.hidden": 32})
     configs["seed"] = config_of("narrow", seed=1)
-    keys = {name: joint.key(c, methods.build(c)) for name, c in configs.items()}
+    keys = {name: joint.key(assemble(config)) for name, config in configs.items()}
     assert joint.groups(keys, 8) == [["narrow", "more", "wide"], ["seed"]]
     assert joint.groups(keys, 2) == [["narrow", "more"], ["wide"], ["seed"]]
     assert joint.groups(keys, 1) == [["narrow"], ["more"], ["wide"], ["seed"]]

@@ -6,17 +6,15 @@ import pytest
 import helpers
 from disco_jax import errors, fields, flags, methods
 from disco_jax.configs import data as datasets
-from disco_jax.data import views
 from disco_jax.data.bags import Bags
-from disco_jax.tasks import plan, prepare, pretrain
-from disco_jax.train import step, teacher
+from disco_jax.tasks import plan, pretrain
+from disco_jax.train import experiment as experiments
+from disco_jax.train import teacher
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
-PRETRAINING = [name for name in flags.recipes() if "objectives" in flags.load(name)]
 # Recipes with arguments other than `data`, so that every branch of a recipe is built.
 VARIANTS = [
-    *PRETRAINING,
-    *(recipe for recipe in helpers.RECIPES if ":" in recipe),
+    *helpers.RECIPES,
     "attention:disco=true",
     "rkd:disco=true",
     "disco:student=efficientnet_b0,teacher=resnet50w2",
@@ -59,17 +57,15 @@ def test_networks_objectives_and_optimizer_are_built(recipe, data):
     problems = errors.Problems()
     fields.check(config, problems)
     problems.raise_any()
-    config = teacher.resolve(config)
-    recipe = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    prepare.check_views(recipe, method)
     steps_per_epoch = IMAGES[data] // config.batch_size
     assert steps_per_epoch >= 1
-    step.from_config(config, method.paced(steps_per_epoch), recipe, steps_per_epoch)
-    assert methods.memory_bytes(method, config) < 2**31
+    experiment = experiments.assemble(config, steps_per_epoch=steps_per_epoch)
+    experiments.check_views(experiment)
+    experiment.build_step()
+    assert methods.memory_bytes(experiment.method, experiment.config) < 2**31
 
 
-@pytest.mark.parametrize("recipe", PRETRAINING)
+@pytest.mark.parametrize("recipe", helpers.PRETRAINING)
 def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
     """Runs all checks before compilation: shapes of all views, patterns, bags."""
     arg = "student=resnet8" + (",teacher=resnet8" if helpers.has_teacher(recipe) else "")
@@ -83,8 +79,9 @@ def test_a_run_on_fashion_mnist_is_prepared(recipe, monkeypatch):
     if config.objectives.bags.weight or config.objectives.pseudo_labels.weight:
         config.bags.file = "bags.npz"
     ready = pretrain.prepare(config, Images(IMAGES["fashion_mnist"]))
-    assert ready.total == config.total_epochs * ready.steps_per_epoch > 0
-    assert set(ready.record.encoded) == set(ready.method.plan)
+    experiment = ready.experiment
+    assert experiment.total_steps == config.total_epochs * experiment.steps_per_epoch > 0
+    assert set(experiment.record.encoded) == set(experiment.needs)
 
 
 def test_a_plan_tells_the_forward_passes():

@@ -153,7 +153,7 @@ def test_shipped_sweeps_build(name):
     for teacher in config.teachers.values():
         teacher.weights = teacher.weights or "random"
     expanded = cells.expand(config)
-    assert sum(map(len, sweep._groups({c.name: c for c in expanded}, 8))) == len(expanded)
+    assert sum(map(len, sweep._groups(sweep._assemble(expanded), 8))) == len(expanded)
 
 
 def test_seeds_strategies_may_have_labels_of_k_means():

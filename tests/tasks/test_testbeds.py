@@ -10,6 +10,7 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.tasks import pretrain
 from disco_jax.train import step
+from disco_jax.train.experiment import assemble
 
 # Checks which network and output of a run is the teacher, by comparing two paths of this package.
 pytestmark = pytest.mark.wiring
@@ -160,7 +161,7 @@ def test_mistakes(recipe, changes, message, source):
 
 
 def test_transformers_and_their_teachers_are_built_for_the_papers_and_for_small_images():
-    from disco_jax import flags, methods
+    from disco_jax import flags
 
     for student, teacher in (
         ("vit_tiny_p16", "vit_small_p16"),
@@ -170,7 +171,7 @@ def test_transformers_and_their_teachers_are_built_for_the_papers_and_for_small_
             config = flags.load(f"dino_disco:student={student},teacher={teacher},data={data}")
             assert config.optimizer.name == "adamw" and config.student.head == "dino"
             config.teacher.update(head="dino", prototypes=config.student.prototypes)
-            method = methods.build(config, config.views, config.local.count)
+            method = assemble(config).method
             for name in ("student", "teacher"):
                 encoder = method.networks[name].encoder
                 encoder = encoder.clone(backbone=encoder.backbone.clone(depth=1))
@@ -189,19 +190,18 @@ def test_transformers_and_their_teachers_are_built_for_the_papers_and_for_small_
 @pytest.mark.parametrize("recipe", helpers.MULTICROP)
 def test_recipes_hold_together_for_every_data_set(recipe, data):
     """Checks that all views are read, and the papers' batch and crop sizes."""
-    from disco_jax import flags, methods
-    from disco_jax.data import views
+    from disco_jax import flags
 
     config = flags.load(f"{recipe}:data={data}")
     config.teacher.update(head="mlp", dim=config.student.dim)  # normally set from the weights
-    crops = views.build(config.augment, config.views, config.local)
-    method = methods.build(config, config.views, config.local.count)
-    read = {view for network_views in method.plan.values() for view in network_views}
-    assert read == set(range(len(crops.sizes)))
-    assert len(set(crops.sizes)) == 2 and all(net.grouped for net in method.networks.values())
+    experiment = assemble(config)
+    sizes, method = experiment.views.sizes, experiment.method
+    read = {view for network_views in experiment.needs.values() for view in network_views}
+    assert read == set(range(len(sizes)))
+    assert len(set(sizes)) == 2 and all(net.grouped for net in method.networks.values())
     assert {net.norm for name, net in method.networks.items() if name != "teacher"} == {"sync"}
     large = data == "imagenet2012"
-    assert crops.sizes[0] == (224 if large else {"fashion_mnist": 28, "digits": 16}[data])
+    assert sizes[0] == (224 if large else {"fashion_mnist": 28, "digits": 16}[data])
     if large:
         papers = {"swav": 512, "swav_disco": 512, "dino": 512, "dino_disco": 512}
         assert config.batch_size == papers.get(recipe, 1024)

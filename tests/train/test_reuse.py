@@ -248,14 +248,7 @@ def test_a_group_of_relations_must_divide_a_devices_batch():
 def test_the_plan_is_printed(recipe, says, capsys):
     config = helpers.smoke_config(recipe)
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
-    begin = state.create(
-        ready.method,
-        ready.built.learner.tx,
-        0,
-        16,
-        reused=ready.teacher.variables,
-        record=ready.record,
-    )
+    begin = ready.experiment.initial_state(ready.built, teacher=ready.teacher.variables)
     pretrain.describe(ready, begin)
     out = capsys.readouterr().out
     assert says in out and ("M of it trainable" in out) == (recipe == "retro")

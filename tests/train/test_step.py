@@ -35,6 +35,7 @@ FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward 
     "retro:symmetric=false": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "rkd": {"student": (0,), "momentum": (1,), "teacher": (0,)},
     "attention": {"student": (0,), "momentum": (1,), "teacher": (0,)},
+    "disco_seed": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "disco_seed:rkd=true": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "squared_distance": {"student": (0,), "teacher": (0,)},
     "binary_contrast": {"student": (0,), "teacher": (0,)},
