@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax.ops.losses import info_nce, unit
+from disco_jax.ops.losses import info_nce, l2_normalize
 
 SIZES = (65_536, 262_144, 1_048_576)
 BATCH, DIM, TEMPERATURE = 32, 128, 0.2
@@ -31,7 +31,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(f"{'K':>9} {'formula ms':>11} {'ours ms':>9} {'ratio':>6} {'MB':>7} {'ours MB':>8}")
     for size in SIZES:
-        arguments = [unit(rows(count, seed)) for seed, count in enumerate((BATCH, BATCH, size))]
+        arguments = [
+            l2_normalize(rows(count, seed)) for seed, count in enumerate((BATCH, BATCH, size))
+        ]
         compiled = [jax.jit(with_gradient(f)).lower(*arguments).compile() for f in (formula, ours)]
         times = [[once(f, arguments) for f in compiled] for _ in range(rounds)]
         spans = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]

@@ -14,7 +14,7 @@ from jax import Array
 from disco_jax import models
 from disco_jax.ops import augment
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 
 TAPS = 11  # of the blur, on each side of a pixel
 
@@ -47,9 +47,9 @@ def contrast(student: Any, targets: Any, memory: Any, settings: Any):
     """Computes InfoNCE of the pairs, its accuracy, and the queues with the new keys."""
     losses, accuracies, queues = [], [], {}
     for query_view, key_view in settings.pairs:
-        key = unit(targets[settings.keys_from][key_view].embedding)
+        key = l2_normalize(targets[settings.keys_from][key_view].embedding)
         queue = memory[f"view_{key_view}"]
-        similarities = logits(unit(student[query_view].embedding), key, queue.vectors)
+        similarities = logits(l2_normalize(student[query_view].embedding), key, queue.vectors)
         scaled = similarities / settings.temperature
         losses.append(jnp.mean(jax.nn.logsumexp(scaled, axis=-1) - scaled[:, 0]))
         accuracies.append(jnp.mean(jnp.argmax(similarities, axis=-1) == 0))
@@ -64,7 +64,7 @@ def similarity(student: Any, targets: Any, memory: Any, settings: Any):
         name = f"view_{group[0][1]}"
         queue = memory[name]
         for view, teacher_view in group:
-            teacher = unit(targets["teacher"][teacher_view].embedding)
+            teacher = l2_normalize(targets["teacher"][teacher_view].embedding)
             exact = jnp.concatenate(
                 [
                     jnp.sum(teacher * teacher, axis=-1, keepdims=True),
@@ -73,10 +73,10 @@ def similarity(student: Any, targets: Any, memory: Any, settings: Any):
                 axis=-1,
             )
             probabilities = jax.nn.softmax(exact / settings.teacher_temperature, axis=-1)
-            scores = logits(unit(student[view].embedding), teacher, queue.vectors)
+            scores = logits(l2_normalize(student[view].embedding), teacher, queue.vectors)
             scores = jax.nn.log_softmax(scores / settings.student_temperature, axis=-1)
             losses.append(-jnp.mean(jnp.sum(probabilities * scores, axis=-1)) / len(group))
-        first = unit(targets["teacher"][group[0][1]].embedding)
+        first = l2_normalize(targets["teacher"][group[0][1]].embedding)
         queues[name] = queue.push(gather(first))
     return sum(losses), queues
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.ops.collectives import pmean
-from disco_jax.ops.losses import softened_cross_entropy, unit
+from disco_jax.ops.losses import l2_normalize, softened_cross_entropy
 
 INITS = ("normal", "torch")
 REDUCTIONS = ("element", "batch")
@@ -98,7 +98,10 @@ def feature_stats(rows: np.ndarray) -> dict[str, np.ndarray]:
       {"mean": f32[F], "deviation": f32[F]}; the deviation is sqrt(variance + 1e-5).
     """
     scaled = np.concatenate(
-        [np.asarray(unit(jnp.asarray(rows[i : i + _ROWS]))) for i in range(0, len(rows), _ROWS)]
+        [
+            np.asarray(l2_normalize(jnp.asarray(rows[i : i + _ROWS])))
+            for i in range(0, len(rows), _ROWS)
+        ]
     )
     return {"mean": scaled.mean(0), "deviation": np.sqrt(scaled.var(0) + _EPSILON)}
 
@@ -110,7 +113,7 @@ def logits(params: Mapping[str, Array], rows: Array, feature_stats: Mapping[str,
     non-empty `feature_stats` normalizes the features first.
     """
     if feature_stats:
-        rows = (unit(rows) - feature_stats["mean"][None]) / feature_stats["deviation"][None]
+        rows = (l2_normalize(rows) - feature_stats["mean"][None]) / feature_stats["deviation"][None]
     product = jnp.matmul(rows, params["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + params["bias"][None]
 

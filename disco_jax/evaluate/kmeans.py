@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 
 
 def kmeans(
@@ -38,7 +38,7 @@ def kmeans(
             f"config.clusters={count} must be between 1 and the number of images, {len(rows)}."
         )
     start = np.random.default_rng(seed).choice(len(rows), count, replace=False)
-    centroids = np.asarray(unit(jnp.asarray(rows[np.sort(start)])))
+    centroids = np.asarray(l2_normalize(jnp.asarray(rows[np.sort(start)])))
     labels = np.full(len(rows), -1, np.int32)
     for _ in range(iterations):
         new, fit, sums = _pass(rows, centroids, block)
@@ -47,7 +47,7 @@ def kmeans(
         labels = new
         empty = np.flatnonzero(np.bincount(labels, minlength=count) == 0)
         sums[empty] = rows[np.argsort(fit)[: len(empty)]]
-        centroids = np.asarray(unit(jnp.asarray(sums)))
+        centroids = np.asarray(l2_normalize(jnp.asarray(sums)))
     return centroids, _pass(rows, centroids, block)[0]
 
 
@@ -69,7 +69,7 @@ def _pass(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _assign(rows: Array, centroids: Array, count: int) -> tuple[Array, Array, Array]:
-    rows = unit(rows)
+    rows = l2_normalize(rows)
     scores = jnp.matmul(rows, centroids.T, precision=jax.lax.Precision.HIGHEST)
     labels = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return labels, jnp.max(scores, axis=-1), jax.ops.segment_sum(rows, labels, count)

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from disco_jax import errors
 from disco_jax.evaluate.scores import top_k
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 
 VOTES = ("weighted", "majority")
 SPARE = 8  # candidates beyond k that are compared again in float64
@@ -161,7 +161,7 @@ def _to_devices(part: np.ndarray, per_device: int, devices: int) -> tuple[Array,
     bank[: len(part)] = part
     counts = np.clip(len(part) - per_device * np.arange(devices), 0, per_device)
     by_device = bank.reshape(devices, per_device, -1)
-    return jax.pmap(unit)(by_device), counts.astype(np.int32)
+    return jax.pmap(l2_normalize)(by_device), counts.astype(np.int32)
 
 
 def _merge(a, b, keep: int):
@@ -190,7 +190,7 @@ def _nearest(
 )
 def _scan(bank, count, start, test, excluded, keep, bank_block):
     """Returns the nearest rows in one device's shard of the bank, scanned block by block."""
-    test = unit(test)
+    test = l2_normalize(test)
     blocks = bank.reshape(-1, bank_block, bank.shape[-1])
 
     def step(best, block):

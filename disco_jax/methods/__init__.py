@@ -11,8 +11,8 @@ from disco_jax.methods import checks, registry
 from disco_jax.methods.base import Method, Objective, Record, Views
 from disco_jax.methods.checks import dim
 from disco_jax.models.encoder import Encoded
-from disco_jax.ops.bank import Reading
 from disco_jax.ops.memory import QueueSettings
+from disco_jax.ops.queues import QueueAccess
 
 OBJECTIVES = registry.objectives()
 REUSABLE = ("head",)
@@ -85,7 +85,9 @@ def _queue_settings(config: Any) -> QueueSettings:
     return QueueSettings(
         half=_fast(config, "half_queue", False),
         shared=config.batch_size if _fast(config, "shard_queue", False) else 0,
-        access=Reading(one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32),
+        access=QueueAccess(
+            one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32
+        ),
     )
 
 

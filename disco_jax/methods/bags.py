@@ -7,12 +7,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std, set_by_run
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.bank import compared_together
-from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, unit
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.mixing import cutmix, draw_box
+from disco_jax.ops.queues import queue_logsumexp_of_each
 
 # Views 0 and 1 are of the image, 2 and 3 of another member of its bag; 4 is the CutMix of 0 and 2.
 QUERY, KEY, MEMBER_QUERY, MEMBER_KEY, MIXED = range(5)
@@ -41,7 +41,7 @@ class Bags(Objective):
 
     half_queues: ClassVar[bool] = True
     shard_queues: ClassVar[bool] = True
-    members: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
+    bag_views: ClassVar[tuple[int, ...]] = (MEMBER_QUERY, MEMBER_KEY)
 
     weight: float = 1.0
     temperature: float = 0.2
@@ -52,16 +52,16 @@ class Bags(Objective):
     steps_per_epoch: int = set_by_run(0)
 
     @property
-    def makes(self) -> tuple[int, ...]:
+    def synthetic_views(self) -> tuple[int, ...]:
         return (MIXED,) if self.cutmix else ()
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {
-            "student": (QUERY, MEMBER_QUERY, *self.makes),
+            "student": (QUERY, MEMBER_QUERY, *self.synthetic_views),
             "teacher": (KEY, MEMBER_KEY),
         }
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return "embedding"
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
@@ -70,7 +70,7 @@ class Bags(Objective):
             return inherited.rewound()
         return Queue.create(rng, self.queue_size, dim)
 
-    def mix(
+    def augment_batch(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
     ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
         if not self.cutmix:
@@ -80,13 +80,13 @@ class Bags(Objective):
         return {**views, MIXED: mixed}, {**aux, "mix_ratio": fraction}
 
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
-        keys = [unit(record.embedding("teacher", view)) for view in (KEY, MEMBER_KEY)]
+        keys = [l2_normalize(record.embedding("teacher", view)) for view in (KEY, MEMBER_KEY)]
         own = jnp.where(step < self.own_epochs * self.steps_per_epoch, 1.0, 0.5)
         shares = {QUERY: own, MEMBER_QUERY: 1 - own}
         if self.cutmix:
             shares[MIXED] = record.aux["mix_ratio"]
-        queries = {view: unit(record.embedding("student", view)) for view in shares}
-        similarities = compared_together(
+        queries = {view: l2_normalize(record.embedding("student", view)) for view in shares}
+        similarities = queue_logsumexp_of_each(
             queries,
             memory.vectors,
             temperature=self.temperature,
@@ -109,8 +109,8 @@ class Bags(Objective):
             "image": terms[0],
             "member": terms[1],
             "accuracy": jnp.mean(contrast_accuracy(query, keys[0], nearest)),
-            "query_std": spread(query),
-            "key_std": spread(keys[0]),
+            "query_std": embedding_std(query),
+            "key_std": embedding_std(keys[0]),
         }
         if self.cutmix:
             metrics["mixed"] = terms[2]

@@ -123,7 +123,7 @@ class Objective(Protocol):
       half_queues: whether its queues may be stored in bfloat16 (`config.fast.half_queue`).
       shard_queues: whether replicas may each store a part of its queues
         (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
-      members: views that must show another image of the same bag; see `data/bags.py`.
+      bag_views: views that must show another image of the same bag; see `data/bags.py`.
       aux: keys of `Record.aux` that the objective uses.
     """
 
@@ -135,11 +135,11 @@ class Objective(Protocol):
     reads_scores: ClassVar[bool] = False
     half_queues: ClassVar[bool] = False
     shard_queues: ClassVar[bool] = False
-    members: ClassVar[tuple[int, ...]] = ()
+    bag_views: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def makes(self) -> tuple[int, ...]:
+    def synthetic_views(self) -> tuple[int, ...]:
         """Indices of the views that `mix` adds to those of the recipe."""
         return ()
 
@@ -159,14 +159,14 @@ class Objective(Protocol):
         """
         return ()
 
-    def matches(self) -> str | None:
+    def match_width(self) -> str | None:
         """Returns the teacher output whose width must equal the student's embedding, or None.
 
         The output is an element of `OUTPUTS`; None means that widths may differ.
         """
         return None
 
-    def reads(self, network: str) -> str:
+    def network_output(self, network: str) -> str:
         """Returns the name of the output used from a network in `needs`, a field of `Encoded`."""
         return "embedding"
 
@@ -182,7 +182,7 @@ class Objective(Protocol):
         """
         return None  # type checkers treat a protocol's method without a body as abstract
 
-    def mix(
+    def augment_batch(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
     ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
         """Returns a batch's views and auxiliary arrays with the objective's additions.
@@ -241,7 +241,7 @@ class Method:
           view -> field of `Encoded` -> width.
         """
         readers = [o for o in self.objectives.values() if "teacher" in o.needs(self.views)]
-        names = sorted({objective.reads("teacher") for objective in readers})
+        names = sorted({objective.network_output("teacher") for objective in readers})
         return {
             view: {name: record.output("teacher", view, name).shape[-1] for name in names}
             for view in self.plan.get("teacher", ())
@@ -252,15 +252,15 @@ class Method:
         learned = {part: tree for part, tree in params.items() if part not in self.reuse}
         return learned, {part: params[part] for part in self.reuse if part in params}
 
-    def mix(
+    def augment_batch(
         self, views: Mapping[int, Array], aux: Mapping[str, Array], rng: Array
     ) -> tuple[Mapping[int, Array], Mapping[str, Array]]:
-        """Applies `Objective.mix` of all objectives, in the order of their names."""
+        """Applies `Objective.augment_batch` of all objectives, in the order of their names."""
         for i, (_, objective) in enumerate(sorted(self.objectives.items())):
-            views, aux = objective.mix(views, aux, jax.random.fold_in(rng, i))
+            views, aux = objective.augment_batch(views, aux, jax.random.fold_in(rng, i))
         return views, aux
 
-    def paced(self, steps_per_epoch: int) -> "Method":
+    def with_epoch_length(self, steps_per_epoch: int) -> "Method":
         """Returns the method with `steps_per_epoch` set in every objective that has this field."""
         objectives = {
             name: dataclasses.replace(objective, steps_per_epoch=steps_per_epoch)
@@ -307,7 +307,7 @@ def alpha(global_share: float) -> float | None:
     return None if global_share < 0 else global_share
 
 
-def usage(scores: Array, temperature: float) -> Array:
+def prototype_perplexity(scores: Array, temperature: float) -> Array:
     """Returns the perplexity of the prototypes' mean assignment divided by K, f32[].
 
     exp(entropy) / K of the mean over the global batch of softmax(scores / temperature). It is 1 if
@@ -322,7 +322,7 @@ def usage(scores: Array, temperature: float) -> Array:
     return jax.lax.stop_gradient(jnp.exp(entropy) / scores.shape[-1])
 
 
-def spread(embedding: Array) -> Array:
+def embedding_std(embedding: Array) -> Array:
     """Returns the standard deviation of unit rows over the global batch, f32[].
 
     The square root of the variance summed over the dimensions: 1 for rows with mean zero, 0 for a

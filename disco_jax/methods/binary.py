@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather, pmean
-from disco_jax.ops.losses import binary_contrast, mean_potential, unit
+from disco_jax.ops.losses import binary_contrast, l2_normalize, mean_potential
 from disco_jax.ops.memory import Queue
 
 
@@ -30,7 +30,7 @@ class BinaryContrast(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": (self.view,), "teacher": (self.view,)}
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return "embedding"
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Queue:
@@ -38,8 +38,8 @@ class BinaryContrast(Objective):
         return Queue.create(rng, self.queue_size, dim)
 
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
-        student = unit(record.embedding("student", self.view))
-        teacher = unit(record.embedding("teacher", self.view))
+        student = l2_normalize(record.embedding("student", self.view))
+        teacher = l2_normalize(record.embedding("teacher", self.view))
         # CRD's code computes it on the first batch only; here it is updated in every step.
         potential = mean_potential(student, memory.vectors, temperature=self.temperature)
         losses = binary_contrast(
@@ -50,5 +50,5 @@ class BinaryContrast(Objective):
             potential=pmean(potential),
         )
         metrics = {"cosine": jnp.mean(jnp.sum(student * teacher, axis=-1))}
-        metrics["student_std"] = spread(student)
+        metrics["student_std"] = embedding_std(student)
         return Term(jnp.mean(losses), memory.push(gather(teacher)), metrics)

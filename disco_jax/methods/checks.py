@@ -84,7 +84,7 @@ def _check_needs(name: str, objective: Objective, views: Views) -> None:
     for network, needed in objective.needs(views).items():
         if network not in NETWORKS:
             raise errors.unknown(f"A network of config.objectives.{name}", network, NETWORKS)
-        available = (*views.globals, *views.locals, *objective.makes)
+        available = (*views.globals, *views.locals, *objective.synthetic_views)
         missing = sorted(set(needed) - set(available))
         if missing:
             raise errors.UserError(
@@ -120,17 +120,18 @@ def _check_data(name: str, objective: Objective, config: Any, local_views: int) 
             "config.group_views=True encodes several views in one pass. Set "
             "config.group_views=False."
         )
-    if (objective.members or objective.aux) and not config.bags.file:
+    if (objective.bag_views or objective.aux) and not config.bags.file:
         raise errors.UserError(
             f"config.objectives.{name} needs bags of similar images. Compute them with "
             "`disco-jax bags` and set config.bags.file."
         )
-    if objective.makes and config.views > min(objective.makes):
+    if objective.synthetic_views and config.views > min(objective.synthetic_views):
         raise errors.UserError(
             f"config.views={config.views}, but config.objectives.{name} creates view "
-            f"{min(objective.makes)} itself. Set config.views={min(objective.makes)}."
+            f"{min(objective.synthetic_views)} itself. Set "
+            f"config.views={min(objective.synthetic_views)}."
         )
-    if objective.makes and local_views:
+    if objective.synthetic_views and local_views:
         raise errors.UserError(
             f"config.objectives.{name}.cutmix=True does not support multi-crop (config.local.count="
             f"{local_views}). Set config.local.count=0 or config.objectives.{name}.cutmix=False."
@@ -144,7 +145,7 @@ def check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
       UserError: if the widths differ, with the width to set.
     """
     for name, objective in objectives.items():
-        output = objective.matches()
+        output = objective.match_width()
         if output is None:
             continue
         if output not in OUTPUTS:

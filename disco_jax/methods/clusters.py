@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import class_cross_entropy, unit
+from disco_jax.ops.losses import class_cross_entropy, l2_normalize
 from disco_jax.ops.memory import Queue
 
 
@@ -47,7 +47,7 @@ class PseudoLabels(Objective):
         correct = jnp.argmax(scores, axis=-1) == labels
         metrics = {
             "accuracy": jnp.mean(correct.astype(jnp.float32)),
-            "student_std": spread(unit(record.embedding("student", self.view))),
+            "student_std": embedding_std(l2_normalize(record.embedding("student", self.view))),
         }
         return Term(jnp.mean(class_cross_entropy(scores, labels)), memory, metrics)
 
@@ -94,17 +94,17 @@ class OnlineClusters(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": (self.view,), "teacher": (self.view,)}
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return "embedding"
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> Centroids:
         dim = record.embedding("teacher", self.view).shape[-1]
-        vectors = unit(jax.random.normal(rng, (self.count, dim)))
+        vectors = l2_normalize(jax.random.normal(rng, (self.count, dim)))
         return Centroids(vectors, jnp.zeros(self.count))
 
     def __call__(self, record: Record, memory: Centroids, step: Array) -> Term:
-        student = unit(record.embedding("student", self.view))
-        teacher = unit(record.embedding("teacher", self.view))
+        student = l2_normalize(record.embedding("student", self.view))
+        teacher = l2_normalize(record.embedding("teacher", self.view))
         assigned = jnp.argmax(teacher @ memory.vectors.T, axis=-1)
         logits = jnp.matmul(student, memory.vectors.T, precision=jax.lax.Precision.HIGHEST)
         loss = jnp.mean(class_cross_entropy(logits / self.temperature, assigned))
@@ -113,7 +113,7 @@ class OnlineClusters(Objective):
         metrics = {
             "accuracy": jnp.mean(correct),
             "used": jnp.mean((updated.usage > self.idle / self.count).astype(jnp.float32)),
-            "student_std": spread(student),
+            "student_std": embedding_std(student),
         }
         return Term(loss, updated, metrics)
 
@@ -127,7 +127,7 @@ class OnlineClusters(Objective):
         """
         counts = jnp.zeros(self.count).at[assigned].add(1.0)
         sums = jnp.zeros_like(memory.vectors).at[assigned].add(rows)
-        moved = unit(self.rate * memory.vectors + (1 - self.rate) * unit(sums))
+        moved = l2_normalize(self.rate * memory.vectors + (1 - self.rate) * l2_normalize(sums))
         vectors = jnp.where((counts > 0)[:, None], moved, memory.vectors)
         usage = self.rate * memory.usage + (1 - self.rate) * counts / len(rows)
         # The least used centroids, at most one per row of the batch, are candidates to be replaced.

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.methods.base import OUTPUTS, Objective, Record, Term, Views, spread
+from disco_jax.methods.base import OUTPUTS, Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_divergence
 
@@ -43,10 +43,10 @@ class Compress(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys({"student", "teacher", self.bank}, (self.view,))
 
-    def reads(self, network: str) -> str:
+    def network_output(self, network: str) -> str:
         return self.teacher_output if network == "teacher" else "embedding"
 
-    def matches(self) -> str | None:
+    def match_width(self) -> str | None:
         return self.teacher_output if self.bank == "teacher" else None
 
     def check(self, setting: str, record: Record) -> None:
@@ -65,8 +65,8 @@ class Compress(Objective):
         }
 
     def __call__(self, record: Record, memory: dict[str, Queue], step: Array) -> Term:
-        student = unit(record.embedding("student", self.view))
-        teacher = unit(record.output("teacher", self.view, self.teacher_output))
+        student = l2_normalize(record.embedding("student", self.view))
+        teacher = l2_normalize(record.output("teacher", self.view, self.teacher_output))
         anchors = memory["teacher" if self.bank == "teacher" else "student"]
         losses = bank_divergence(
             student,
@@ -78,7 +78,7 @@ class Compress(Objective):
         )
         queues = {"teacher": memory["teacher"].push(gather(teacher))}
         if self.bank != "teacher":
-            keys = unit(jax.lax.stop_gradient(record.embedding(self.bank, self.view)))
+            keys = l2_normalize(jax.lax.stop_gradient(record.embedding(self.bank, self.view)))
             queues["student"] = anchors.push(gather(keys))
-        metrics = {"student_std": spread(student), "teacher_std": spread(teacher)}
+        metrics = {"student_std": embedding_std(student), "teacher_std": embedding_std(teacher)}
         return Term(jnp.mean(losses), queues, metrics)

@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_cross_entropy
 
@@ -40,8 +40,8 @@ class Consistency(Objective):
         return Queue.create(rng, self.queue_size, dim)
 
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
-        query = unit(record.embedding("student", self.query_view))
-        key = unit(record.embedding("momentum", self.key_view))
+        query = l2_normalize(record.embedding("student", self.query_view))
+        key = l2_normalize(record.embedding("momentum", self.key_view))
         losses = bank_cross_entropy(
             query,
             key,
@@ -50,5 +50,5 @@ class Consistency(Objective):
             student_temperature=self.student_temperature,
             target_temperature=self.target_temperature,
         )
-        metrics = {"query_std": spread(query), "key_std": spread(key)}
+        metrics = {"query_std": embedding_std(query), "key_std": embedding_std(key)}
         return Term(jnp.mean(losses), memory.push(gather(key)), metrics)

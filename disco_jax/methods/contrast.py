@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, alpha, spread
-from disco_jax.ops.bank import compared_together
-from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, rebalanced, unit
+from disco_jax.methods.base import Objective, Record, Term, Views, alpha, embedding_std
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, l2_normalize, rebalanced
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.queues import queue_logsumexp_of_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Contrast(Objective):
         queries, keys = zip(*self._all_pairs(views), strict=True)
         return {"student": queries, self.keys_from: keys}
 
-    def matches(self) -> str | None:
+    def match_width(self) -> str | None:
         return "embedding" if self.keys_from == "teacher" else None
 
     def _all_pairs(self, views: Views) -> tuple[tuple[int, int], ...]:
@@ -71,10 +71,12 @@ class Contrast(Objective):
         losses, accuracies, queues = {}, {}, {}
         pairs = self._all_pairs(record.views)
         for key_view in dict.fromkeys(key for _, key in pairs):
-            key = unit(record.embedding(self.keys_from, key_view))
+            key = l2_normalize(record.embedding(self.keys_from, key_view))
             queue = memory[_queue_name(key_view)]
-            queries = {v: unit(record.embedding("student", v)) for v, k in pairs if k == key_view}
-            similarities = compared_together(
+            queries = {
+                v: l2_normalize(record.embedding("student", v)) for v, k in pairs if k == key_view
+            }
+            similarities = queue_logsumexp_of_each(
                 queries,
                 queue.vectors,
                 temperature=self.temperature,
@@ -91,8 +93,8 @@ class Contrast(Objective):
             queues[_queue_name(key_view)] = queue.push_all(key)
         metrics = {
             "accuracy": jnp.mean(jnp.stack([accuracies[pair] for pair in pairs])),
-            "query_std": spread(query),
-            "key_std": spread(key),
+            "query_std": embedding_std(query),
+            "key_std": embedding_std(key),
         }
         by_pair, count = [losses[pair] for pair in pairs], len(self.pairs)
         loss = rebalanced(by_pair[:count], by_pair[count:], alpha(self.global_share))

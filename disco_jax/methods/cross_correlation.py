@@ -5,8 +5,8 @@ import dataclasses
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
-from disco_jax.ops.losses import cross_correlation_loss, unit
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
+from disco_jax.ops.losses import cross_correlation_loss, l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CrossCorrelation(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": (self.view,), "teacher": (self.view,)}
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return "embedding"
 
     def check(self, setting: str, record: Record) -> None:
@@ -40,5 +40,8 @@ class CrossCorrelation(Objective):
         student = record.embedding("student", self.view)
         teacher = record.embedding("teacher", self.view)
         loss = cross_correlation_loss(student, teacher, redundancy=self.redundancy)
-        metrics = {"student_std": spread(unit(student)), "teacher_std": spread(unit(teacher))}
+        metrics = {
+            "student_std": embedding_std(l2_normalize(student)),
+            "teacher_std": embedding_std(l2_normalize(teacher)),
+        }
         return Term(loss, memory, metrics)

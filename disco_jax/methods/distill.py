@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
-from disco_jax.ops.losses import squared_distance, unit
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
+from disco_jax.ops.losses import l2_normalize, squared_distance
 
 REDUCTIONS = ("mean", "sum")
 
@@ -40,25 +40,25 @@ class Distill(Objective):
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": self.views, "teacher": self.teacher_views or self.views}
 
-    def reads(self, network: str) -> str:
+    def network_output(self, network: str) -> str:
         return self.teacher_output if network == "teacher" else "embedding"
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return self.teacher_output
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         reduce = jnp.mean if self.reduction == "mean" else jnp.sum
         losses, cosines = [], []
         for view, teacher_view in zip(self.views, self.teacher_views or self.views, strict=True):
-            student = unit(record.embedding("student", view))
+            student = l2_normalize(record.embedding("student", view))
             raw = record.output("teacher", teacher_view, self.teacher_output)
-            teacher = unit(raw)
+            teacher = l2_normalize(raw)
             target = teacher if self.teacher_unit else raw
             losses.append(reduce(squared_distance(student, target)))
             cosines.append(jnp.mean(jnp.sum(student * teacher, axis=-1)))
         metrics = {
             "cosine": jnp.mean(jnp.stack(cosines)),
-            "student_std": spread(student),
-            "teacher_std": spread(teacher),
+            "student_std": embedding_std(student),
+            "teacher_std": embedding_std(teacher),
         }
         return Term(jnp.sum(jnp.stack(losses)), memory, metrics)

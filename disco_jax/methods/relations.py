@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.relations import rkd_angle, rkd_distance
 
 
@@ -37,7 +37,8 @@ class Relations(Objective):
 
     def __call__(self, record: Record, memory: tuple[()], step: Array) -> Term:
         student, teacher = (
-            self._groups(unit(record.embedding(name, self.view))) for name in ("student", "teacher")
+            self._groups(l2_normalize(record.embedding(name, self.view)))
+            for name in ("student", "teacher")
         )
         terms, loss = {}, jnp.zeros(())
         for name, relation in (("distance", rkd_distance), ("angle", rkd_angle)):

@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread, usage
+from disco_jax.methods.base import (
+    Objective,
+    Record,
+    Term,
+    Views,
+    embedding_std,
+    prototype_perplexity,
+    set_by_run,
+)
 from disco_jax.methods.multicrop import pair_loss
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import pmean
-from disco_jax.ops.losses import sharpened, unit
+from disco_jax.ops.losses import l2_normalize, sharpened
 from disco_jax.ops.memory import Queue
 
 
@@ -71,8 +79,10 @@ class SelfDistill(Objective):
         first = self.targets[0]
         metrics = {
             "confidence": jnp.mean(jnp.max(targets[first], axis=-1)),
-            "usage": usage(record.scores("student", first), self.student_temperature),
-            "student_std": spread(unit(record.embedding("student", first))),
+            "usage": prototype_perplexity(
+                record.scores("student", first), self.student_temperature
+            ),
+            "student_std": embedding_std(l2_normalize(record.embedding("student", first))),
             "temperature": temperature,
         }
         return Term(loss, jax.lax.stop_gradient(centre), metrics)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, spread
+from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.losses import soft_cross_entropy, unit
+from disco_jax.ops.losses import l2_normalize, soft_cross_entropy
 from disco_jax.ops.memory import Queue
 
 Pairs = tuple[tuple[int, int], ...]
@@ -53,7 +53,7 @@ class Similarity(Objective):
         students, teachers = zip(*(pair for group in self.groups for pair in group), strict=True)
         return {"student": students, "teacher": teachers}
 
-    def matches(self) -> str:
+    def match_width(self) -> str:
         return "embedding"
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
@@ -73,22 +73,22 @@ class Similarity(Objective):
         for group in self.groups:
             queue = memory[_queue_name(group)]
             losses.append(self._group_loss(record, queue, group))
-            keys = unit(record.embedding("teacher", group[0][1]))
+            keys = l2_normalize(record.embedding("teacher", group[0][1]))
             queues[_queue_name(group)] = queue.push_all(keys)
         view, teacher_view = self.groups[0][0]
         student = record.embedding("student", view)
         teacher = record.embedding("teacher", teacher_view)
         metrics = {
-            "cosine": jnp.mean(jnp.sum(unit(student) * unit(teacher), axis=-1)),
-            "student_std": spread(unit(student)),
-            "teacher_std": spread(unit(teacher)),
+            "cosine": jnp.mean(jnp.sum(l2_normalize(student) * l2_normalize(teacher), axis=-1)),
+            "student_std": embedding_std(l2_normalize(student)),
+            "teacher_std": embedding_std(l2_normalize(teacher)),
         }
         return Term(jnp.sum(jnp.stack(losses)), queues, metrics)
 
     def _group_loss(self, record: Record, queue: Queue, group: Pairs) -> Array:
         """Returns the mean loss over the pairs, computed in one pass over the queue."""
-        students = [unit(record.embedding("student", view)) for view, _ in group]
-        teachers = [unit(record.embedding("teacher", view)) for _, view in group]
+        students = [l2_normalize(record.embedding("student", view)) for view, _ in group]
+        teachers = [l2_normalize(record.embedding("teacher", view)) for _, view in group]
         losses = soft_cross_entropy(
             jnp.concatenate(students),
             jnp.concatenate(teachers),

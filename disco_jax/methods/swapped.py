@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods.base import Objective, Record, Term, Views, set_by_run, spread, usage
+from disco_jax.methods.base import (
+    Objective,
+    Record,
+    Term,
+    Views,
+    embedding_std,
+    prototype_perplexity,
+    set_by_run,
+)
 from disco_jax.methods.multicrop import pair_loss
-from disco_jax.ops.collectives import gather, share
-from disco_jax.ops.losses import unit
+from disco_jax.ops.collectives import gather, local_slice
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.sinkhorn import sinkhorn
 
@@ -64,8 +72,8 @@ class Swapped(Objective):
         first = self.assign[0]
         metrics = {
             "confidence": jnp.mean(jnp.max(targets[first], axis=-1)),
-            "usage": usage(record.scores("student", first), self.temperature),
-            "student_std": spread(unit(record.embedding("student", first))),
+            "usage": prototype_perplexity(record.scores("student", first), self.temperature),
+            "student_std": embedding_std(l2_normalize(record.embedding("student", first))),
         }
         if memory:
             metrics["queue_full"] = memory[_queue_name(first)].full.astype(jnp.float32)
@@ -79,7 +87,7 @@ class Swapped(Objective):
             return sinkhorn(scores, **options)
         queue = memory[_queue_name(view)]
         # Each replica scores its slice of the queue.
-        queue_scores = record.score["student"](share(queue.vectors))
+        queue_scores = record.score["student"](local_slice(queue.vectors))
         is_full = jnp.broadcast_to(queue.full.astype(jnp.float32), queue_scores.shape[:1])
         mask = jnp.concatenate([is_full, jnp.ones(scores.shape[:1], jnp.float32)])
         plan = sinkhorn(jnp.concatenate([queue_scores, scores]), mask=mask, **options)
@@ -91,7 +99,7 @@ class Swapped(Objective):
         pushed = {}
         for view in self.assign if self.queue_size else ():
             old = memory[_queue_name(view)]
-            rows = jax.lax.stop_gradient(unit(record.embedding("student", view)))
+            rows = jax.lax.stop_gradient(l2_normalize(record.embedding("student", view)))
             new = old.push(gather(rows))
             pushed[_queue_name(view)] = jax.tree.map(
                 lambda a, b: jnp.where(started, a, b), new, old

@@ -18,7 +18,7 @@ from disco_jax.models.layers.initializers import (
     unit_columns,
     zeros,
 )
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 
 
 class ProjectionHead(nn.Module):
@@ -78,7 +78,7 @@ class ProjectionHead(nn.Module):
         if self.out_norm:
             x = self.compute.batch_norm(name="out_bn")(x, norm=norm)
         x = x.astype(jnp.float32)
-        return unit(x) if self.l2_normalized else x
+        return l2_normalize(x) if self.l2_normalized else x
 
     def _linear(self, x: Array, width: int, name: str) -> Array:
         return _linear(width, x.shape[-1], self.start, self.compute, name)(x)

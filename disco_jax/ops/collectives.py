@@ -21,12 +21,12 @@ def pmean(tree: Tree) -> Tree:
     return jax.lax.pmean(tree, AXIS)
 
 
-def total(tree: Tree) -> Tree:
+def psum(tree: Tree) -> Tree:
     """Returns the sum of every leaf over the replicas."""
     return jax.lax.psum(tree, AXIS)
 
 
-def highest(tree: Tree) -> Tree:
+def pmax(tree: Tree) -> Tree:
     """Returns the elementwise maximum of every leaf over the replicas, without a gradient."""
     return jax.lax.pmax(jax.lax.stop_gradient(tree), AXIS)
 
@@ -36,7 +36,7 @@ def gather(rows: Array) -> Array:
     return jax.lax.all_gather(rows, AXIS, tiled=True)
 
 
-def scatter(rows: Array) -> Array:
+def psum_scatter(rows: Array) -> Array:
     """Sums [replicas * B, ...] over the replicas and returns this replica's slice [B, ...]."""
     return jax.lax.psum_scatter(rows, AXIS, tiled=True)
 
@@ -100,7 +100,7 @@ def unshuffle(rows: Array, order: Array) -> Array:
     return gather(rows)[own]
 
 
-def share(rows: Array) -> Array:
+def local_slice(rows: Array) -> Array:
     """Returns this replica's slice [N / replicas, ...] of rows [N, ...].
 
     Args:

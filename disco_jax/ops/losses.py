@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.bank import USUAL, Reading, attended, compared
 from disco_jax.ops.collectives import pmean
+from disco_jax.ops.queues import DEFAULT_ACCESS, QueueAccess, queue_attention, queue_logsumexp
 
 # Products of unit rows that differ by at most this are equal up to rounding.
 _TIE = 1e-6
@@ -22,7 +22,7 @@ def info_nce(
     negatives: Array,
     *,
     temperature: float,
-    reading: Reading = USUAL,
+    reading: QueueAccess = DEFAULT_ACCESS,
 ) -> Array:
     """Computes the cross-entropy of identifying each query's key among a queue of negatives.
 
@@ -34,7 +34,7 @@ def info_nce(
       key: f32[B, D], unit rows; row i is the positive of query i.
       negatives: f32 or bf16[K, D], unit rows, the same for the whole batch; receives no gradient.
       temperature: tau > 0, dimensionless; MoCo-v2 uses 0.2.
-      reading: how the negatives are processed; see `bank.Reading`.
+      reading: how the negatives are processed; see `queues.QueueAccess`.
 
     Returns:
       f32[B] in nats, one value per example; the objective takes the mean.
@@ -42,7 +42,7 @@ def info_nce(
     Raises:
       AssertionError: while tracing, if a shape or dtype differs from those above.
     """
-    others = compared(query, negatives, temperature=temperature, reading=reading)
+    others = queue_logsumexp(query, negatives, temperature=temperature, reading=reading)
     return info_nce_beside(query, key, others.total, temperature=temperature)
 
 
@@ -90,7 +90,7 @@ def soft_cross_entropy(
     *,
     student_temperature: float,
     teacher_temperature: float,
-    reading: Reading = USUAL,
+    reading: QueueAccess = DEFAULT_ACCESS,
     shared: bool = False,
 ) -> Array:
     """Computes the cross-entropy between the teacher's and the student's similarities to a queue.
@@ -107,11 +107,12 @@ def soft_cross_entropy(
       student_temperature: tau_S > 0; SEED uses 0.2.
       teacher_temperature: tau_T >= 0; SEED's paper uses 0.01, its code 1e-4 (a near one-hot
         target). At 0 the target is one-hot on the image itself and the loss equals `info_nce`.
-      reading: how the negatives are processed; see `bank.Reading`. In one pass the loss is computed
-        as the student's log-sum-exp over D+ minus its scaled similarity to the teacher's attention
-        over D+, sum_j p^T_ij d_j, so that no probabilities are stored.
-      shared: whether `negatives` are this replica's shard of the queue; see `bank.compared`. The
-        loss is then computed in one pass, whatever `reading.one_pass` is.
+      reading: how the negatives are processed; see `queues.QueueAccess`. In one pass the loss is
+        computed as the student's log-sum-exp over D+ minus its scaled similarity to the teacher's
+        attention over D+, sum_j p^T_ij d_j, so that no probabilities are stored.
+      shared: whether `negatives` are this replica's shard of the queue; see
+        `queues.queue_logsumexp`. The loss is then computed in one pass, whatever
+        `reading.one_pass` is.
 
     Returns:
       f32[B] in nats, one value per example; the objective takes the mean.
@@ -120,12 +121,12 @@ def soft_cross_entropy(
       AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     if teacher_temperature == 0 or reading.one_pass or shared:
-        others = compared(
+        others = queue_logsumexp(
             student, negatives, temperature=student_temperature, reading=reading, shared=shared
         )
         if teacher_temperature == 0:
             return info_nce_beside(student, teacher, others.total, temperature=student_temperature)
-        target = attended(teacher, negatives, temperature=teacher_temperature, shared=shared)
+        target = queue_attention(teacher, negatives, temperature=teacher_temperature, shared=shared)
         own = _own(student, teacher) / student_temperature
         return jnp.logaddexp(others.total, own) - _own(student, target) / student_temperature
     targets = jax.nn.softmax(_logits(teacher, teacher, negatives) / teacher_temperature, axis=-1)
@@ -335,7 +336,7 @@ def rebalanced(
     return share * jnp.mean(losses[:count]) + (1 - share) * jnp.mean(losses[count:])
 
 
-def unit(rows: Array) -> Array:
+def l2_normalize(rows: Array) -> Array:
     """Scales rows to Euclidean length 1, in float32; a zero row stays zero.
 
     Computes x / max(|x|, 1e-12) as PyTorch's `normalize` does. The gradient is finite everywhere.

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.bank import USUAL, Reading
 from disco_jax.ops.collectives import gather, replicas
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.queues import DEFAULT_ACCESS, QueueAccess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class QueueSettings:
 
     half: bool = False
     shared: int = 0
-    access: Reading = USUAL
+    access: QueueAccess = DEFAULT_ACCESS
 
 
 DEFAULT_SETTINGS = QueueSettings()
@@ -48,12 +48,12 @@ class Queue:
     vectors: Array
     pointer: Array
     shared: int = dataclasses.field(default=0, metadata={"static": True})
-    access: Reading = dataclasses.field(default=USUAL, metadata={"static": True})
+    access: QueueAccess = dataclasses.field(default=DEFAULT_ACCESS, metadata={"static": True})
 
     @classmethod
     def create(cls, rng: Array, size: int, dim: int) -> "Queue":
         """Creates a queue of `size` random unit rows of `dim` dimensions, MoCo's initialisation."""
-        return cls(unit(jax.random.normal(rng, (size, dim))), jnp.zeros((), jnp.int32))
+        return cls(l2_normalize(jax.random.normal(rng, (size, dim))), jnp.zeros((), jnp.int32))
 
     @classmethod
     def uniform(cls, rng: Array, size: int, dim: int) -> "Queue":
@@ -80,7 +80,7 @@ class Queue:
         """K, the number of rows on all replicas; valid inside the step."""
         return len(self.vectors) * (replicas() if self.shared else 1)
 
-    def stored(self, half: bool, shared: int = 0, access: Reading = USUAL) -> "Queue":
+    def stored(self, half: bool, shared: int = 0, access: QueueAccess = DEFAULT_ACCESS) -> "Queue":
         """Returns the queue with other `QueueSettings`."""
         vectors = self.vectors.astype(jnp.bfloat16 if half else jnp.float32)
         return Queue(vectors, self.pointer, shared, access)

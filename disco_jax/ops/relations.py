@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Two rows count as equal if the squared length of their difference is at most this fraction of the
@@ -137,7 +137,7 @@ def attention(maps: Array, size: tuple[int, int]) -> Array:
     power = jnp.mean(jnp.square(maps.astype(jnp.float32)), axis=-1)
     if power.shape[1:] != size:
         power = jax.image.resize(power, (len(power), *size), "linear")
-    return unit(power.reshape(len(power), -1))
+    return l2_normalize(power.reshape(len(power), -1))
 
 
 def attention_distance(student: Array, teacher: Array) -> Array:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.collectives import highest, total
+from disco_jax.ops.collectives import pmax, psum
 
 
 def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | None = None) -> Array:
@@ -37,11 +37,11 @@ def sinkhorn(scores: Array, *, epsilon: float, iterations: int, mask: Array | No
     mask = jnp.ones((rows,), jnp.float32) if mask is None else mask
     chex.assert_shape(mask, (rows,))
     scaled = jax.lax.stop_gradient(scores) / epsilon
-    plan = jnp.exp(scaled - highest(jnp.max(scaled))) * mask[:, None]
-    count = total(jnp.sum(mask))
-    plan = plan * _inverse(total(jnp.sum(plan)))
+    plan = jnp.exp(scaled - pmax(jnp.max(scaled))) * mask[:, None]
+    count = psum(jnp.sum(mask))
+    plan = plan * _inverse(psum(jnp.sum(plan)))
     for _ in range(iterations):
-        by_prototype = total(jnp.sum(plan, axis=0, keepdims=True))
+        by_prototype = psum(jnp.sum(plan, axis=0, keepdims=True))
         plan = plan * _inverse(prototypes * by_prototype)
         by_row = jnp.sum(plan, axis=1, keepdims=True)
         plan = plan * _inverse(count * by_row)

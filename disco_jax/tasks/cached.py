@@ -72,7 +72,7 @@ def origin(experiment: Experiment, source: Source, loaded: Teacher) -> dict[str,
         "images": source.count(config.data.train_split),
         _IMAGES: source.fingerprint(config.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
-        "views mixed by": [repr(o) for o in method.objectives.values() if o.makes],
+        "views mixed by": [repr(o) for o in method.objectives.values() if o.synthetic_views],
         "outputs": {str(v): named for v, named in required_outputs(experiment).items()},
     }
 

@@ -48,8 +48,8 @@ def key(experiment: Experiment) -> str:
         # on how the view was mixed.
         if network.grouped and network.norm != "running":
             parts["views"] = views
-        if any(view in o.makes for o in method.objectives.values() for view in views):
-            parts["mixed"] = [repr(o) for o in method.objectives.values() if o.makes]
+        if any(view in o.synthetic_views for o in method.objectives.values() for view in views):
+            parts["mixed"] = [repr(o) for o in method.objectives.values() if o.synthetic_views]
     return json.dumps(parts, sort_keys=True, default=str)
 
 

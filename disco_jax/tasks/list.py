@@ -79,7 +79,7 @@ def _needs(recipe: str) -> str:
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
     networks = ", ".join(f"{name} {len(views)}" for name, views in method.plan.items())
     also = ["the teacher's weights"] if "teacher" in method.plan else []
-    if any(o.members or o.aux for o in method.objectives.values()):
+    if any(o.bag_views or o.aux for o in method.objectives.values()):
         also.append("bags (disco-jax bags)")
     also += ["the teacher's head"] if method.reuse else []
     needs = f"; needs {', '.join(also)}" if also else ""

@@ -186,7 +186,7 @@ def _use_cache(ready: Prepared) -> Prepared:
 
 def _add_bags(source: Source, config: ConfigDict, method: Method) -> Source:
     """Wraps the source with `config.bags.file` if it is set."""
-    members = {view for o in method.objectives.values() for view in o.members}
+    members = {view for o in method.objectives.values() for view in o.bag_views}
     if not config.bags.file:
         return source
     bags = Bags.load(config.bags.file)

@@ -201,7 +201,7 @@ def _build(
     if method is None:
         return None
     if steps_per_epoch:
-        method = method.paced(steps_per_epoch)
+        method = method.with_epoch_length(steps_per_epoch)
     return Experiment(resolved, views, method, steps_per_epoch)
 
 

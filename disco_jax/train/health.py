@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.methods.base import Record, spread
-from disco_jax.ops.bank import closest
+from disco_jax.methods.base import Record, embedding_std
 from disco_jax.ops.collectives import gather, pmean, replicas
-from disco_jax.ops.losses import squared_distance, unit
+from disco_jax.ops.losses import l2_normalize, squared_distance
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.queues import nearest
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
 
     Returns:
       name -> f32[], to be averaged over replicas:
-        "health/std": `spread` of the embedding, 1 if isotropic, 0 if collapsed.
+        "health/std": `embedding_std` of the embedding, 1 if isotropic, 0 if collapsed.
         "health/uniformity" (arXiv:2005.10242): log of the mean Gaussian potential of two images.
         "health/alignment" (arXiv:2005.10242): mean squared distance between two encodings of an
         image. The second encoding comes from the student, or else from the momentum network, or
@@ -75,9 +75,9 @@ def signals(record: Record, memory: Mapping[str, Any], step: Array) -> dict[str,
       And "health/rank", f32[N, N]: a Gram matrix of the features, the input of `effective_rank`.
     """
     view = next(iter(record.encoded["student"]))
-    embedding = unit(record.embedding("student", view))
+    embedding = l2_normalize(record.embedding("student", view))
     features = record.output("student", view, "features")
-    values = {"std": spread(embedding), "rank": _gram(features)}
+    values = {"std": embedding_std(embedding), "rank": _gram(features)}
     if len(embedding) * replicas() > 1:
         values["uniformity"] = _uniformity(_global_rows(embedding))
     other = _second_encoding(record, view, embedding.shape[-1])
@@ -179,7 +179,7 @@ def _second_encoding(record: Record, view: int, dim: int) -> Array | None:
             if other is None or (network, number) == ("student", view):
                 continue
             if other.shape[-1] == dim:
-                return unit(other)
+                return l2_normalize(other)
     return None
 
 
@@ -195,14 +195,16 @@ def _agreement(record: Record, queues: list[Queue]) -> Array | None:
     view = next((v for v in teachers if v in students), None)
     if view is None or teachers[view].embedding is None:
         return None
-    teacher, student = (unit(record.embedding(name, view)) for name in ("teacher", "student"))
+    teacher, student = (
+        l2_normalize(record.embedding(name, view)) for name in ("teacher", "student")
+    )
     if teacher.shape != student.shape:
         return None
     queue = next((q for q in queues if q.vectors.shape[1] == teacher.shape[1]), None)
     if queue is None:
         return None
     shared = bool(queue.shared)
-    picks = [closest(rows, queue.vectors, shared=shared) for rows in (student, teacher)]
+    picks = [nearest(rows, queue.vectors, shared=shared) for rows in (student, teacher)]
     return jnp.mean((picks[0] == picks[1]).astype(jnp.float32))
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.ops import schedules
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.schedules import Schedule
 
 DECAYS = ("cosine", "cosine_after", "steps", "constant")
@@ -224,7 +224,7 @@ def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
     def correct(path: str, update: Array, param: Array) -> Array:
         if not _matches(path, patterns):
             return update
-        return unit((param + update).T).T - param
+        return l2_normalize((param + update).T).T - param
 
     def update(updates: Any, params: Any) -> Any:
         _require_matches(patterns, params, "unit_norm")

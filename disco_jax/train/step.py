@@ -124,7 +124,7 @@ def make_joint_step(
         aux = dict(batch["aux"])
         cached = aux.pop(KEY, None)
         views, mixing = _views(recipe, seed, step % period if period else step, batch["views"])
-        inputs = {n: one.method.mix(views, aux, mixing) for n, one in learners.items()}
+        inputs = {n: one.method.augment_batch(views, aux, mixing) for n, one in learners.items()}
         if cached is None:
             methods = [one.method for one in learners.values()]
             all_views: dict[int, Array] = {}
@@ -155,7 +155,7 @@ def make_targets(
 
     def targets(step: Array, frozen: Mapping[str, Variables], batch: Any):
         views, mixing = _views(recipe, seed, step, batch["views"])
-        views, _ = method.mix(views, batch["aux"], mixing)
+        views, _ = method.augment_batch(views, batch["aux"], mixing)
         encoded = _teacher([method], frozen, views, _keys(seed, step)[1])["teacher"]
         return {v: {name: getattr(out, name) for name in names} for v, out in encoded.items()}
 

@@ -21,7 +21,7 @@ from disco_jax.methods.similarity import Similarity
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops import mixing
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, squared_distance, unit
+from disco_jax.ops.losses import info_nce, l2_normalize, squared_distance
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_cross_entropy
 
@@ -144,13 +144,13 @@ def test_cutmix_of_bingo(name):
 
 def test_mixed_queries_are_made_of_both_and_say_how_much():
     images, others = jnp.zeros((2, 32, 32, 3)), jnp.ones((2, 32, 32, 3))
-    ratios, mix = [], jax.jit(lambda key: Bags().mix({0: images, 2: others}, {}, key))
+    ratios, mix = [], jax.jit(lambda key: Bags().augment_batch({0: images, 2: others}, {}, key))
     for seed in range(20):
         views, aux = mix(jax.random.key(seed))
         assert float(views[4].mean()) == pytest.approx(1 - float(aux["mix_ratio"]), abs=1e-6)
         ratios.append(float(aux["mix_ratio"]))
     assert 0.4 < np.mean(ratios) < 0.8 and np.std(ratios) > 0.1
-    assert Bags(cutmix=False).mix({0: images}, {}, jax.random.key(0)) == ({0: images}, {})
+    assert Bags(cutmix=False).augment_batch({0: images}, {}, jax.random.key(0)) == ({0: images}, {})
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,14 @@ def test_the_two_banks_of_retro_follow_their_own_views_through_a_wrap(replicas):
         before = memory
         loss, memory, _ = terms(objective, encoded, memory, replicas=replicas)
         halves = [
-            np.mean(info_nce(unit(encoded["student", q]), unit(encoded["momentum", k]),
+            np.mean(info_nce(l2_normalize(encoded["student", q]),
+                             l2_normalize(encoded["momentum", k]),
                              before[f"view_{k}"].vectors, temperature=0.2))
             for q, k in ((0, 1), (1, 0))
         ]  # fmt: skip
         assert loss == pytest.approx(np.mean(halves), rel=1e-5)
         for v in (0, 1):
-            pushed[v].append(np.asarray(unit(encoded["momentum", v])))
+            pushed[v].append(np.asarray(l2_normalize(encoded["momentum", v])))
             expected = expected_pushes(initial[f"view_{v}"], pushed[v])
             np.testing.assert_allclose(memory[f"view_{v}"].vectors, expected, atol=1e-6)
             assert memory[f"view_{v}"].pointer == 8 * (step + 1) % 16
@@ -229,7 +230,7 @@ def test_queues_of_the_others_follow_their_keys_through_a_wrap(objective, key, r
     for step in range(3):
         encoded = {("student", 0): rows(step, 8, 12), key: rows(100 + step, 8, 12)}
         loss, memory, _ = terms(objective, encoded, memory, replicas=replicas)
-        pushed.append(np.asarray(unit(encoded[key])))
+        pushed.append(np.asarray(l2_normalize(encoded[key])))
         after = memory["view_0"] if isinstance(objective, Similarity) else memory
         np.testing.assert_allclose(after.vectors, expected_pushes(start, pushed), atol=1e-6)
         assert np.isfinite(loss)
@@ -239,14 +240,16 @@ def test_consistency_is_the_cross_entropy_with_the_keys_relations():
     memory = Queue.create(jax.random.key(0), 32, 12)
     query, key = rows(0, 8, 12), rows(1, 8, 12)
     loss, _, _ = terms(Consistency(), {("student", 0): query, ("momentum", 1): key}, memory)
-    similarities = [np.asarray(unit(x)) @ np.asarray(memory.vectors).T for x in (query, key)]
+    similarities = [
+        np.asarray(l2_normalize(x)) @ np.asarray(memory.vectors).T for x in (query, key)
+    ]
     target = np.exp(similarities[1] / 0.04)
     target /= target.sum(1, keepdims=True)
     logits = similarities[0] / 0.1
     expected = -(target * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
     assert loss == pytest.approx(expected.mean(), rel=1e-5)
     losses = bank_cross_entropy(
-        unit(query), unit(key), memory.vectors, memory.vectors,
+        l2_normalize(query), l2_normalize(key), memory.vectors, memory.vectors,
         student_temperature=0.1, target_temperature=0.04,
     )  # fmt: skip
     assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
@@ -262,7 +265,7 @@ def test_simreg_is_two_minus_two_cosines_of_the_features():
     loss = jax.vmap(
         lambda _: objective(record, (), jnp.int32(0)).loss, axis_name=AXIS, axis_size=1
     )(jnp.zeros(1))[0]
-    cosine = (np.asarray(unit(student)) * np.asarray(unit(features))).sum(1)
+    cosine = (np.asarray(l2_normalize(student)) * np.asarray(l2_normalize(features))).sum(1)
     assert loss == pytest.approx(np.mean(2 - 2 * cosine), rel=1e-5)
 
 
@@ -271,7 +274,9 @@ def test_a_student_may_be_compared_with_another_view_of_the_teacher():
     objective = Distill(views=(0,), teacher_views=(1,))
     assert objective.needs(None) == {"student": (0,), "teacher": (1,)}
     loss, _, _ = terms(objective, encoded, ())
-    expected = squared_distance(unit(encoded["student", 0]), unit(encoded["teacher", 1]))
+    expected = squared_distance(
+        l2_normalize(encoded["student", 0]), l2_normalize(encoded["teacher", 1])
+    )
     assert loss == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
@@ -289,10 +294,10 @@ def test_online_centroids_move_to_what_they_win(replicas):
     axes = np.eye(6, dtype="f")[[0, 1]]
     teacher = (axes[np.arange(8) % 2] + 0.01 * rng.normal(size=(8, 6))).astype("f")
     start = np.eye(6, dtype="f")[[0, 1, 4, 5]] + 0.3 * axes.sum(0)
-    memory = Centroids(unit(start), jnp.array([0.5, 0.5, 0.0, 0.0]))
+    memory = Centroids(l2_normalize(start), jnp.array([0.5, 0.5, 0.0, 0.0]))
     objective = OnlineClusters(count=4, rate=0.5, idle=0.1)
     encoded = {("student", 0): teacher, ("teacher", 0): teacher}
-    logits = np.asarray(unit(teacher)) @ np.asarray(memory.vectors).T / 0.2
+    logits = np.asarray(l2_normalize(teacher)) @ np.asarray(memory.vectors).T / 0.2
     loss, memory, _ = terms(objective, encoded, memory, replicas=replicas)
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(8), np.arange(8) % 2]
     assert loss == pytest.approx(expected.mean(), rel=1e-5)
@@ -306,7 +311,7 @@ def test_online_centroids_move_to_what_they_win(replicas):
 def test_centroids_follow_every_batch_whole_and_in_its_order(replicas):
     """Three steps against NumPy: assign, move used centroids, then replace unused ones."""
     objective = OnlineClusters(count=6, rate=0.8, idle=0.5)
-    vectors, usage = np.array(unit(rows(0, 6, 5))), np.zeros(6, "f")
+    vectors, usage = np.array(l2_normalize(rows(0, 6, 5))), np.zeros(6, "f")
     memory, replaced = Centroids(jnp.asarray(vectors), jnp.asarray(usage)), 0
     for step in range(3):
         teacher = rows(10 + step, 8, 5)

@@ -13,7 +13,7 @@ from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, rebalanced, unit
+from disco_jax.ops.losses import info_nce, l2_normalize, rebalanced
 from disco_jax.ops.memory import Queue
 
 LOSS, GRADIENT, MEMORY = 1e-5, 1e-5, 1e-5
@@ -31,7 +31,7 @@ def swav_record(raw, prototypes, views, teacher=None):
     dot = lambda rows, kernel: jnp.dot(rows, kernel.T, precision="highest")  # noqa: E731
     student = {}
     for view in range(len(raw)):
-        rows = unit(raw[view])
+        rows = l2_normalize(raw[view])
         student[view] = Encoded(rows, rows, dot(rows, prototypes))
     encoded = {"student": student}
     if teacher is not None:
@@ -191,7 +191,7 @@ def test_sslights_contrast_follows_the_official_code():
 @pytest.mark.parametrize("share, weights", [(0.4, (0.4, 0.3, 0.3)), (-1.0, (1 / 3,) * 3)])
 def test_local_views_are_queries_for_the_one_global_key(share, weights):
     rng = np.random.default_rng(0)
-    rows = [unit(rng.normal(size=(4, 8)).astype("f")) for _ in range(4)]
+    rows = [l2_normalize(rng.normal(size=(4, 8)).astype("f")) for _ in range(4)]
     encoded = {
         "student": {v: Encoded(rows[v], rows[v]) for v in (1, 2, 3)},
         "momentum": {0: Encoded(rows[0], rows[0])},
@@ -214,7 +214,7 @@ def test_local_views_are_queries_for_the_one_global_key(share, weights):
 def test_the_queue_fills_from_its_epoch_on_and_is_read_when_full():
     rng = np.random.default_rng(0)
     objective = Swapped(queue_size=8, queue_epochs=2, steps_per_epoch=3)
-    prototypes = unit(rng.normal(size=(6, 5)).astype("f"))
+    prototypes = l2_normalize(rng.normal(size=(6, 5)).astype("f"))
     memory = {f"view_{v}": Queue.empty(8, 5) for v in (0, 1)}
 
     def evaluate(raw, memory, step):

@@ -17,8 +17,8 @@ from disco_jax.methods.bags import Bags
 from disco_jax.methods.compress import Compress
 from disco_jax.methods.contrast import Contrast
 from disco_jax.methods.similarity import Similarity
-from disco_jax.ops.bank import Reading
 from disco_jax.ops.memory import Queue, QueueSettings
+from disco_jax.ops.queues import QueueAccess
 from disco_jax.run import workdir
 
 # The sections as config.json of earlier runs has them: a run continues only if they are equal.
@@ -264,7 +264,7 @@ def test_unknown_fields_and_names_are_refused_with_the_nearest(own_module):
     [(Contrast, True, 8), (Bags, True, 8), (Similarity, False, 8), (Compress, False, 0)],
 )
 def test_queues_have_the_settings_that_their_objective_supports(objective, half, shared):
-    settings = QueueSettings(half=True, shared=8, access=Reading(one_pass=False))
+    settings = QueueSettings(half=True, shared=8, access=QueueAccess(one_pass=False))
     method = base.Method({}, {"one": objective(queue_size=16)}, base.Views((0, 1)), (), settings)
     rows = jax.ShapeDtypeStruct((1, 4), jnp.float32)
     encoded = {

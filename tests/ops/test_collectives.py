@@ -11,10 +11,10 @@ from disco_jax.ops.collectives import (
     AXIS,
     EXCHANGES,
     gather,
-    highest,
+    pmax,
     positions,
+    psum_scatter,
     replicas,
-    scatter,
     shuffle,
     unshuffle,
 )
@@ -39,13 +39,13 @@ def test_each_replica_gets_its_part_of_a_sum():
     """Every replica has all 12 rows; replica i adds i to them."""
     offset = jnp.arange(REPLICAS * 1.0)
     addends = ROWS.reshape(1, -1, 2) + offset[:, None, None]
-    parts = jax.vmap(scatter, axis_name=AXIS)(addends)
+    parts = jax.vmap(psum_scatter, axis_name=AXIS)(addends)
     np.testing.assert_array_equal(parts, REPLICAS * ROWS + offset.sum())
 
 
 def test_the_highest_is_of_all_replicas_element_by_element():
     rows = ROWS * jnp.array([[[1.0, -1.0]]])
-    for maximum in jax.vmap(highest, axis_name=AXIS)(rows):
+    for maximum in jax.vmap(pmax, axis_name=AXIS)(rows):
         np.testing.assert_array_equal(maximum, rows.max(0))
 
 

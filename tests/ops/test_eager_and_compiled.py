@@ -15,9 +15,9 @@ import pytest
 
 import helpers
 from disco_jax.methods import base
-from disco_jax.ops import augment, bank, losses, mixing, relations, schedules, sinkhorn
+from disco_jax.ops import augment, losses, mixing, queues, relations, schedules, sinkhorn
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.train import health
 
 B, D, K = 8, 16, 40
@@ -29,7 +29,7 @@ def rows(seed, count=B, dim=D):
     return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
 
 
-KEY, QUEUE, SCORES = rows(1), np.asarray(unit(rows(2, K))), rows(3, B, 10)
+KEY, QUEUE, SCORES = rows(1), np.asarray(l2_normalize(rows(2, K))), rows(3, B, 10)
 LABELS = np.arange(B, dtype=np.int32) % 10
 CENTRE = rows(4, 1, D)[0]
 
@@ -40,88 +40,103 @@ def maps(student):
 
 def queue_pair(loss):
     return lambda s: loss(
-        unit(s), unit(KEY), QUEUE, QUEUE, student_temperature=0.1, target_temperature=0.04
+        l2_normalize(s),
+        l2_normalize(KEY),
+        QUEUE,
+        QUEUE,
+        student_temperature=0.1,
+        target_temperature=0.04,
     )
 
 
-def seed(temperature, reading=bank.USUAL):
+def seed(temperature, reading=queues.DEFAULT_ACCESS):
     return lambda s: losses.soft_cross_entropy(
-        unit(s), unit(KEY), QUEUE, student_temperature=0.2, teacher_temperature=temperature,
-        reading=reading,
+        l2_normalize(s), l2_normalize(KEY), QUEUE, student_temperature=0.2,
+        teacher_temperature=temperature, reading=reading,
     )  # fmt: skip
 
 
-def nce(reading=bank.USUAL, temperature=0.2):
+def nce(reading=queues.DEFAULT_ACCESS, temperature=0.2):
     return lambda s: losses.info_nce(
-        unit(s), unit(KEY), QUEUE, temperature=temperature, reading=reading
+        l2_normalize(s), l2_normalize(KEY), QUEUE, temperature=temperature, reading=reading
     )
 
 
-FORMULA = bank.Reading(one_pass=False)
+FORMULA = queues.QueueAccess(one_pass=False)
 # name -> function of raw rows f32[B, D]. The name before ":" is that of the public function.
 LOSSES = {
     "info_nce": nce(),
     "info_nce:cold": nce(temperature=0.01),
     "info_nce:formula": nce(FORMULA),
     "info_nce_beside": lambda s: losses.info_nce_beside(
-        unit(s), unit(KEY), jnp.full(B, 3.0), temperature=0.2
+        l2_normalize(s), l2_normalize(KEY), jnp.full(B, 3.0), temperature=0.2
     ),
     "soft_cross_entropy": seed(0.01),
     "soft_cross_entropy:one-hot": seed(0.0),
     "soft_cross_entropy:code": seed(1e-4),
     "soft_cross_entropy:formula": seed(0.01, FORMULA),
     "binary_contrast": lambda s: losses.binary_contrast(
-        unit(s),
-        unit(KEY),
+        l2_normalize(s),
+        l2_normalize(KEY),
         QUEUE,
         temperature=0.07,
-        potential=losses.mean_potential(unit(s), QUEUE, temperature=0.07),
+        potential=losses.mean_potential(l2_normalize(s), QUEUE, temperature=0.07),
     ),
-    "mean_potential": lambda s: losses.mean_potential(unit(s), QUEUE, temperature=0.07),
+    "mean_potential": lambda s: losses.mean_potential(l2_normalize(s), QUEUE, temperature=0.07),
     "softened_cross_entropy": lambda s: losses.softened_cross_entropy(
         s[:, :10], SCORES, LABELS, alpha=0.5, temperature=2.0
     ),
     "class_cross_entropy": lambda s: losses.class_cross_entropy(s[:, :10], LABELS),
-    "squared_distance": lambda s: losses.squared_distance(unit(s), unit(KEY)),
+    "squared_distance": lambda s: losses.squared_distance(l2_normalize(s), l2_normalize(KEY)),
     "squared_distance:itself": lambda s: losses.squared_distance(
-        unit(s), unit(jax.lax.stop_gradient(s))
+        l2_normalize(s), l2_normalize(jax.lax.stop_gradient(s))
     ),
     "cross_correlation_loss": lambda s: losses.cross_correlation_loss(s, KEY, redundancy=5e-3),
     "target_cross_entropy": lambda s: losses.target_cross_entropy(
-        jax.nn.softmax(KEY), unit(s), temperature=0.1
+        jax.nn.softmax(KEY), l2_normalize(s), temperature=0.1
     ),
     "sharpened": lambda s: losses.target_cross_entropy(
-        losses.sharpened(s, CENTRE, 0.04), unit(s), temperature=0.1
+        losses.sharpened(s, CENTRE, 0.04), l2_normalize(s), temperature=0.1
     ),
     "rebalanced": lambda s: losses.rebalanced(
-        [jnp.mean(losses.squared_distance(unit(s), unit(KEY)))], [jnp.mean(unit(s) ** 2)], 0.4
+        [jnp.mean(losses.squared_distance(l2_normalize(s), l2_normalize(KEY)))],
+        [jnp.mean(l2_normalize(s) ** 2)],
+        0.4,
     ),
-    "unit": lambda s: unit(s) @ CENTRE,
-    "rkd_distance": lambda s: relations.rkd_distance(unit(s), unit(KEY)),
-    "rkd_angle": lambda s: relations.rkd_angle(unit(s), unit(KEY)),
+    "l2_normalize": lambda s: l2_normalize(s) @ CENTRE,
+    "rkd_distance": lambda s: relations.rkd_distance(l2_normalize(s), l2_normalize(KEY)),
+    "rkd_angle": lambda s: relations.rkd_angle(l2_normalize(s), l2_normalize(KEY)),
     "bank_cross_entropy": queue_pair(relations.bank_cross_entropy),
     "bank_divergence": queue_pair(relations.bank_divergence),
     "attention": lambda s: jnp.square(relations.attention(maps(s), (2, 2))) @ CENTRE[:4],
     "attention_distance": lambda s: relations.attention_distance(maps(s), maps(KEY)),
-    "compared": lambda s: bank.compared(unit(s), QUEUE, temperature=0.2).total,
-    "compared_together": lambda s: (
-        bank.compared_together({0: unit(s), 1: unit(KEY)}, QUEUE, temperature=0.2)[0].total
+    "queue_logsumexp": lambda s: (
+        queues.queue_logsumexp(l2_normalize(s), QUEUE, temperature=0.2).total
     ),
-    "attended": lambda s: losses.squared_distance(
-        unit(s), bank.attended(unit(s), QUEUE, temperature=0.04)
+    "queue_logsumexp_of_each": lambda s: (
+        queues.queue_logsumexp_of_each(
+            {0: l2_normalize(s), 1: l2_normalize(KEY)}, QUEUE, temperature=0.2
+        )[0].total
+    ),
+    "queue_attention": lambda s: losses.squared_distance(
+        l2_normalize(s), queues.queue_attention(l2_normalize(s), QUEUE, temperature=0.04)
     ),
     "sinkhorn": lambda s: losses.target_cross_entropy(
-        sinkhorn.sinkhorn(unit(s), epsilon=0.05, iterations=3), unit(s), temperature=0.1
+        sinkhorn.sinkhorn(l2_normalize(s), epsilon=0.05, iterations=3),
+        l2_normalize(s),
+        temperature=0.1,
     ),
 }
 MEASURES = {  # functions without a gradient
     "contrast_accuracy": lambda s: losses.contrast_accuracy(
-        unit(s), unit(s), bank.compared(unit(s[::-1]), unit(s), temperature=0.2).nearest
+        l2_normalize(s),
+        l2_normalize(s),
+        queues.queue_logsumexp(l2_normalize(s[::-1]), l2_normalize(s), temperature=0.2).nearest,
     ),
-    "closest": lambda s: bank.closest(unit(s), QUEUE),
-    "usage": lambda s: base.usage(unit(s), 0.1),
-    "spread": lambda s: base.spread(unit(s)),
-    "uniformity": lambda s: health._uniformity(unit(s)),
+    "nearest": lambda s: queues.nearest(l2_normalize(s), QUEUE),
+    "prototype_perplexity": lambda s: base.prototype_perplexity(l2_normalize(s), 0.1),
+    "spread": lambda s: base.embedding_std(l2_normalize(s)),
+    "uniformity": lambda s: health._uniformity(l2_normalize(s)),
 }
 SETS = ("random", "twice", "collapsed", "zero")
 
@@ -161,7 +176,7 @@ def test_a_loss_and_its_gradient_are_the_same_compiled_as_eagerly(name):
 def test_a_measure_is_the_same_compiled_as_eagerly(name):
     measure = on_one_replica(MEASURES[name])
     compiled = jax.jit(measure)
-    kinds = ("random", "twice") if name == "closest" else SETS  # of equal rows, either may win
+    kinds = ("random", "twice") if name == "nearest" else SETS  # of equal rows, either may win
     for kind in kinds:
         student = inputs(kind)
         np.testing.assert_allclose(compiled(student), measure(student), rtol=1e-5, atol=1e-3)
@@ -177,7 +192,7 @@ def test_a_collapsed_network_finds_no_key_among_equals():
 
 def test_no_public_function_of_these_modules_is_missing_here():
     covered = {name.partition(":")[0] for name in (*LOSSES, *MEASURES)}
-    for module in (losses, relations, bank, sinkhorn):
+    for module in (losses, relations, queues, sinkhorn):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert name in covered, name
@@ -244,8 +259,8 @@ def test_no_schedule_is_missing_here():
 
 
 READ_IN_HALF = {  # losses that accelerators compute with bfloat16 factors
-    "info_nce": nce(bank.Reading(dtype=HALF)),
-    "soft_cross_entropy": seed(0.01, bank.Reading(dtype=HALF)),
+    "info_nce": nce(queues.QueueAccess(dtype=HALF)),
+    "soft_cross_entropy": seed(0.01, queues.QueueAccess(dtype=HALF)),
     "attention_distance": lambda s: relations.attention_distance(
         maps(s).astype(HALF), maps(KEY).astype(HALF)
     ),

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.ops.bank import compared
 from disco_jax.ops.losses import (
     contrast_accuracy,
     info_nce,
+    l2_normalize,
     soft_cross_entropy,
     softened_cross_entropy,
     squared_distance,
-    unit,
 )
+from disco_jax.ops.queues import queue_logsumexp
 
 LOSS, GRADIENT = 1e-5, 1e-5  # relative to the largest value
 
@@ -28,7 +28,12 @@ def test_info_nce_matches_official_moco(name):
 
     def loss(query, key, queue):
         return jnp.mean(
-            info_nce(unit(query), unit(key), queue, temperature=meta["params"]["temperature"])
+            info_nce(
+                l2_normalize(query),
+                l2_normalize(key),
+                queue,
+                temperature=meta["params"]["temperature"],
+            )
         )
 
     gradient = jax.jit(jax.value_and_grad(loss))
@@ -37,8 +42,8 @@ def test_info_nce_matches_official_moco(name):
         value, grad = gradient(query, key, queue)
         assert helpers.relative_error(value, ref["loss"][step]) < LOSS
         assert helpers.relative_error(grad, ref["grad_q_raw"][step]) < GRADIENT
-        nearest = compared(unit(query), queue, temperature=0.2).nearest
-        accuracy = 100 * np.mean(contrast_accuracy(unit(query), unit(key), nearest))
+        nearest = queue_logsumexp(l2_normalize(query), queue, temperature=0.2).nearest
+        accuracy = 100 * np.mean(contrast_accuracy(l2_normalize(query), l2_normalize(key), nearest))
         assert accuracy == pytest.approx(ref["acc1"][step].item())
         queue = ref["queue"][step].T
 
@@ -53,12 +58,12 @@ def test_disco_total_matches_official(name):
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(student_q, student_k, teachers, key, queue, contrast):
         distances = [
-            jnp.mean(squared_distance(unit(student), unit(teacher)))
+            jnp.mean(squared_distance(l2_normalize(student), l2_normalize(teacher)))
             for student, teacher in zip((student_q, student_k), teachers, strict=True)
         ]
         nce = info_nce(
-            unit(student_q),
-            unit(key),
+            l2_normalize(student_q),
+            l2_normalize(key),
             queue,
             temperature=meta["params"]["temperature"],
         )
@@ -88,8 +93,8 @@ def test_seed_matches_official(name):
     def loss(student, teacher, queue):
         return jnp.mean(
             soft_cross_entropy(
-                unit(student),
-                unit(teacher),
+                l2_normalize(student),
+                l2_normalize(teacher),
                 queue,
                 student_temperature=settings_["student_t"],
                 teacher_temperature=settings_["teacher_temp"],
@@ -106,7 +111,9 @@ def test_seed_matches_official(name):
 
 def test_seed_with_a_sharp_teacher_is_info_nce():
     rng = np.random.default_rng(0)
-    student, teacher, queue = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+    student, teacher, queue = (
+        l2_normalize(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64)
+    )
 
     def seed(student, temperature):
         losses = soft_cross_entropy(
@@ -129,7 +136,7 @@ def test_seed_with_a_sharp_teacher_is_info_nce():
 
 
 def test_squared_distance_of_unit_rows_is_two_minus_two_cosines():
-    distance = jax.jit(lambda a, b: squared_distance(unit(a), unit(b)))
+    distance = jax.jit(lambda a, b: squared_distance(l2_normalize(a), l2_normalize(b)))
     for seed in range(25):
         a, b = np.random.default_rng(seed).normal(size=(2, 9, 33)).astype("f")
         cosines = np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
@@ -138,8 +145,8 @@ def test_squared_distance_of_unit_rows_is_two_minus_two_cosines():
 
 def test_unit_of_zero_is_zero_and_has_a_finite_gradient():
     rows = jnp.zeros((2, 4)).at[1, 0].set(3.0)
-    np.testing.assert_array_equal(unit(rows), [[0, 0, 0, 0], [1, 0, 0, 0]])
-    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(unit(x)))(rows)))
+    np.testing.assert_array_equal(l2_normalize(rows), [[0, 0, 0, 0], [1, 0, 0, 0]])
+    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(l2_normalize(x)))(rows)))
 
 
 def test_contracts_are_checked_while_tracing():

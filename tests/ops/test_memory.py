@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 
 
@@ -18,7 +18,7 @@ def test_push_follows_the_official_order_through_a_wrap(name):
     queue = Queue(ref["queue_init"].T, np.int32(ref["ptr_init"]))
     wrapped = False
     for step in range(meta["params"]["steps"]):
-        queue = queue.push(unit(ref["k_raw"][step]))
+        queue = queue.push(l2_normalize(ref["k_raw"][step]))
         np.testing.assert_allclose(queue.vectors, ref["queue"][step].T, atol=1e-6)
         assert queue.pointer == ref["ptr"][step]
         wrapped |= int(queue.pointer) == 0
@@ -41,7 +41,10 @@ def test_push_refuses_rows_that_do_not_fit(rows):
 
 
 def test_a_rewound_queue_has_its_oldest_row_first_and_takes_pushes_of_any_size():
-    rows = [unit(np.random.default_rng(i).normal(size=(4, 8)).astype(np.float32)) for i in range(4)]
+    rows = [
+        l2_normalize(np.random.default_rng(i).normal(size=(4, 8)).astype(np.float32))
+        for i in range(4)
+    ]
     queue = Queue.create(jax.random.key(0), 12, 8)
     for batch in rows:
         queue = queue.push(batch)

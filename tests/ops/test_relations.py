@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 from disco_jax.ops import losses, relations
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 
 EXACT = 1e-5  # relative tolerance of losses and gradients
@@ -45,7 +45,7 @@ def test_rkd_compiled_with_what_normalises_its_rows_is_the_formula(kind):
     student[5] = teacher[3] = student[2]  # one image twice in the batch
     teacher[1] = student[2]
     loss = {"distance": relations.rkd_distance, "angle": relations.rkd_angle}[kind]
-    run = jax.jit(jax.value_and_grad(lambda s, t: loss(unit(s), unit(t))))
+    run = jax.jit(jax.value_and_grad(lambda s, t: loss(l2_normalize(s), l2_normalize(t))))
     value, grad = run(student, teacher)
     expected = rkd_in_float64(kind, student, teacher)
     assert value == pytest.approx(expected, rel=1e-5)
@@ -114,11 +114,11 @@ def test_compress_matches_official_with_its_queues(name):
         students = Queue(jnp.asarray(ref["student_queue_init"]), start)
     temperature = settings["temperature"]
     for step in range(settings["steps"]):
-        teacher = unit(ref["teacher_raw"][step])
+        teacher = l2_normalize(ref["teacher_raw"][step])
 
         def loss(raw, teacher=teacher, students=students, teachers=teachers):
             divergence = relations.bank_divergence(
-                unit(raw),
+                l2_normalize(raw),
                 teacher,
                 students.vectors,
                 teachers.vectors,
@@ -129,8 +129,8 @@ def test_compress_matches_official_with_its_queues(name):
 
         raw = ref["student_raw"][step]
         assert_loss(loss, raw, ref["loss"][step], ref["grad_student_raw"][step])
-        keys = {"1q_a": teacher, "2q_a": unit(raw)}.get(name)
-        keys = unit(ref["student_key_raw"][step]) if keys is None else keys
+        keys = {"1q_a": teacher, "2q_a": l2_normalize(raw)}.get(name)
+        keys = l2_normalize(ref["student_key_raw"][step]) if keys is None else keys
         teachers, students = teachers.push(teacher), students.push(keys)
         queue = ref["teacher_queue"] if name == "1q_a" else ref["student_queue"]
         assert helpers.relative_error(teachers.vectors, ref["teacher_queue"][step]) < EXACT
@@ -140,7 +140,9 @@ def test_compress_matches_official_with_its_queues(name):
 
 def test_one_hot_targets_of_seed_are_info_nce_to_the_bit():
     rng = np.random.default_rng(0)
-    student, teacher, queue = (unit(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64))
+    student, teacher, queue = (
+        l2_normalize(rng.normal(size=(n, 16)).astype("f")) for n in (8, 8, 64)
+    )
 
     def seed(student, temperature):
         return losses.soft_cross_entropy(
@@ -161,7 +163,9 @@ def test_one_hot_targets_of_seed_are_info_nce_to_the_bit():
 def test_binary_contrast_is_the_sum_of_its_decisions():
     """Compares with the formula written with h, in float64."""
     rng = np.random.default_rng(0)
-    student, teacher, queue = (unit(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12))
+    student, teacher, queue = (
+        l2_normalize(rng.normal(size=(n, 8)).astype("f")) for n in (5, 5, 12)
+    )
     potential = losses.mean_potential(student, queue, temperature=0.07)
     loss = losses.binary_contrast(student, teacher, queue, temperature=0.07, potential=potential)
     s, t, q = (np.asarray(x, np.float64) for x in (student, teacher, queue))

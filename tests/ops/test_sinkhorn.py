@@ -7,7 +7,7 @@ import pytest
 
 import helpers
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.sinkhorn import sinkhorn
 
 
@@ -36,8 +36,8 @@ balance = jax.jit(lambda scores: assign(scores, 4, epsilon=0.5, iterations=12))
 def test_rows_sum_to_one_and_prototypes_are_used_alike(groups, prototypes):
     for seed in range(7):
         rng = np.random.default_rng(seed)
-        rows = unit(rng.normal(size=(4 * groups, 8)).astype("f"))
-        scores = rows @ unit(rng.normal(size=(prototypes, 8)).astype("f")).T
+        rows = l2_normalize(rng.normal(size=(4 * groups, 8)).astype("f"))
+        scores = rows @ l2_normalize(rng.normal(size=(prototypes, 8)).astype("f")).T
         plan = balance(scores)
         np.testing.assert_allclose(np.sum(plan, axis=1), 1.0, atol=1e-5)
         np.testing.assert_allclose(np.sum(plan, axis=0), 4 * groups / prototypes, rtol=1e-3)

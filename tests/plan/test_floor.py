@@ -10,9 +10,9 @@ import pytest
 
 import helpers
 from disco_jax import models
-from disco_jax.ops.bank import Reading, compared
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, soft_cross_entropy
+from disco_jax.ops.queues import QueueAccess, queue_logsumexp
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train import step
 
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 SLICE = "v5e:2x4"
 IMAGES, DIM = 32, 128
-HALF = Reading(dtype=jnp.bfloat16)
+HALF = QueueAccess(dtype=jnp.bfloat16)
 
 
 def thousand_cycles(function, rows, size, dtype=jnp.float32):
@@ -41,7 +41,9 @@ def thousand_cycles(function, rows, size, dtype=jnp.float32):
 def nce(reading, shared=False):
     def term(query, key, bank):
         def loss(query):
-            comparison = compared(query, bank, temperature=0.2, reading=reading, shared=shared)
+            comparison = queue_logsumexp(
+                query, bank, temperature=0.2, reading=reading, shared=shared
+            )
             accuracy = contrast_accuracy(query, key, comparison.nearest)
             losses = info_nce_beside(query, key, comparison.total, temperature=0.2)
             return jnp.mean(losses), jnp.mean(accuracy)
@@ -69,7 +71,7 @@ def test_a_contrast_costs_one_pass_over_its_queue():
     one_pass = thousand_cycles(nce(HALF), IMAGES, 65_536)
     assert one_pass <= 3.4
     assert thousand_cycles(nce(HALF), IMAGES, 262_144, jnp.bfloat16) <= 10.5
-    stored_products = Reading(one_pass=False, dtype=jnp.bfloat16)
+    stored_products = QueueAccess(one_pass=False, dtype=jnp.bfloat16)
     assert thousand_cycles(nce(stored_products), IMAGES, 65_536) > 1.4 * one_pass
 
 

@@ -10,7 +10,7 @@ from disco_jax.data.bags import Bags
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
 from disco_jax.evaluate.kmeans import kmeans
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.tasks import bags, pretrain
 
 
@@ -54,7 +54,7 @@ def test_neighbours_are_the_nearest_but_oneself(bag_folders, teacher, source):
     neighbours = Bags.load(f"{bag_folders['knn']}/bags.npz").neighbours
     assert neighbours.shape == (200, 5) and (neighbours != np.arange(200)[:, None]).all()
     rows = bags._encode(settings(teacher), source)
-    similarities = np.asarray(unit(rows)) @ np.asarray(unit(rows)).T
+    similarities = np.asarray(l2_normalize(rows)) @ np.asarray(l2_normalize(rows)).T
     np.fill_diagonal(similarities, -2)
     chosen = np.take_along_axis(similarities, neighbours, axis=1)
     best = -np.sort(-similarities, axis=1)[:, :5]
@@ -118,7 +118,7 @@ def test_kmeans_finds_groups_and_leaves_no_cluster_empty():
     rows = (centres[groups] + 0.05 * rng.normal(size=(120, 8))).astype("f")
     centroids, labels = kmeans(rows, 6, seed=1, block=50)
     # Each group is one cluster unless two groups share a start. Rows go to the nearest centroid.
-    nearest = np.argmax(np.asarray(unit(rows)) @ centroids.T, axis=1)
+    nearest = np.argmax(np.asarray(l2_normalize(rows)) @ centroids.T, axis=1)
     np.testing.assert_array_equal(labels, nearest)
     assert len(set(labels)) == 6
     assert np.mean([np.bincount(labels[groups == g]).max() for g in range(6)]) > 15

@@ -14,7 +14,7 @@ from disco_jax.errors import NumericError
 from disco_jax.methods.base import Record
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import unit
+from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.tasks import pretrain
 from disco_jax.train import health, teacher
@@ -44,7 +44,7 @@ def test_signals_are_their_definitions(replicas):
     bank = Queue.create(jax.random.key(0), 64, 16)
     encoded = {("student", 0): student, ("teacher", 0): teacher}
     signals = measured(encoded, {"similarity": {"view_0": bank}}, 1, replicas)
-    s, t = (np.asarray(unit(x), np.float64) for x in (student, teacher))
+    s, t = (np.asarray(l2_normalize(x), np.float64) for x in (student, teacher))
     assert signals["std"] == pytest.approx(np.sqrt(16 * s.var(axis=0).mean()), rel=1e-5)
     distances = ((s[:, None] - s[None]) ** 2).sum(-1)[~np.eye(32, dtype=bool)]
     assert signals["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-4)

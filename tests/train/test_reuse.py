@@ -263,7 +263,7 @@ def test_a_one_hot_teacher_is_a_setting_of_seed_alone():
 
 
 def test_objectives_that_count_epochs_learn_how_long_one_is():
-    bags = methods.build(helpers.smoke_config("bingo"), 4).paced(179)
+    bags = methods.build(helpers.smoke_config("bingo"), 4).with_epoch_length(179)
     assert bags.objectives["bags"].steps_per_epoch == 179
 
 

@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.ops.bank import (
-    BLOCK,
-    COLDEST,
-    FEW,
-    Reading,
-    attended,
-    closest,
-    compared,
-    compared_together,
-)
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, soft_cross_entropy, unit
+from disco_jax.ops.losses import info_nce, l2_normalize, soft_cross_entropy
+from disco_jax.ops.queues import (
+    BLOCK,
+    MIN_TEMPERATURE,
+    SMALL_BATCH,
+    QueueAccess,
+    nearest,
+    queue_attention,
+    queue_logsumexp,
+    queue_logsumexp_of_each,
+)
 
 B, D = 8, 32
 EXACT, HALF = 1e-5, 1e-3  # relative tolerances for float32 and bfloat16 factors
-FORMULA = Reading(one_pass=False)
+FORMULA = QueueAccess(one_pass=False)
 # Batch sizes of both CPU algorithms: [queue, batch] products up to FEW rows, [batch, queue] above.
-ROWS = (B, FEW + 1)
+ROWS = (B, SMALL_BATCH + 1)
 SIZES = (5, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 700)
 
 
@@ -36,7 +36,7 @@ def embeddings(size, seed=0, rows=B):
     labels = rng.integers(0, 16, (rows,))
     query, key = (centres[labels] + 0.5 * rng.normal(size=(rows, D)) for _ in range(2))
     queue = centres[rng.integers(0, 16, size)] + rng.normal(size=(size, D))
-    return [unit(x.astype(np.float32)) for x in (query, key, queue)]
+    return [l2_normalize(x.astype(np.float32)) for x in (query, key, queue)]
 
 
 def nce(reading, temperature):
@@ -69,12 +69,12 @@ def in_float64(query, key, queue, temperature):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("temperature", [0.2, COLDEST, 0.01])
+@pytest.mark.parametrize("temperature", [0.2, MIN_TEMPERATURE, 0.01])
 @pytest.mark.parametrize("rows", ROWS)
 def test_info_nce_is_the_formula_whatever_the_size_of_the_bank(size, temperature, rows):
     arguments = embeddings(size, rows=rows)
     expected = in_float64(*arguments, temperature)
-    actual = nce(Reading(), temperature)(*arguments)
+    actual = nce(QueueAccess(), temperature)(*arguments)
     for array, reference in zip(actual, expected, strict=True):
         assert helpers.relative_error(array, reference) < EXACT
 
@@ -84,14 +84,14 @@ def test_info_nce_is_the_formula_whatever_the_size_of_the_bank(size, temperature
 def test_seeds_loss_is_the_formula(temperature, rows):
     arguments = embeddings(2 * BLOCK + 9, rows=rows)
     expected = seed(FORMULA, temperature)(*arguments)
-    actual = seed(Reading(), temperature)(*arguments)
+    actual = seed(QueueAccess(), temperature)(*arguments)
     for array, reference in zip(actual, expected, strict=True):
         assert helpers.relative_error(array, reference) < EXACT
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_bfloat16_factors_change_losses_and_gradients_by_less_than_a_thousandth(half):
-    reading = Reading(dtype=jnp.bfloat16)
+    reading = QueueAccess(dtype=jnp.bfloat16)
     query, key, queue = embeddings(4 * BLOCK)
     stored = queue.astype(jnp.bfloat16) if half else queue
     for make, temperature in ((nce, 0.2), (nce, 0.1), (seed, 0.04), (seed, 0.01), (seed, 1e-4)):
@@ -108,22 +108,26 @@ def test_a_teacher_in_bfloat16_would_be_further_off_than_that():
     """Shows that the test above can fail: the teacher's products need float32."""
     _, teacher, queue = embeddings(4 * BLOCK)
     rough = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (teacher, queue))
-    exact, away = (attended(t, b, temperature=1e-4) for t, b in ((teacher, queue), tuple(rough)))
+    exact, away = (
+        queue_attention(t, b, temperature=1e-4) for t, b in ((teacher, queue), tuple(rough))
+    )
     assert np.linalg.norm(away - exact) > HALF * np.linalg.norm(exact)
 
 
 def test_opposite_rows_at_the_coldest_temperature_leave_a_finite_sum():
-    query = unit(np.ones((B, D), np.float32))
-    similarities = compared(query, -jnp.ones((7, 1)) * query[:1], temperature=COLDEST)
-    np.testing.assert_allclose(similarities.total, np.log(7) - 1 / COLDEST, rtol=EXACT)
+    query = l2_normalize(np.ones((B, D), np.float32))
+    similarities = queue_logsumexp(
+        query, -jnp.ones((7, 1)) * query[:1], temperature=MIN_TEMPERATURE
+    )
+    np.testing.assert_allclose(similarities.total, np.log(7) - 1 / MIN_TEMPERATURE, rtol=EXACT)
     np.testing.assert_allclose(similarities.nearest, -1, rtol=EXACT)
 
 
 def test_batches_that_read_together_get_what_each_would_alone():
     query, key, queue = embeddings(100)
-    together = compared_together({3: query, 1: key}, queue, temperature=0.2)
+    together = queue_logsumexp_of_each({3: query, 1: key}, queue, temperature=0.2)
     for name, rows in ((3, query), (1, key)):
-        alone = compared(rows, queue, temperature=0.2)
+        alone = queue_logsumexp(rows, queue, temperature=0.2)
         for array, reference in zip(together[name], alone, strict=True):
             np.testing.assert_allclose(array, reference, rtol=1e-6)
     nearest = np.max(np.asarray(key) @ np.asarray(queue).T, axis=1)
@@ -132,9 +136,9 @@ def test_batches_that_read_together_get_what_each_would_alone():
 
 def test_attention_at_low_temperatures_reads_the_row_itself_and_at_high_ones_the_mean():
     query, _, queue = embeddings(50)
-    np.testing.assert_allclose(attended(query, queue, temperature=1e-6), query, atol=1e-6)
+    np.testing.assert_allclose(queue_attention(query, queue, temperature=1e-6), query, atol=1e-6)
     mean = (np.asarray(query) + np.sum(queue, 0, keepdims=True)) / 51
-    np.testing.assert_allclose(attended(query, queue, temperature=1e6), mean, atol=1e-5)
+    np.testing.assert_allclose(queue_attention(query, queue, temperature=1e6), mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", ROWS)
@@ -145,10 +149,10 @@ def test_each_row_that_attends_has_its_own_shift(count):
     logits = jnp.concatenate([jnp.sum(query**2, 1, keepdims=True), query @ queue.T], axis=1)
     probs = jax.nn.softmax(logits / 0.05)
     expected = probs[:, :1] * query + probs[:, 1:] @ queue
-    assert helpers.relative_error(attended(query, queue, temperature=0.05), expected) < EXACT
+    assert helpers.relative_error(queue_attention(query, queue, temperature=0.05), expected) < EXACT
 
 
-@pytest.mark.parametrize("count", [FEW, FEW + 1])
+@pytest.mark.parametrize("count", [SMALL_BATCH, SMALL_BATCH + 1])
 def test_no_memory_of_a_queues_size_is_taken_on_a_cpu(count):
     def temporary_bytes(function, size):
         rows = jax.ShapeDtypeStruct((count, 128), jnp.float32)
@@ -157,7 +161,7 @@ def test_no_memory_of_a_queues_size_is_taken_on_a_cpu(count):
 
     small, large = 2**16, 2**20
     assert temporary_bytes(nce(FORMULA, 0.2), small) > 10e6
-    for function in (nce(Reading(), 0.2), seed(Reading(), 0.01)):
+    for function in (nce(QueueAccess(), 0.2), seed(QueueAccess(), 0.01)):
         limit = min(4e6, 1.01 * temporary_bytes(function, small))
         assert temporary_bytes(function, large) < limit
 
@@ -167,9 +171,9 @@ def test_what_a_bank_must_be_is_checked_while_tracing():
     for rows, wrong in ((query, queue[:, 1:]), (query.astype(jnp.bfloat16), queue),
                         (query, queue.astype(jnp.float16))):  # fmt: skip
         with pytest.raises(AssertionError):
-            compared(rows, wrong, temperature=0.2)
+            queue_logsumexp(rows, wrong, temperature=0.2)
     with pytest.raises(AssertionError):
-        attended(query, queue.astype(jnp.bfloat16), temperature=0.2)
+        queue_attention(query, queue.astype(jnp.bfloat16), temperature=0.2)
 
 
 def with_gradient(read):
@@ -199,13 +203,18 @@ def shared_by(replicas, read, rows, queue, *more):
 @pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize(
     "reading, temperature",
-    [(Reading(), 0.2), (Reading(), 0.01), (FORMULA, 0.2), (Reading(dtype=jnp.bfloat16), 0.2)],
+    [
+        (QueueAccess(), 0.2),
+        (QueueAccess(), 0.01),
+        (FORMULA, 0.2),
+        (QueueAccess(dtype=jnp.bfloat16), 0.2),
+    ],
 )
 def test_a_bank_that_replicas_share_reads_as_the_whole(reading, temperature, replicas):
     """Compares totals, largest similarities, and the gradient of a weighted sum of totals."""
     query, _, queue = embeddings(2 * BLOCK)
     weights = jnp.arange(1.0, B + 1)
-    read = functools.partial(compared, temperature=temperature, reading=reading)
+    read = functools.partial(queue_logsumexp, temperature=temperature, reading=reading)
     expected = with_gradient(read)(query, queue, weights)
     together = with_gradient(functools.partial(read, shared=True))
     actual = shared_by(replicas, together, query, queue, weights)
@@ -213,7 +222,7 @@ def test_a_bank_that_replicas_share_reads_as_the_whole(reading, temperature, rep
         assert helpers.relative_error(array, reference) < EXACT
 
 
-@pytest.mark.parametrize("reading", [Reading(), FORMULA])
+@pytest.mark.parametrize("reading", [QueueAccess(), FORMULA])
 @pytest.mark.parametrize("temperature", [0, 1e-4, 0.04])
 def test_seeds_loss_of_a_bank_that_replicas_share(reading, temperature):
     student, teacher, queue = embeddings(400)
@@ -238,6 +247,6 @@ def test_the_closest_row_is_the_largest_product_and_the_first_of_several(shared)
     queue = jnp.concatenate([queue[:20], queue])  # each row twice, at i and i + 20
     expected = np.argmax(np.asarray(query) @ np.asarray(queue).T, axis=1)
     assert np.min(expected) < 20 and len(set(expected.tolist())) > 2
-    read = functools.partial(closest, shared=shared)
+    read = functools.partial(nearest, shared=shared)
     actual = shared_by(4, read, query, queue) if shared else read(query, queue)
     np.testing.assert_array_equal(actual, expected)

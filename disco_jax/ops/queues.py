@@ -1,9 +1,9 @@
 """Similarities between rows and a queue of embeddings, computed in one pass over the queue.
 
 A softmax over a queue needs no array of the queue's size. The product of two unit rows is at most
-1, so e^((q.n - 1) / tau) cannot overflow and, for temperatures of at least `COLDEST`, cannot
-vanish. No maximum has to be subtracted first, and one pass computes both the sum and the weighted
-mean row, which is the gradient. The sums are additive over shards of a queue: where replicas shard
+1, so e^((q.n - 1) / tau) cannot overflow and, for temperatures of at least `MIN_TEMPERATURE`,
+cannot vanish. No maximum has to be subtracted first, and one pass computes both the sum and the
+weighted mean row, which is the gradient. The sums are additive over shards of a queue: where replicas shard
 it, each replica sums over its own shard for the rows of all replicas, and only arrays of the size
 of the rows are communicated.
 """
@@ -18,22 +18,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.collectives import gather, highest, positions, scatter, share
+from disco_jax.ops.collectives import gather, local_slice, pmax, positions, psum_scatter
 
 # The lowest temperature of the one-pass sums: e^(-2 / tau), the term of two opposite rows, must be
 # a normal float32.
-COLDEST = 1 / 40
+MIN_TEMPERATURE = 1 / 40
 # Queue rows that a CPU processes at once. A block and its products fit in the cache.
 BLOCK = 4096
 # Up to this batch size, products of shape [queue, batch] are faster on CPUs (`_sum_lines`).
-FEW = 32
+SMALL_BATCH = 32
 # Queue rows whose products with such a small batch form one line of the reduction.
 _LINE = 64
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class QueueAccess:
     """Settings of the computation over a queue. Results are equal up to rounding for all of them.
 
     Attributes:
@@ -46,10 +46,10 @@ class Reading:
     dtype: Any = jnp.float32
 
 
-USUAL = Reading()
+DEFAULT_ACCESS = QueueAccess()
 
 
-class Compared(NamedTuple):
+class QueueLogSumExp(NamedTuple):
     """Similarities of a batch of rows q_i to the rows n_j of a queue.
 
     Attributes:
@@ -61,68 +61,73 @@ class Compared(NamedTuple):
     nearest: Array
 
 
-def compared(
+def queue_logsumexp(
     rows: Array,
     queue: Array,
     *,
     temperature: float,
-    reading: Reading = USUAL,
+    reading: QueueAccess = DEFAULT_ACCESS,
     shared: bool = False,
-) -> Compared:
+) -> QueueLogSumExp:
     """Computes the log-sum-exp of similarities to a queue, and the largest similarity.
 
     Args:
       rows: f32[B, D], unit rows; the only input that receives a gradient.
       queue: f32 or bf16[K, D], unit rows.
-      temperature: tau > 0. Below `COLDEST`, `reading.one_pass` is ignored and products are stored.
+      temperature: tau > 0. Below `MIN_TEMPERATURE`, `reading.one_pass` is ignored and products are
+        stored.
       reading: settings of the computation.
       shared: whether `queue` is this replica's shard. All shards have equally many rows.
 
     Returns:
-      `Compared`, over the rows of all shards.
+      `QueueLogSumExp`, over the rows of all shards.
 
     Raises:
       AssertionError: while tracing, if a shape or dtype differs from those above.
     """
     _check(rows, queue)
     queue = jax.lax.stop_gradient(queue)
-    if reading.one_pass and temperature >= COLDEST:
+    if reading.one_pass and temperature >= MIN_TEMPERATURE:
         return _one_pass(rows, queue, temperature, jnp.dtype(reading.dtype).name, shared)
     products = _products(gather(rows) if shared else rows, queue, reading.dtype)
     nearest = jax.lax.stop_gradient(jnp.max(products, axis=-1))
     if not shared:
-        return Compared(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
-    nearest = highest(nearest)
+        return QueueLogSumExp(jax.nn.logsumexp(products / temperature, axis=-1), nearest)
+    nearest = pmax(nearest)
     weights = jnp.exp((products - nearest[:, None]) / temperature)
-    log_sum = jnp.log(scatter(jnp.sum(weights, axis=-1)))
-    nearest = share(nearest)
-    return Compared(log_sum + nearest / temperature, nearest)
+    log_sum = jnp.log(psum_scatter(jnp.sum(weights, axis=-1)))
+    nearest = local_slice(nearest)
+    return QueueLogSumExp(log_sum + nearest / temperature, nearest)
 
 
-def compared_together(
+def queue_logsumexp_of_each(
     rows: Mapping[int, Array],
     queue: Array,
     *,
     temperature: float,
-    reading: Reading = USUAL,
+    reading: QueueAccess = DEFAULT_ACCESS,
     shared: bool = False,
-) -> dict[int, Compared]:
-    """Applies `compared` to several batches in one pass over the queue.
+) -> dict[int, QueueLogSumExp]:
+    """Applies `queue_logsumexp` to several batches in one pass over the queue.
 
     Args:
       rows: name -> f32[B, D], unit rows; B is the same for all names.
-      queue, temperature, reading, shared: see `compared`.
+      queue, temperature, reading, shared: see `queue_logsumexp`.
 
     Returns:
-      name -> `Compared` of its batch.
+      name -> `QueueLogSumExp` of its batch.
     """
     batches = jnp.concatenate(list(rows.values()))
-    similarities = compared(batches, queue, temperature=temperature, reading=reading, shared=shared)
+    similarities = queue_logsumexp(
+        batches, queue, temperature=temperature, reading=reading, shared=shared
+    )
     split = [jnp.split(part, len(rows)) for part in similarities]
-    return {name: Compared(*parts) for name, *parts in zip(rows, *split, strict=True)}
+    return {name: QueueLogSumExp(*parts) for name, *parts in zip(rows, *split, strict=True)}
 
 
-def attended(rows: Array, queue: Array, *, temperature: float, shared: bool = False) -> Array:
+def queue_attention(
+    rows: Array, queue: Array, *, temperature: float, shared: bool = False
+) -> Array:
     """Computes attention of each row over itself and a queue: sum_j p_ij d_j.
 
     p_i is the softmax of r_i.d_j / tau over d = [r_i, n_1, ..., n_K]. A row's product with itself
@@ -132,7 +137,7 @@ def attended(rows: Array, queue: Array, *, temperature: float, shared: bool = Fa
       rows: f32[B, D], unit rows.
       queue: f32[K, D], unit rows.
       temperature: tau > 0. Products are float32: at 1e-4, bfloat16 would leave no correct digit.
-      shared: see `compared`.
+      shared: see `queue_logsumexp`.
 
     Returns:
       f32[B, D], without a gradient.
@@ -150,7 +155,7 @@ def attended(rows: Array, queue: Array, *, temperature: float, shared: bool = Fa
     return (sums.rows + rows) / (sums.weight + 1)[:, None]
 
 
-def closest(rows: Array, queue: Array, *, shared: bool = False) -> Array:
+def nearest(rows: Array, queue: Array, *, shared: bool = False) -> Array:
     """Returns the index of the queue row with the largest product with each row, i32[B].
 
     Ties resolve to the lowest index.
@@ -158,7 +163,8 @@ def closest(rows: Array, queue: Array, *, shared: bool = False) -> Array:
     Args:
       rows: f32[B, D].
       queue: f32 or bf16[K, D].
-      shared: see `compared`. Indices then number the rows of all shards in the order of replicas.
+      shared: see `queue_logsumexp`. Indices then number the rows of all shards in the order of
+        replicas.
     """
     products = (gather(rows) if shared else rows) @ queue.T
     best = jnp.argmax(products, axis=-1)
@@ -169,26 +175,30 @@ def closest(rows: Array, queue: Array, *, shared: bool = False) -> Array:
     # would test floats for equality that each replica may have rounded differently.
     maxima, indices = gather(most[None]), gather(positions(len(queue))[best][None])
     winner = jnp.argmax(maxima, axis=0)[None]
-    return share(jnp.take_along_axis(indices, winner, axis=0)[0])
+    return local_slice(jnp.take_along_axis(indices, winner, axis=0)[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _one_pass(rows: Array, queue: Array, temperature: float, dtype: str, shared: bool) -> Compared:
+def _one_pass(
+    rows: Array, queue: Array, temperature: float, dtype: str, shared: bool
+) -> QueueLogSumExp:
     return _forward(rows, queue, temperature, dtype, shared)[0]
 
 
 def _forward(
     rows: Array, queue: Array, temperature: float, dtype: str, shared: bool
-) -> tuple[Compared, Array]:
-    """Returns `Compared` and the gradient of `total` with respect to the rows, f32[B, D]."""
+) -> tuple[QueueLogSumExp, Array]:
+    """Returns `QueueLogSumExp` and the gradient of `total` with respect to the rows, f32[B, D]."""
     most = jnp.full(len(rows), 1 / temperature)
     precision = _HIGHEST if dtype == "float32" else None
     sums = _sum(rows / temperature, queue, most, jnp.dtype(dtype), precision, shared)
     gradient = sums.rows / (sums.weight[:, None] * temperature)
-    return Compared(jnp.log(sums.weight) + most, sums.largest * temperature), gradient
+    return QueueLogSumExp(jnp.log(sums.weight) + most, sums.largest * temperature), gradient
 
 
-def _backward(temperature: float, dtype: str, shared: bool, gradient: Array, cotangent: Compared):
+def _backward(
+    temperature: float, dtype: str, shared: bool, gradient: Array, cotangent: QueueLogSumExp
+):
     return cotangent.total[:, None] * gradient, None
 
 
@@ -212,12 +222,14 @@ def _sum(rows: Array, queue: Array, shift: Array, dtype, precision, shared: bool
       shift: f32[B].
       dtype: of the factors of both matrix products.
       precision: of the weighted sum of queue rows.
-      shared: see `compared`.
+      shared: see `queue_logsumexp`.
     """
     if not shared:
         return _sum_local(rows, queue, shift, dtype, precision)
     sums = _sum_local(gather(rows), queue, gather(shift), dtype, precision)
-    return _Sums(scatter(sums.weight), scatter(sums.rows), share(highest(sums.largest)))
+    return _Sums(
+        psum_scatter(sums.weight), psum_scatter(sums.rows), local_slice(pmax(sums.largest))
+    )
 
 
 def _sum_local(rows: Array, queue: Array, shift: Array, dtype, precision) -> _Sums:
@@ -225,7 +237,7 @@ def _sum_local(rows: Array, queue: Array, shift: Array, dtype, precision) -> _Su
     block = functools.partial(_sum_block, rows, shift=shift, dtype=dtype, precision=precision)
 
     def by_blocks(queue: Array) -> _Sums:
-        if len(rows) > FEW:
+        if len(rows) > SMALL_BATCH:
             return _sum_by_blocks(block, block, queue)
         line = jax.lax.optimization_barrier(jnp.tile(shift, _LINE))
         lines = functools.partial(_sum_lines, rows, shift=line, dtype=dtype, precision=precision)
