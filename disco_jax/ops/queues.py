@@ -3,9 +3,9 @@
 A softmax over a queue needs no array of the queue's size. The product of two unit rows is at most
 1, so e^((q.n - 1) / tau) cannot overflow and, for temperatures of at least `MIN_TEMPERATURE`,
 cannot vanish. No maximum has to be subtracted first, and one pass computes both the sum and the
-weighted mean row, which is the gradient. The sums are additive over shards of a queue: where replicas shard
-it, each replica sums over its own shard for the rows of all replicas, and only arrays of the size
-of the rows are communicated.
+weighted mean row, which is the gradient. The sums are additive over shards of a queue: where
+replicas shard it, each replica sums over its own shard for the rows of all replicas, and only
+arrays of the size of the rows are communicated.
 """
 
 import dataclasses
