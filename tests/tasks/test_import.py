@@ -157,8 +157,9 @@ class Killed(BaseException):
     """A process killed at this point."""
 
 
-@pytest.mark.parametrize("at", ["claim", "save", "wait", "describe"])
-@pytest.mark.parametrize("place", ["new", "there"])
+@pytest.mark.parametrize(
+    "at, place", [("claim", "there"), ("save", "new"), ("wait", "there"), ("describe", "new")]
+)
 def test_an_import_that_was_killed_can_be_repeated(tmp_path, file, at, place, monkeypatch):
     workdir = tmp_path / "run"
     if place == "there":
