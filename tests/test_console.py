@@ -164,7 +164,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     assert (
         "model card" in call("export", "run", "--format=safetensors", "--output=a.safetensors")[0]
     )
-    assert "45 arrays taken" in call("import", "a.safetensors", "--workdir=imported")[0]
+    assert "45 arrays imported" in call("import", "a.safetensors", "--workdir=imported")[0]
     assert "3 images" in call("embed", "imported", "--images=photos", "--output=e.npz")[0]
     assert "photos: no labels" in call("data", "photos", "--seconds=0")[0]
     one = "--config.axes=(('student', ('resnet8',)), ('config.student.hidden', (8,)))"
