@@ -30,7 +30,8 @@ def tiny():
 
     def prepared(config, source):
         runs.append(real(config, source) if not runs else runs[0])
-        return dataclasses.replace(runs[0], config=config, source=source)
+        experiment = dataclasses.replace(runs[0].experiment, config=config)
+        return dataclasses.replace(runs[0], experiment=experiment, source=source)
 
     with helpers.tiny_backbone(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare", prepared)

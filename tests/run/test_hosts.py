@@ -204,7 +204,7 @@ def test_what_two_processes_saved_goes_on_in_others(runs, alone, tmp_path, proce
         output = caplog.text
     else:
         output = finish(launch("pretrain", workdir, processes))[0]
-    assert f"Saved by 2 hosts, now {processes}" in output
+    assert f"saved by 2 hosts, now there are {processes}" in output
     np.testing.assert_allclose(losses(workdir), losses(runs("disco", 1)), rtol=1e-5, atol=1e-5)
 
 
