@@ -37,7 +37,7 @@ CHECKPOINT = "moco_v2_800ep_pretrain.pth.tar"
 RUNS = (
     "runs/disco", "runs/moco_v2", "runs/student", "RUN", "OTHER", "TEACHER", "BASELINE", "STUDENT",
 )  # fmt: skip
-IMPORTS = "runs/my_teacher", "runs/teacher", "gs/teacher", "gs/moco_v2"
+IMPORTS = "runs/my_teacher", "runs/moco_r50", "runs/teacher", "gs/teacher", "gs/moco_v2"
 # Imports of the same network that serve as teachers. `runs/teacher` may also be a run.
 TAUGHT_BY = "runs/my_teacher", "runs/moco_r50", "gs/teacher", "gs/moco_v2"
 NETWORKS = "resnet18", "resnet50", "mobilenetv3_large"
@@ -118,6 +118,10 @@ def place(tmp_path_factory):
         name = folder / "photos" / "train" / str(label) / f"{i}.png"
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze()).save(name)
+    # Folders whose splits have other names, or none; see docs/data.md.
+    for name in ("scans/Training set/a", "scans/Holdout/a", "vehicles/train", "vehicles/bus"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(few["train_images"][0].squeeze()).save(folder / name / "0.png")
     for seed, run in enumerate(RUNS):
         helpers.network_run(folder / run, folder / "few.npz", seed=seed)
     finetune = flags.load("finetune")
