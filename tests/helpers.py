@@ -98,6 +98,22 @@ class TinyEncoder(nn.Module):
         return Encoded(x, nn.Dense(self.dim, name="fc")(x))
 
 
+_NUMBERS = {
+    "stage_sizes", "depths", "width", "repeats", "nominal", "heads", "depth", "patch", "grid",
+    "layer_scale",
+}  # fmt: skip
+
+
+def _kind(name):
+    """Returns the class of a backbone and its fields, except widths, depths and sizes."""
+    cls, fields = models.BACKBONES[name]
+    return cls, str({field: value for field, value in fields.items() if field not in _NUMBERS})
+
+
+# The first backbone of each kind; the others differ only in numbers.
+KINDS = list({_kind(name): name for name in reversed(models.BACKBONES)}.values())
+
+
 class TinyBackbone(Backbone):
     """Four mean colours - Linear - BatchNorm - tanh: compiles quickly and produces no ties."""
 

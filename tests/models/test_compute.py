@@ -20,7 +20,7 @@ CHOICES = (
 FILES = sorted(pathlib.Path(backbones.__file__).parent.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", models.BACKBONES)
+@pytest.mark.parametrize("name", helpers.KINDS)
 def test_every_network_has_the_same_parameters_however_it_is_computed(name):
     def shapes(compute):
         encoder = models.backbone(name)

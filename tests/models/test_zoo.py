@@ -90,23 +90,7 @@ def test_retros_adapter_has_the_papers_size(backbone):
     assert encoder.adapter.width == 2048
 
 
-NUMBERS = {
-    "stage_sizes", "depths", "width", "repeats", "nominal", "heads", "depth", "patch", "grid",
-    "layer_scale",
-}  # fmt: skip
-
-
-def kind(name):
-    """Returns the class of a backbone and its fields, except widths, depths and sizes."""
-    cls, fields = models.BACKBONES[name]
-    return cls, str({field: value for field, value in fields.items() if field not in NUMBERS})
-
-
-# The first network of each kind; the others differ only in numbers.
-KINDS = list({kind(name): name for name in reversed(models.BACKBONES)}.values())
-
-
-@pytest.mark.parametrize("backbone", KINDS)
+@pytest.mark.parametrize("backbone", helpers.KINDS)
 def test_every_network_computes_in_bfloat16_and_keeps_float32_outside(backbone):
     encoder = build(backbone, models.Compute(jnp.bfloat16), hidden=32, dim=16)
     variables, out = shapes(encoder, 64, "local")
