@@ -64,8 +64,8 @@ def number(low: float, high: float = MOST_FLOAT, *, above: bool = False) -> Rule
             return False
         return (low < value if above else low <= value) and value <= high
 
-    begin = f"above {low:g}" if above else f"from {low:g}"
-    return Rule(fits, lambda: f"a finite number {begin} to {high:g}")
+    start = f"above {low:g}" if above else f"from {low:g}"
+    return Rule(fits, lambda: f"a finite number {start} to {high:g}")
 
 
 def one_of(*names: str) -> Rule:

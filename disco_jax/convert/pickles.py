@@ -198,8 +198,8 @@ def _pickled(value: Any, records: list[np.ndarray]) -> bytes:
         pairs = itertools.chain.from_iterable(value.items())
         return b"}(" + b"".join(_pickled(item, records) for item in pairs) + b"u"
     if isinstance(value, list | tuple):
-        begin, end = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
-        return begin + b"".join(_pickled(item, records) for item in value) + end
+        start, end = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
+        return start + b"".join(_pickled(item, records) for item in value) + end
     raise UserError(f"extra holds a {type(value).__name__}, which cannot be written to a .pth.")
 
 

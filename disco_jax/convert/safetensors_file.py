@@ -64,12 +64,12 @@ def _arrays(buffer: memoryview) -> dict[str, np.ndarray]:
         raise Refused("is damaged or not a safetensors file: its header lists no arrays.")
     entries = [(*_entry(key, value), key) for key, value in header.items() if key != _METADATA]
     arrays, previous_end = {}, 0
-    for begin, end, dtype, shape, key in sorted(entries, key=lambda entry: entry[:2]):
-        if begin != previous_end:
+    for first, end, dtype, shape, key in sorted(entries, key=lambda entry: entry[:2]):
+        if first != previous_end:
             raise Refused(f"is damaged: {shown(key)} does not start where the previous array ends.")
         count = math.prod(shape)
-        array = copy_elements(buffer, start + begin, count, dtype)
-        if array.nbytes != end - begin:
+        array = copy_elements(buffer, start + first, count, dtype)
+        if array.nbytes != end - first:
             raise Refused(f"is damaged: the size of {shown(key)} does not match its shape.")
         arrays[key], previous_end = array.reshape(shape), end
     if start + previous_end != len(buffer):

@@ -156,16 +156,16 @@ class ArraySource:
         with _map_function(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
                 order = base.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
-                for begin in range(offset, share - batch_size + 1, batch_size):
-                    rows = order[begin : begin + batch_size]
+                for first in range(offset, share - batch_size + 1, batch_size):
+                    rows = order[first : first + batch_size]
                     batch_images = [images[i] for i in rows]
                     crops = {
                         view: crop_all(
-                            batch_images, crop, (seed, epoch, self._host, view, begin), run
+                            batch_images, crop, (seed, epoch, self._host, view, first), run
                         )
                         for view, crop in views.items()
                     }
-                    after = base.next_position(epoch, begin + batch_size, share, batch_size)
+                    after = base.next_position(epoch, first + batch_size, share, batch_size)
                     yield base.HostBatch(crops, {}, after, labels[rows], rows)
                 offset = 0
 
@@ -193,13 +193,13 @@ class ArraySource:
             return evaluated(images[index], size, resize, interpolation)
 
         with _map_function(images, max(size, resize)) as run:
-            for begin in range(first, first + batches * batch_size, batch_size):
-                end = max(begin, min(begin + batch_size, last))
-                out = np.zeros((end - begin, size, size, 3), np.uint8)
-                cropped = run(crop_row, range(begin, end))
+            for start in range(first, first + batches * batch_size, batch_size):
+                end = max(start, min(start + batch_size, last))
+                out = np.zeros((end - start, size, size, 3), np.uint8)
+                cropped = run(crop_row, range(start, end))
                 for row, image in enumerate(cropped):
                     out[row] = image
-                yield base.padded(out, labels[begin:end], batch_size)
+                yield base.padded(out, labels[start:end], batch_size)
 
     def _split(self, split):
         if split not in self._splits:

@@ -206,7 +206,7 @@ class BagSource:
                 anchors, others = self._order(seed, epoch)
                 any_batch = offset > 0
                 while share - offset >= batch_size:
-                    seeds, begin = (seed, epoch, self._host), offset
+                    seeds, first = (seed, epoch, self._host), offset
                     rows, offset = self._readable(
                         pool, split, anchors, others, offset, share, batch_size, limit
                     )
@@ -216,7 +216,7 @@ class BagSource:
                     after = base.next_position(epoch, offset, share, batch_size)
                     labels = np.array([row.label for row in rows], np.int32)
                     records = np.array([row.record for row in rows], np.int64)
-                    views_and_aux = self._batch(pool, views, rows, seeds, begin)
+                    views_and_aux = self._batch(pool, views, rows, seeds, first)
                     yield base.HostBatch(*views_and_aux, after, labels, records)
                 if not any_batch:  # too few readable records to fill a batch
                     base.check_batch_size(self._source.name, split, 0, batch_size)

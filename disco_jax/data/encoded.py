@@ -214,8 +214,8 @@ class EncodedSource(abc.ABC):
             items = self._readable_of(
                 split, _in_order(submit, center_crops, chunks, _chunks_ahead(batch_size))
             )
-            for begin in range(first, first + batches * batch_size, batch_size):
-                rows = max(min(batch_size, last - begin), 0)
+            for start in range(first, first + batches * batch_size, batch_size):
+                rows = max(min(batch_size, last - start), 0)
                 readable = [pair for pair in itertools.islice(items, rows) if pair is not None]
                 images = np.zeros((len(readable), options[0], options[0], 3), np.uint8)
                 for i, (image, _) in enumerate(readable):

@@ -98,8 +98,8 @@ class Rows:
 
     def _read_rows(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Record, str]]:
         decoders, features = self._decoding()
-        for begin in range(0, len(rows), _RECORDS_PER_READ):
-            chunk = [int(row) for row in rows[begin : begin + _RECORDS_PER_READ]]
+        for start in range(0, len(rows), _RECORDS_PER_READ):
+            chunk = [int(row) for row in rows[start : start + _RECORDS_PER_READ]]
             with self._damage_as_user_error():
                 if self._source is None:
                     from array_record.python.array_record_data_source import ArrayRecordDataSource

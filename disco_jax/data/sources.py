@@ -307,11 +307,11 @@ class TfdsSource(EncodedSource):
         first, last = self._host * share, (self._host + 1) * share
         files = np.random.default_rng(base.seed_words(seed, epoch)).permutation(len(rows.runs))
         group, num_records, position = [], 0, 0
-        for begin, end in rows.runs[files].tolist():
-            low, high = max(first - position, 0), min(last - position, end - begin)
-            position += end - begin
+        for start, end in rows.runs[files].tolist():
+            low, high = max(first - position, 0), min(last - position, end - start)
+            position += end - start
             if low < high:
-                group.append((begin + low, begin + high))
+                group.append((start + low, start + high))
                 num_records += high - low
             if group and 2 * num_records >= self._shuffle_buffer:
                 yield group
@@ -340,8 +340,8 @@ class TfdsSource(EncodedSource):
             order = self._order(split, seed, epoch)
             positions = np.arange(offset, share)
             positions = positions[readable[order[positions]]]
-            for begin in range(0, len(positions) - batch_size + 1, batch_size):
-                batch = positions[begin : begin + batch_size]
+            for first in range(0, len(positions) - batch_size + 1, batch_size):
+                batch = positions[first : first + batch_size]
                 cropped = {
                     view: _crop_batch(
                         pixels[order[batch]], batch, crop, (seed, epoch, self._host, view)

@@ -194,8 +194,8 @@ def _scan(bank, count, start, test, excluded, keep, bank_block):
     blocks = bank.reshape(-1, bank_block, bank.shape[-1])
 
     def step(best, block):
-        rows, begin = block
-        numbers = begin + jnp.arange(bank_block, dtype=jnp.int32)
+        rows, first = block
+        numbers = first + jnp.arange(bank_block, dtype=jnp.int32)
         products = jnp.matmul(test, rows.T, precision=jax.lax.Precision.HIGHEST)
         hidden = (numbers >= count)[None, :] | ((numbers + start)[None, :] == excluded[:, None])
         products = jnp.where(hidden, -jnp.inf, products)

@@ -308,8 +308,8 @@ def _hue_in_sixths(planes: Planes, chroma: Array) -> Array:
     # The difference of the two smaller channels, and the hue at which that sector starts.
     others = jnp.where(most_green, blue - red, red - green)
     difference = jnp.where(most_red, green - blue, others)
-    begin = jnp.where(most_red, 0.0, jnp.where(most_green, 2.0, 4.0))
-    return begin + difference * scale
+    start = jnp.where(most_red, 0.0, jnp.where(most_green, 2.0, 4.0))
+    return start + difference * scale
 
 
 def _hue_channel(value: Array, chroma: Array, turn: Array) -> Array:

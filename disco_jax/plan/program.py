@@ -84,14 +84,14 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
     count = len(where.devices)
     built, arguments = abstract(config, count, steps_per_epoch)
     parts = _argument_bytes(arguments, count)
-    begin = time.monotonic()
+    start = time.monotonic()
     lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
     try:
         with _uncached():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return too_large(str(error), parts)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and costs is not None and text is not None, (
         "libtpu must provide all three"

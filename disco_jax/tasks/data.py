@@ -247,8 +247,8 @@ def _speed(source: Source, splits: dict[str, Any], seconds: float) -> float | No
         next(batches)
     except errors.UserError:
         return None  # no image is readable
-    begin, count = time.monotonic(), 0
-    while (spent := time.monotonic() - begin) < seconds:
+    start, count = time.monotonic(), 0
+    while (spent := time.monotonic() - start) < seconds:
         count += len(next(batches).views[0])
     return count / spent
 

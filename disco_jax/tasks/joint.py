@@ -108,13 +108,13 @@ def run(
         checkpoints = stack.enter_context(
             contextlib.closing(joint.JointCheckpoints(_checkpoints(ready, paths)))
         )
-        begin, position = pretrain.resume(
+        start, position = pretrain.resume(
             checkpoints, {name: pretrain.fresh(run) for name, run in ready.items()}
         )
         for name, run in ready.items():
-            pretrain.describe(run, begin[name])
-        if _step(begin) < ready[first].experiment.total_steps:
-            _train(ready, paths, checkpoints, begin, position, goodput)
+            pretrain.describe(run, start[name])
+        if _step(start) < ready[first].experiment.total_steps:
+            _train(ready, paths, checkpoints, start, position, goodput)
     for name, run in ready.items():
         build.refresh(run.config.log.report, str(paths[name]))
     return {"step": ready[first].experiment.total_steps, "seconds": time.monotonic() - started}

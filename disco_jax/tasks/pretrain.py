@@ -65,14 +65,14 @@ def run(
         ) as checkpoints,
     ):
         unreadable.keep(ready.source, path)
-        begin, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
+        start, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
         # The batch size may have changed since the queues were filled.
-        begin = state.rotate_oldest_first(begin, config.batch_size)
-        describe(ready, begin)
-        if int(begin.step) < total:
-            _train(config, ready, path, checkpoints, begin, position, goodput, profile_steps)
+        start = state.rotate_oldest_first(start, config.batch_size)
+        describe(ready, start)
+        if int(start.step) < total:
+            _train(config, ready, path, checkpoints, start, position, goodput, profile_steps)
         elif jax.process_index() == 0:
-            print(f"{path} is finished: {int(begin.step)} of {total} steps are done.")
+            print(f"{path} is finished: {int(start.step)} of {total} steps are done.")
     build.refresh(config.log.report, workdir)
     if ready.source.unreadable:
         _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
