@@ -372,6 +372,32 @@ def check(config: ConfigDict, problems: errors.Problems) -> None:
             problems.add(refusal(field, value, allowed), field)
 
 
+def check_known(config: ConfigDict, like: ConfigDict, where: str) -> None:
+    """Checks that a pretraining config has no fields beyond those of `like`, which nothing reads.
+
+    Args:
+      config: config of a recipe; may have sections of objectives outside this package.
+      like: config of a shipped recipe.
+      where: the recipe's file, for the message.
+
+    Raises:
+      UserError: there are such fields; the message names all of them.
+    """
+    from disco_jax.methods.registry import CLASS
+
+    allowed = flatten(like)
+    own = {f"objectives.{name}." for name, section in config.objectives.items() if CLASS in section}
+    problems = errors.Problems()
+    for name in flatten(config):
+        if name not in allowed and not name.startswith(tuple(own)):
+            problems.add(
+                f"--config={where} sets config.{name}, which is not a field of a pretraining "
+                f"config.{errors.did_you_mean(name, allowed)}",
+                name,
+            )
+    problems.raise_any()
+
+
 def check_complete(config: ConfigDict, like: ConfigDict, task: str) -> None:
     """Checks that a config has all top-level fields of `like`, i.e. belongs to the same task.
 

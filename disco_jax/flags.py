@@ -153,22 +153,33 @@ def load(reference: str) -> ConfigDict:
         "configs/disco.py" or "disco" in any directory.
 
     Raises:
-      UserError: the recipe does not exist, rejects its argument, or raises an exception.
+      UserError: the recipe does not exist, rejects its argument, raises an exception, or sets a
+        field that no pretraining config has.
     """
+    from disco_jax.run import upgrades
+
     name, _, argument = reference.partition(":")
     path = _locate(name)
-    try:
-        config = _module(path).get_config(argument or None)
-    except errors.UserError:
-        raise
-    except Exception as error:
-        raise errors.UserError(_mistake(path, error)) from error
+    config = _get_config(path, argument)
     if not isinstance(config, ConfigDict):
         raise errors.UserError(
             f"--config={path}: get_config must return a ConfigDict, not {errors.shown(config)}. Is "
             "`return config` missing?"
         )
+    upgrades.rename(config)
+    if "objectives" in config and path != _locate(PRETRAINING):
+        fields.check_known(config, _get_config(_locate(PRETRAINING), ""), str(path))
     return config
+
+
+def _get_config(path: pathlib.Path, argument: str) -> Any:
+    """Returns what a recipe's `get_config` does; raises UserError for its exceptions."""
+    try:
+        return _module(path).get_config(argument or None)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise errors.UserError(_mistake(path, error)) from error
 
 
 def _mistake(path: pathlib.Path, error: Exception) -> str:
@@ -221,8 +232,7 @@ def _known_overrides(
         if field in known_fields:
             valid.append(word)
             continue
-        if (current := upgrades.renamed([field]).get(field, "")) in known_fields:
-            _LOG.warning("--config.%s is now --config.%s.", field, current)
+        if current := upgrades.current_name(field, known_fields):
             valid.append(word.replace(field, current, 1))
             continue
         inside = [name for name in known_fields if name.startswith(f"{field}.")]

@@ -140,7 +140,7 @@ class Objective(Protocol):
 
     @property
     def synthetic_views(self) -> tuple[int, ...]:
-        """Indices of the views that `mix` adds to those of the recipe."""
+        """Indices of the views that `augment_batch` adds to those of the recipe."""
         return ()
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
@@ -262,12 +262,10 @@ class Method:
 
     def with_epoch_length(self, steps_per_epoch: int) -> "Method":
         """Returns the method with `steps_per_epoch` set in every objective that has this field."""
-        objectives = {
-            name: dataclasses.replace(objective, steps_per_epoch=steps_per_epoch)
-            if hasattr(objective, "steps_per_epoch")
-            else objective
-            for name, objective in self.objectives.items()
-        }
+        objectives = dict(self.objectives)
+        for name, objective in objectives.items():
+            if any(field.name == "steps_per_epoch" for field in dataclasses.fields(objective)):
+                objectives[name] = dataclasses.replace(objective, steps_per_epoch=steps_per_epoch)
         return dataclasses.replace(self, objectives=objectives)
 
     def check(self, record: Record) -> None:

@@ -46,8 +46,9 @@ RENAMED = {
 def renamed(names: Collection[str]) -> dict[str, str]:
     """Returns earlier name -> name in this version for the fields that were renamed.
 
-    `optimizer.frozen` has changed its meaning. A field is renamed only if `names` lacks the new
-    name, or if the field with that name is renamed as well.
+    `optimizer.frozen` has changed its meaning; it is renamed only if `names` lacks its new name.
+    All other earlier names are always renamed: a recipe that sets one has the new name as well,
+    with its default.
 
     Args:
       names: all fields of a config, or a field that no config of this version has.
@@ -57,9 +58,21 @@ def renamed(names: Collection[str]) -> dict[str, str]:
         pattern = re.compile(rf"(^|\.){re.escape(old)}(?=\.|$)")
         for name in names:
             current = pattern.sub(rf"\g<1>{new}", name, count=1)
-            if current != name and (current not in names or current in out):
+            if current != name and (current not in names or old not in RENAMED.values()):
                 out[name] = current
     return out
+
+
+def current_name(field: str, fields: Collection[str]) -> str:
+    """Returns the name in this version of a renamed field, if `fields` has it, else "".
+
+    Logs the renaming.
+    """
+    current = renamed([field]).get(field, "")
+    if current not in fields:
+        return ""
+    _LOG.warning("config.%s is now config.%s.", field, current)
+    return current
 
 
 def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def complete(config: ConfigDict) -> ConfigDict:
       config: changed in place. If it lacks a whole group of fields, it belongs to another command
         and the group is not added.
     """
-    _rename(config)
+    rename(config)
     for name, value in ADDED.items():
         *groups, field = name.split(".")
         place: Any = config
@@ -119,12 +132,12 @@ def _log_renamed(names: Mapping[str, str]) -> Mapping[str, str]:
     """Logs a line with the renamed fields, if there are any; returns `names`."""
     if names:
         pairs = ", ".join(f"config.{old} is now config.{new}" for old, new in names.items())
-        _LOG.info("Settings renamed since this run began: %s.", pairs)
+        _LOG.info("Settings were renamed: %s.", pairs)
     return names
 
 
-def _rename(config: ConfigDict) -> None:
-    """Moves the values of renamed fields to their new names, in place."""
+def rename(config: ConfigDict) -> None:
+    """Moves the values of renamed fields to their new names, in place, and logs the names."""
     values = flatten(config)
     names = _log_renamed(renamed(values))
     with config.unlocked():

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, flags, methods
 from disco_jax.nested import flatten
+from disco_jax.run import upgrades
 
 FIELD = "config."  # prefix of axes that are fields; other axes are arguments of the recipe
 RECIPE = "recipe"  # the axis over recipes
@@ -140,6 +141,8 @@ def changed(config: ConfigDict, changes: Sequence[tuple[str, Any]], where: str) 
     """
     fields = flatten(config)
     for field, value in changes:
+        if field not in fields:
+            field = upgrades.current_name(field, fields) or field
         if field not in fields:
             suggestion = errors.did_you_mean(field, fields)
             raise errors.UserError(f"{where}: the config has no field config.{field}.{suggestion}")

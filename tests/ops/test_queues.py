@@ -177,10 +177,10 @@ def test_what_a_bank_must_be_is_checked_while_tracing():
 
 
 def with_gradient(read):
-    """Returns a function that also computes the gradient of a weighted sum of `Compared.total`.
+    """Returns a function that also computes the gradient of a weighted sum of the totals.
 
     Args:
-      read: function (rows, queue) -> `Compared`.
+      read: function (rows, queue) -> `QueueLogSumExp`.
     """
 
     def both(rows, queue, weights):

@@ -12,6 +12,7 @@ from disco_jax import errors, flags
 from disco_jax.configs import common
 from disco_jax.nested import flatten
 from disco_jax.run import upgrades, workdir
+from disco_jax.sweeps import cells
 
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"
 # Fields of an earlier config -> the fields of this version.
@@ -87,7 +88,7 @@ def parse(*words):
 
 def test_earlier_names_work_on_the_command_line(caplog):
     assert parse("--config.learning_rate.per_256=0.125").learning_rate.base_lr == 0.125
-    assert "--config.learning_rate.per_256 is now --config.learning_rate.base_lr" in caplog.text
+    assert "config.learning_rate.per_256 is now config.learning_rate.base_lr" in caplog.text
     optimizer = parse("--config.optimizer.fixed=('head/*',)").optimizer
     assert optimizer.frozen == ("head/*",) and optimizer.frozen_until == ("prototypes/*",)
     assert parse("--config.plane.points=5").information_plane.points == 5
@@ -97,3 +98,39 @@ def test_earlier_names_work_on_the_command_line(caplog):
 def test_a_wrong_value_is_reported_with_the_new_name():
     with pytest.raises(errors.UserError, match=r"config\.learning_rate\.base_lr='fast' must be"):
         parse("--config.learning_rate.per_256=fast")
+
+
+RECIPE = """
+from disco_jax.configs import moco_v2
+
+def get_config(arg=None):
+    config = moco_v2.get_config("data=digits")
+    {line}
+    return config
+"""
+
+
+def load(folder, line):
+    """Loads a recipe of a user's own with one more line."""
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(line=line))
+    return flags.load(str(path))
+
+
+def test_a_recipe_may_set_earlier_names(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        config = load(tmp_path, "config.learning_rate.per_256 = 0.25")
+    assert config.learning_rate.base_lr == 0.25 and "per_256" not in config.learning_rate
+    assert "config.learning_rate.per_256 is now config.learning_rate.base_lr" in caplog.text
+    config = load(tmp_path, "config.optimizer.fixed = ('head/*',)")
+    assert config.optimizer.frozen == ("head/*",) and config.optimizer.frozen_until == ()
+
+
+def test_a_recipe_that_sets_a_field_that_nothing_reads_is_refused(tmp_path):
+    with pytest.raises(errors.UserError, match=r"sets config\.learning_rate\.base_lt, .*base_lr"):
+        load(tmp_path, "config.learning_rate.base_lt = 0.25")
+
+
+def test_changes_of_a_sweep_may_have_earlier_names(caplog):
+    config = cells.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
+    assert config.learning_rate.base_lr == 0.5 and "is now" in caplog.text

@@ -202,7 +202,7 @@ def test_a_mistake_inside_a_recipe_is_told_with_its_line(fails, tmp_path, capsys
             "from disco_jax.configs import disco\n\n\ndef get_config(arg=None):\n"
             "    config = disco.get_config('smoke=true,data=digits')\n"
             "    config.objectives.contrast.temprature = 0.1\n    return config\n",
-            "'temprature' is not known. Did you mean 'temperature'",
+            "not a field of a pretraining config. Did you mean 'objectives.contrast.temperature'",
         ),
     ],
 )
