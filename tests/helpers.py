@@ -288,7 +288,7 @@ def only_cropped(config):
 
 def compile_once(monkeypatch):
     """Lets all later runs reuse the first run's `Prepared`, and so its compiled step."""
-    from disco_jax.tasks import pretrain
+    from disco_jax.commands import pretrain
 
     cache, prepare = [], pretrain.prepare
 

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 
 import helpers
 from disco_jax import flags
+from disco_jax.commands import bags, knn, pretrain
 from disco_jax.configs import demo
 from disco_jax.data.arrays import ArraySource
 from disco_jax.evaluate import features
 from disco_jax.evaluate.knn import leave_one_out
 from disco_jax.methods import swapped
-from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import learner, step
 
 EPOCHS = {

@@ -11,9 +11,9 @@ import pytest
 import disco_jax
 import helpers
 from disco_jax import convert, errors, flags, main, models
+from disco_jax.commands import arguments, distill, settings
+from disco_jax.commands import list as listing
 from disco_jax.nested import flatten
-from disco_jax.tasks import arguments, distill, settings
-from disco_jax.tasks import list as listing
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -163,7 +163,7 @@ def drawn():
 @pytest.mark.wiring  # names of files alone are compared
 def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
     """Compares the files of a run and its evaluations with the tree."""
-    from disco_jax.tasks import knn, linear, pretrain
+    from disco_jax.commands import knn, linear, pretrain
 
     digits = helpers.digits()
     few = {key: value[: 128 if key.startswith("train") else 40] for key, value in digits.items()}

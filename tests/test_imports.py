@@ -8,7 +8,7 @@ import pytest
 import disco_jax
 
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
-ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
+ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "commands"]
 # Packages outside this order, with the packages that they may import.
 BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,7 +3,7 @@
 Crops and photometric operations are functions of the seed, the epoch and the position, so a later
 run recreates the same views and reads the teacher's outputs from the cache.
 
-targets.json                       metadata, see `tasks/cache.py`
+targets.json                       metadata, see `commands/cache.py`
 host_00000_of_00001/000000.npz     a few batches: their positions and bfloat16 outputs
 """
 

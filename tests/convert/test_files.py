@@ -12,9 +12,9 @@ from test_layouts import small, two_layers
 from test_pickles import FLOATS, op, program, tensor, zipped
 
 from disco_jax import convert, main
+from disco_jax.commands import opening
 from disco_jax.convert import machine, pickles
 from disco_jax.errors import UserError
-from disco_jax.tasks import opening
 from disco_jax.train import teacher
 
 STATE = {

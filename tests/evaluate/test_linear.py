@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression
 
 import helpers
 from disco_jax import flags
+from disco_jax.commands import linear as linear_task
 from disco_jax.data import base, views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import grid, linear, scores
 from disco_jax.evaluate.features import Features
-from disco_jax.tasks import linear as linear_task
 
 
 def blobs(count, seed, spread=4.0):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import helpers
+from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features, knn, monitor, subsets
-from disco_jax.tasks import pretrain
 
 
 def config(**changes):

@@ -71,8 +71,8 @@ def work(task, workdir, settings):
 
     import helpers
     from disco_jax import flags
+    from disco_jax.commands import knn, pretrain
     from disco_jax.data.arrays import ArraySource
-    from disco_jax.tasks import knn, pretrain
     from disco_jax.train import replicas, state
 
     here = jax.process_index(), jax.process_count()

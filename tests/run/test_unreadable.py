@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import helpers
+from disco_jax.commands import pretrain
 from disco_jax.data import base, pipeline
 from disco_jax.data.base import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.data.skips import UnreadableNames
 from disco_jax.errors import UserError
 from disco_jax.run import unreadable
-from disco_jax.tasks import pretrain
 from helpers import crop
 
 

@@ -7,11 +7,11 @@ import pytest
 
 import helpers
 from disco_jax import main
+from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import NumericError
 from disco_jax.methods import OBJECTIVES
-from disco_jax.tasks import pretrain
 from disco_jax.train import joint, loop
 
 

@@ -6,9 +6,9 @@ import pytest
 
 import helpers
 from disco_jax import errors
+from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.plan import program
-from disco_jax.tasks import pretrain
 from disco_jax.train import experiment
 
 pytestmark = pytest.mark.wiring  # compares shapes and messages

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import helpers
+from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError
 from disco_jax.methods.base import Record
@@ -16,7 +17,6 @@ from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
-from disco_jax.tasks import pretrain
 from disco_jax.train import health, teacher
 
 

@@ -7,12 +7,12 @@ import pytest
 
 import helpers
 from disco_jax import methods, models
+from disco_jax.commands import pretrain
 from disco_jax.data import views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
-from disco_jax.tasks import pretrain
 from disco_jax.train import state, teacher
 from disco_jax.train.state import replicate
 

@@ -8,12 +8,12 @@ import pytest
 
 import helpers
 from disco_jax import models
+from disco_jax.commands import importing, joint, opening, pretrain
 from disco_jax.convert import save
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.run import checkpoint
-from disco_jax.tasks import importing, joint, opening, pretrain
 from disco_jax.train import start
 
 
