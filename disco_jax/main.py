@@ -44,7 +44,7 @@ TASKS = {
         "pretrain or distil a student with any method, from one config",
         "",
         flags=("profile", "allow_change"),
-        check="prepare",
+        check="pretrain",
     ),
     "distill": Task("distil a student from your images and a teacher, with good defaults", None),
     "sweep": Task("train and score many runs from one config, and write their table", None),

@@ -9,11 +9,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.commands.opening import open_network
 from disco_jax.data import pipeline, views
 from disco_jax.data.bags import Bags
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, kmeans, knn
+from disco_jax.evaluate.open_model import open_model
 from disco_jax.files import whole
 from disco_jax.methods.base import OUTPUTS
 
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 def _encode(config: ConfigDict, source: Source) -> np.ndarray:
     """Returns the teacher's output f32[N, F] for all training images, in stored order."""
-    opened = open_network(config.teacher)
+    opened = open_model(config.teacher)
     augment = opened.config.augment
     size, devices = config.size or augment.size, jax.local_device_count()
     batches = source.evaluate(

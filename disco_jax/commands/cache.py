@@ -12,12 +12,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, files, flags, programs
-from disco_jax.commands import cached, pretrain
-from disco_jax.commands.prepare import Prepared, check, prepare
 from disco_jax.data import targets
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.run import hosts, lease, unreadable, workdir
-from disco_jax.train import state, step
+from disco_jax.train import state, step, teacher_cache
+from disco_jax.train.prepare import Prepared, check, prepare
+from disco_jax.workflows import pretrain
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ def run(
     config = config.copy_and_resolve_references()
     config.teacher.cache = ""
     ready = prepare(config, source)
-    outputs = cached.required_outputs(ready.experiment)
+    outputs = teacher_cache.required_outputs(ready.experiment)
     steps = epochs * ready.experiment.steps_per_epoch
     size = targets.size_bytes(outputs, config.batch_size, steps)
     if not jax.process_index():
@@ -80,7 +80,7 @@ def run(
         return {"steps": steps, "bytes": size}
     path = epath.Path(folder)
     assert ready.teacher is not None  # `required_outputs` rejects methods without a teacher
-    origin = cached.origin(ready.experiment, ready.source, ready.teacher)
+    origin = teacher_cache.origin(ready.experiment, ready.source, ready.teacher)
     meta = {"steps": steps, "epochs": epochs, "made_of": origin}
     with _claimed(path, meta):
         _fill(ready, path, steps)
@@ -99,7 +99,7 @@ def _claimed(path: epath.Path, meta: dict[str, Any]) -> Iterator[None]:
         files.remove_unfinished(path)
         if (path / targets.FILE).exists():
             before = targets.read_meta(str(path))
-            cached.compare(f"--workdir={path}", before, meta["made_of"])
+            teacher_cache.compare(f"--workdir={path}", before, meta["made_of"])
             if before["steps"] != meta["steps"]:
                 raise errors.UserError(
                     f"--workdir={path} was created for {before['epochs']} epochs: set "

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from disco_jax.commands.arguments import Parser
+from disco_jax.arguments import Parser
 from disco_jax.report import build, page
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from disco_jax import errors
-from disco_jax.commands.arguments import Parser
-from disco_jax.commands.distill import data_fields
+from disco_jax.arguments import Parser
 from disco_jax.configs import common
-from disco_jax.data import darkness, decode, pipeline, views
-from disco_jax.data.base import Position, Source
+from disco_jax.data import darkness, decode, paths, pipeline, views
+from disco_jax.data.contract import Position, Source
 from disco_jax.data.skips import Skipped, printable
 from disco_jax.files import whole, write_arrays
 
@@ -175,7 +174,7 @@ def _open(data: str, data_dir: str, fields: dict[str, Any]) -> Source:
     config = common.pretrain().data
     path = pathlib.Path(data).expanduser()
     if path.exists() or any(mark in data for mark in "*?["):
-        config.update(data_fields(data))
+        config.update(paths.data_fields(data))
     else:
         config.update(source="tfds", name=data, dir=data_dir)
     config.update(max_unreadable=2**31, **fields)

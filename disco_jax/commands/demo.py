@@ -10,11 +10,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import programs
-from disco_jax.commands import knn, linear, pretrain
 from disco_jax.data import digits, pipeline
-from disco_jax.data.base import Source
-from disco_jax.evaluate import features
+from disco_jax.data.contract import Source
+from disco_jax.evaluate import features, probe
 from disco_jax.run import metrics
+from disco_jax.workflows import pretrain
 
 RUNS = ("teacher", "moco_v2", "disco")
 TITLES = {
@@ -84,10 +84,10 @@ def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -
     data, batch = trained.config.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)
     test = features.of_split(trained, source, data.eval_split, batch)
-    _, probed = linear.probe(config.linear, train, test)
+    _, probed = probe.linear_probe(config.linear, train, test)
     return {
         "linear_top1": round(probed["top1"], 2),
-        "knn_top1": round(knn.accuracy(config.knn, train, test)["top1"], 2),
+        "knn_top1": round(probe.knn_probe(config.knn, train, test)["top1"], 2),
     }
 
 

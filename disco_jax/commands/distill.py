@@ -1,6 +1,5 @@
 """Distil a student from your images and a teacher, with settings derived from both."""
 
-import glob
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +9,11 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from disco_jax import convert, errors, flags, models
-from disco_jax.commands import pretrain
 from disco_jax.configs import disco
-from disco_jax.data import pipeline
-from disco_jax.data.base import Source
+from disco_jax.data import paths, pipeline
+from disco_jax.data.contract import Source
 from disco_jax.train import teacher as teachers
+from disco_jax.workflows import pretrain
 
 # Fields of `config.data` that may be required to open a data set.
 _OPENING = ("splits", "labels", "range")
@@ -89,7 +88,7 @@ def resolve(
     models.find(student, "--student")
     config = disco.get_config()
     config.student.backbone = student
-    config.data.update(data_fields(data))
+    config.data.update(paths.data_fields(data))
     config.data.update(opening or {})
     _follow_teacher(config, teacher)
     source = pipeline.open_source(config.data)
@@ -100,29 +99,6 @@ def resolve(
 def _train(config: ConfigDict, workdir: str, source: Source | None) -> dict[str, Any]:
     print(f"Resolved config (change any field with --config.FIELD=VALUE):\n{_readable(config)}")
     return pretrain.run(config, workdir, source)
-
-
-def data_fields(data: str) -> dict[str, str]:
-    """Returns the fields of `config.data` for a path.
-
-    The path is a folder of images or .tar archives, a pattern, a list of files, a .tar archive, an
-    .npz file or a TFDS version folder.
-    """
-    path = pathlib.Path(data).expanduser()
-    if not path.exists() and glob.has_magic(data):
-        return {"source": "folder", "name": "pictures", "dir": str(path)}
-    if not path.exists():
-        raise errors.UserError(
-            f"--data={data} does not exist. Give a folder of images or .tar archives, a file name "
-            "pattern, a list of files, a TFDS version folder (with dataset_info.json), or an .npz "
-            "file."
-        )
-    if path.suffix == ".npz":
-        return {"source": "npz", "name": path.stem, "dir": str(path), "eval_split": "test"}
-    if (path / "dataset_info.json").exists():
-        return {"source": "tfds", "name": str(path), "dir": ""}
-    name = path.stem if path.is_file() else path.name
-    return {"source": "folder", "name": name, "dir": str(path)}
 
 
 def _follow_teacher(config: ConfigDict, teacher: str) -> None:

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from disco_jax import errors, flags
-from disco_jax.commands.arguments import Parser
-from disco_jax.commands.opening import Opened, open_network
+from disco_jax.arguments import Parser
 from disco_jax.data import decode, skips, tree, views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
+from disco_jax.evaluate.open_model import OpenedModel, open_model
 from disco_jax.files import whole, write_arrays
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(
             f"--images={images} has no images (file names ending in "
             f"{', '.join(decode.suffixes())})."
         )
-    opened = open_network(checkpoint, network)
+    opened = open_model(checkpoint, network)
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     extracted = features.extract(
@@ -119,7 +119,11 @@ def _check(target: pathlib.Path, folder: pathlib.Path, batch_size: int, size: in
 
 
 def _batches(
-    opened: Opened, files: list[pathlib.Path], size: int, batch_size: int, unreadable: list[str]
+    opened: OpenedModel,
+    files: list[pathlib.Path],
+    size: int,
+    batch_size: int,
+    unreadable: list[str],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields full batches of crops in file order, the last one padded.
 

@@ -12,10 +12,10 @@ import numpy as np
 from etils import epath
 
 from disco_jax import convert, errors, files, flags
-from disco_jax.commands import card
-from disco_jax.commands.arguments import Parser
-from disco_jax.commands.opening import Opened, open_network
+from disco_jax.arguments import Parser
 from disco_jax.convert import frameworks, onnx, save, stablehlo, tflite
+from disco_jax.evaluate.open_model import OpenedModel, open_model
+from disco_jax.report import model_card
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def run(
         raise errors.unknown("--format", format, FORMATS)
     if size < 0:
         raise errors.UserError(f"--size={size} is below 0.")
-    opened = open_network(checkpoint, network)
+    opened = open_model(checkpoint, network)
     path = _output(checkpoint, output, format, opened)
     size = size or opened.config.augment.size
     with _replaced_on_success(path) as unchecked:
@@ -106,7 +106,7 @@ def run(
             deviations, facts = _program(opened, unchecked, format, with_head, size)
         _refuse_wrong(path, format, deviations)
     result = {"output": str(path), "format": format, "errors": deviations, **facts}
-    result["card"] = str(card.write(path, opened, result, size, with_head))
+    result["card"] = str(model_card.write(path, opened, result, size, with_head))
     print(f"{path} ({path.stat().length / 2**20:.1f} MiB)")
     for runtime, error in deviations.items():
         print(f"  largest relative error in {runtime}: {error:.1e}")
@@ -142,7 +142,7 @@ def _remove_killed(parent: epath.Path) -> None:
             folder.rmtree()
 
 
-def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.Path:
+def _output(checkpoint: str, output: str, format: str, opened: OpenedModel) -> epath.Path:
     """Returns the path to write to; refuses a wrong suffix and a directory."""
     suffixes = FORMATS[format].suffixes
     if output:
@@ -160,7 +160,7 @@ def _output(checkpoint: str, output: str, format: str, opened: Opened) -> epath.
 
 
 def _state_dict(
-    opened: Opened, path: epath.Path, naming: str, with_head: bool, size: int
+    opened: OpenedModel, path: epath.Path, naming: str, with_head: bool, size: int
 ) -> tuple[Check, dict[str, Any]]:
     """Writes a state dict, then reads it here and, if installed, in the other framework."""
     saved = save.state_dict(opened.backbone, opened.encoder, opened.variables, naming, with_head)
@@ -183,13 +183,13 @@ def _state_dict(
     return deviations, {"model": saved.model, "notes": list(saved.notes)}
 
 
-def _native(opened: Opened, size: int) -> int:
+def _native(opened: OpenedModel, size: int) -> int:
     """Returns the size at which both frameworks agree: timm resizes ViT positions differently."""
     return opened.encoder.backbone.nominal_size or size
 
 
 def _program(
-    opened: Opened, path: epath.Path, format: str, with_head: bool, size: int
+    opened: OpenedModel, path: epath.Path, format: str, with_head: bool, size: int
 ) -> tuple[Check, dict[str, Any]]:
     """Writes a program and runs it in its runtime on one image and on three."""
     output = "embedding" if with_head else "features"
@@ -220,7 +220,7 @@ def _runtime(format: str) -> tuple[Callable[..., None], Callable[..., np.ndarray
     return module.write, module.run
 
 
-def _images(size: int, opened: Opened, count: int = 2) -> np.ndarray:
+def _images(size: int, opened: OpenedModel, count: int = 2) -> np.ndarray:
     """Returns noise, normalised like the network's images."""
     noise = np.random.default_rng(0).random((count, size, size, 3), np.float32)
     augment = opened.config.augment

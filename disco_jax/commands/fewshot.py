@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
 from disco_jax.report import build

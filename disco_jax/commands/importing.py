@@ -1,7 +1,6 @@
 """Import a PyTorch checkpoint as a run directory, with a manifest of its source."""
 
 import contextlib
-import datetime
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,12 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from ml_collections import ConfigDict
 
-from disco_jax import convert, flags, models
-from disco_jax.commands.arguments import Parser
-from disco_jax.configs import common
-from disco_jax.convert.load import size_and_digest
+from disco_jax import convert, flags
+from disco_jax.arguments import Parser
+from disco_jax.convert.manifest import MANIFEST, config_of, describe
 from disco_jax.convert.recognise import FAMILIES
 from disco_jax.convert.text import listed
 from disco_jax.files import IMPORTING, whole
@@ -24,11 +21,8 @@ from disco_jax.run import workdir as directory
 from disco_jax.run.workdir import claim
 from disco_jax.train import teacher
 from disco_jax.train.state import TrainState
-from disco_jax.version import __version__
 
 _LOG = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -93,46 +87,6 @@ def run(
             unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
     _print(imported, manifest, workdir)
     return manifest
-
-
-def config_of(imported: convert.Imported) -> ConfigDict:
-    """Returns a pretraining config whose student is the imported network."""
-    config = common.pretrain()
-    config.name = imported.family
-    config.student.update(imported.spec)
-    config.teacher.head = "mlp"
-    config.augment.mean, config.augment.std = imported.normalisation
-    if imported.queue is not None:
-        config.objectives.contrast.update(
-            weight=1.0, queue_size=len(imported.queue.vectors), queue_init="random"
-        )
-        config.batch_size = 1  # divides every queue length
-    return config
-
-
-def describe(imported: convert.Imported, file: str) -> dict[str, Any]:
-    """Returns the manifest of an imported network."""
-    mean, std = imported.normalisation
-    encoder = imported.encoder
-    size, digest = size_and_digest(file)
-    return {
-        "file": str(file),
-        "bytes": size,
-        "sha256": digest,
-        "imported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "disco_jax": __version__,
-        "container": imported.container,
-        "family": imported.family,
-        "layout": imported.layout,
-        "network": {k: list(v) if isinstance(v, tuple) else v for k, v in imported.spec.items()},
-        "parameters": {
-            part: models.parameters(encoder, (part,)) for part in ("backbone", "head", "prototypes")
-        },
-        "preprocessing": {"range": [0, 1], "mean": list(mean), "std": list(std)},
-        "queue": None if imported.queue is None else list(imported.queue.vectors.shape),
-        "keys": imported.keys,
-        "not_taken": sorted(imported.unused_keys),
-    }
 
 
 def _state(imported: convert.Imported) -> TrainState:

@@ -6,8 +6,8 @@ import jax
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data.base import Source
-from disco_jax.evaluate import features, knn, saved, scores, target
+from disco_jax.data.contract import Source
+from disco_jax.evaluate import features, knn, probe, saved, scores, target
 from disco_jax.report import build
 
 
@@ -48,18 +48,4 @@ def evaluate(
         for split in (data.train_split, data.eval_split)
     )
     target.match(source, train.labels, test.labels)
-    return {"data": source.name, **accuracy(config, train, test)}
-
-
-def accuracy(
-    config: ConfigDict, train: features.Features, test: features.Features
-) -> dict[str, Any]:
-    """Classifies extracted features and returns their `scores.summary`."""
-    similarities, rows = knn.neighbours(
-        getattr(train, config.output), getattr(test, config.output), config.k
-    )
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    votes = knn.scores(
-        similarities, train.labels[rows], classes, vote=config.vote, temperature=config.temperature
-    )
-    return scores.summary(votes, test.labels)
+    return {"data": source.name, **probe.knn_probe(config, train, test)}

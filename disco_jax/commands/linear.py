@@ -12,8 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data.base import Source
-from disco_jax.evaluate import features, grid, linear, online, saved, scores, target
+from disco_jax.data.contract import Source
+from disco_jax.evaluate import features, grid, linear, online, probe, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features, TrainedModel
 from disco_jax.report import build
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         train = _extract(config, trained, source, trained.config.data.train_split)
         test = _extract(config, trained, source, trained.config.data.eval_split)[0]
         target.match(source, train[0].labels, test.labels)
-        layer, result = probe(config, train, test, source.num_classes)
+        layer, result = probe.linear_probe(config, train, test, source.num_classes)
         outputs = layer.scores(getattr(test, config.output)), test.labels
     result = {"step": trained.step, "name": config.name, "data": source.name, **result}
     result |= {field: config[field] for field in saved.READING}
@@ -64,34 +64,6 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 _TITLES = {"classifier": "Linear probe", "all": "Fine-tuned"}
-
-
-def probe(
-    config: ConfigDict,
-    train: Features | list[Features],
-    test: Features,
-    num_classes: int | None = None,
-) -> tuple[Classifier, dict[str, Any]]:
-    """Trains a linear classifier on extracted features and returns it with its results.
-
-    Args:
-      config: see `probes.classification`.
-      train: features of the training images, or a list that adds those of their mirror images.
-      test: features of the test images.
-      num_classes: number of classes; None for one more than the largest label.
-    """
-    variants = [train] if isinstance(train, Features) else train
-    rows = [getattr(variant, config.output) for variant in variants]
-    labels, test_rows = variants[0].labels, getattr(test, config.output)
-    classes = num_classes or int(max(labels.max(), test.labels.max())) + 1
-    if config.grid.rates:
-        layer, result = grid.train(config, rows[0], labels, classes)
-    else:
-        eval_set = (test_rows, test.labels) if config.evaluate_every_epochs else None
-        layer, result = linear.train(config, rows, labels, classes, test=eval_set)
-    summary = scores.summary(layer.scores(test_rows), test.labels)
-    train_top1 = scores.top_k(layer.scores(rows[0]), labels, 1)
-    return layer, {**summary, **result, "train_top1": train_top1}
 
 
 def _reads_images(config: ConfigDict) -> bool:

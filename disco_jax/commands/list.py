@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from disco_jax import flags
-from disco_jax.commands import settings
-from disco_jax.commands.arguments import Parser
+from disco_jax.arguments import Parser
 from disco_jax.configs import data
+from disco_jax.report import settings_page
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     )
     values = parser.read(argv)
     if values is not None and values.settings:
-        print(settings.markdown(), end="")
+        print(settings_page.markdown(), end="")
     elif values is not None:
         run(sizes=values.sizes)
 

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, files
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, information, linear, online, plots, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import TrainedModel

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from disco_jax import errors, flags
-from disco_jax.commands.arguments import Parser
+from disco_jax.arguments import Parser
 from disco_jax.data import pipeline
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.report import build, runs, sheet
 from disco_jax.run import workdir as directory
 
@@ -44,17 +43,10 @@ def run(workdir: str, source: Source | None = None) -> str:
     config = directory.read_config(workdir)
     if "objectives" in config and not _has_sheet(workdir):
         try:
-            draw_sheet(config, workdir, source or pipeline.open_source(config.data))
+            sheet.draw(config, workdir, source or pipeline.open_source(config.data))
         except (errors.UserError, OSError) as error:
             _LOG.warning("No contact sheet: %s", error)
     return str(build.write(workdir))
-
-
-def draw_sheet(config: ConfigDict, workdir: str, source: Source):
-    """Saves and returns the contact sheet of a run, u8[H, W, 3]."""
-    image = sheet.sheet(config, source)
-    build.keep_sheet(workdir, image)
-    return image
 
 
 def _has_sheet(workdir: str) -> bool:

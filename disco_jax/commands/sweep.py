@@ -13,9 +13,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, flags, models, programs
-from disco_jax.commands import joint, pretrain
 from disco_jax.data import pipeline
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
 from disco_jax.run import hosts, lease, workdir
@@ -25,6 +24,7 @@ from disco_jax.sweeps.cells import Cell
 from disco_jax.train import experiment, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
+from disco_jax.workflows import joint_runs, pretrain
 
 # Evaluation recipe -> its task.
 EVALUATIONS = {"linear": "linear", "knn": "knn", "semi": "linear", "finetune": "linear"}
@@ -170,7 +170,9 @@ def _assemble(cells: Sequence[Cell]) -> dict[str, Experiment]:
 
 def _groups(experiments: Mapping[str, Experiment], most: int) -> list[list[str]]:
     """Returns the names of cells that train in one step."""
-    return joint.groups({name: joint.key(cell) for name, cell in experiments.items()}, most)
+    return joint_runs.groups(
+        {name: joint_runs.key(cell) for name, cell in experiments.items()}, most
+    )
 
 
 def _show(
@@ -228,7 +230,7 @@ def _train(group: Sequence[Cell], path: epath.Path, source: Source | None) -> No
                 summary = pretrain.run(cells[0].config, workdirs[names[0]], source)
             else:
                 configs = {cell.name: cell.config for cell in cells}
-                summary = joint.run(configs, workdirs, source)
+                summary = joint_runs.run(configs, workdirs, source)
         except Diverged as error:
             diverged = {name: str(error) for name in error.names}
         except errors.NumericError as error:

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, plots, saved, target
 from disco_jax.report import build
 

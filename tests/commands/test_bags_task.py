@@ -5,13 +5,14 @@ import pytest
 
 import helpers
 from disco_jax import flags
-from disco_jax.commands import bags, pretrain
+from disco_jax.commands import bags
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
 from disco_jax.evaluate.kmeans import kmeans
 from disco_jax.ops.losses import l2_normalize
+from disco_jax.workflows import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.commands import cache, joint, pretrain
-from disco_jax.commands.prepare import prepare
+from disco_jax.commands import cache
 from disco_jax.data import targets
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.errors import UserError
 from disco_jax.plan import budget
 from disco_jax.run import hosts, lease
 from disco_jax.train import step, teacher
+from disco_jax.train.prepare import prepare
 from disco_jax.train.state import replicate
+from disco_jax.workflows import joint_runs, pretrain
 
 STEPS = 5  # per epoch: 1437 images in batches of 256
 
@@ -308,5 +309,5 @@ def test_students_share_what_was_kept(cache_folder, runs, source, tmp_path):
         "narrow": config_of(**{"teacher.cache": str(cache_folder), "student.hidden": 8}),
         "same": config_of(**{"teacher.cache": str(cache_folder)}),
     }
-    joint.run(configs, {name: str(tmp_path / name) for name in configs}, source)
+    joint_runs.run(configs, {name: str(tmp_path / name) for name in configs}, source)
     np.testing.assert_allclose(losses(tmp_path / "same"), losses(runs / "cached"), rtol=1e-4)

@@ -10,9 +10,10 @@ from PIL import Image
 
 import disco_jax
 import helpers
-from disco_jax.commands import distill, pretrain
+from disco_jax.commands import distill
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
+from disco_jax.workflows import pretrain
 
 # Checks settings, messages and files; no number is compared with an independent reference.
 pytestmark = pytest.mark.wiring

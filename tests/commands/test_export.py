@@ -12,10 +12,10 @@ from PIL import Image
 import helpers
 from disco_jax import convert, main, models
 from disco_jax.commands import embed, export, importing
-from disco_jax.commands.opening import open_network
 from disco_jax.convert import pickles, save
 from disco_jax.data import decode
 from disco_jax.errors import UserError
+from disco_jax.evaluate.open_model import open_model
 
 
 def scrambled(backbone, seed=0, size=32, **fields):
@@ -285,11 +285,11 @@ def test_features_of_a_folder_are_those_of_its_pictures(run, photos, tmp_path, m
     result = embed.run(
         str(run), images=str(photos), output=str(target), with_head=True, size=16, batch_size=4
     )
-    assert shifts == [True] and not open_network(str(run)).encoder.compute.shift_and_add
+    assert shifts == [True] and not open_model(str(run)).encoder.compute.shift_and_add
     assert result["images"] == 4 and result["unreadable"] == [str(photos / "b2.png")]
     with np.load(target, allow_pickle=False) as stored:
         assert list(stored["files"]) == ["a.png", "b.jpg", "more/c.bmp", "more/d é.webp"]
-        opened = open_network(str(run))
+        opened = open_model(str(run))
         mean, std = (np.array(opened.preprocessing[k], np.float32) for k in ("mean", "std"))
         for i, name in enumerate(stored["files"]):
             pixels = decode.evaluated(decode.decode(photos / name), 16, 18, "bilinear")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.commands import joint, pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError, UserError
 from disco_jax.train import joint as shared
 from disco_jax.train.experiment import assemble
+from disco_jax.workflows import joint_runs, pretrain
 
 STEPS = 6
 # These tests do not depend on the backbone.
@@ -59,7 +59,7 @@ def config_of(cell, recipe="disco", **changes):
 def together(folder, source, names=tuple(CELLS), **changes):
     configs = {name: config_of(name, **changes) for name in names}
     folders = {name: str(folder / name) for name in names}
-    joint.run(configs, folders, source)
+    joint_runs.run(configs, folders, source)
     return {name: state_of(folder / name, configs[name]) for name in names}
 
 
@@ -182,7 +182,7 @@ def test_students_that_diverge_are_named(tmp_path, source):
     configs = {name: config_of("narrow", **changes[name]) for name in changes}
     folders = {name: str(tmp_path / name) for name in changes}
     with pytest.raises(shared.Diverged, match="wide: Not finite") as raised:
-        joint.run(configs, folders, source)
+        joint_runs.run(configs, folders, source)
     assert raised.value.names == ("wide",)
     assert isinstance(raised.value, NumericError)
 
@@ -192,31 +192,31 @@ def test_what_they_cannot_share_is_refused(tmp_path, source):
     configs["b"].augment.blur_prob = 0.1
     folders = {name: str(tmp_path / name) for name in configs}
     with pytest.raises(UserError, match=r"a and b cannot train together.*config.augment.blur_prob"):
-        joint.run(configs, folders, source)
+        joint_runs.run(configs, folders, source)
     assert not list(pathlib.Path(tmp_path).iterdir())
     configs["b"] = config_of("narrow", recipe="moco_v2")
     configs["b"].teacher = configs["a"].teacher
     with pytest.raises(UserError, match="cannot train together"):
-        joint.run(configs, folders, source)
+        joint_runs.run(configs, folders, source)
 
 
 def test_groups_are_of_equal_keys_and_not_too_large():
     configs = {name: config_of(name) for name in CELLS}
     configs["wide"] = config_of("narrow", **{"student.hidden": 32})
     configs["seed"] = config_of("narrow", seed=1)
-    keys = {name: joint.key(assemble(config)) for name, config in configs.items()}
-    assert joint.groups(keys, 8) == [["narrow", "more", "wide"], ["seed"]]
-    assert joint.groups(keys, 2) == [["narrow", "more"], ["wide"], ["seed"]]
-    assert joint.groups(keys, 1) == [["narrow"], ["more"], ["wide"], ["seed"]]
+    keys = {name: joint_runs.key(assemble(config)) for name, config in configs.items()}
+    assert joint_runs.groups(keys, 8) == [["narrow", "more", "wide"], ["seed"]]
+    assert joint_runs.groups(keys, 2) == [["narrow", "more"], ["wide"], ["seed"]]
+    assert joint_runs.groups(keys, 1) == [["narrow"], ["more"], ["wide"], ["seed"]]
 
 
 def test_knn_is_taken_of_each_student_in_its_own_name(source, monkeypatch):
     ready = {name: pretrain.prepare(config_of(name), source) for name in CELLS}
     monkeypatch.setattr(
-        joint.monitor,
+        joint_runs.monitor,
         "knn_of",
         lambda config, *_: lambda step, state: {"knn/top1": config.student.hidden + state + step},
     )
-    metrics = joint._evaluation(ready)(100, {"narrow": 0.25, "more": 0.5})
+    metrics = joint_runs._evaluation(ready)(100, {"narrow": 0.25, "more": 0.5})
     assert metrics == {"narrow/knn/top1": 108.25, "more/knn/top1": 132.5}
     assert shared.part_of("more", tuple(ready), metrics) == {"knn/top1": 132.5}

@@ -5,11 +5,12 @@ import pytest
 
 import helpers
 from disco_jax import errors, fields, flags, methods
-from disco_jax.commands import plan, pretrain
+from disco_jax.commands import plan
 from disco_jax.configs import data as datasets
 from disco_jax.data.bags import Bags
 from disco_jax.train import experiment as experiments
 from disco_jax.train import teacher
+from disco_jax.workflows import pretrain
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
 # Recipes with arguments other than `data`, so that every branch of a recipe is built.

@@ -8,12 +8,13 @@ import pytest
 
 import helpers
 from disco_jax import flags
-from disco_jax.commands import joint, pretrain, sweep
+from disco_jax.commands import sweep
 from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
 from disco_jax.plan import budget
 from disco_jax.run import lease
 from disco_jax.sweeps import cells, table
+from disco_jax.workflows import joint_runs, pretrain
 
 # Checks which cells are trained, evaluated, dropped and tabulated, for any scores.
 pytestmark = pytest.mark.wiring
@@ -174,7 +175,7 @@ def finished(tmp_path_factory, digits_file):
         def stop(*_, **__):
             raise Preempted("stopped")
 
-        patch.setattr(joint, "run", stopping_after(1, joint.run, stop))
+        patch.setattr(joint_runs, "run", stopping_after(1, joint_runs.run, stop))
         with pytest.raises(Preempted):
             sweep.run(config, str(folder))
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/config.json")}

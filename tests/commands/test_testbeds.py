@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.train import step
 from disco_jax.train.experiment import assemble
+from disco_jax.workflows import pretrain
 
 # Checks which network and output of a run is the teacher, by comparing two paths of this package.
 pytestmark = pytest.mark.wiring

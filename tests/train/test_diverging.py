@@ -7,12 +7,12 @@ import pytest
 
 import helpers
 from disco_jax import main
-from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import NumericError
 from disco_jax.methods import OBJECTIVES
 from disco_jax.train import joint, loop
+from disco_jax.workflows import pretrain
 
 
 def config_of(recipe, **changes):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax.commands import pretrain
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import NumericError
 from disco_jax.methods.base import Record
@@ -18,6 +17,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.train import health, teacher
+from disco_jax.workflows import pretrain
 
 
 def measured(encoded, memory=None, step=0, replicas=1):

@@ -7,7 +7,6 @@ import pytest
 
 import helpers
 from disco_jax import methods, models
-from disco_jax.commands import pretrain
 from disco_jax.data import views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
@@ -15,6 +14,7 @@ from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import state, teacher
 from disco_jax.train.state import replicate
+from disco_jax.workflows import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)

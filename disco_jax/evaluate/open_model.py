@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import convert, errors, files, models
-from disco_jax.commands import importing
+from disco_jax.convert import manifest as manifests
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.run.workdir import ENVIRONMENT
@@ -17,7 +17,7 @@ from disco_jax.train import teacher
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A float32 network with the config and provenance needed to use it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Opened:
         }
 
 
-def open_network(path: str, network: str = "student") -> Opened:
+def open_model(path: str, network: str = "student") -> OpenedModel:
     """Loads the newest good checkpoint of a run or an import, or a PyTorch file.
 
     Args:
@@ -67,15 +67,15 @@ def open_network(path: str, network: str = "student") -> Opened:
     place = teacher.place(path)
     if not place.is_dir():
         imported = convert.read_network(path)
-        config = importing.config_of(imported)
+        config = manifests.config_of(imported)
         encoder, variables = imported.encoder, imported.variables
-        provenance = _file_provenance(importing.describe(imported, path))
+        provenance = _file_provenance(manifests.describe(imported, path))
     else:
         trained = features.load(path, network)
         config, variables = trained.config, trained.variables
         encoder = models.build_encoder(config.student)
         provenance = _run_provenance(place, network, trained)
-    return Opened(config.student.backbone, encoder, variables, config, provenance)
+    return OpenedModel(config.student.backbone, encoder, variables, config, provenance)
 
 
 def _file_provenance(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _file_provenance(manifest: dict[str, Any]) -> dict[str, Any]:
 def _run_provenance(
     path: epath.Path, network: str, trained: features.TrainedModel
 ) -> dict[str, Any]:
-    manifest = path / importing.MANIFEST
+    manifest = path / manifests.MANIFEST
     if manifest.exists():
         return _file_provenance(files.read_json(manifest))
     config = trained.config

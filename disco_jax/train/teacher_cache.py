@@ -10,7 +10,7 @@ import numpy as np
 
 from disco_jax import errors
 from disco_jax.data import targets
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.nested import flatten
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.teacher import Teacher

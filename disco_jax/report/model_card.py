@@ -7,12 +7,12 @@ from typing import Any
 from etils import epath
 
 from disco_jax import models
-from disco_jax.commands.opening import Opened
+from disco_jax.evaluate.open_model import OpenedModel
 from disco_jax.version import __version__
 
 
 def write(
-    path: epath.Path, opened: Opened, exported: Mapping[str, Any], size: int, with_head: bool
+    path: epath.Path, opened: OpenedModel, exported: Mapping[str, Any], size: int, with_head: bool
 ) -> epath.Path:
     """Writes the model card to `path` + ".md".
 

@@ -9,17 +9,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, fields
-from disco_jax.commands import cached
 from disco_jax.data import pipeline, targets
 from disco_jax.data.bags import Bags, BagSource
-from disco_jax.data.base import Source
-from disco_jax.evaluate import monitor
+from disco_jax.data.contract import Source
 from disco_jax.methods.base import Method
 from disco_jax.models.encoder import Variables
 from disco_jax.nested import flatten
 from disco_jax.run import checkpoint
 from disco_jax.train import experiment as experiments
-from disco_jax.train import start, step, teacher
+from disco_jax.train import monitored, start, step, teacher, teacher_cache
 from disco_jax.train.experiment import Experiment
 
 
@@ -132,7 +130,7 @@ def _open(
     opened = problems.attempt(lambda: source or pipeline.open_source(config.data), reads=("data",))
     if opened is None:
         return None, 0
-    problems.attempt(monitor.check, config, opened, reads=("data", "monitor"))
+    problems.attempt(monitored.check, config, opened, reads=("data", "monitor"))
     lengths = "batch_size", "total_epochs", "optimizer", "learning_rate", "objectives"
     steps = problems.attempt(_check_lengths, config, opened, reads=("data", *lengths))
     return opened, steps or 0
@@ -177,8 +175,8 @@ def _use_cache(ready: Prepared) -> Prepared:
     config = ready.config
     if ready.teacher is None:
         raise errors.UserError("config.teacher.cache is set, but no objective reads a teacher.")
-    origin = cached.origin(ready.experiment, ready.source, ready.teacher)
-    outputs = cached.open_targets(config.teacher.cache, origin)
+    origin = teacher_cache.origin(ready.experiment, ready.source, ready.teacher)
+    outputs = teacher_cache.open_targets(config.teacher.cache, origin)
     built = ready.experiment.build_step(period=len(outputs))
     source = targets.ReplayedSource(ready.source, outputs)
     return dataclasses.replace(ready, source=source, built=built, period=len(outputs))

@@ -11,10 +11,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors
-from disco_jax.commands import pretrain
-from disco_jax.commands.prepare import Prepared, prepare, starting
 from disco_jax.data import pipeline
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.evaluate import monitor
 from disco_jax.nested import flatten
 from disco_jax.report import build
@@ -24,6 +22,8 @@ from disco_jax.run.metrics import Logger
 from disco_jax.run.workdir import claim
 from disco_jax.train import health, joint, loop, state, step
 from disco_jax.train.experiment import Experiment
+from disco_jax.train.prepare import Prepared, prepare, starting
+from disco_jax.workflows import pretrain
 
 # Config fields that may differ between students of one joint training.
 OWN = (
