@@ -28,6 +28,7 @@ from disco_jax.evaluate import features, probe
 from disco_jax.evaluate.knn import leave_one_out
 from disco_jax.methods import swapped
 from disco_jax.train import learner, step
+from disco_jax.train.experiment import parse
 from disco_jax.workflows import pretrain
 
 EPOCHS = {
@@ -165,7 +166,7 @@ def main(folder, name, variant, source):
         return make_teacher(folder, source)
     config = recipe(name, folder)
     if variant == "untrained":
-        return scores_of(features.untrained(config), source)
+        return scores_of(features.untrained(parse(config)), source)
     if variant == "weightless":
         take_weights(config)
     run = f"{folder}/{name.replace(':', '_')}{variant}"

@@ -128,7 +128,7 @@ def test_the_settings_page_is_what_the_configs_say():
             assert flatten(flags.load(name)).keys() <= rows, name
 
 
-def test_settings_take_the_comments_beside_and_above_them():
+def test_settings_take_docstrings_and_the_comments_beside_and_above_fields():
     notes = settings_page.comments()
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]

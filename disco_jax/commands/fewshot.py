@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     labels = read_labels(source, data.train_split)
     if (labels < 0).any():
         raise features.unlabelled(source, data.train_split)

@@ -40,7 +40,7 @@ def evaluate(
     if config.vote not in knn.VOTES:
         raise errors.unknown("config.vote", config.vote, knn.VOTES)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     train, test = (
         features.of_split(
             trained, source, split, config.batch_size, (config.output,), config.blocks

@@ -43,12 +43,12 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
-    source = target.few_labels(source, trained.config.data.train_split, config.labelled)
+    source = target.few_labels(source, trained.settings.data.train_split, config.labelled)
     if _reads_images(config):
         layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
-        train = _extract(config, trained, source, trained.config.data.train_split)
-        test = _extract(config, trained, source, trained.config.data.eval_split)[0]
+        train = _extract(config, trained, source, trained.settings.data.train_split)
+        test = _extract(config, trained, source, trained.settings.data.eval_split)[0]
         target.match(source, train[0].labels, test.labels)
         layer, result = probe.linear_probe(config, train, test, source.num_classes)
         outputs = layer.scores(getattr(test, config.output)), test.labels
@@ -87,7 +87,7 @@ def _check(config: ConfigDict, trained: TrainedModel) -> None:
             "config.grid trains classifiers on frozen features with labels only: set augment to "
             "none or linear, layers to classifier and distill.weight to 0."
         )
-    backbone = trained.config.student.backbone
+    backbone = trained.settings.student.backbone
     if config.student not in ("", backbone):
         raise errors.UserError(
             f"The settings are for config.student={config.student!r}, but the run's backbone is "
@@ -99,7 +99,7 @@ def _check(config: ConfigDict, trained: TrainedModel) -> None:
 def _check_data(
     config: ConfigDict, trained: TrainedModel, source: Source, teacher: online.Teacher | None
 ) -> None:
-    data = trained.config.data
+    data = trained.settings.data
     if _reads_images(config):
         target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
     if teacher is not None and len(teacher.classifier.bias) != source.num_classes:
@@ -114,7 +114,7 @@ def _extract(
     config: ConfigDict, trained: TrainedModel, source: Source, split: str
 ) -> list[Features]:
     """Extracts the features of a split, and of mirrored training images if augment="flip"."""
-    both = config.augment == "flip" and split == trained.config.data.train_split
+    both = config.augment == "flip" and split == trained.settings.data.train_split
     return [
         features.of_split(
             trained,
@@ -137,7 +137,7 @@ def _online(
     teacher: online.Teacher | None,
 ) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """Trains on images; returns the classifier, its results, and test scores with labels."""
-    data = trained.config.data
+    data = trained.settings.data
     plan = online.plan(config, trained, source)
     best = linear.Best(plan.steps_per_epoch)
     folder = epath.Path(workdir) / config.name

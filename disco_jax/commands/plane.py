@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     online.check(config, trained)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
     plan = linear.plan(config, source.count(data.train_split), jax.process_count())
     path = _trace(config, trained, source, workdir, plan)
@@ -78,7 +78,7 @@ def _trace(
     config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
     """Fine-tunes and returns the points of the path, including those before a restart."""
-    data, plane = trained.config.data, config.information_plane
+    data, plane = trained.settings.data, config.information_plane
     total = config.total_epochs * plan.steps_per_epoch
     folder = epath.Path(workdir) / config.name
 

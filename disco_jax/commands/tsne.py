@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
-    split = config.split or first.config.data.eval_split
+    split = config.split or first.settings.data.eval_split
     extracted = [_extract(config, trained, source, split) for trained in networks]
     classes, rows = _select(config, extracted[0].labels)
     labels = np.searchsorted(classes, extracted[0].labels[rows])

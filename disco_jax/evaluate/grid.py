@@ -86,7 +86,7 @@ def train_online(
     Raises:
       UserError: see `train` and `online.train`.
     """
-    pairs, split = _pairs(config), trained.config.data.train_split
+    pairs, split = _pairs(config), trained.settings.data.train_split
     labels = read_labels(source, split)
     held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
     feature_stats = online.feature_stats_of(config, trained, source)

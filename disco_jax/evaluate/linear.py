@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from disco_jax import typed
 from disco_jax.data.pipeline import to_devices
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, scores
@@ -55,8 +56,17 @@ def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
     if not batch_size:
         raise UserError(f"{count} labelled images are fewer than the {devices} devices.")
     steps = (count // hosts) // (batch_size // hosts)
-    rate = optimizer.learning_rate(config.learning_rate, batch_size, steps, config.total_epochs)
+    rate_settings = typed.parse(
+        optimizer.RateSettings, config.learning_rate, "config.learning_rate", defaults=True
+    )
+    rate = optimizer.learning_rate(rate_settings, batch_size, steps, config.total_epochs)
     return Plan(batch_size, steps, rate)
+
+
+def optimizer_settings(config: ConfigDict) -> optimizer.OptimizerSettings:
+    """Returns the optimizer of an evaluation's config."""
+    section = config.optimizer
+    return typed.parse(optimizer.OptimizerSettings, section, "config.optimizer", defaults=True)
 
 
 def train(
@@ -87,7 +97,7 @@ def train(
     """
     variants = [variants] if isinstance(variants, np.ndarray) else list(variants)
     probe_plan = plan(config, len(labels))
-    tx = optimizer.build(config.optimizer, probe_plan.rate)
+    tx = optimizer.build(optimizer_settings(config), probe_plan.rate)
     feature_stats = classifier.feature_stats(variants[0]) if config.normalise else {}
     head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
     params = {"classifier": head}

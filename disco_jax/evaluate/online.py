@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax import errors
+from disco_jax import errors, typed
 from disco_jax.data import pipeline, views
 from disco_jax.data.contract import Position, Source
 from disco_jax.data.presets import PRESETS
@@ -115,7 +115,7 @@ def train(
       UserError: if an image has no label, or `folder` belongs to other settings.
       NumericError, Preempted: see `loop.run`.
     """
-    tx = optimizer.build(config.optimizer, plan(config, trained, source).rate)
+    tx = optimizer.build(linear.optimizer_settings(config), plan(config, trained, source).rate)
     recipe = views_of(trained)
     feature_stats = feature_stats_of(config, trained, source)
     step = classifier.make_step(
@@ -138,7 +138,7 @@ def train(
         source,
         folder,
         step,
-        _start(config, trained, features.classes(source, trained.config.data.train_split), tx),
+        _start(config, trained, features.classes(source, trained.settings.data.train_split), tx),
         frozen,
         evaluate=evaluate if eval_fn else None,
         evaluate_steps=eval_every_steps,
@@ -204,12 +204,12 @@ def fit(
 
 def _tensorboard(trained: TrainedModel, folder: str | None) -> bool:
     """Returns the run's setting, but False in a bucket, where TensorBoard needs TensorFlow."""
-    return trained.config.log.tensorboard and "://" not in str(folder)
+    return trained.settings.log.tensorboard and "://" not in str(folder)
 
 
 def plan(config: ConfigDict, trained: TrainedModel, source: Source) -> linear.Plan:
     """Calls `linear.plan` for the run's training split."""
-    count = source.count(trained.config.data.train_split)
+    count = source.count(trained.settings.data.train_split)
     return linear.plan(config, count, jax.process_count())
 
 
@@ -223,7 +223,7 @@ def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
 
 def views_of(trained: TrainedModel) -> views.Recipe:
     """Builds the recipe of random crops and flips, with the network's normalization."""
-    augment = trained.config.augment
+    augment = typed.values(trained.settings.augment)
     settings = {**PRESETS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
     return views.build(settings, 1)
 
@@ -241,7 +241,7 @@ def _start(config: ConfigDict, trained: TrainedModel, classes: int, tx: Any) -> 
 
 def width(config: ConfigDict, trained: TrainedModel) -> int:
     """Returns F, the width of the network output that `config.output` selects."""
-    size = trained.config.augment.size
+    size = trained.settings.augment.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     read = _reader(trained, config.output, config.blocks)
     return jax.eval_shape(lambda v, x: read(v, x)[0], trained.variables, images).shape[-1]
@@ -303,7 +303,7 @@ def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) ->
     if teacher is None:
         return None
     read = _reader(teacher.trained, teacher.output, teacher.blocks)
-    mean, std = (tuple(teacher.trained.config.augment[name]) for name in ("mean", "std"))
+    mean, std = teacher.trained.settings.augment.normalization
     operations = dataclasses.replace(recipe.photometric_ops[0], mean=mean, std=std)
     recipe = views.Recipe(recipe.crops, (operations,))
 
@@ -346,7 +346,7 @@ def feature_stats_of(
     """Returns `classifier.feature_stats` of the training images, {} without `config.normalise`."""
     if not config.normalise:
         return {}
-    split, output = trained.config.data.train_split, config.output
+    split, output = trained.settings.data.train_split, config.output
     extracted = features.of_split(
         trained, source, split, config.extract_batch_size, (output,), config.blocks
     )
@@ -356,7 +356,7 @@ def feature_stats_of(
 @contextlib.contextmanager
 def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
     """Yields an iterator over batches of labelled crops on the devices, prefetched."""
-    data, devices = trained.config.data, jax.local_device_count()
+    data, devices = trained.settings.data, jax.local_device_count()
 
     def lay_out(batch):
         if (batch.labels < 0).any():
@@ -386,8 +386,8 @@ def _claimed_checkpoints(
         yield None
         return
     settings = ConfigDict({name: config[name] for name in config if name not in _CHANGEABLE})
-    data = trained.config.data
-    claimed = ConfigDict({"evaluation": settings, "step": trained.step, "data": data})
+    data = trained.settings.data
+    claimed = ConfigDict({"evaluation": settings, "step": trained.step, "data": typed.values(data)})
     images = functools.partial(source.fingerprint, data.train_split)
     with contextlib.ExitStack() as stack:
         try:

@@ -27,48 +27,53 @@ def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
         square).
 
     Returns:
-      The same network; its `config.data` and `config.augment` define how images are read.
+      The same network; its `data` and `augment` define how images are read.
     """
-    config = trained.config.copy_and_resolve_references()
+    settings, changes = trained.settings, {}
     is_other = bool(data.source or data.name or data.dir)
     if is_other:
         kind = "npz" if str(data.dir).endswith(".npz") else "folder" if data.dir else "tfds"
         kind = data.source or ("tfds" if data.name else kind)
-        config.data.update(
+        changes = dict(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-        config.data.update(splits="", labels="", range="full")
+        changes |= dict(splits="", labels="", range="full")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
         if value := data.get(field):
-            config.data[field] = value
+            changes[field] = value
+    augment = settings.augment
     if data.size:
-        config.augment.size = data.size
+        augment = dataclasses.replace(augment, size=data.size)
     if data.interpolation:
-        config.augment.interpolation = data.interpolation
+        augment = dataclasses.replace(augment, interpolation=data.interpolation)
     if data.eval_resize >= 0:
-        config.data.eval_resize = data.eval_resize
+        changes["eval_resize"] = data.eval_resize
     elif is_other or data.size:
-        config.data.eval_resize = config.augment.size
-    return dataclasses.replace(trained, config=config)
+        changes["eval_resize"] = augment.size
+    images = dataclasses.replace(settings.data, **changes)
+    settings = dataclasses.replace(settings, data=images, augment=augment)
+    return dataclasses.replace(trained, settings=settings)
 
 
 def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
-    """Opens the data of `trained.config`, and fills in the test split of the config.
+    """Opens the data of a network's settings, and fills in the test split there.
 
     Checks everything that needs no images to be read.
 
     Raises:
       UserError: if the data or a split does not exist, a split is empty, or nothing is labelled.
     """
-    config = trained.config
-    source = source or pipeline.open_source(config.data)
-    if not config.data.eval_split:
-        config.data.eval_split = _test_split(source)
-    for split in (config.data.train_split, config.data.eval_split):
+    data = trained.settings.data
+    source = source or pipeline.open_source(data)
+    if not data.eval_split:
+        data = dataclasses.replace(data, eval_split=_test_split(source))
+        settings = dataclasses.replace(trained.settings, data=data)
+        trained = dataclasses.replace(trained, settings=settings)
+    for split in (data.train_split, data.eval_split):
         if not source.count(split):
             raise errors.UserError(f"Split {split!r} of {source.name} is empty.")
     if source.num_classes is None:
-        raise features.unlabelled(source, config.data.train_split)
+        raise features.unlabelled(source, data.train_split)
     return trained, source
 
 

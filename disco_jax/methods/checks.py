@@ -1,13 +1,14 @@
 """Validation of a method's settings before anything is compiled."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from disco_jax import errors, models
 from disco_jax.methods.base import NETWORKS, OUTPUTS, Method, Objective, Views
 from disco_jax.methods.compress import Compress
+from disco_jax.methods.method_settings import MethodSettings
 from disco_jax.methods.regression import REDUCTIONS, Distill
 from disco_jax.methods.swapped import Swapped
+from disco_jax.models import NetworkSpec
 
 # Only SEED's loss accepts temperature 0, which makes the target one-hot.
 ONE_HOT = ("config.objectives.similarity", "teacher_temperature")
@@ -25,22 +26,22 @@ POSITIVE = (
 )
 
 
-def check(method: Method, config: Any) -> None:
+def check(method: Method, settings: MethodSettings) -> None:
     """Checks objectives against their settings, the data and the views.
 
     Args:
       method: only its objectives and views are used.
-      config: config of a pretraining run.
+      settings: settings of the run.
 
     Raises:
       UserError: if any setting is invalid; lists each one with its allowed values.
     """
     problems = errors.Problems()
     for name, objective in method.objectives.items():
-        problems.attempt(_check_numbers, name, objective, config.batch_size)
+        problems.attempt(_check_numbers, name, objective, settings.batch_size)
         problems.attempt(_check_needs, name, objective, method.views)
-        problems.attempt(_check_scores, name, objective, method.views, config.student)
-        problems.attempt(_check_data, name, objective, config, len(method.views.locals))
+        problems.attempt(_check_scores, name, objective, method.views, settings.student)
+        problems.attempt(_check_data, name, objective, settings, len(method.views.locals))
     problems.raise_any()
 
 
@@ -95,14 +96,14 @@ def _check_needs(name: str, objective: Objective, views: Views) -> None:
             )
 
 
-def _check_scores(name: str, objective: Objective, views: Views, student: Any) -> None:
+def _check_scores(name: str, objective: Objective, views: Views, student: NetworkSpec) -> None:
     """Checks that objectives on prototypes have one set of prototypes and at least two views."""
     if not objective.reads_scores:
         return
     if len(student.prototypes) != 1:
         raise errors.UserError(
             f"config.objectives.{name} reads the scores of one set of prototypes, but "
-            f"config.student.prototypes={tuple(student.prototypes)!r}. Set for example "
+            f"config.student.prototypes={student.prototypes!r}. Set for example "
             "--config.student.prototypes='(3000,)'."
         )
     if len((*views.globals, *views.locals)) < 2:
@@ -112,22 +113,24 @@ def _check_scores(name: str, objective: Objective, views: Views, student: Any) -
         )
 
 
-def _check_data(name: str, objective: Objective, config: Any, local_views: int) -> None:
+def _check_data(
+    name: str, objective: Objective, settings: MethodSettings, local_views: int
+) -> None:
     """Checks that the data provides the views, bags and feature maps that the objective needs."""
-    if objective.reads_maps and config.group_views:
+    if objective.reads_maps and settings.group_views:
         raise errors.UserError(
             f"config.objectives.{name} reads the feature maps of single views, but "
             "config.group_views=True encodes several views in one pass. Set "
             "config.group_views=False."
         )
-    if (objective.bag_views or objective.aux) and not config.bags.file:
+    if (objective.bag_views or objective.aux) and not settings.has_bags:
         raise errors.UserError(
             f"config.objectives.{name} needs bags of similar images. Compute them with "
             "`disco-jax bags` and set config.bags.file."
         )
-    if objective.synthetic_views and config.views > min(objective.synthetic_views):
+    if objective.synthetic_views and settings.views > min(objective.synthetic_views):
         raise errors.UserError(
-            f"config.views={config.views}, but config.objectives.{name} creates view "
+            f"config.views={settings.views}, but config.objectives.{name} creates view "
             f"{min(objective.synthetic_views)} itself. Set "
             f"config.views={min(objective.synthetic_views)}."
         )
@@ -138,7 +141,7 @@ def _check_data(name: str, objective: Objective, config: Any, local_views: int) 
         )
 
 
-def check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
+def check_widths(objectives: Mapping[str, Objective], settings: MethodSettings) -> None:
     """Checks that the student's embedding is as wide as the teacher output it must match.
 
     Raises:
@@ -150,27 +153,27 @@ def check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
             continue
         if output not in OUTPUTS:
             raise errors.unknown(f"config.objectives.{name}.teacher_output", output, OUTPUTS)
-        student_dim, teacher_dim = dim(config.student), dim(config.teacher, output)
+        student_dim, teacher_dim = dim(settings.student), dim(settings.teacher, output)
         if student_dim == teacher_dim:
             continue
-        if output == "embedding" and config.teacher.head != "none":
+        if output == "embedding" and settings.teacher.head != "none":
             target = (
                 f"config.teacher.dim={teacher_dim}: the student matches the teacher's embedding"
             )
         else:
             target = f"the {teacher_dim} features of the teacher, which the student matches"
-        head = "--config.student.head=mlp " if config.student.head == "none" else ""
+        head = "--config.student.head=mlp " if settings.student.head == "none" else ""
         raise errors.UserError(
             f"config.student.dim={student_dim} must equal {target} (config.objectives.{name}). "
             f"Set {head}--config.student.dim={teacher_dim}."
         )
 
 
-def dim(spec: Any, output: str = "embedding") -> int:
+def dim(spec: NetworkSpec, output: str = "embedding") -> int:
     """Returns the width of a network's output.
 
     Args:
-      spec: `config.student` or `config.teacher`.
+      spec: the network.
       output: an element of `OUTPUTS`.
     """
     if output == "features" or spec.head == "none":

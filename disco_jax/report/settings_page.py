@@ -2,13 +2,12 @@
 
 import ast
 import functools
-import inspect
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from disco_jax import flags
+from disco_jax import flags, typed
 from disco_jax.configs import common, probes
 from disco_jax.data import presets
 from disco_jax.nested import flatten
@@ -29,7 +28,7 @@ def markdown() -> str:
     """Returns the page: a table for pretraining, one for all evaluations, one for each of them."""
     notes = comments()
     pretraining, shared = flatten(common.pretrain()), flatten(probes.classification("NAME"))
-    described = {**_of_classes(), **notes["pretrain"]}
+    described = notes["pretrain"]
     parts = [_HEAD, _table("Pretraining and distillation", pretraining, described)]
     training = ("learning_rate.", "optimizer.")
     labelled = {name: text for name, text in described.items() if name.startswith(training)}
@@ -47,17 +46,15 @@ def markdown() -> str:
 
 
 def comments() -> dict[str, dict[str, str]]:
-    """Returns the comments at the fields that `configs/common.py` and `probes.py` set.
+    """Returns the meanings of fields.
 
     Returns:
-      Function -> field -> comment, for each function that assigns fields. "pretrain" has those of
-      all functions of `common.py`, with the fields of the augmentation presets.
+      Function -> field -> comment at the field, for each function of `configs/probes.py` that
+      assigns fields. "pretrain" has the fields of `RunSettings` and the objectives, from their
+      docstrings, with the comments of the augmentation presets.
     """
     out = _by_function(_Source.read(probes.__file__))
-    pretrain = _by_function(_Source.read(common.__file__))
-    out["pretrain"] = _of_presets()
-    for notes in pretrain.values():
-        out["pretrain"] |= notes
+    out["pretrain"] = {**_of_classes(), **_of_presets()}
     return out
 
 
@@ -85,32 +82,22 @@ def _of_presets() -> dict[str, str]:
 
 
 def _of_classes() -> dict[str, str]:
-    """Returns field -> description from the docstrings of objectives and views."""
+    """Returns field -> description from the docstrings of settings and objectives."""
     from disco_jax import methods
-    from disco_jax.data import views
+    from disco_jax.train.run_settings import RunSettings
 
-    out = {}
+    out = _described("", RunSettings)
+    for name, cls in typed.sections(RunSettings).items():
+        out |= _described(f"{name}.", cls)
     for name, cls in methods.OBJECTIVES.items():
         out[f"objectives.{name}"] = (cls.__doc__ or "").partition("\n")[0]
-        out |= _attributes(f"objectives.{name}", cls)
-    for part in (views.Crop, views.Photometric):
-        out |= _attributes("augment", part)
+        out |= _described(f"objectives.{name}.", cls)
     return out
 
 
-def _attributes(prefix: str, cls: type) -> dict[str, str]:
-    """Returns field -> description from the section "Attributes" of a class docstring."""
-    lines = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines()
-    out, key = {}, ""
-    for line in lines:
-        if match := re.match(r"  (\w+): (.*)", line):
-            key = f"{prefix}.{match[1]}"
-            out[key] = match[2]
-        elif line.startswith("    ") and key:
-            out[key] += f" {line.strip()}"
-        else:
-            break
-    return {key: _without_ids(text) for key, text in out.items()}
+def _described(prefix: str, cls: type) -> dict[str, str]:
+    """Returns field -> description of the fields of a dataclass, which `prefix` precedes."""
+    return {prefix + name: _without_ids(text) for name, text in typed.notes(cls).items()}
 
 
 def _without_ids(text: str) -> str:

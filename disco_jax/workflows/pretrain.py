@@ -21,6 +21,7 @@ from disco_jax.run.metrics import Logger
 from disco_jax.run.workdir import ANEW, begin_anew, claim
 from disco_jax.train import health, loop, state, step
 from disco_jax.train.prepare import Prepared, prepare, starting
+from disco_jax.train.run_settings import RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,33 +54,32 @@ def run(
     started = time.monotonic()
     profile_steps = _parse_profile(profile)
     ready = starting(prepare(config, source), workdir)
-    config, total = ready.config, ready.experiment.total_steps
+    settings, total = ready.settings, ready.experiment.total_steps
     warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config, allowed, images_of(ready)) as path,
+        claim(workdir, ready.experiment.config, allowed, images_of(ready)) as path,
         contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
-            checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
+            checkpoint.Checkpoints(path, settings.checkpoint.keep, settings.checkpoint.best_metric)
         ) as checkpoints,
     ):
         unreadable.keep(ready.source, path)
         start, position = resume(checkpoints, fresh(ready), path if ANEW in allowed else None)
         # The batch size may have changed since the queues were filled.
-        start = state.rotate_oldest_first(start, config.batch_size)
+        start = state.rotate_oldest_first(start, settings.batch_size)
         describe(ready, start)
         if int(start.step) < total:
-            _train(config, ready, path, checkpoints, start, position, goodput, profile_steps)
+            _train(ready, path, checkpoints, start, position, goodput, profile_steps)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(start.step)} of {total} steps are done.")
-    build.refresh(config.log.report, workdir)
+    build.refresh(settings.log.report, workdir)
     if ready.source.unreadable:
         _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
     return {"step": total, "workdir": str(path), "seconds": time.monotonic() - started}
 
 
 def _train(
-    config: ConfigDict,
     ready: Prepared,
     path: epath.Path,
     checkpoints: checkpoint.Checkpoints,
@@ -89,13 +89,14 @@ def _train(
     profile_steps: tuple[int, ...],
 ) -> None:
     """Runs the training loop from `begin` to the last step."""
+    settings = ready.settings
     with (
         contextlib.closing(
-            Logger(path, tensorboard=tensorboard(config, path), step=int(begin.step))
+            Logger(path, tensorboard=tensorboard(settings, path), step=int(begin.step))
         ) as logger,
         batches_of(ready, position) as batches,
     ):
-        show_views(config, ready.source, path, logger, int(begin.step))
+        show_views(settings, ready.source, path, logger, int(begin.step))
         loop.run(
             step.parallel(ready.built.train_step),
             state.replicate(begin),
@@ -104,9 +105,9 @@ def _train(
             schedule(ready, int(begin.step), path, profile_steps),
             logger,
             checkpoints,
-            health.Watch(config.health.min_std, config.health.patience, config.health.stop),
+            health.Watch(settings.health),
             goodput,
-            monitor.knn_of(config, ready.method.networks["student"].encoder, ready.source),
+            monitor.knn_of(settings, ready.method.networks["student"].encoder, ready.source),
         )
     _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
 
@@ -123,14 +124,14 @@ def fresh(ready: Prepared) -> state.TrainState:
 
 def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
     """Returns a prefetcher of this host's batches from `position`, each with its end position."""
-    config = ready.config
+    settings = ready.settings
     crops = ready.source.train(
-        config.data.train_split,
+        settings.data.train_split,
         dict(enumerate(ready.experiment.views.crops)),
-        config.batch_size // jax.process_count(),
-        config.seed,
+        settings.batch_size // jax.process_count(),
+        settings.seed,
         position,
-        pipeline.unreadable_limit(config.data, ready.source, config.data.train_split),
+        pipeline.unreadable_limit(settings.data, ready.source, settings.data.train_split),
     )
     return pipeline.Prefetcher(crops, transform=_lay_out)
 
@@ -138,7 +139,7 @@ def batches_of(ready: Prepared, position: Position) -> pipeline.Prefetcher:
 def schedule(
     ready: Prepared, start: int, path: epath.Path, profile_steps: tuple[int, ...] = ()
 ) -> loop.Schedule:
-    """Builds the loop's schedule from the config.
+    """Builds the loop's schedule from the settings.
 
     Args:
       ready: the run.
@@ -146,29 +147,29 @@ def schedule(
       path: the run's directory.
       profile_steps: see `loop.Schedule.profile`.
     """
-    config = ready.config
+    settings = ready.settings
     return loop.Schedule(
         start=start,
         total=ready.experiment.total_steps,
         steps_per_epoch=ready.experiment.steps_per_epoch,
-        batch_size=config.batch_size,
-        log_steps=config.log.every_steps,
-        checkpoint_steps=config.checkpoint.every_steps,
-        replica_check_steps=config.log.replicas_every_steps,
-        hang_s=config.log.hang_s,
+        batch_size=settings.batch_size,
+        log_steps=settings.log.every_steps,
+        checkpoint_steps=settings.checkpoint.every_steps,
+        replica_check_steps=settings.log.replicas_every_steps,
+        hang_s=settings.log.hang_s,
         profile=profile_steps,
         profile_dir=str(path / "profile"),
-        evaluate_steps=config.monitor.knn_every_steps,
+        evaluate_steps=settings.monitor.knn_every_steps,
     )
 
 
 def show_views(
-    config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int
+    settings: RunSettings, source: Source, path: epath.Path, logger: Logger, step: int
 ) -> None:
     """Draws and logs the contact sheet of augmented views at a run's first start."""
-    if config.log.report and not step and jax.process_index() == 0:
+    if settings.log.report and not step and jax.process_index() == 0:
         with build.optional("contact sheet"):
-            logger.write_image(step, "views", sheet.draw(config, str(path), source))
+            logger.write_image(step, "views", sheet.draw(settings, str(path), source))
 
 
 def _parse_profile(text: str) -> tuple[int, ...]:
@@ -192,7 +193,7 @@ def images_of(ready: Prepared) -> Callable[[], Mapping[str, Any]]:
 
     See `Source.fingerprint`.
     """
-    split = ready.config.data.train_split
+    split = ready.settings.data.train_split
     return lambda: ready.source.fingerprint(split)
 
 
@@ -231,19 +232,19 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
-def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
+def tensorboard(settings: RunSettings, path: epath.Path) -> bool:
     """Returns True if event files are written.
 
     Writing to a bucket needs TensorFlow, which only TFDS sources require; other runs skip it.
     """
-    return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
+    return settings.log.tensorboard and ("://" not in str(path) or settings.data.source == "tfds")
 
 
 def warn_if_dark(ready: Prepared) -> None:
     """Logs a warning if the training images are nearly black."""
     if jax.process_index():
         return
-    value = darkness.brightest(ready.source, ready.config.data.train_split)
+    value = darkness.brightest(ready.source, ready.settings.data.train_split)
     if dark := darkness.warning(ready.source.name, value):
         _LOG.warning(dark)
 
@@ -252,7 +253,7 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
     """Prints a summary of the run: parameters, forward passes, devices, steps, initialisation."""
     from clu import parameter_overview
 
-    config = ready.config
+    settings = ready.settings
     if jax.process_index():
         return
     params = begin.student["params"]
@@ -265,25 +266,26 @@ def describe(ready: Prepared, begin: state.TrainState) -> None:
     trainable = f", {total - frozen:.2f} M of it trainable" if frozen else ""
     passes = ", ".join(f"{name} {list(views)}" for name, views in ready.method.plan.items())
     print(
-        f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
-        f"with head {total:.2f} M (M = 2^20, as in the papers){trainable}; {count} forward "
-        f"passes per step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"{settings.name or 'run'}: student {settings.student.backbone}, backbone "
+        f"{backbone:.2f} M, with head {total:.2f} M (M = 2^20, as in the papers){trainable}; "
+        f"{count} forward passes per step: {passes}; "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.experiment.total_steps} steps, {ready.experiment.steps_per_epoch} per epoch"
         + ("; queue initialized from the teacher" if ready.teacher and ready.teacher.queue else "")
-        + (f"; student initialized from {config.student.weights}" if ready.started else ""),
+        + (f"; student initialized from {settings.student.weights}" if ready.started else ""),
         flush=True,
     )
-    if config.local.count:
-        print(_view_recipe(ready.experiment.views, config), flush=True)
+    if settings.local.count:
+        print(_view_recipe(ready.experiment.views, settings), flush=True)
 
 
-def _view_recipe(recipe: views.Recipe, config: ConfigDict) -> str:
+def _view_recipe(recipe: views.Recipe, settings: RunSettings) -> str:
     """Formats SSLight's four axes of view sampling and the mean ratio of pixel scales."""
     first, last = recipe.crops[0], recipe.crops[-1]
     ratio = views.pixel_scale_ratio(first, last)
     return (
-        f"views: {config.views} global of {first.size} px from {first.scale[0]:g} to "
-        f"{first.scale[1]:g} of the area, {config.local.count} local of {last.size} px from "
+        f"views: {settings.views} global of {first.size} px from {first.scale[0]:g} to "
+        f"{first.scale[1]:g} of the area, {settings.local.count} local of {last.size} px from "
         f"{last.scale[0]:g} to {last.scale[1]:g}; mean pixel scale of global views divided by that "
         f"of local views: {ratio:.2f} (1.0 is best according to SSLight, arXiv:2210.02808)"
     )

@@ -155,7 +155,7 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     test = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
     correct = fine.classifier.scores(test.hidden).argmax(1) == test.labels
     assert 100 * correct.mean() == pytest.approx(result["top1"])
-    assert trained.config.student.backbone == "tiny"
+    assert trained.settings.student.backbone == "tiny"
 
     other = helpers.network_run(tmp_path / "student", data_file, seed=5)
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})

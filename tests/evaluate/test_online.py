@@ -17,7 +17,7 @@ class BrokenOff(Exception):
 def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
     splits = {s: (x[:64], y[:64]) for s, (x, y) in helpers.digits_splits().items()}
     # The network has BatchNorm, whose statistics are part of the state.
-    tiny = helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"})
+    tiny = helpers.smoke_settings("moco_v2", **{"student.backbone": "tiny"})
     with helpers.tiny_backbone():
         trained = features.untrained(tiny)
     config = flags.load("finetune")

@@ -16,7 +16,7 @@ from disco_jax.evaluate import features, target
 @pytest.fixture(scope="module")
 def trained():
     with helpers.tiny_backbone():
-        return features.untrained(helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"}))
+        return features.untrained(helpers.smoke_settings("moco_v2", **{"student.backbone": "tiny"}))
 
 
 def data(**changes):
@@ -26,8 +26,8 @@ def data(**changes):
 
 
 def test_nothing_asked_is_the_runs_own(trained):
-    own = target.with_eval_data(trained, data()).config
-    assert own == trained.config and own is not trained.config
+    own = target.with_eval_data(trained, data()).settings
+    assert own == trained.settings
 
 
 def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
@@ -40,9 +40,10 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
     retargeted = target.with_eval_data(
         trained, data(dir=str(tmp_path), size=24, interpolation="bicubic")
     )
-    assert retargeted.config.data.source == "folder" and retargeted.config.data.eval_resize == 24
+    resolved = retargeted.settings.data
+    assert resolved.source == "folder" and resolved.eval_resize == 24
     retargeted, source = target.opened(retargeted)
-    assert retargeted.config.data.eval_split == "validation" and source.num_classes == 2
+    assert retargeted.settings.data.eval_split == "validation" and source.num_classes == 2
     encoded = features.of_split(retargeted, source, "validation", 4, ("features",))
     assert encoded.labels.tolist() == [0, 0, 0, 1, 1, 1] and encoded.embedding.shape == (6, 0)
     target.check_labels(source, "train", "validation", thorough=True)
@@ -69,10 +70,13 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
 
 
 def test_answers_about_the_runs_data_are_not_those_about_others(trained):
-    trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
-    trained.config.data.update(splits="train=a", labels="a.txt", range="image")
+    stored = dataclasses.replace(
+        trained.settings.data, splits="train=a", labels="a.txt", range="image"
+    )
+    settings = dataclasses.replace(trained.settings, data=stored)
+    trained = dataclasses.replace(trained, settings=settings)
     own, other, overridden = (
-        target.with_eval_data(trained, data(**changes)).config.data
+        target.with_eval_data(trained, data(**changes)).settings.data
         for changes in (
             {},
             {"dir": "photos"},
@@ -90,7 +94,7 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
 def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
     resolved = target.with_eval_data(
         trained, data(**changes, subset="list.txt", eval_resize=0)
-    ).config.data
+    ).settings.data
     assert (resolved.source, resolved.train_split, resolved.subset) == (kind, "train", "list.txt")
     assert resolved.eval_resize == 0
 

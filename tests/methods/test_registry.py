@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import helpers
-from disco_jax import flags, methods
+from disco_jax import flags
 from disco_jax.configs import common
 from disco_jax.errors import UserError
 from disco_jax.methods import base, registry
@@ -215,7 +215,7 @@ def test_a_recipe_of_a_users_own_may_name_an_objective_outside_the_package(own_r
         "cls": "own_objectives:Decorrelated", "weight": 0.5, "view": 0, "scale": 3.0,
     }  # fmt: skip
     stored = ConfigDict(json.loads(config.to_json_best_effort()))
-    objective = methods.build(stored, config.views).objectives["mine"]
+    objective = helpers.build_method(stored, config.views).objectives["mine"]
     assert type(objective).__module__ == "own_objectives"
     assert (objective.weight, objective.scale) == (0.5, 3.0)
 
