@@ -90,8 +90,7 @@ def run(
       Preempted: stopped by a signal; a restart resumes.
     """
     started = time.monotonic()
-    cells = expanding.expand(config)
-    evaluations = _evaluations(config)
+    cells, evaluations = expanding.expand(config), _evaluations(config)
     _check(config, worker, workers, evaluations)
     teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)

@@ -216,7 +216,7 @@ class _Saver:
 
     @property
     def saves(self) -> bool:
-        """Whether states are saved."""
+        """True if states are saved."""
         return bool(self._checkpoints)
 
     @property

@@ -111,6 +111,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from disco_jax.errors import UserError
 from disco_jax.methods.base import Objective, Term
 
 
@@ -122,6 +123,11 @@ class Decorrelated(Objective):
 
     def needs(self, views):
         return {"student": (self.view,)}
+
+    def check_settings(self, setting, batch_size):
+        super().check_settings(setting, batch_size)
+        if self.scale > batch_size:
+            raise UserError(f"{setting}.scale={self.scale} is above {batch_size}.")
 
     def __call__(self, record, memory, step):
         rows = record.embedding("student", self.view)
