@@ -237,6 +237,13 @@ def test_an_objective_outside_the_package_trains(own_module):
     assert new.memory == {"mine": ()}
 
 
+def test_an_objective_outside_the_package_checks_its_own_settings(own_module):
+    config = common.pretrain()
+    config.objectives.mine = registry.section(f"{own_module}:Decorrelated", scale=1e6)
+    with pytest.raises(UserError, match=r"config\.objectives\.mine\.scale=1000000\.0 is above"):
+        methods.check(config)
+
+
 @pytest.mark.parametrize(
     "path, message",
     [
