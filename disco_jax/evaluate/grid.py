@@ -141,7 +141,7 @@ class Marked:
         return getattr(self._source, name)
 
     def train(self, split: str, *args: Any) -> contract.Batches:
-        """Yields the batches of `base.Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
+        """Yields the batches of `Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
         assert split == self._split
         for batch in self._source.train(split, *args):
             learned = (~self._held_out[batch.rows]).astype(np.float32)
