@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, models
 from disco_jax.evaluate import cost, plots
 from disco_jax.models.encoder import Encoder
-from disco_jax.train import teacher
+from disco_jax.train import stored_settings
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _backbones(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
 
 
 def _network_of(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
-    settings = teacher.read_settings(epath.Path(run))
+    settings = stored_settings.read(run)
     file = epath.Path(run) / f"{result}.json"
     top1 = files.read_json(file)["top1"] if file.exists() else None
     row = {

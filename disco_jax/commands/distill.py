@@ -13,6 +13,7 @@ from disco_jax.configs import disco
 from disco_jax.data import paths, pipeline
 from disco_jax.data.contract import Source
 from disco_jax.data.data_settings import DataSettings
+from disco_jax.train import stored_settings
 from disco_jax.train import teacher as teachers
 from disco_jax.workflows import pretrain
 
@@ -116,7 +117,7 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
         config.teacher.update(teachers.shape(teachers.spec_of(imported)))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
-        run = teachers.read_settings(path)
+        run = stored_settings.read(path)
         config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
             config.augment[field] = getattr(run.augment, field)

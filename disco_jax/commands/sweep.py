@@ -21,7 +21,7 @@ from disco_jax.run import hosts, lease
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
-from disco_jax.train import experiment, teacher
+from disco_jax.train import experiment, stored_settings, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
 from disco_jax.workflows import joint_runs, pretrain
@@ -90,15 +90,12 @@ def run(
       Preempted: stopped by a signal; a restart resumes.
     """
     started = time.monotonic()
-    cells = expanding.expand(config)
-    evaluations = _evaluations(config)
+    cells, evaluations = expanding.expand(config), _evaluations(config)
     _check(config, worker, workers, evaluations)
     teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)
     claims.judge(config.claims, table.rows(cells, {c.name: 0 for c in cells}, {}, {}), "")
-    for cell in cells:
-        if cell.teacher in teachers:
-            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
+    _set_teachers(cells, teachers, path)
     by_name = {cell.name: cell for cell in cells}
     experiments = _assemble(cells)
     groups = _groups(experiments, config.joint)
@@ -146,6 +143,15 @@ def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[s
     axes = {axis: None for axes in (config.axes, *config.further) for axis, _ in axes}
     if config.figure.x and config.figure.x not in axes:
         raise errors.unknown("config.figure.x", config.figure.x, axes)
+
+
+def _set_teachers(
+    cells: Sequence[Cell], teachers: Mapping[str, ConfigDict], path: epath.Path
+) -> None:
+    """Sets the teachers of cells to runs of the sweep, which may not exist yet."""
+    for cell in cells:
+        if cell.teacher in teachers:
+            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
 
 
 def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
@@ -250,7 +256,7 @@ def _evaluate(run: epath.Path, evaluations: Mapping[str, Any], source: Source | 
     failed = (_read(run.parent.parent / STATUS / f"{run.name}.json") or {}).get("failed")
     if failed:
         return
-    data = teacher.read_settings(run).data
+    data = stored_settings.read(run).data
     for name, (task, config) in evaluations.items():
         if not (run / f"{name}.json").exists():
             opened = source or pipeline.open_source(data)

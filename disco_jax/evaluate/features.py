@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from disco_jax import errors, models
@@ -17,7 +16,7 @@ from disco_jax.data.data_settings import build_views
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
 from disco_jax.run import checkpoint
-from disco_jax.train import teacher
+from disco_jax.train import stored_settings
 from disco_jax.train.run_settings import RunSettings
 from disco_jax.train.state import replicate
 
@@ -82,7 +81,7 @@ def load(run: str, network: str = "student") -> TrainedModel:
     """
     if network not in NETWORKS:
         raise errors.unknown("config.network", network, NETWORKS)
-    settings = teacher.read_settings(epath.Path(run))
+    settings = stored_settings.read(run)
     encoder = _encoder(settings)
     like = jax.eval_shape(lambda: encoder.create(0, settings.augment.size))
     if not checkpoint.has(run, network):

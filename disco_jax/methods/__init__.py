@@ -1,14 +1,14 @@
 """Builds methods from settings: objectives with nonzero weight and the networks they need."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from disco_jax import errors, models
 from disco_jax.methods import checks, registry
-from disco_jax.methods.base import Method, Objective, Record, Views
-from disco_jax.methods.checks import dim
+from disco_jax.methods.base import OUTPUTS, Method, Objective, Record, Views
 from disco_jax.methods.method_settings import MethodSettings
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.memory import QueueSettings
@@ -31,7 +31,7 @@ def build(settings: MethodSettings) -> Method:
     networks = {name: _network(name, settings) for name in method.plan}
     if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
         networks["teacher"] = _unnormalized(networks["teacher"])
-    checks.check_widths(objectives, settings)
+    _check_widths(objectives, settings)
     return Method(networks, objectives, method.views, reuse, _queue_settings(settings))
 
 
@@ -151,6 +151,46 @@ def _reused(settings: MethodSettings, method: Method) -> tuple[str, ...]:
             f"and adapter={models.width(teacher)}, or call teacher.resolve, which sets them."
         )
     return student.reuse
+
+
+def _check_widths(objectives: Mapping[str, Objective], settings: MethodSettings) -> None:
+    """Checks that the student's embedding is as wide as the teacher output it must match.
+
+    Raises:
+      UserError: if the widths differ, with the width to set.
+    """
+    for name, objective in objectives.items():
+        output = objective.match_width()
+        if output is None:
+            continue
+        if output not in OUTPUTS:
+            raise errors.unknown(f"config.objectives.{name}.teacher_output", output, OUTPUTS)
+        student_dim, teacher_dim = dim(settings.student), dim(settings.teacher, output)
+        if student_dim == teacher_dim:
+            continue
+        if output == "embedding" and settings.teacher.head != "none":
+            target = (
+                f"config.teacher.dim={teacher_dim}: the student matches the teacher's embedding"
+            )
+        else:
+            target = f"the {teacher_dim} features of the teacher, which the student matches"
+        head = "--config.student.head=mlp " if settings.student.head == "none" else ""
+        raise errors.UserError(
+            f"config.student.dim={student_dim} must equal {target} (config.objectives.{name}). "
+            f"Set {head}--config.student.dim={teacher_dim}."
+        )
+
+
+def dim(spec: models.NetworkSpec, output: str = "embedding") -> int:
+    """Returns the width of a network's output.
+
+    Args:
+      spec: the network.
+      output: an element of `OUTPUTS`.
+    """
+    if output == "features" or spec.head == "none":
+        return models.width(spec)
+    return spec.dim
 
 
 def _row(size: int) -> jax.ShapeDtypeStruct:

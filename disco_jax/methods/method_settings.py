@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from disco_jax.models import FastSettings, NetworkSpec
+from disco_jax.models.layers.settings import FastSettings
+from disco_jax.models.network_spec import NetworkSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from disco_jax.data import decode
@@ -13,6 +14,7 @@ from disco_jax.data.contract import Source
 from disco_jax.data.data_settings import build_views
 from disco_jax.errors import UserError
 from disco_jax.report import build
+from disco_jax.run.metrics import Logger
 from disco_jax.train.run_settings import RunSettings
 
 IMAGES = 8
@@ -25,6 +27,15 @@ def draw(settings: RunSettings, workdir: str, source: Source) -> np.ndarray:
     image = sheet(settings, source)
     build.keep_sheet(workdir, image)
     return image
+
+
+def show(
+    settings: RunSettings, source: Source, path: epath.Path, logger: Logger, step: int
+) -> None:
+    """Draws and logs the contact sheet of augmented views at a run's first start."""
+    if settings.log.report and not step and jax.process_index() == 0:
+        with build.optional("contact sheet"):
+            logger.write_image(step, "views", draw(settings, str(path), source))
 
 
 def sheet(settings: RunSettings, source: Source) -> np.ndarray:

@@ -19,7 +19,7 @@ from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Variables
 from disco_jax.models.layers import folding
 from disco_jax.ops.memory import Queue
-from disco_jax.train import optimizer, start, state, step, teacher
+from disco_jax.train import optimizer, state, step, teacher
 from disco_jax.train.run_settings import RunSettings
 
 # Fields and groups of the config that `methods.build` reads.
@@ -222,7 +222,6 @@ def check(
     problems.attempt(check_devices, settings, devices, reads=("batch_size", *grouped))
     rates = "learning_rate", "optimizer", "momentum", "batch_size", "total_epochs"
     problems.attempt(_check_rates, settings, reads=rates)
-    problems.attempt(start.check, settings.student, reads=("student",))
     experiment = _build(config, settings, steps_per_epoch, problems)
     if experiment is None:
         return None

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,13 @@ from jax import Array
 from disco_jax import errors
 from disco_jax.methods.base import Record, embedding_std
 from disco_jax.ops.collectives import gather, pmean, replicas
-from disco_jax.ops.losses import l2_normalize, squared_distance
+from disco_jax.ops.losses import squared_distance
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.queues import nearest
+from disco_jax.ops.vectors import l2_normalize
+
+if TYPE_CHECKING:
+    from disco_jax.train.run_settings import HealthSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,22 +115,6 @@ def effective_rank(gram: np.ndarray) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-@dataclasses.dataclass(frozen=True)
-class HealthSettings:
-    """Detection of collapse, the section `config.health`.
-
-    Attributes:
-      min_std: the embedding is collapsed if health/std is below it; 0: never
-      patience: consecutive log lines below `min_std` that count as a collapse; more than 1, because
-        networks start nearly collapsed
-      stop: whether a collapse ends the run instead of being logged as a warning
-    """
-
-    min_std: float = 0.01
-    patience: int = 10
-    stop: bool = False
-
-
 @dataclasses.dataclass
 class Watch:
     """Detects a collapsed embedding in the summaries of a run.
@@ -135,7 +123,7 @@ class Watch:
       settings: when an embedding counts as collapsed, and what follows.
     """
 
-    settings: HealthSettings
+    settings: "HealthSettings"
     _low: int = 0
 
     def __call__(self, step: int, summary: Mapping[str, float]) -> None:

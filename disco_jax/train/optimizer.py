@@ -13,10 +13,9 @@ import optax
 from jax import Array
 
 from disco_jax import errors, typed
-from disco_jax.methods.method_settings import MomentumSettings
 from disco_jax.ops import schedules
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.schedules import Schedule
+from disco_jax.ops.vectors import l2_normalize
 
 DECAYS = ("cosine", "cosine_after", "steps", "constant")
 NAMES = ("sgd", "larc", "lars", "adamw")
@@ -130,15 +129,15 @@ def learning_rate(
     return schedule
 
 
-def ema_rate(settings: MomentumSettings, total_steps: int) -> Schedule:
+def ema_rate(start: float, end: float, total_steps: int) -> Schedule:
     """Builds the decay of the momentum network's EMA as a function of the step.
 
     Args:
-      settings: `ema_rate` is the value at step 0 and `ema_rate_end` the value at the end of the
-        run, 1 in DINO and BYOL.
+      start: value at step 0.
+      end: value at the end of the run, reached by half a cosine, 1 in DINO and BYOL; -1 keeps the
+        rate constant.
       total_steps: length of the run.
     """
-    start, end = settings.ema_rate, settings.ema_rate_end
     if end < 0:
         return schedules.constant(start)
     return schedules.cosine_after(0.0, start, end, 0, total_steps)

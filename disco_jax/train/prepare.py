@@ -109,6 +109,7 @@ def _check_all(
     if settings is None:
         return None
     opened, steps_per_epoch = _open(settings, source, problems)
+    problems.attempt(start.check, settings.student, reads=("student",))
     experiment = experiments.check(
         config,
         settings,

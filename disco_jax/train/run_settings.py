@@ -11,9 +11,24 @@ from disco_jax.methods.method_settings import (
     StudentSpec,
     TeacherSpec,
 )
-from disco_jax.models import FastSettings
-from disco_jax.train.health import HealthSettings
+from disco_jax.models.layers.settings import FastSettings
 from disco_jax.train.optimizer import OptimizerSettings, RateSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthSettings:
+    """Detection of collapse, the section `config.health`.
+
+    Attributes:
+      min_std: the embedding is collapsed if health/std is below it; 0: never
+      patience: consecutive log lines below `min_std` that count as a collapse; more than 1, because
+        networks start nearly collapsed
+      stop: whether a collapse ends the run instead of being logged as a warning
+    """
+
+    min_std: float = 0.01
+    patience: int = 10
+    stop: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

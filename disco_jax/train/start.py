@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import convert, errors, models
+from disco_jax import errors, models
+from disco_jax.convert.load import read_network
 from disco_jax.data.data_settings import AugmentSettings
 from disco_jax.methods.method_settings import StudentSpec
-from disco_jax.models import NetworkSpec
 from disco_jax.models.encoder import Encoder, Variables
-from disco_jax.train import teacher
+from disco_jax.models.network_spec import NetworkSpec
+from disco_jax.train import stored_settings, teacher
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _pretrained(spec: StudentSpec, size: int) -> _Pretrained:
     """Reads the network that `config.student.weights` contains."""
     path = teacher.place(spec.weights, "config.student.weights")
     if not path.is_dir():
-        imported = convert.read_network(path)
+        imported = read_network(path)
         mean, std = imported.normalisation
         network_spec = teacher.spec_of(imported)
         return _Pretrained(
@@ -114,7 +115,7 @@ def _pretrained(spec: StudentSpec, size: int) -> _Pretrained:
     # Imported here because resolving a config does not need it and it takes half a second.
     from disco_jax.run import checkpoint
 
-    stored = teacher.read_settings(path)
+    stored = stored_settings.read(path)
     encoder = models.build_encoder(stored.student, setting=f"{path}: config.student")
     network = teacher.network_of(path, spec.network, "config.student.network")
     like = jax.eval_shape(lambda: encoder.create(0, size))

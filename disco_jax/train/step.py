@@ -68,7 +68,7 @@ def from_settings(
 
 def learner_of(settings: RunSettings, method: Method, steps_per_epoch: int) -> Learner:
     """Builds the learner of a pretraining run; takes the arguments of `from_settings`."""
-    epochs = settings.total_epochs
+    epochs, momentum = settings.total_epochs, settings.momentum
     rate = optimizer.learning_rate(
         settings.learning_rate, settings.batch_size, steps_per_epoch, epochs
     )
@@ -76,8 +76,10 @@ def learner_of(settings: RunSettings, method: Method, steps_per_epoch: int) -> L
         method,
         optimizer.build(settings.optimizer, rate, steps_per_epoch, epochs),
         learning_rate=rate,
-        ema_rate=optimizer.ema_rate(settings.momentum, steps_per_epoch * epochs),
-        follow_last=settings.momentum.follow == "after",
+        ema_rate=optimizer.ema_rate(
+            momentum.ema_rate, momentum.ema_rate_end, steps_per_epoch * epochs
+        ),
+        follow_last=momentum.follow == "after",
         health_steps=settings.log.every_steps,
     )
 

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from disco_jax import convert, errors, methods, models, typed
+from disco_jax import errors, methods, models, typed
+from disco_jax.convert.load import Imported, locate, read_network
 from disco_jax.methods.method_settings import StudentSpec, TeacherSpec
-from disco_jax.models import NetworkSpec
 from disco_jax.models.encoder import Encoder, Variables
+from disco_jax.models.network_spec import NetworkSpec
 from disco_jax.ops.memory import Queue
 from disco_jax.run import workdir
-from disco_jax.train.run_settings import RunSettings
+from disco_jax.train import stored_settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,11 +63,11 @@ def describe(weights: str) -> NetworkSpec:
     """
     path = place(weights)
     if path.is_dir():
-        return read_settings(path).student
-    return spec_of(convert.read_network(path))
+        return stored_settings.read(path).student
+    return spec_of(read_network(path))
 
 
-def spec_of(imported: convert.Imported) -> NetworkSpec:
+def spec_of(imported: Imported) -> NetworkSpec:
     """Returns the description of an imported network."""
     return typed.parse(NetworkSpec, imported.spec, "the checkpoint's", defaults=True)
 
@@ -84,8 +85,8 @@ def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     path = place(weights)
     if path.is_dir():
-        return read_settings(path).augment.normalization
-    mean, std = convert.read_network(path).normalisation
+        return stored_settings.read(path).augment.normalization
+    mean, std = read_network(path).normalisation
     return tuple(mean), tuple(std)
 
 
@@ -169,7 +170,7 @@ def load(spec: TeacherSpec, encoder: Encoder, size: int) -> Teacher:
     path = place(spec.weights)
     if path.is_dir():
         return _from_run(path, spec, encoder, size)
-    imported = convert.read_network(path)
+    imported = read_network(path)
     _check(spec_of(imported), spec, imported.encoder, encoder, path)
     return Teacher(imported.variables, imported.queue)
 
@@ -203,19 +204,7 @@ def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
     path = epath.Path(weights)
     if not path.exists():
         raise errors.UserError(f"{setting}={weights!r} does not exist.")
-    return path if (path / workdir.ENVIRONMENT).exists() else convert.locate(path)
-
-
-def read_settings(path: epath.Path) -> RunSettings:
-    """Reads the settings of a pretraining run or of an import.
-
-    Raises:
-      UserError: the directory belongs to something else, for example an evaluation.
-    """
-    config = workdir.read_config(path)
-    if "student" not in config or "augment" not in config:
-        raise errors.UserError(f"{path} is not the directory of a pretraining run or of an import.")
-    return typed.parse(RunSettings, config, f"{path}: config", stored=True)
+    return path if (path / workdir.ENVIRONMENT).exists() else locate(path)
 
 
 def _from_run(path: epath.Path, spec: TeacherSpec, encoder: Encoder, size: int) -> Teacher:
@@ -223,7 +212,7 @@ def _from_run(path: epath.Path, spec: TeacherSpec, encoder: Encoder, size: int) 
     from disco_jax.run import checkpoint
     from disco_jax.train import state
 
-    stored = read_settings(path)
+    stored = stored_settings.read(path)
     _check(stored.student, spec, models.build_encoder(stored.student), encoder, path)
     network = network_of(path, spec.network, "config.teacher.network")
     variables, step = checkpoint.load(path, network, encoder.create(0, size))
