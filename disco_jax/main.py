@@ -1,6 +1,6 @@
 """Entry point of the command line, `disco-jax TASK [flags]`: parses flags and calls one task.
 
-A task is a module in `tasks/` with a `run` function and an entry in `TASKS`.
+A task is a module in `commands/` with a `run` function and an entry in `TASKS`.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ class Task(NamedTuple):
       help: one line for `disco-jax --help`.
       config: the default of --config; "" if the flag is required; None if the task parses its
         flags itself.
-      module: name of the module in `tasks/`; "" for the task's name.
+      module: name of the module in `commands/`; "" for the task's name.
       flags: names of `flags.FURTHER`, passed to the task's `run` as keyword arguments.
-      check: name of a module in `tasks/` whose `check` records mistakes in the config.
-      choose: name of a module in `tasks/` whose `choose` completes --config by the run.
+      check: name of a module in `commands/` whose `check` records mistakes in the config.
+      choose: whether the run completes --config, see `evaluate.protocols.choose`.
     """
 
     help: str
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     module: str = ""
     flags: tuple[str, ...] = ()
     check: str = ""
-    choose: str = ""
+    choose: bool = False
 
 
 # Declared here so that --help and flag errors do not import any task.
@@ -46,7 +46,7 @@ TASKS = {
         "pretrain or distil a student with any method, from one config",
         "",
         flags=("profile", "allow_change"),
-        check="prepare",
+        check="pretrain",
     ),
     "distill": Task("distil a student from your images and a teacher, with good defaults", None),
     "sweep": Task("train and score many runs from one config, and write their table", None),
@@ -56,18 +56,16 @@ TASKS = {
     "linear": Task(
         "train and test a linear classifier on frozen features",
         "configs/linear.py",
-        choose="protocols",
+        choose=True,
     ),
     "bags": Task("find similar images with a teacher: neighbours, clusters", "configs/bags.py"),
     "semi": Task(
-        "classify with 1 % or 10 % of the labels", "configs/semi.py", "linear", choose="protocols"
+        "classify with 1 % or 10 % of the labels", "configs/semi.py", "linear", choose=True
     ),
     "transfer": Task(
         "train a linear classifier on another data set", "configs/transfer.py", "linear"
     ),
-    "finetune": Task(
-        "train all layers with labels", "configs/finetune.py", "linear", choose="protocols"
-    ),
+    "finetune": Task("train all layers with labels", "configs/finetune.py", "linear", choose=True),
     "fewshot": Task("ridge regression on a few images of every class", "configs/fewshot.py"),
     "plane": Task("trace a fine-tuning in the information plane", "configs/plane.py"),
     "tsne": Task("plot ten classes in the feature spaces of runs", "configs/tsne.py"),
@@ -227,20 +225,19 @@ def _start(name: str, argv: Sequence[str]) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
     task = TASKS[name]
-    module = f"disco_jax.tasks.{task.module or name}"
+    module = f"disco_jax.commands.{task.module or name}"
     if task.config is None:
         importlib.import_module(module).main(argv)
         return
     from disco_jax import flags
 
     def check(config: Any, problems: errors.Problems) -> None:
-        importlib.import_module(f"disco_jax.tasks.{task.check}").check(config, problems)
+        importlib.import_module(f"disco_jax.commands.{task.check}").check(config, problems)
 
     def choose(reference: str, run: str) -> str:
-        completed: str = importlib.import_module(f"disco_jax.tasks.{task.choose}").choose(
-            reference, run
-        )
-        return completed
+        from disco_jax.evaluate import protocols
+
+        return protocols.choose(reference, run)
 
     values = flags.parse(
         name,
