@@ -68,6 +68,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "learning_rate.milestones": (15, 30),
         "optimizer.weight_decay": 1e-4,
     },
+    # Official code (main_lincls.py, scripts/lincls): 120 epochs, the rate ends at a 3000th.
+    "bingo": {"total_epochs": 120, "learning_rate.decay": "cosine_after"},
+    # Official code (R-50).
+    "ressl": {
+        "learning_rate.base_lr": 0.3,
+        "learning_rate.decay": "cosine",
+        "learning_rate.every": "step",
+    },
     "grid": {
         "augment": "none",
         "learning_rate.decay": "cosine",
@@ -80,11 +88,20 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 # The same search, with new crops and flips in each epoch.
 PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
 # Protocols with the rate of the student's family.
-BY_FAMILY = ("cached", "disco", "seed")
+BY_FAMILY = ("cached", "disco", "seed", "bingo")
 # Protocols that read several blocks of a ViT, or train the probe of a transformer in another way.
 BY_KIND = ("dino", "sslight")
 # Protocols with which a paper evaluates its own runs; see `probes.TESTBEDS`.
-OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress")
+OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress", "bingo", "ressl")
+
+
+def follow_rate(config):
+    """Sets the rates that are fractions of `config.learning_rate.base_lr`, in place."""
+    rate = config.learning_rate
+    if config.protocol == "seed":  # constant in the warm-up: disagreement S2
+        rate.warmup_from = rate.base_lr
+    if config.protocol == "bingo":  # 30 -> 0.01, 3 -> 0.001
+        rate.minimum = rate.base_lr / 3000
 
 
 def get_config(arg=None):
@@ -104,8 +121,7 @@ def get_config(arg=None):
         config.network = arg.network
     if arg.protocol in BY_FAMILY:
         config.learning_rate.base_lr = probes.base_rate(arg.student)
-    if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.base_lr
+    follow_rate(config)
     if arg.protocol in BY_KIND and common.readable_blocks(arg.student) > 1:
         config.blocks = 4
     if arg.protocol == "sslight" and common.is_transformer(arg.student):

@@ -59,8 +59,7 @@ def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
     rate = config.learning_rate
     if not rate.base_lr:
         rate.base_lr = trained.encoder.backbone.probe_rate
-        if config.protocol == "seed":  # a constant rate in the warm-up: disagreement S2
-            rate.warmup_from = rate.base_lr
+        linear.follow_rate(config)
     return config
 
 

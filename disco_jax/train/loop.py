@@ -32,6 +32,7 @@ class Schedule:
       log_steps: steps between two log lines.
       checkpoint_steps: steps between two checkpoints.
       evaluate_steps: steps between two evaluations; 0: none.
+      evaluate_first: number of first steps that are also followed by an evaluation each.
       verbose: whether process 0 prints the progress line.
       replica_check_steps: steps between two comparisons of all replicas; 0: none.
       hang_s: seconds without a completed step after which the process ends, including the time
@@ -47,6 +48,7 @@ class Schedule:
     log_steps: int = 50
     checkpoint_steps: int = 1000
     evaluate_steps: int = 0
+    evaluate_first: int = 0
     verbose: bool = True
     replica_check_steps: int = 0
     hang_s: float = 0.0
@@ -153,7 +155,7 @@ def run(
                 watch(step, summary)
             if _due(step, False, schedule.replica_check_steps):
                 replicas.check(state, step)
-            if _due(step, last, schedule.evaluate_steps):
+            if step <= schedule.evaluate_first or _due(step, last, schedule.evaluate_steps):
                 assert evaluate is not None, "a schedule with evaluations needs one"
                 with progress.aside(), saver.aside():
                     logger.write(step, evaluate(step, state))
