@@ -89,8 +89,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
 # Protocols with the rate of the student's family.
 BY_FAMILY = ("cached", "disco", "seed", "bingo")
-# Protocols that read several blocks of a ViT, or train the probe of a transformer in another way.
-BY_KIND = ("dino", "sslight")
 # Protocols with which a paper evaluates its own runs; see `probes.TESTBEDS`.
 OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress", "bingo", "ressl")
 
@@ -98,9 +96,9 @@ OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress", "bingo", "r
 def follow_rate(config):
     """Sets the rates that are fractions of `config.learning_rate.base_lr`, in place."""
     rate = config.learning_rate
-    if config.protocol == "seed":  # constant in the warm-up: disagreement S2
+    if config.protocol in ("linear:seed", "semi:seed"):  # constant in the warm-up: disagreement S2
         rate.warmup_from = rate.base_lr
-    if config.protocol == "bingo":  # 30 -> 0.01, 3 -> 0.001
+    if config.protocol == "linear:bingo":  # 30 -> 0.01, 3 -> 0.001
         rate.minimum = rate.base_lr / 3000
 
 
@@ -111,7 +109,7 @@ def get_config(arg=None):
     config = probes.classification("linear")
     if arg.protocol != "cached":
         config.name = f"linear_{arg.protocol}"
-    config.protocol, config.student = arg.protocol, arg.student
+    config.protocol, config.student = f"linear:{arg.protocol}", arg.student
     for field, value in PROTOCOLS[arg.protocol].items():
         if field == "optimizer":
             config.optimizer = value
@@ -122,7 +120,7 @@ def get_config(arg=None):
     if arg.protocol in BY_FAMILY:
         config.learning_rate.base_lr = probes.base_rate(arg.student)
     follow_rate(config)
-    if arg.protocol in BY_KIND and common.readable_blocks(arg.student) > 1:
+    if arg.protocol in ("dino", "sslight") and common.readable_blocks(arg.student) > 1:
         config.blocks = 4
     if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024

@@ -33,7 +33,7 @@ def get_config(arg=None):
         config = transfer.get_config("protocol=disco_code")
         config.data = own_data
     config.name = "plane" if arg.protocol == "paper" else f"plane_{arg.protocol}"
-    config.protocol = arg.protocol
+    config.protocol = f"plane:{arg.protocol}"
     if arg.data:
         config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
     config.information_plane = dict(

@@ -92,7 +92,7 @@ def classification(name: str) -> ConfigDict:
       name: see `evaluation`.
     """
     config = evaluation(name)
-    config.protocol = ""  # the paper's protocol that the recipe states; a label in the results
+    config.protocol = ""  # recipe and protocol, e.g. "linear:disco"; a label in the results
     config.student = ""  # the backbone that the config is made for; "": any
     config.seed = 0
     config.total_epochs = 100

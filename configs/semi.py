@@ -67,7 +67,7 @@ def get_config(arg=None):
     config.labelled.update(percent=float(arg.percent), listed=LISTED[arg.percent])
     if arg.list:
         config.data.subset, config.labelled.percent = arg.list, 0.0
-    config.protocol, config.student = arg.protocol, arg.student
+    config.protocol, config.student = f"semi:{arg.protocol}", arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol in ("seed", "retro"):
         config.learning_rate.base_lr = probes.base_rate(arg.student)

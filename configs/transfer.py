@@ -41,7 +41,7 @@ def get_config(arg=None):
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     config = probes.classification(f"transfer_{arg.protocol}_{arg.data.replace('/', '_')}")
-    config.protocol = arg.protocol
+    config.protocol = f"transfer:{arg.protocol}"
     name = OFFICIAL.get(arg.data, arg.data)
     config.data.update(name=name, size=224, eval_resize=224, interpolation="bicubic")
     config.learning_rate.base_lr = 3.0

@@ -60,7 +60,7 @@ def metrics(run, name):
 
 def test_a_cached_probe_leaves_what_it_found(run):
     result = linear.run(quick("linear", total_epochs=20, evaluate_every_epochs=5), run)
-    assert (result["protocol"], result["cached"]) == ("cached", True)
+    assert (result["protocol"], result["cached"]) == ("linear:cached", True)
     written = json.loads(pathlib.Path(run, "linear.json").read_text())
     assert written == result
     assert result["images"] == 60 and len(result["class_top1"]) == 10
@@ -74,7 +74,7 @@ def test_a_cached_probe_leaves_what_it_found(run):
 def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(run):
     config = quick("linear:protocol=moco", evaluate_every_epochs=1)
     result = linear.run(config, run)
-    assert (result["protocol"], result["cached"]) == ("moco", False)
+    assert (result["protocol"], result["cached"]) == ("linear:moco", False)
     lines = metrics(run, "linear_moco")
     assert [line["step"] for line in lines if "test/top1" in line] == [3, 6]
     assert result["best_top1"] == max(line.get("test/top1", 0) for line in lines)
