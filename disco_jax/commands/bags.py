@@ -81,7 +81,7 @@ def _encode(config: ConfigDict, source: Source) -> np.ndarray:
         config.data.train_split,
         size,
         config.data.eval_resize,
-        augment.interpolation,
+        features.eval_interpolation(opened.settings),
         -(-config.batch_size // devices) * devices,
     )
     recipe = build_views(augment, opened.settings.views, opened.settings.local)

@@ -153,7 +153,7 @@ def _batches(
             image = decode.decode(decode.ruled(file, rules))
         except decode.Unreadable:
             return None
-        return evaluated(image, side, resize, augment.interpolation)
+        return evaluated(image, side, resize, opened.preprocessing["interpolation"])
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(files), batch_size):

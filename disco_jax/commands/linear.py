@@ -13,10 +13,21 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data.contract import Source
-from disco_jax.evaluate import features, grid, linear, online, probe, saved, scores, target
+from disco_jax.evaluate import (
+    features,
+    grid,
+    held_out,
+    linear,
+    online,
+    probe,
+    protocols,
+    saved,
+    scores,
+    target,
+)
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features, TrainedModel
-from disco_jax.report import build
+from disco_jax.report import build, runs
 
 AUGMENT = ("linear", "flip", "none")
 
@@ -39,26 +50,42 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       UserError: a setting, the run or the data is invalid; nothing was trained.
     """
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    config = protocols.fit(config, trained)
     _check(config, trained)
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
-    source = target.few_labels(source, trained.settings.data.train_split, config.labelled)
+    source, labelled = target.few_labels(source, trained.settings.data, config.labelled)
+    if config.labelled.listed and jax.process_index() == 0:
+        print(f"Labelled images: {labelled['images']} ({labelled['selection']}).")
+    trained, source, mask = _hold_out(config, trained, source)
     if _reads_images(config):
         layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
         train = _extract(config, trained, source, trained.settings.data.train_split)
+        if mask is not None:
+            train = [variant.rows(~mask) for variant in train]
         test = _extract(config, trained, source, trained.settings.data.eval_split)[0]
         target.match(source, train[0].labels, test.labels)
         layer, result = probe.linear_probe(config, train, test, source.num_classes)
         outputs = layer.scores(getattr(test, config.output)), test.labels
     result = {"step": trained.step, "name": config.name, "data": source.name, **result}
     result |= {field: config[field] for field in saved.READING}
+    result |= {"protocol": config.protocol, "cached": not _reads_images(config)}
+    result["trained_on"] = labelled
+    if mask is not None:
+        result["tested_on"] = (
+            f"{config.held_out.per_class} training images of each class, drawn with seed "
+            f"{config.held_out.seed}"
+        )
     saved.write(
         workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )
     if jax.process_index() == 0:
-        print(f"{_TITLES[config.layers]}: {scores.line(result)} of {source.name}")
+        cached = f" on {runs.CACHED}" if result["cached"] else ""
+        print(f"{_TITLES[config.layers]}{cached}: {scores.line(result)} of {source.name}")
+        if mask is not None:
+            print(f"Tested on {result['tested_on']}.")
     build.refresh(config.report, workdir)
     return result
 
@@ -87,13 +114,36 @@ def _check(config: ConfigDict, trained: TrainedModel) -> None:
             "config.grid trains classifiers on frozen features with labels only: set augment to "
             "none or linear, layers to classifier and distill.weight to 0."
         )
-    backbone = trained.settings.student.backbone
-    if config.student not in ("", backbone):
+    searched_online = config.grid.rates and _reads_images(config)
+    if config.held_out.per_class and (config.layers == "all" or searched_online):
         raise errors.UserError(
-            f"The settings are for config.student={config.student!r}, but the run's backbone is "
-            f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
+            f"config.held_out.per_class={config.held_out.per_class} needs a frozen network and one "
+            "rate (or cached features): set config.layers=classifier, and config.grid.rates=() or "
+            "config.augment=none."
+        )
+    if config.grid.folds and (searched_online or config.augment == "flip"):
+        raise errors.UserError(
+            f"config.grid.folds={config.grid.folds} validates on cached features: set "
+            "--config.augment=none."
         )
     online.check(config, trained)
+
+
+def _hold_out(
+    config: ConfigDict, trained: TrainedModel, source: Source
+) -> tuple[TrainedModel, Source, np.ndarray | None]:
+    """Makes the images of `config.held_out` the test split.
+
+    Returns:
+      The network and the source with this split, and the mask bool[N] of its images in the training
+      split; both unchanged and None if no images are held out.
+    """
+    data = trained.settings.data
+    mask = target.held_out(source, data.train_split, config.held_out)
+    if mask is None:
+        return trained, source, None
+    trained = target.with_eval_split(trained, held_out.SPLIT)
+    return trained, held_out.HeldOut(source, data.train_split, mask), mask
 
 
 def _check_data(

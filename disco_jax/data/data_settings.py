@@ -20,6 +20,8 @@ class DataSettings:
       eval_split: split that evaluations read
       eval_resize: shorter side in px before evaluations crop the centre; 0: resize straight to the
         size
+      eval_interpolation: filter of that resize: bilinear | bicubic; "": augment.interpolation, as
+        for the crops
       subset: a text file with one file name a line: training reads only these images
       shuffle_buffer: encoded records in the shuffle buffer of TFRecord files
       cache: keep encoded records in memory; small data sets are always kept
@@ -40,6 +42,7 @@ class DataSettings:
     train_split: str = "train"
     eval_split: str = "validation"
     eval_resize: int = 256
+    eval_interpolation: str = ""
     subset: str = ""
     shuffle_buffer: int = 16_384
     cache: bool = False

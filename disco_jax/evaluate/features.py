@@ -217,7 +217,7 @@ def of_split(
         split,
         augment.size,
         data.eval_resize,
-        augment.interpolation,
+        eval_interpolation(trained.settings),
         -(-batch_size // devices) * devices,
         limit,
     )
@@ -228,6 +228,11 @@ def of_split(
     if (extracted.labels < 0).any():
         raise unlabelled(source, split)
     return extracted
+
+
+def eval_interpolation(settings: RunSettings) -> str:
+    """Returns the filter with which evaluations of a run resize images: "bilinear" or "bicubic"."""
+    return settings.data.eval_interpolation or settings.augment.interpolation
 
 
 def classes(source: Source, split: str) -> int:

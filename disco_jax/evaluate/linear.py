@@ -49,8 +49,13 @@ def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
       hosts: number of hosts that read disjoint shards; the smallest shard limits the batch size.
 
     Raises:
-      UserError: if there are fewer images than devices.
+      UserError: if there are fewer images than devices, or no rate.
     """
+    if not config.learning_rate.base_lr:
+        raise UserError(
+            "config.learning_rate.base_lr=0 stands for the rate of a run's backbone, and there is "
+            "no run here: set a rate."
+        )
     devices = jax.device_count()
     batch_size = min(config.batch_size, count // hosts * hosts) // devices * devices
     if not batch_size:
@@ -168,6 +173,7 @@ def fit(
     *,
     evaluate: Evaluate | None = None,
     evaluate_steps: int = 0,
+    evaluate_first: int = 0,
     checkpoints: Checkpoints | None = None,
     verbose: bool = False,
 ) -> ProbeState:
@@ -183,6 +189,7 @@ def fit(
       logger: destination of the metrics.
       evaluate: called every `evaluate_steps` steps and at the end; None: never.
       evaluate_steps: interval of `evaluate`; 0: never.
+      evaluate_first: number of first steps after each of which `evaluate` is called as well.
       checkpoints: destination of the checkpoints; None saves none.
       verbose: whether to print the progress line.
     """
@@ -200,6 +207,7 @@ def fit(
             log_steps=config.log_every_epochs * steps,
             checkpoint_steps=config.checkpoint_every_epochs * steps,
             evaluate_steps=evaluate_steps if evaluate else 0,
+            evaluate_first=evaluate_first if evaluate else 0,
             verbose=verbose,
         ),
         logger,

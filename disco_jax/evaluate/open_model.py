@@ -47,7 +47,7 @@ class OpenedModel:
         return {
             "resize": data.eval_resize or augment.size,
             "crop": augment.size,
-            "interpolation": augment.interpolation,
+            "interpolation": features.eval_interpolation(self.settings),
             "mean": list(augment.mean),
             "std": list(augment.std),
         }

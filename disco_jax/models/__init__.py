@@ -27,7 +27,8 @@ from disco_jax.models.network_spec import NetworkSpec
 __all__ = [
     "AUTO", "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder",
     "FastSettings", "Network", "NetworkSpec", "backbone", "build_encoder", "build_network",
-    "compute_dtype", "find", "is_transformer", "options", "parameters", "resolve_auto", "width",
+    "compute_dtype", "find", "is_transformer", "options", "parameters", "probe_rate",
+    "resolve_auto", "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -128,6 +129,18 @@ def options(name: str) -> frozenset[str]:
 def is_transformer(name: str) -> bool:
     """Returns whether a backbone is a transformer; False for unknown names."""
     return (name in BACKBONES or ":" in name) and find(name)[0].is_transformer
+
+
+def probe_rate(name: str) -> float:
+    """Returns the learning rate of DisCo's, SEED's and RETRO's linear probes of a backbone.
+
+    It is for a batch of 256: 3 for EfficientNets and MobileNets, 30 for other families
+    (disagreement D7).
+
+    Raises:
+      UserError: the backbone is unknown.
+    """
+    return find(name)[0].probe_rate
 
 
 def width(spec: NetworkSpec) -> int:
