@@ -16,7 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 import reference_weights
-from disco_jax import errors, flags, methods, models
+from disco_jax import errors, flags, methods, models, typed
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.methods.method_settings import TeacherSpec
 from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.encoder import Encoded
@@ -271,6 +272,11 @@ def smoke_config(recipe, **changes):
 def smoke_settings(recipe, **changes):
     """Returns the typed settings of a `smoke_config`."""
     return experiment.parse(smoke_config(recipe, **changes))
+
+
+def probe_settings(config):
+    """Returns the typed settings of a config of a training with labels."""
+    return typed.parse(ProbeSettings, config, defaults=True)
 
 
 def tiny_config(recipe, **changes):

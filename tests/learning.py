@@ -157,8 +157,10 @@ def scores_of(trained, source):
     splits = [
         features.of_split(trained, source, split, 256, ("features",)) for split in ("train", "test")
     ]
+    config = flags.load("knn")
+    voting = {name: config[name] for name in probe.KNN_FIELDS}
     left_out_top1 = leave_one_out(splits[0].features, splits[0].labels, 20)
-    return probe.knn_probe(flags.load("knn"), *splits)["top1"], left_out_top1
+    return probe.knn_probe(*splits, **voting)["top1"], left_out_top1
 
 
 def main(folder, name, variant, source):

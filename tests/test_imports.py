@@ -19,6 +19,7 @@ BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 TYPED = ["ops", "models", "methods", "train", "data", "run", "evaluate", "plan"]
 WITH_CONFIG = {
     "train/experiment.py": "converts a config to settings, and completes it for config.json",
+    "evaluate/protocols.py": "completes the config of an evaluation from the run's settings",
     "train/prepare.py": "passes a config to `fields.check` and to `experiment`",
     "run/workdir.py": "writes, reads and compares config.json",
     "run/upgrades.py": "upgrades a config.json of an earlier version",

@@ -9,10 +9,11 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import programs
+from disco_jax import programs, typed
 from disco_jax.data import digits, pipeline
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, probe
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.run import metrics
 from disco_jax.train.experiment import parse
 from disco_jax.workflows import pretrain
@@ -86,10 +87,12 @@ def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -
     data, batch = trained.settings.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)
     test = features.of_split(trained, source, data.eval_split, batch)
-    _, probed = probe.linear_probe(config.linear, train, test)
+    linear = typed.parse(ProbeSettings, config.linear, "config.linear", defaults=True)
+    _, probed = probe.linear_probe(linear, train, test)
+    voting = {name: config.knn[name] for name in probe.KNN_FIELDS}
     return {
         "linear_top1": round(probed["top1"], 2),
-        "knn_top1": round(probe.knn_probe(config.knn, train, test)["top1"], 2),
+        "knn_top1": round(probe.knn_probe(train, test, **voting)["top1"], 2),
     }
 
 

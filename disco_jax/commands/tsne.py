@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, plots, saved, target
+from disco_jax.evaluate.probe_settings import eval_data
 from disco_jax.report import build
 
 
@@ -34,7 +35,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     runs = [workdir, *config.beside]
     titles = _titles(config, runs)
     networks = [
-        target.with_eval_data(features.load(run, config.network), config.data) for run in runs
+        target.with_eval_data(features.load(run, config.network), eval_data(config.data))
+        for run in runs
     ]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)

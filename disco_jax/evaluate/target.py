@@ -10,27 +10,33 @@ from disco_jax import errors
 from disco_jax.configs import data as datasets
 from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import (
+    EvalDataSettings,
+    HeldOutSettings,
+    LabelledSettings,
+)
 
 _TEST_SPLITS = ("validation", "test", "val")
 
 
-def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
+def with_eval_data(trained: TrainedModel, data: EvalDataSettings) -> TrainedModel:
     """Replaces the run's data by the data that an evaluation's config specifies.
 
     Args:
       trained: network of a run.
-      data: fields source, name, dir, train_split, eval_split, interpolation, eval_interpolation,
-        subset, splits, labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the
-        run's; for another data set or size that of the data set at its own size, else the size, so
-        that the shorter side is cropped to a square).
+      data: texts may be "" for the run's, `size` 0 for the run's and `eval_resize` -1 for the run's
+        (for another data set or size that of the data set at its own size, else the size, so that
+        the shorter side is cropped to a square).
 
     Returns:
       The same network; its `data` and `augment` define how images are read.
     """
-    settings, changes = trained.settings, {}
+    settings = trained.settings
+    changes: dict[str, Any] = {}
     is_other = bool(data.source or data.name or data.dir)
     if is_other:
         kind = "npz" if str(data.dir).endswith(".npz") else "folder" if data.dir else "tfds"
@@ -40,7 +46,7 @@ def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
         )
         changes |= dict(splits="", labels="", range="full")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
-        if value := data.get(field):
+        if value := getattr(data, field):
             changes[field] = value
     augment = settings.augment
     if data.size:
@@ -98,14 +104,16 @@ def opened(trained: TrainedModel, source: Source | None = None) -> tuple[Trained
     return trained, source
 
 
-def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[str, Any]]:
+def few_labels(
+    source: Source, data: DataSettings, labelled: LabelledSettings
+) -> tuple[Source, dict[str, Any]]:
     """Restricts the training split to the labelled images of `config.labelled`, and names them.
 
     Args:
       source: images.
       data: `config.data` of the run, as changed for the evaluation; a list in `subset` has already
         selected images.
-      labelled: fields percent and per_class (0: all images), seed, and listed (see `_check_list`).
+      labelled: see `_check_list` for `listed`.
 
     Returns:
       The source with a class-balanced subset of the split, or `source` itself; and {"images": their
@@ -143,13 +151,13 @@ def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[s
     }
 
 
-def held_out(source: Source, split: str, settings: Any) -> np.ndarray | None:
+def held_out(source: Source, split: str, settings: HeldOutSettings) -> np.ndarray | None:
     """Draws the training images on which an evaluation tests instead of the test images.
 
     Args:
       source: labelled images; the split is read once.
       split: split to train on.
-      settings: fields per_class (0: none) and seed.
+      settings: number of images and seed.
 
     Returns:
       bool[N], true for the held-out images in the stored order; None without any.
@@ -168,7 +176,7 @@ def held_out(source: Source, split: str, settings: Any) -> np.ndarray | None:
     return mask
 
 
-def _check_list(count: int, data: Any, labelled: Any) -> None:
+def _check_list(count: int, data: DataSettings, labelled: LabelledSettings) -> None:
     """Checks that a list of ImageNet's labelled images is as long as the papers'.
 
     Args:

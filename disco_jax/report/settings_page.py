@@ -26,13 +26,11 @@ _MISSING = object()  # equals no default
 
 def markdown() -> str:
     """Returns the page: a table for pretraining, one for all evaluations, one for each of them."""
-    notes = comments()
+    notes = descriptions()
     pretraining, shared = flatten(common.pretrain()), flatten(probes.classification("NAME"))
     described = notes["pretrain"]
     parts = [_HEAD, _table("Pretraining and distillation", pretraining, described)]
-    training = ("learning_rate.", "optimizer.")
-    labelled = {name: text for name, text in described.items() if name.startswith(training)}
-    labelled |= {**notes["evaluation"], **notes["classification"]}
+    labelled = notes["evaluation"]
     title = "Supervised training: linear, semi, transfer, finetune, plane"
     parts.append(_table(title, shared, labelled))
     for name in _EVALUATIONS:
@@ -45,17 +43,20 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def comments() -> dict[str, dict[str, str]]:
-    """Returns the meanings of fields.
+def descriptions() -> dict[str, dict[str, str]]:
+    """Returns the meanings of fields, from the docstrings of settings and objectives.
 
     Returns:
-      Function -> field -> comment at the field, for each function of `configs/probes.py` that
-      assigns fields. "pretrain" has the fields of `RunSettings` and the objectives, from their
-      docstrings, with the comments of the augmentation presets.
+      "pretrain" and "evaluation" -> field -> text. Fields of `augment` have the comments of the
+      presets where there are any.
     """
-    out = _by_function(_Source.read(probes.__file__))
-    out["pretrain"] = {**_of_classes(), **_of_presets()}
-    return out
+    from disco_jax.evaluate.probe_settings import PlaneSettings
+    from disco_jax.train.run_settings import RunSettings
+
+    return {
+        "pretrain": {**_of_classes(RunSettings), **_of_objectives(), **_of_presets()},
+        "evaluation": _of_classes(PlaneSettings),
+    }
 
 
 def _by_function(source: "_Source") -> dict[str, dict[str, str]]:
@@ -81,14 +82,19 @@ def _of_presets() -> dict[str, str]:
     return out
 
 
-def _of_classes() -> dict[str, str]:
-    """Returns field -> description from the docstrings of settings and objectives."""
-    from disco_jax import methods
-    from disco_jax.train.run_settings import RunSettings
+def _of_classes(cls: type) -> dict[str, str]:
+    """Returns field -> description from the docstrings of settings and of their sections."""
+    out = _described("", cls)
+    for name, section in typed.sections(cls).items():
+        out |= _described(f"{name}.", section)
+    return out
 
-    out = _described("", RunSettings)
-    for name, cls in typed.sections(RunSettings).items():
-        out |= _described(f"{name}.", cls)
+
+def _of_objectives() -> dict[str, str]:
+    """Returns field -> description from the docstrings of objectives."""
+    from disco_jax import methods
+
+    out = {}
     for name, cls in methods.OBJECTIVES.items():
         out[f"objectives.{name}"] = (cls.__doc__ or "").partition("\n")[0]
         out |= _described(f"objectives.{name}.", cls)

@@ -14,7 +14,7 @@ from disco_jax.convert import pickles
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, online, saved, subsets, target
+from disco_jax.evaluate import features, online, probe_settings, saved, subsets, target
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,10 +112,10 @@ def test_devices_do_not_change_what_is_learned(run, recipe):
     trained = features.load(run)
     # Small rates, at which rounding errors do not grow from step to step.
     config = quick(recipe, **{"learning_rate.base_lr": 0.05, "head_rate": 2.0})
-    outputs = []
+    settings, outputs = helpers.probe_settings(config), []
     for devices in (1, 4):
         with helpers.devices(devices):
-            network, layer = online.train(config, trained, ArraySource(splits()), None)
+            network, layer = online.train(settings, trained, ArraySource(splits()), None)
             test = features.of_split(network, ArraySource(splits()), "test", 24)
             outputs.append((layer.scores(test.features), test.labels))
     np.testing.assert_array_equal(outputs[0][1], few()["test_labels"])
@@ -207,7 +207,8 @@ def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
     with np.load(run / "linear_dino.npz") as arrays:
         assert arrays["kernel"].shape == (4 * 192, 10)
         kernel, bias = arrays["kernel"], arrays["bias"]
-    trained, source = target.opened(target.with_eval_data(features.load(str(run)), config.data))
+    data = probe_settings.eval_data(config.data)
+    trained, source = target.opened(target.with_eval_data(features.load(str(run)), data))
     rows = {
         blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
         for blocks in (1, 4)

@@ -22,6 +22,7 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
         trained = features.untrained(tiny)
     config = flags.load("finetune")
     config.update(total_epochs=3, batch_size=32)
+    settings = helpers.probe_settings(config)
 
     def broken_off(step, network, layer):
         if step == 5:  # the last checkpoint is of step 4
@@ -30,7 +31,7 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
 
     def train(folder, **options):
         source = ArraySource(splits)
-        return online.train(config, trained, source, str(tmp_path / folder), **options)
+        return online.train(settings, trained, source, str(tmp_path / folder), **options)
 
     whole, layer = train("whole")
     with pytest.raises(BrokenOff):

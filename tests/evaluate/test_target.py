@@ -10,7 +10,7 @@ import helpers
 from disco_jax import flags
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, target
+from disco_jax.evaluate import features, probe_settings, target
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def trained():
 def data(**changes):
     data_config = flags.load("linear").data
     data_config.update(changes)
-    return data_config
+    return probe_settings.eval_data(data_config)
 
 
 def test_nothing_asked_is_the_runs_own(trained):
@@ -131,7 +131,7 @@ def test_tests_may_be_resized_by_another_filter_than_crops(trained):
     """DINO's official code: bilinear crops in training, a bicubic resize in evaluation."""
     probe = flags.load("linear:protocol=dino")
     assert (probe.data.interpolation, probe.data.eval_interpolation) == ("bilinear", "bicubic")
-    changed = target.with_eval_data(trained, probe.data)
+    changed = target.with_eval_data(trained, probe_settings.eval_data(probe.data))
     assert changed.settings.augment.interpolation == "bilinear"
     assert features.eval_interpolation(changed.settings) == "bicubic"
     own = target.with_eval_data(changed, data(interpolation="bilinear"))
