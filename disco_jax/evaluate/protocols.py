@@ -30,10 +30,10 @@ def choose(reference: str, run: str) -> str:
     if name not in _BY_STUDENT or not (epath.Path(run) / workdir.CONFIG).exists():
         return reference
     config = workdir.read_config(run)
-    given = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
-    if name == "linear" and "protocol" not in given and data.is_imagenet(config.data.name):
+    arguments = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
+    if name == "linear" and "protocol" not in arguments and data.is_imagenet(config.data.name):
         completed = flags.with_arguments(probes.protocol_for(config), reference.partition(":")[2])
-    elif "student" not in given:
+    elif "student" not in arguments:
         completed = flags.with_arguments(reference, f"student={config.student.backbone}")
     else:
         return reference
