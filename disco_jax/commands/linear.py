@@ -64,13 +64,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     if _reads_images(settings):
         layer, result, outputs = _online(settings, trained, source, workdir, teacher)
     else:
-        train = _extract(settings, trained, source, trained.settings.data.train_split)
-        if mask is not None:
-            train = [variant.rows(~mask) for variant in train]
-        test = _extract(settings, trained, source, trained.settings.data.eval_split)[0]
-        target.match(source, train[0].labels, test.labels)
-        layer, result = probe.linear_probe(settings, train, test, source.num_classes)
-        outputs = layer.scores(getattr(test, settings.output)), test.labels
+        layer, result, outputs = _cached(settings, trained, source, mask)
     result = {"step": trained.step, "name": settings.name, "data": source.name, **result}
     result |= {field: getattr(settings, field) for field in saved.READING}
     result |= {"protocol": settings.protocol, "cached": not _reads_images(settings)}
@@ -83,13 +77,19 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     saved.write(
         workdir, settings.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )
-    if jax.process_index() == 0:
-        cached = f" on {runs.CACHED}" if result["cached"] else ""
-        print(f"{_TITLES[settings.layers]}{cached}: {scores.line(result)} of {source.name}")
-        if mask is not None:
-            print(f"Tested on {result['tested_on']}.")
+    _print(settings, result)
     build.refresh(settings.report, workdir)
     return result
+
+
+def _print(settings: ProbeSettings, result: Mapping[str, Any]) -> None:
+    """Prints the result on process 0, with a label if features were cached."""
+    if jax.process_index():
+        return
+    cached = f" on {runs.CACHED}" if result["cached"] else ""
+    print(f"{_TITLES[settings.layers]}{cached}: {scores.line(result)} of {result['data']}")
+    if "tested_on" in result:
+        print(f"Tested on {result['tested_on']}.")
 
 
 _TITLES = {"classifier": "Linear probe", "all": "Fine-tuned"}
@@ -179,6 +179,19 @@ def _extract(
         )
         for mirrored in ((False, True) if both else (False,))
     ]
+
+
+def _cached(
+    settings: ProbeSettings, trained: TrainedModel, source: Source, mask: np.ndarray | None
+) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Trains on features extracted once, without held-out rows of `mask`; returns as `_online`."""
+    train = _extract(settings, trained, source, trained.settings.data.train_split)
+    if mask is not None:
+        train = [variant.rows(~mask) for variant in train]
+    test = _extract(settings, trained, source, trained.settings.data.eval_split)[0]
+    target.match(source, train[0].labels, test.labels)
+    layer, result = probe.linear_probe(settings, train, test, source.num_classes)
+    return layer, result, (layer.scores(getattr(test, settings.output)), test.labels)
 
 
 def _online(

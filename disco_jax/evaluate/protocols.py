@@ -32,10 +32,10 @@ def choose(reference: str, run: str) -> str:
     if name not in _BY_STUDENT or not (epath.Path(run) / workdir.CONFIG).exists():
         return reference
     settings = stored_settings.read(run)
-    given = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
-    if name == "linear" and "protocol" not in given and data.is_imagenet(settings.data.name):
+    arguments = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
+    if name == "linear" and "protocol" not in arguments and data.is_imagenet(settings.data.name):
         completed = flags.with_arguments(_protocol_for(settings), reference.partition(":")[2])
-    elif "student" not in given:
+    elif "student" not in arguments:
         completed = flags.with_arguments(reference, f"student={settings.student.backbone}")
     else:
         return reference

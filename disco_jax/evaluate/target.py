@@ -128,9 +128,9 @@ def few_labels(
             f"config.labelled.percent={labelled.percent} and config.labelled.per_class="
             f"{labelled.per_class} are both set: set one of them to 0."
         )
-    split, wanted = data.train_split, labelled.percent or labelled.per_class
+    split = data.train_split
     _check_list(source.count(split), data, labelled)
-    if not wanted:
+    if not labelled.percent and not labelled.per_class:
         selection = f"the list {data.subset}" if data.subset else f"all of {source.name}"
         return source, {"images": source.count(split), "selection": selection}
     labels = read_labels(source, split)
