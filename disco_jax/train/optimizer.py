@@ -75,7 +75,7 @@ class RateSettings:
         | steps | constant
       every: the rate changes once an epoch, or every step
       milestones: epochs at which "steps" multiplies the rate by `factor`
-      factor: of "steps"
+      factor: factor of the rate at each milestone
       minimum: last rate of "cosine_after"; does not scale with the batch
       warmup_epochs: length of a linear warm-up from warmup_from to the peak
       warmup_from: rate at step 0; does not scale with the batch
