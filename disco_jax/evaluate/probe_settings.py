@@ -120,7 +120,7 @@ class DistillSettings:
       weight: share of its loss, in the range 0..1; the rest is that of the labels
       teacher: RUN/NAME of a linear probe or a fine-tuning
       temperature: of both softmaxes, > 0
-      reduction: element (mean over images and classes) | batch (mean over images)
+      reduction: of the divergence over classes: element (divided by their number) | batch
     """
 
     weight: float = 0.0
