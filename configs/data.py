@@ -35,6 +35,8 @@ def source(dataset: str) -> dict[str, Any]:
         eval_resize=properties(dataset)["eval_resize"],
         subset="",  # a text file with one file name a line: training reads only these images
         shuffle_buffer=16_384,  # encoded records in the shuffle buffer of TFRecord files
+        # Decoding and cropping of training images: threads (OpenCV, Pillow) | tfdata (TensorFlow).
+        reader="threads",
         cache=False,  # keep encoded records in memory; small data sets are always kept
         # Assigns splits explicitly: split=folder, as in "train=Training set,test=Holdout", where
         # the right side is a folder, a pattern inside data.dir, a list, or "." for everything.

@@ -73,7 +73,7 @@ def log() -> dict[str, Any]:
     """Returns the section `config.log`."""
     return dict(
         every_steps=50,
-        tensorboard=True,  # for the run and its evaluations; in a bucket only with TFDS data
+        tensorboard=True,  # event files of the run and its evaluations
         report=True,  # write the contact sheet of views at the start and report.html at the end
         replicas_every_steps=0,  # interval at which replicas are compared bit by bit; 0: never
         # seconds without a step after which the process ends; includes compilation, evaluation and

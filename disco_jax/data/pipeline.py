@@ -19,11 +19,13 @@ from disco_jax.errors import UserError, unknown
 _LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
+READERS = ("threads", "tfdata")
 # Fields of `config.data` that only some sources support: (field, default, sources).
 _SOURCE_FIELDS = (
     ("splits", "", ("folder",)),
     ("labels", "", ("folder",)),
     ("range", "full", ("folder", "tfds")),
+    ("reader", "threads", ("tfds",)),
 )
 
 
@@ -69,6 +71,7 @@ def _create(data: Any, shared: bool) -> Source:
             cache=data.cache,
             shuffle_buffer=data.shuffle_buffer,
             subset=_subset(data),
+            reader=data.get("reader", "threads"),
             **common,
         )
     if data.source not in SOURCES:
@@ -100,6 +103,8 @@ def _check_fields(data: Any) -> None:
     percent = data.get("max_unreadable_percent", 0.0)
     if not 0 <= percent <= 100:
         raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
+    if (reader := data.get("reader", "threads")) not in READERS:
+        raise unknown("config.data.reader", reader, READERS)
     for field, default, kinds in _SOURCE_FIELDS:
         value = data.get(field, default)
         if value != default and data.source in SOURCES and data.source not in kinds:

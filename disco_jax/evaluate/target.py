@@ -37,7 +37,7 @@ def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
         config.data.update(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-        config.data.update(splits="", labels="", range="full")
+        config.data.update(splits="", labels="", range="full", reader="threads")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
         if value := data.get(field):
             config.data[field] = value

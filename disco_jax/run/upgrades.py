@@ -24,6 +24,7 @@ ADDED: dict[str, Any] = {
     "data.range": "full",
     "data.max_pixels": 178_956_970,
     "data.max_unreadable_percent": 1.0,
+    "data.reader": "threads",
     "evaluation.splits": "",
     "evaluation.labels": "",
     "evaluation.range": "",

@@ -44,7 +44,6 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             "config.teacher is empty: give the directory of a run or an import, or a checkpoint."
         )
     source = source or pipeline.open_source(config.data, shared=False)
-    source.take(config.data.train_split, ())  # raises if a run could not read images by number
     rows = _encode(config, source)
     if config.kind == "knn":
         bags, about = _neighbour_bags(rows, config.neighbours)

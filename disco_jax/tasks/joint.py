@@ -172,9 +172,7 @@ def _train(
         learners, first.experiment.views, first.config.seed, first.period
     )
     loggers = {
-        name: Logger(
-            str(paths[name]), tensorboard=pretrain.tensorboard(run.config, paths[name]), step=start
-        )
+        name: Logger(str(paths[name]), tensorboard=run.config.log.tensorboard, step=start)
         for name, run in ready.items()
     }
     with (

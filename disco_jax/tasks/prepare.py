@@ -196,6 +196,11 @@ def _add_bags(source: Source, config: ConfigDict, method: Method) -> Source:
             f"config.bags.file={config.bags.file!r}, but no objective reads bags: leave it empty, "
             "or set the weight of config.objectives.bags or .pseudo_labels."
         )
+    if config.data.reader != "threads":
+        raise errors.UserError(
+            f"config.data.reader={config.data.reader!r} has no effect with config.bags.file, "
+            "whose images are read by index: set it to 'threads'."
+        )
     if classifies:
         _check_clusters(config, bags)
     bagged = BagSource(

@@ -92,7 +92,7 @@ def _train(
     """Runs the training loop from `begin` to the last step."""
     with (
         contextlib.closing(
-            Logger(path, tensorboard=tensorboard(config, path), step=int(begin.step))
+            Logger(path, tensorboard=config.log.tensorboard, step=int(begin.step))
         ) as logger,
         batches_of(ready, position) as batches,
     ):
@@ -230,14 +230,6 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
         jax.process_count(),
     )
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
-
-
-def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
-    """Returns True if event files are written.
-
-    Writing to a bucket needs TensorFlow, which only TFDS sources require; other runs skip it.
-    """
-    return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
 
 
 def warn_if_dark(ready: Prepared) -> None:
