@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.data import base, decode
+from disco_jax.data import contract, decode
 
 NEARLY_BLACK = 64  # of 255; warn if no image has a value this bright
 _NUM_SAMPLED = 16
 
 
-def brightest(source: base.Source, split: str, count: int = _NUM_SAMPLED) -> int | None:
+def brightest(source: contract.Source, split: str, count: int = _NUM_SAMPLED) -> int | None:
     """Returns the highest pixel value in a sample of a split, or None if all are unreadable.
 
     Args:
       source: source of the images.
       split: name of the split, e.g. "train".
       count: number of images, spread evenly over the stored order; the first ones of a split that
-        is too large to be read as a whole, see `base.Source.part`.
+        is too large to be read as a whole, see `contract.Source.part`.
     """
     total = source.count(split)
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()

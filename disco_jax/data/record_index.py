@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base
+from disco_jax.data import contract
 from disco_jax.errors import UserError
 from disco_jax.files import refusal, user_cache, whole, write_arrays
 
@@ -95,7 +95,7 @@ def open_index(files: Sequence[str], counts: Sequence[int], name: str) -> dict[s
     names = [os.path.basename(path) for path in files]
     described = json.dumps(list(zip(names, sizes, strict=True)))
     beside = epath.Path(files[0]).parent / f"{name}.index.npz"
-    checksum = base.checksum([described.encode()])
+    checksum = contract.checksum([described.encode()])
     cached = epath.Path(user_cache()) / "records" / f"{name}.{checksum:08x}.index.npz"
     for path in (beside, cached):
         ends = _load(path, described)

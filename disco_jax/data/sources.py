@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base, crops, decode, tfdata
+from disco_jax.data import contract, crops, decode, tfdata
 from disco_jax.data.encoded import CropEpoch, EncodedSource, Record, chunks_ahead
 from disco_jax.data.records import Rows, tensorflow
 from disco_jax.errors import UserError, did_you_mean, unknown
@@ -95,7 +95,7 @@ def _not_prepared(name, root, names):
 
 
 class TfdsSource(EncodedSource):
-    """A `base.Source` over a prepared TFDS data set."""
+    """A `contract.Source` over a prepared TFDS data set."""
 
     def __init__(
         self,
@@ -166,16 +166,16 @@ class TfdsSource(EncodedSource):
         return self._rows_of(split).count
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns version, number of records and shard lengths; see `base.Source`."""
+        """Returns version, number of records and shard lengths; see `contract.Source`."""
         rows = self._rows_of(split)
         fingerprint = {
             "data set": str(self._builder.info.full_name),
             "records": self.count(split),
-            "lengths of shards (CRC-32)": base.checksum([rows.runs.astype("<i8").tobytes()]),
+            "lengths of shards (CRC-32)": contract.checksum([rows.runs.astype("<i8").tobytes()]),
         }
         if split in self._subset:
             names = "\n".join(sorted(self._subset[split]))
-            fingerprint["names of the subset (CRC-32)"] = base.checksum([os.fsencode(names)])
+            fingerprint["names of the subset (CRC-32)"] = contract.checksum([os.fsencode(names)])
         return fingerprint
 
     def part(self, split: str, count: int, seed: int) -> str:
@@ -214,7 +214,7 @@ class TfdsSource(EncodedSource):
             return (records[row] for row in self._order(split, seed, epoch)[offset:])
         rows = self._rows_of(split)
         if rows.random_access:
-            share = base.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
+            share = contract.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
             return rows.take(share[offset:])
         return self._stream(rows, seed, epoch, offset)
 
@@ -232,7 +232,7 @@ class TfdsSource(EncodedSource):
 
     def _order(self, split: str, seed: int, epoch: int) -> np.ndarray:
         """Returns i64[share], a permutation of the cached records for an epoch."""
-        word = base.seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
+        word = contract.seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
         return np.random.default_rng(int(word)).permutation(self._share(split))
 
     def _in_memory(self, split: str) -> bool:
@@ -299,7 +299,9 @@ class TfdsSource(EncodedSource):
         for number, runs in enumerate(self._groups(rows, seed, epoch)):
             count = sum(last - first for first, last in runs)
             if offset < position + count:
-                shuffled = np.random.default_rng(base.seed_words(seed, epoch, self._host, number))
+                shuffled = np.random.default_rng(
+                    contract.seed_words(seed, epoch, self._host, number)
+                )
                 begin = max(offset - position, 0)
                 yield position + begin, runs, shuffled.permutation(count)[begin:]
             position += count
@@ -313,7 +315,7 @@ class TfdsSource(EncodedSource):
         """
         share = rows.count // self._hosts
         first, last = self._host * share, (self._host + 1) * share
-        files = np.random.default_rng(base.seed_words(seed, epoch)).permutation(len(rows.runs))
+        files = np.random.default_rng(contract.seed_words(seed, epoch)).permutation(len(rows.runs))
         group, num_records, position = [], 0, 0
         for start, end in rows.runs[files].tolist():
             low, high = max(first - position, 0), min(last - position, end - start)
@@ -329,7 +331,12 @@ class TfdsSource(EncodedSource):
 
     @contextlib.contextmanager
     def _cropper(
-        self, split: str, views: Mapping[int, Any], seed: int, batch_size: int, start: base.Position
+        self,
+        split: str,
+        views: Mapping[int, Any],
+        seed: int,
+        batch_size: int,
+        start: contract.Position,
     ) -> Iterator[CropEpoch]:
         if self._reader != "tfdata":
             with super()._cropper(split, views, seed, batch_size, start) as crop_epoch:
@@ -353,7 +360,7 @@ class TfdsSource(EncodedSource):
         with contextlib.closing(cropper.iterate(start)) as cropped:
             yield lambda epoch, offset: itertools.islice(cropped, share - offset)
 
-    def _encoded_images(self, split: str, draws: tfdata.Draws, start: base.Position) -> Any:
+    def _encoded_images(self, split: str, draws: tfdata.Draws, start: contract.Position) -> Any:
         """Returns a tf.data pipeline of this host's `tfdata.Images` from a position on."""
         if self._in_memory(split) or self._rows_of(split).random_access:
             return tfdata.fed(draws, start, functools.partial(self._shuffled, split, draws.seed))
@@ -363,7 +370,7 @@ class TfdsSource(EncodedSource):
             offset = start.offset
             for epoch in itertools.count(start.epoch):
                 for first, runs, order in self._ordered_groups(rows, draws.seed, epoch, offset):
-                    yield base.Position(epoch, first), rows.parts(runs), order
+                    yield contract.Position(epoch, first), rows.parts(runs), order
                 offset = 0
 
         return tfdata.grouped(draws, groups(), rows.dataset)
@@ -397,11 +404,11 @@ class TfdsSource(EncodedSource):
                     )
                     for view, crop in views.items()
                 }
-                after = base.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
+                after = contract.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
                 rows = self._host * share + order[batch]
-                yield base.HostBatch(cropped, {}, after, labels[order[batch]], rows)
+                yield contract.HostBatch(cropped, {}, after, labels[order[batch]], rows)
             if not offset and len(positions) < batch_size:
-                base.check_batch_size(self.name, split, 0, batch_size)
+                contract.check_batch_size(self.name, split, 0, batch_size)
 
     def _decode_share(self, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Decodes this host's share once; returns u8[n, H, W, 3 or 1] and the readable mask."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disco_jax.data import crops, decode
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.encoded import THREADS, Chunk, Record, chunked
 from disco_jax.data.records import tensorflow
 
