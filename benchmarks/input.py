@@ -1,10 +1,12 @@
 """Throughput of the input pipeline in images/s, compared with a torchvision-style loader.
 
     python benchmarks/input.py [--images 200] [--seconds 4] [--data DIR --name imagenet2012]
+                               [--only tfds,tfdata]
 
 All loaders run on one core, in turns, for five rounds. Prints the medians of images/s and of the
 ratios within a round, as a table and as one line of JSON, then the cost of each stage. Without
---data the images are synthetic: smooth noise of 500 x 375 px, saved as JPEG of quality 92.
+--data the images are synthetic: smooth noise of 500 x 375 px, saved as JPEG of quality 92. With
+--data, records are also read one by one through the index of TFRecord files.
 
   bare decode        decodes the whole JPEG to pixels, with the faster of Pillow and OpenCV
   two-crop Pillow    torchvision's MoCo-v2 loader on PIL images: decode, two random resized crops,
@@ -13,6 +15,7 @@ ratios within a round, as a table and as one line of JSON, then the cost of each
                      its own blur (23 taps), which many loaders have instead of Pillow's
   folder, tfds       `FolderSource` and `TfdsSource`: two 224 px crops in uint8, the rest is part
                      of the step; "area" is the default of the recipes
+  tfdata             `TfdsSource` with `config.data.reader="tfdata"`: the same crops in tf.data
 """
 
 import argparse
@@ -24,6 +27,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +42,7 @@ with contextlib.suppress(AttributeError):  # only Linux can pin a process to a c
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from disco_jax.data import decode, folders, presets, sources, views
+from disco_jax.data import decode, folders, presets, record_index, sources, views
 from disco_jax.data.contract import Position
 from disco_jax.data.crops import boxes, uniforms
 
@@ -54,6 +58,7 @@ def main():
     )
     parser.add_argument("--data", default="", help="directory of prepared TFDS data sets")
     parser.add_argument("--name", default="imagenet2012")
+    parser.add_argument("--only", default="", help="loaders whose names begin with one of these")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         encoded = stored_jpegs(args) if args.data else synthetic(args.images)
@@ -68,18 +73,21 @@ def main():
                 folders.FolderSource(folder), "train", antialias
             )
         if args.data:
-            source = sources.TfdsSource(args.name, args.data)
-            split = max(source.splits, key=source.count)
-            for antialias in views.ANTIALIAS:
-                loaders[f"tfds, {antialias}"] = lambda antialias=antialias: crops(
-                    source, split, antialias
-                )
+            for name, reader in (("tfds", "threads"), ("tfdata", "tfdata")):
+                source = sources.TfdsSource(args.name, args.data, reader=reader)
+                split = max(source.splits, key=source.count)
+                for antialias in views.ANTIALIAS:
+                    loaders[f"{name}, {antialias}"] = partial(crops, source, split, antialias)
         measures = {name: partial(rate_in_process, loader) for name, loader in loaders.items()}
         if importlib.util.find_spec("torchvision"):
             for blur in ("Pillow", "GaussianBlur"):
                 measures[f"torchvision, {blur}"] = partial(rate_in_subprocess, folder, blur)
+        prefixes = tuple(args.only.split(","))
+        measures = {n: measure for n, measure in measures.items() if n.startswith(prefixes)}
         report(measures, args.seconds)
         stages(encoded)
+        if args.data:
+            access(args, folder)
 
 
 def stored_jpegs(args):
@@ -235,7 +243,7 @@ def stages(encoded, rounds=3):
             decode.resize(part, SIZE, SIZE, "bilinear", antialias)
 
     stage_functions = {
-        "read the header": lambda: [decode._header(picture) for picture in encoded],
+        "read the header": lambda: [decode.header(picture) for picture in encoded],
         "draw two boxes": draw_boxes,
         "decode (OpenCV)": lambda: [decode.decode(picture) for picture in encoded],
         "decode (Pillow)": lambda: [
@@ -259,6 +267,66 @@ def stages(encoded, rounds=3):
         print(f"{name:28} {milliseconds:7.3f} ms per image")
 
 
+def access(args, folder, copies=20, rounds=5):
+    """Prints the time to index TFRecord files, and the rates of reading records one by one.
+
+    The files are `copies` copies of a split's first file, and are in the system's cache.
+    """
+    source = sources.TfdsSource(args.name, args.data)
+    original = source._rows_of(max(source.splits, key=source.count))._files[0]
+    paths = [f"{folder}/copy-{number:02}" for number in range(copies)]
+    for path in paths:
+        shutil.copyfile(original, path)
+    size = os.path.getsize(original)
+    count = len(record_index._ends(original, size))
+    places = [(path, number) for path in paths for number in range(count)]
+    order = np.random.default_rng(0).permutation(len(places)).tolist()
+    tf, _ = sources.tensorflow()
+    stored = tf.data.TFRecordDataset(paths)
+    same_records = array_record_of(f"{folder}/copies.array_record", stored)
+
+    def build():
+        return record_index._build(paths, [size] * copies, [count] * copies, "copies")
+
+    index = record_index.RecordIndex(dict(zip(paths, build(), strict=True)))
+    ways = {
+        "build the index": build,
+        "tf.data, stored order": lambda: list(stored.batch(256).as_numpy_iterator()),
+        "index, random order": lambda: [
+            list(index.read([places[i] for i in rows])) for rows in blocks(order)
+        ],
+        "array_record, random order": lambda: [
+            same_records.__getitems__(list(rows)) for rows in blocks(order)
+        ],
+    }
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begin = time.monotonic()
+            way()
+            seconds[name].append(time.monotonic() - begin)
+    print(f"{len(places)} records of {size / count / 1e3:.0f} kB, in the cache:")
+    sequential = seconds["tf.data, stored order"]
+    for name, times in seconds.items():
+        rate = len(places) / statistics.median(times)
+        ratio = statistics.median(a / b for a, b in zip(sequential, times, strict=True))
+        print(f"{name:28} {rate:9.0f} records/s, {ratio:6.2f} of the stored order")
+
+
+def blocks(order, size=256):
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def array_record_of(path, records):
+    """Writes records to an array_record file and returns its reader."""
+    from array_record.python import array_record_data_source, array_record_module
+
+    with contextlib.closing(array_record_module.ArrayRecordWriter(path, "group_size:1")) as out:
+        for record in records.as_numpy_iterator():
+            out.write(record)
+    return array_record_data_source.ArrayRecordDataSource(path)
+
+
 def report(measures, seconds, rounds=5):
     """Prints medians over rounds of images/s, and of the ratios within a round."""
     rates = {name: [] for name in measures}
@@ -266,7 +334,9 @@ def report(measures, seconds, rounds=5):
         for name, measure in measures.items():
             rates[name].append(measure(seconds))
     baselines = [
-        n for n in ("torchvision, GaussianBlur", "two-crop Pillow", "bare decode") if n in rates
+        n
+        for n in ("torchvision, GaussianBlur", "two-crop Pillow", "bare decode", "tfds, area")
+        if n in rates
     ]
     print(f"{'loader':26} {'images/s':>9} " + " ".join(f"{'of ' + n:>28}" for n in baselines))
     table = {}

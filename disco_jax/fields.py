@@ -201,6 +201,7 @@ RULES = {
         one_of("", "data.views:INTERPOLATIONS"),
     ),
     "data.shuffle_buffer": COUNT,
+    "data.reader": one_of("data.pipeline:READERS"),
     "data.max_unreadable": AMOUNT,
     "data.max_unreadable_percent": PERCENT,
     "data.max_pixels": whole(1, 2**40),

@@ -46,17 +46,21 @@ _LOCKS = re.compile(rf"{LOCK}(_\w+)?(\.{LEASE})?|{LEASE}")
 
 
 @contextlib.contextmanager
-def whole(path: epath.PathLike) -> Iterator[epath.Path]:
+def whole(path: epath.PathLike, owner: str = "") -> Iterator[epath.Path]:
     """Yields a temporary path and renames it to `path` if the context ends without an exception.
 
     An existing file stays unchanged until then. After an exception the temporary file is removed.
     When the context has ended, the file is synced to disk and survives a power failure.
+
+    Args:
+      path: the file.
+      owner: part of the temporary name, for files that several machines write at the same time.
     """
     path = epath.Path(path)
     if "://" in str(path):  # object stores publish an object only once it is complete
         yield path
         return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}{owner and f'.{owner}'}.{os.getpid()}")
     try:
         yield unfinished
         sync(unfinished)
@@ -65,6 +69,12 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def user_cache() -> str:
+    """Returns the path of this package's folder in the user's cache; it may be missing."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "disco_jax")
 
 
 def sync(path: epath.PathLike) -> None:

@@ -11,7 +11,7 @@ import os
 
 from etils import epath
 
-from disco_jax.files import PROGRAMS
+from disco_jax.files import PROGRAMS, user_cache
 
 _pending_workdir = ""  # directory that receives the programs once `settle` confirms it
 
@@ -26,8 +26,7 @@ def begin(workdir: str = "") -> None:
     _pending_workdir = ""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(cache, "disco_jax", "xla")
+    folder = os.path.join(user_cache(), "xla")
     with contextlib.suppress(OSError):  # no home directory: every start compiles again
         os.makedirs(folder, exist_ok=True)
         _set_cache_dir(folder)

@@ -46,7 +46,6 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         )
     data = typed.parse(DataSettings, config.data, "config.data", defaults=True)
     source = source or pipeline.open_source(data, shared=False)
-    source.take(config.data.train_split, ())  # raises if a run could not read images by number
     rows = _encode(config, source)
     if config.kind == "knn":
         bags, about = _neighbour_bags(rows, config.neighbours)

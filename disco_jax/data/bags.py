@@ -124,7 +124,7 @@ class BagSource:
 
     Everything except `train` is delegated to the wrapped source. The images of a batch are read
     when the batch is built, through `Source.take`, and are not cached, so any size of data set
-    works if the source supports random access.
+    works.
     """
 
     def __init__(
@@ -167,8 +167,7 @@ class BagSource:
         """Checks that the bags fit the split.
 
         Raises:
-          UserError: the bags have another number of records than the split, or the source does
-            not support random access (see `contract.Source.take`).
+          UserError: the bags have another number of records than the split.
         """
         count = self._source.count(split)
         if count != len(self._bags):
@@ -176,7 +175,6 @@ class BagSource:
                 f"config.bags.file holds bags of {len(self._bags)} images, but split {split!r} of "
                 f"{self._source.name} has {count}: recreate them with `disco-jax bags`."
             )
-        self._source.take(split, ())
 
     def train(
         self,

@@ -112,8 +112,7 @@ class Source(Protocol):
           rows: indices in the stored order, in any order, possibly repeated.
 
         Raises:
-          UserError: the split does not support random access. Raised immediately, before a record
-            is read or `rows` is inspected.
+          UserError: there is no such split; raised immediately, before a record is read.
         """
 
     def part(self, split: str, count: int, seed: int) -> str:

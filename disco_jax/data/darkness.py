@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from disco_jax.data import contract, decode
-from disco_jax.errors import UserError
 
 NEARLY_BLACK = 64  # of 255; warn if no image has a value this bright
 _NUM_SAMPLED = 16
@@ -19,14 +18,15 @@ def brightest(source: contract.Source, split: str, count: int = _NUM_SAMPLED) ->
     Args:
       source: source of the images.
       split: name of the split, e.g. "train".
-      count: number of images, spread evenly over the stored order; the first ones if the source
-        does not support random access.
+      count: number of images, spread evenly over the stored order; the first ones of a split that
+        is too large to be read as a whole, see `contract.Source.part`.
     """
     total = source.count(split)
     rows = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
-    try:
-        records: Iterable[tuple[str, Any, int]] = source.take(split, rows)
-    except UserError:
+    records: Iterable[tuple[str, Any, int]]
+    if source.part(split, count, seed=0) == split:
+        records = source.take(split, rows)
+    else:  # reading single records could need an index, which takes minutes to build
         records = itertools.islice(source.iter_images(split), count)
     values = [value for _, image, _ in records if (value := brightest_of(image)) is not None]
     return max(values, default=None)

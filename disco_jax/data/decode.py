@@ -112,6 +112,10 @@ class Unreadable(Exception):
     """Raised for an image that cannot be decoded."""
 
 
+# The crops of one image, u8[S, S, 3] for each view, or the error of an unreadable image.
+Crops = list[np.ndarray] | Unreadable
+
+
 class Header(NamedTuple):
     """The metadata of an image, available without decoding its pixels.
 
@@ -119,11 +123,13 @@ class Header(NamedTuple):
       height: height in pixels after the EXIF rotation.
       width: width in pixels after the EXIF rotation.
       plain: whether it is a complete RGB or greyscale JPEG, which OpenCV decodes like Pillow.
+      upright: whether the EXIF orientation changes nothing.
     """
 
     height: int
     width: int
     plain: bool
+    upright: bool
 
 
 class _Encoded(NamedTuple):
@@ -146,6 +152,15 @@ def decode(file: File) -> np.ndarray:
     """
     encoded = _read(file)
     return _pixels(encoded, _header(encoded))
+
+
+def header(file: File) -> Header:
+    """Reads the metadata of an image without decoding its pixels.
+
+    Raises:
+      Unreadable: the image has no valid header, or too many pixels.
+    """
+    return _header(_read(file))
 
 
 @functools.cache
@@ -188,12 +203,13 @@ def _header(encoded: _Encoded) -> Header:
     """Reads the size and kind of an image without decoding it."""
     with _opened(encoded) as opened:
         width, height = opened.size
-        if opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+        if orientation in (5, 6, 7, 8):
             width, height = height, width
         jpeg = opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L")
         # OpenCV fails on truncated JPEGs without a reason; Pillow reports one.
         complete = encoded.data[-64:].rstrip(b"\0").endswith(_JPEG_END)
-        return Header(height, width, jpeg and complete)
+        return Header(height, width, jpeg and complete, orientation not in range(2, 9))
 
 
 def crops_of(
@@ -201,7 +217,7 @@ def crops_of(
     views: Mapping[int, Any],
     seeds: tuple[int, int, int],
     first: int,
-) -> list[list[np.ndarray] | Unreadable]:
+) -> list[Crops]:
     """Decodes consecutive images of an epoch and returns their random resized crops.
 
     A JPEG several times larger than its crops is decoded at 1/2, 1/4 or 1/8 of its size, never

@@ -7,6 +7,7 @@ crops them and builds batches; it reports and skips records that cannot be decod
 import abc
 import collections
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from disco_jax.data import contract, decode
 from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import unknown
 
-_THREADS = os.cpu_count() or 1
+THREADS = os.cpu_count() or 1
 _BATCHES_AHEAD = 2  # batches decoded in advance
 _CHUNK = 16  # images per task of a thread; their boxes are drawn together
 
@@ -36,6 +37,11 @@ class Record(NamedTuple):
     row: int
     file: decode.File
     label: int
+
+
+Chunk = tuple[int, list[Record]]  # position of the first record in an epoch, and the records
+# Returns the chunks of this host's records and their crops, from (epoch, first position) on.
+CropEpoch = Callable[[int, int], Iterator[tuple[Chunk, list[decode.Crops]]]]
 
 
 class EncodedSource(abc.ABC):
@@ -89,7 +95,7 @@ class EncodedSource(abc.ABC):
     def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
         """Returns the records of `rows` in that order.
 
-        Raises UserError immediately if the split does not support random access.
+        Raises UserError immediately if there is no such split.
         """
 
     @abc.abstractmethod
@@ -135,23 +141,42 @@ class EncodedSource(abc.ABC):
         contract.check_batch_size(self.name, split, share, batch_size)
         return self._train(split, share, views, batch_size, seed, start, max_unreadable)
 
+    @contextlib.contextmanager
+    def _cropper(
+        self,
+        split: str,
+        views: Mapping[int, Any],
+        seed: int,
+        batch_size: int,
+        start: contract.Position,
+    ) -> Iterator[CropEpoch]:
+        """Yields a function that decodes and crops this host's images of an epoch, in order.
+
+        It is called for the epoch and offset of `start`, then for each following epoch and 0.
+        """
+
+        def crops(seeds, chunk):
+            first, records = chunk
+            files = [decode.ruled(r.file, self._rules) for r in records]
+            return decode.crops_of(files, views, seeds, first)
+
+        with _pool() as submit:
+
+            def crop_epoch(epoch, offset):
+                records = self._shuffled(split, seed, epoch, offset)
+                chunks = chunked(offset, records, min(_CHUNK, batch_size))
+                function = functools.partial(crops, (seed, epoch, self._host))
+                return _in_order(submit, function, chunks, chunks_ahead(batch_size))
+
+            yield crop_epoch
+
     def _train(self, split, share, views, batch_size, seed, start, limit):
         offset = start.offset
-        with _pool() as submit:
+        with self._cropper(split, views, seed, batch_size, start) as crop_epoch:
             for epoch in itertools.count(start.epoch):
-                seeds = (seed, epoch, self._host)
-
-                def crops(chunk, seeds=seeds):
-                    first, records = chunk
-                    files = [decode.ruled(r.file, self._rules) for r in records]
-                    return decode.crops_of(files, views, seeds, first)
-
-                records = self._shuffled(split, seed, epoch, offset)
-                chunks = _chunks(offset, records, min(_CHUNK, batch_size))
-                chunk_crops = _in_order(submit, crops, chunks, _chunks_ahead(batch_size))
                 any_batch = offset > 0
                 for end, batch_crops, records in self._batches(
-                    split, chunk_crops, batch_size, limit
+                    split, crop_epoch(epoch, offset), batch_size, limit
                 ):
                     any_batch = True
                     columns = zip(*batch_crops, strict=True)
@@ -210,9 +235,9 @@ class EncodedSource(abc.ABC):
             return [_center_crop(decode.ruled(r.file, self._rules), options) for r in chunk[1]]
 
         with _pool() as submit:
-            chunks = _chunks(first, self._stored(split, first, last), _CHUNK)
+            chunks = chunked(first, self._stored(split, first, last), _CHUNK)
             items = self._readable_of(
-                split, _in_order(submit, center_crops, chunks, _chunks_ahead(batch_size))
+                split, _in_order(submit, center_crops, chunks, chunks_ahead(batch_size))
             )
             for start in range(first, first + batches * batch_size, batch_size):
                 rows = max(min(batch_size, last - start), 0)
@@ -254,12 +279,12 @@ def _center_crop(file: decode.File, options: tuple) -> np.ndarray | decode.Unrea
         return error
 
 
-def _chunks_ahead(batch_size: int) -> int:
+def chunks_ahead(batch_size: int) -> int:
     """Returns the number of chunks to decode in advance: enough for all threads and batches."""
-    return max(_BATCHES_AHEAD * -(-batch_size // min(_CHUNK, batch_size)), 2 * _THREADS)
+    return max(_BATCHES_AHEAD * -(-batch_size // min(_CHUNK, batch_size)), 2 * THREADS)
 
 
-def _chunks(first: int, records: Iterable[Record], size: int) -> Iterator[tuple[int, list[Record]]]:
+def chunked(first: int, records: Iterable[Record], size: int) -> Iterator[Chunk]:
     """Yields (position of the first record, up to `size` records) until the records end."""
     records = iter(records)
     while chunk := list(itertools.islice(records, size)):
@@ -270,7 +295,7 @@ def _chunks(first: int, records: Iterable[Record], size: int) -> Iterator[tuple[
 @contextlib.contextmanager
 def _pool() -> Iterator[Callable[..., Future]]:
     """Yields the `submit` method of a thread pool: (function, argument) -> Future."""
-    pool = ThreadPoolExecutor(_THREADS)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         yield pool.submit
     finally:

@@ -20,11 +20,13 @@ from disco_jax.errors import UserError, unknown
 _LOG = logging.getLogger(__name__)
 
 SOURCES = ("tfds", "folder", "npz")
+READERS = ("threads", "tfdata")
 # Fields of `config.data` that only some sources support: (field, default, sources).
 _SOURCE_FIELDS = (
     ("splits", "", ("folder",)),
     ("labels", "", ("folder",)),
     ("range", "full", ("folder", "tfds")),
+    ("reader", "threads", ("tfds",)),
 )
 
 
@@ -68,6 +70,7 @@ def _create(data: DataSettings, shared: bool) -> Source:
             cache=data.cache,
             shuffle_buffer=data.shuffle_buffer,
             subset=_subset(data),
+            reader=data.reader,
             **common,
         )
     if data.source not in SOURCES:
@@ -99,6 +102,8 @@ def _check_fields(data: DataSettings) -> None:
     percent = data.max_unreadable_percent
     if not 0 <= percent <= 100:
         raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
+    if (reader := data.reader) not in READERS:
+        raise unknown("config.data.reader", reader, READERS)
     for field, default, kinds in _SOURCE_FIELDS:
         value = getattr(data, field)
         if value != default and data.source in SOURCES and data.source not in kinds:

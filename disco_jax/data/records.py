@@ -1,21 +1,22 @@
 """Access to the encoded records of a prepared TFDS split by row.
 
-TFDS lists the files of a split. TFRecord files are read in runs of consecutive rows by tf.data;
-array_record files support random access through their own reader.
+TFDS lists the files of a split. TFRecord files are read in runs of consecutive rows by tf.data, or
+row by row through an index. array_record files have an index of their own.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from disco_jax.data.encoded import Record
+from disco_jax.data.record_index import RecordIndex, open_index
 from disco_jax.errors import UserError
 
 _RECORDS_PER_READ = 256  # records per batch from TensorFlow
-_PARALLEL_FILES = 16
+PARALLEL_FILES = 16
 _BLOCK = 16  # consecutive records from one file when files are interleaved
 
 
@@ -37,7 +38,9 @@ class Rows:
     Attributes:
       count: number of records.
       runs: i64[F, 2], the row range [first, end) of each file.
-      random_access: whether rows can be read in any order at no cost (array_record).
+      random_access: whether rows in any order cost no more than in the stored order
+        (array_record). Other files are read by rows through an index, which is built when it is
+        first needed, and which is slower.
     """
 
     def __init__(self, builder: Any, split: str, image: str, label: str, text: str = ""):
@@ -62,6 +65,7 @@ class Rows:
         self.count = int(ends[-1]) if len(files) else 0
         self.random_access = builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
         self._source: Any = None
+        self._index: RecordIndex | None = None  # of TFRecord files
 
     def name(self, row: int) -> str:
         """Returns the TFDS name of a record: its file and the index in it."""
@@ -78,7 +82,11 @@ class Rows:
         return ((text, record) for record, text in self._range(0, self.count))
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Iterator[Record]:
-        """Returns the records of `rows` in that order; requires `random_access`."""
+        """Returns the records of `rows` in that order.
+
+        Raises:
+          UserError: a file is damaged or lacks records.
+        """
         return (record for record, _ in self._read_rows(rows))
 
     def mixed(self, runs: Sequence[tuple[int, int]]) -> list[Record]:
@@ -87,7 +95,7 @@ class Rows:
         Raises:
           UserError: the files hold fewer records than the metadata states, or are damaged.
         """
-        return [record for record, _ in self._read_runs(runs, _PARALLEL_FILES)]
+        return [record for record, _ in self._read_runs(runs, PARALLEL_FILES)]
 
     def _range(self, first: int, last: int) -> Iterator[tuple[Record, str]]:
         return (
@@ -101,16 +109,40 @@ class Rows:
         for start in range(0, len(rows), _RECORDS_PER_READ):
             chunk = [int(row) for row in rows[start : start + _RECORDS_PER_READ]]
             with self._damage_as_user_error():
-                if self._source is None:
-                    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-                    self._source = ArrayRecordDataSource(self._instructions)
-                raw_records = self._source.__getitems__(chunk)
-            for row, raw in zip(chunk, raw_records, strict=True):
-                record = features.deserialize_example_np(raw, decoders=decoders.decoders)
+                raw_records = self._raw(chunk)
+                parsed = [
+                    features.deserialize_example_np(raw, decoders=decoders.decoders)
+                    for raw in raw_records
+                ]
+            for row, record in zip(chunk, parsed, strict=True):
                 label = int(record[self._label]) if self._label else -1
                 text = bytes(record[self._text]).decode() if self._text else ""
                 yield Record(row, bytes(record[self._image]), label), text
+
+    def _raw(self, rows: Sequence[int]) -> Iterable[bytes]:
+        """Returns the serialized examples of `rows`."""
+        if self.random_access:
+            if self._source is None:
+                from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+                self._source = ArrayRecordDataSource(self._instructions)
+            return self._source.__getitems__(list(rows))
+        files = np.searchsorted(self.runs[:, 1], rows, side="right")
+        numbers = self._skips[files] + np.asarray(rows) - self.runs[files, 0]
+        places = [(self._files[file], int(n)) for file, n in zip(files, numbers, strict=True)]
+        if self._index is None:
+            self._index = self._open_index()
+        return self._index.read(places)
+
+    def _open_index(self) -> RecordIndex:
+        """Returns the index of all files of the stored splits that this split is a part of."""
+        info = self._builder.info
+        ends: dict[str, np.ndarray] = {}
+        for name, stored in info.splits.items():
+            files = [os.fspath(path) for path in stored.filepaths]
+            if not set(files).isdisjoint(self._files):
+                ends |= open_index(files, stored.shard_lengths, f"{info.name}-{name}")
+        return RecordIndex(ends)
 
     def _read_runs(self, runs, parallel_files: int = 1) -> Iterator[tuple[Record, str]]:
         expected, num_read = sum(last - first for first, last in runs), 0
@@ -129,6 +161,18 @@ class Rows:
     def _dataset(self, runs, parallel_files: int):
         """Returns a tf.data pipeline of batches of (row, encoded image, label, text)."""
         tf, _ = tensorflow()
+        types = (tf.string, tf.int64, tf.int64, tf.int64)
+        columns = [tf.constant(c, t) for c, t in zip(self.parts(runs), types, strict=True)]
+        return self.dataset(columns, parallel_files).batch(_RECORDS_PER_READ).prefetch(2)
+
+    def dataset(self, columns: Sequence[Any], parallel_files: int = PARALLEL_FILES) -> Any:
+        """Returns a tf.data pipeline of (row, encoded image, label, text) of TFRecord files.
+
+        Args:
+          columns: parts of files as tensors, see `parts`.
+          parallel_files: number of parts that are read in turns, 16 records from each.
+        """
+        tf, _ = tensorflow()
         decoders, features = self._decoding()
 
         def records(file, skip, take, first):
@@ -141,21 +185,24 @@ class Rows:
             text = record[self._text] if self._text else tf.constant("")
             return row, record[self._image], label, text
 
-        parts = list(zip(*self._parts(runs), strict=True)) or [(), (), (), ()]
-        types = (tf.string, tf.int64, tf.int64, tf.int64)
-        columns = tuple(tf.constant(c, t) for c, t in zip(parts, types, strict=True))
-        read = tf.data.Dataset.from_tensor_slices(columns).interleave(
+        read = tf.data.Dataset.from_tensor_slices(tuple(columns)).interleave(
             records,
             cycle_length=parallel_files,
             block_length=_BLOCK,
             num_parallel_calls=parallel_files,
             deterministic=True,
         )
-        read = read.map(parsed, num_parallel_calls=2, deterministic=True)
-        return read.batch(_RECORDS_PER_READ).prefetch(2)
+        return read.map(parsed, num_parallel_calls=2, deterministic=True)
 
-    def _parts(self, runs) -> Iterator[tuple[str, int, int, int]]:
-        """Yields (file, records to skip, records to take, first row) for each part of the runs."""
+    def parts(self, runs: Sequence[tuple[int, int]]) -> tuple[tuple, ...]:
+        """Returns the parts of files that hold runs of rows.
+
+        Returns:
+          Four columns: file, number of records to skip, number of records to read, first row.
+        """
+        return tuple(zip(*self._parts(runs), strict=True)) or ((), (), (), ())
+
+    def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int, int]]:
         for first, last in runs:
             file = int(np.searchsorted(self.runs[:, 1], first, side="right"))
             while first < last:
@@ -175,10 +222,12 @@ class Rows:
     @contextlib.contextmanager
     def _damage_as_user_error(self) -> Iterator[None]:
         """Converts a reader's error about a damaged file to a UserError that names the data set."""
+        from google.protobuf.message import DecodeError
+
         tf, _ = tensorflow()
         try:
             yield
-        except (tf.errors.OpError, OSError, RuntimeError, IndexError) as error:
+        except (tf.errors.OpError, OSError, RuntimeError, IndexError, DecodeError) as error:
             reason = getattr(error, "message", None) or str(error)
             raise UserError(
                 f"A file of the split {self._split!r} of {self._builder.info.name} in "

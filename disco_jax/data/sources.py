@@ -3,6 +3,9 @@
 TensorFlow is imported lazily, so importing this module is cheap. Nothing is downloaded.
 """
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -13,8 +16,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from disco_jax.data import contract, crops, decode
-from disco_jax.data.encoded import EncodedSource, Record
+from disco_jax.data import contract, crops, decode, tfdata
+from disco_jax.data.encoded import CropEpoch, EncodedSource, Record, chunks_ahead
 from disco_jax.data.records import Rows, tensorflow
 from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, did_you_mean, unknown
@@ -105,6 +108,7 @@ class TfdsSource(EncodedSource):
         subset: Mapping[str, Collection[str]] | None = None,
         max_unreadable: int = 0,
         max_unreadable_percent: float = 0.0,
+        reader: str = "threads",
         rules: decode.Rules = decode.DEFAULT_RULES,
         process_index: int = 0,
         process_count: int = 1,
@@ -117,6 +121,8 @@ class TfdsSource(EncodedSource):
           cache: whether to hold this host's encoded records in memory whatever their size.
           shuffle_buffer: number of encoded records of TFRecord files held for shuffling.
           subset: split -> names of the files to keep; located by reading the split once.
+          reader: how training images are decoded and cropped: "threads" (OpenCV or Pillow) or
+            "tfdata" (TensorFlow).
           max_unreadable, max_unreadable_percent, rules, process_index, process_count: see
             `EncodedSource`.
         """
@@ -134,7 +140,7 @@ class TfdsSource(EncodedSource):
         self._image, self._label = _image_and_label(self._builder.info)
         features = self._builder.info.features
         self.num_classes = features[self._label].num_classes if self._label else None
-        self._cache, self._shuffle_buffer = cache, shuffle_buffer
+        self._cache, self._shuffle_buffer, self._reader = cache, shuffle_buffer, reader
         self._subset = {split: frozenset(names) for split, names in (subset or {}).items()}
         if self._subset and _FILE_NAME not in features:
             raise UserError(
@@ -214,21 +220,13 @@ class TfdsSource(EncodedSource):
         return self._stream(rows, seed, epoch, offset)
 
     def _selected(self, split: str, rows: Sequence[int]) -> Iterable[Record]:
-        """Returns any rows: from array_record files, else from a split that fits into memory."""
+        """Returns any rows: from memory if the split is held there, else from the files."""
         if split in self._subset:
             return _lazy_rows(lambda: self._load_subset(split), rows)
         stored = self._rows_of(split)
         if self._in_memory(split):
             return _lazy_rows(lambda: self._load_split(split), rows)
-        if stored.random_access:
-            return stored.take(rows)
-        raise UserError(
-            f"The split {split!r} of {self.name} in {self._builder.data_path} is stored in "
-            "TFRecord files, which do not support the random access that bags need. Prepare it "
-            f"with `tfds build {self.name} --file_format=array_record --data_dir NEW` and set "
-            "config.data.dir=NEW, or use a folder of images (config.data.source='folder'); "
-            "config.data.cache=true holds all its encoded images in the memory of every host."
-        )
+        return stored.take(rows)
 
     def _share(self, split: str) -> int:
         return self.count(split) // self._hosts
@@ -282,20 +280,30 @@ class TfdsSource(EncodedSource):
 
         Resuming in the middle of an epoch reads at most one group twice.
         """
-        groups = list(self._groups(rows, seed, epoch))
-        counts = [sum(last - first for first, last in group) for group in groups]
-        begins = np.cumsum([0, *counts])
-        first = int(np.searchsorted(begins[1:], offset, side="right"))
+        groups = list(self._ordered_groups(rows, seed, epoch, offset))
         with ThreadPoolExecutor(1) as reader:
-            next_group = reader.submit(rows.mixed, groups[first]) if first < len(groups) else None
-            for number in range(first, len(groups)):
-                assert next_group is not None  # submitted in the previous iteration
-                records = next_group.result()
-                if number + 1 < len(groups):
-                    next_group = reader.submit(rows.mixed, groups[number + 1])
+            pending = [reader.submit(rows.mixed, runs) for _, runs, _ in groups[:1]]
+            for number, (_, _, order) in enumerate(groups):
+                records = pending.pop().result()
+                pending = [reader.submit(rows.mixed, r) for _, r, _ in groups[number + 1 :][:1]]
+                yield from (records[i] for i in order)
+
+    def _ordered_groups(
+        self, rows: Rows, seed: int, epoch: int, offset: int
+    ) -> Iterator[tuple[int, list[tuple[int, int]], np.ndarray]]:
+        """Yields the groups of an epoch from the one with position `offset` on.
+
+        Each item has the position of the first record, the runs of rows of the group, and the
+        order in which its records are used; of the first group, the order from `offset` on.
+        """
+        position = 0
+        for number, runs in enumerate(self._groups(rows, seed, epoch)):
+            count = sum(last - first for first, last in runs)
+            if offset < position + count:
                 shuffled = np.random.default_rng(seed_words(seed, epoch, self._host, number))
-                order = shuffled.permutation(len(records))
-                yield from (records[i] for i in order[max(offset - int(begins[number]), 0) :])
+                begin = max(offset - position, 0)
+                yield position + begin, runs, shuffled.permutation(count)[begin:]
+            position += count
 
     def _groups(self, rows: Rows, seed: int, epoch: int) -> Iterator[list[tuple[int, int]]]:
         """Yields groups of row ranges that are shuffled together; all hosts use one file order.
@@ -320,8 +328,54 @@ class TfdsSource(EncodedSource):
         if group:
             yield group
 
+    @contextlib.contextmanager
+    def _cropper(
+        self,
+        split: str,
+        views: Mapping[int, Any],
+        seed: int,
+        batch_size: int,
+        start: contract.Position,
+    ) -> Iterator[CropEpoch]:
+        if self._reader != "tfdata":
+            with super()._cropper(split, views, seed, batch_size, start) as crop_epoch:
+                yield crop_epoch
+            return
+        share = self._share(split)
+
+        def crop_one(position):
+            seeds = (seed, position.epoch, self._host)
+            shuffled = self._shuffled(split, seed, *dataclasses.astuple(position))
+            with contextlib.closing(iter(shuffled)) as records:
+                record = next(records)
+            file = decode.ruled(record.file, self._rules)
+            return record, decode.crops_of([file], views, seeds, position.offset)[0]
+
+        draws = tfdata.Draws(views, seed, self._host)
+        images = functools.partial(self._encoded_images, split, draws)
+        cropper = tfdata.Cropper(
+            views, self._rules, images, crop_one, share, chunks_ahead(batch_size)
+        )
+        with contextlib.closing(cropper.iterate(start)) as cropped:
+            yield lambda epoch, offset: itertools.islice(cropped, share - offset)
+
+    def _encoded_images(self, split: str, draws: tfdata.Draws, start: contract.Position) -> Any:
+        """Returns a tf.data pipeline of this host's `tfdata.Images` from a position on."""
+        if self._in_memory(split) or self._rows_of(split).random_access:
+            return tfdata.fed(draws, start, functools.partial(self._shuffled, split, draws.seed))
+        rows = self._rows_of(split)
+
+        def groups():
+            offset = start.offset
+            for epoch in itertools.count(start.epoch):
+                for first, runs, order in self._ordered_groups(rows, draws.seed, epoch, offset):
+                    yield contract.Position(epoch, first), rows.parts(runs), order
+                offset = 0
+
+        return tfdata.grouped(draws, groups(), rows.dataset)
+
     def _train(self, split, share, views, batch_size, seed, start, limit):
-        if self._crops_by_batch(split, views):
+        if self._reader == "threads" and self._crops_by_batch(split, views):
             return self._train_small(split, share, views, batch_size, seed, start, limit)
         return super()._train(split, share, views, batch_size, seed, start, limit)
 

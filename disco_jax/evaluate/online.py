@@ -188,7 +188,7 @@ def fit(
             return state
         with (
             contextlib.closing(
-                Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
+                Logger(folder, tensorboard=trained.settings.log.tensorboard, step=int(state.step))
             ) as logger,
             _prefetched_crops(
                 source, trained, recipe, probe_plan, settings.seed, position
@@ -208,11 +208,6 @@ def fit(
                 checkpoints=checkpoints,
                 verbose=folder is not None,
             )
-
-
-def _tensorboard(trained: TrainedModel, folder: str | None) -> bool:
-    """Returns the run's setting, but False in a bucket, where TensorBoard needs TensorFlow."""
-    return trained.settings.log.tensorboard and "://" not in str(folder)
 
 
 def plan(settings: ProbeSettings, trained: TrainedModel, source: Source) -> linear.Plan:

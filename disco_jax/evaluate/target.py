@@ -44,7 +44,7 @@ def with_eval_data(trained: TrainedModel, data: EvalDataSettings) -> TrainedMode
         changes = dict(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-        changes |= dict(splits="", labels="", range="full")
+        changes |= dict(splits="", labels="", range="full", reader="threads")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
         if value := getattr(data, field):
             changes[field] = value

@@ -23,9 +23,7 @@ FILE = "metrics.jsonl"
 class Logger:
     """A writer of a run's metrics; only process 0 writes.
 
-    It always writes the JSON-lines file, and TensorBoard event files on request. Event files in a
-    bucket are written by clu, which imports TensorFlow; those on a local disk by `events.Events`,
-    which does not.
+    It always writes the JSON-lines file, and TensorBoard event files on request.
     """
 
     def __init__(self, workdir: str | None, *, tensorboard: bool, step: int = 0):
@@ -39,17 +37,12 @@ class Logger:
         """
         self._file: epath.Path | None = None
         self._lines: list[str] = []
-        self._events: events.Events | None = None
-        self._clu = None
+        self._events: events.Events | events.BucketEvents | None = None
         if workdir is not None and jax.process_index() == 0:
             self._file = path = epath.Path(workdir) / FILE
             self._copy_earlier_lines(path, step)
-            if tensorboard and "://" not in str(workdir):
-                self._events = events.Events(path.with_name(_events_name()))
-            elif tensorboard:
-                from clu import metric_writers
-
-                self._clu = metric_writers.create_default_writer(workdir, asynchronous=False)
+            if tensorboard:
+                self._events = events.open_events(workdir)
 
     def _copy_earlier_lines(self, path: epath.Path, step: int) -> None:
         """Keeps the lines of earlier starts up to `step`, and warns about damaged ones."""
@@ -83,29 +76,16 @@ class Logger:
                 os.fsync(file.fileno())
         if self._events is not None:
             self._events.scalars(step, scalars)
-        if self._clu is not None:
-            self._clu.write_scalars(step, dict(scalars))
-            self._clu.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds an image, u8[H, W, 3], to the event files if they are written."""
         if self._events is not None:
             self._events.image(step, name, image)
-        if self._clu is not None:
-            self._clu.write_images(step, {name: image[None]})
-            self._clu.flush()
 
     def close(self) -> None:
         """Closes the event files."""
         if self._events is not None:
             self._events.close()
-        if self._clu is not None:
-            self._clu.close()
-
-
-def _events_name() -> str:
-    """Returns the name of a new event file, which sorts after those of earlier starts."""
-    return f"{events.PREFIX}{time.time_ns() // 1000}.{os.getpid()}"
 
 
 def read(path: epath.PathLike) -> tuple[list[dict[str, float]], int]:

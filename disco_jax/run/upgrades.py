@@ -41,6 +41,7 @@ ADDED: dict[str, Any] = {
     "evaluation.optimizer.frozen": [],
     "evaluation.optimizer.unit_norm": [],
     "evaluation.optimizer.nesterov": False,
+    "data.reader": "threads",
     "evaluation.splits": "",
     "evaluation.labels": "",
     "evaluation.range": "",

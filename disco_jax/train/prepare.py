@@ -200,6 +200,11 @@ def _add_bags(source: Source, settings: RunSettings, method: Method) -> Source:
             f"config.bags.file={settings.bags.file!r}, but no objective reads bags: leave it "
             "empty, or set the weight of config.objectives.bags or .pseudo_labels."
         )
+    if settings.data.reader != "threads":
+        raise errors.UserError(
+            f"config.data.reader={settings.data.reader!r} has no effect with config.bags.file, "
+            "whose images are read by index: set it to 'threads'."
+        )
     if classifies:
         _check_clusters(settings, bags)
     bagged = BagSource(

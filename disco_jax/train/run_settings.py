@@ -37,7 +37,7 @@ class LogSettings:
 
     Attributes:
       every_steps: steps between two log lines
-      tensorboard: for the run and its evaluations; in a bucket only with TFDS data
+      tensorboard: event files of the run and its evaluations
       report: write the contact sheet of views at the start and report.html at the end
       replicas_every_steps: interval at which replicas are compared bit by bit; 0: never
       hang_s: seconds without a step after which the process ends; includes compilation, evaluation

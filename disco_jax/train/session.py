@@ -120,14 +120,6 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
-def tensorboard(settings: RunSettings, path: epath.Path) -> bool:
-    """Returns True if event files are written.
-
-    Writing to a bucket needs TensorFlow, which only TFDS sources require; other runs skip it.
-    """
-    return settings.log.tensorboard and ("://" not in str(path) or settings.data.source == "tfds")
-
-
 def warn_if_dark(ready: "Prepared") -> None:
     """Logs a warning if the training images are nearly black."""
     if jax.process_index():

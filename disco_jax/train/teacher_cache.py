@@ -30,7 +30,10 @@ _EXCLUDED_FIELDS = (
     "teacher.weights", "teacher.cache", "teacher.network",
 )  # fmt: skip
 # Fields that older caches lack, with the value that describes those caches.
-_ADDED_FIELDS = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
+_ADDED_FIELDS = {
+    "data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970,
+    "data.reader": "threads",
+}  # fmt: skip
 
 
 def required_outputs(experiment: "Experiment") -> dict[int, dict[str, int]]:

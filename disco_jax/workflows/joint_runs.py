@@ -175,9 +175,7 @@ def _train(
         learners, first.experiment.views, first.settings.seed, first.period
     )
     loggers = {
-        name: Logger(
-            str(paths[name]), tensorboard=session.tensorboard(run.settings, paths[name]), step=start
-        )
+        name: Logger(str(paths[name]), tensorboard=run.settings.log.tensorboard, step=start)
         for name, run in ready.items()
     }
     with (

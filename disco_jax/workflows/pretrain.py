@@ -91,7 +91,7 @@ def _train(
     settings = ready.settings
     with (
         contextlib.closing(
-            Logger(path, tensorboard=session.tensorboard(settings, path), step=int(begin.step))
+            Logger(path, tensorboard=settings.log.tensorboard, step=int(begin.step))
         ) as logger,
         session.batches_of(ready, position) as batches,
     ):

@@ -93,6 +93,14 @@ def test_bags_that_nobody_reads_are_refused(bag_folders, source):
         pretrain.prepare(config, source)
 
 
+def test_bags_are_not_read_by_tfdata(bag_folders, source):
+    file = f"{bag_folders['kmeans']}/bags.npz"
+    changes = {"bags.file": file, "data.reader": "tfdata"}
+    config = helpers.smoke_config("pseudo_labels:clusters=16", **changes)
+    with pytest.raises(UserError, match=r"reader='tfdata' has no effect with config\.bags\.file"):
+        pretrain.prepare(config, source)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

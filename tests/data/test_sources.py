@@ -1,6 +1,5 @@
 """TFDS data sets: order, resuming, hosts, damaged records, and parity with torchvision."""
 
-import contextlib
 import io
 import itertools
 import json
@@ -12,96 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disco_jax.data import contract, decode, digits, records, sources
+from disco_jax.data import contract, darkness, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.contract import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
+from prepared import SHAPES, encode, numbers, plain, write
 
 START = Position.start()
 COUNT = 48  # records of the data set of JPEGs, in 4 files
-SHAPES = ((40, 56), (56, 40), (33, 47))
-
 
 VIEWS = {0: crop(), 1: crop(6, scale=(0.05, 0.5), interpolation="bicubic")}
-
-
-def encode(image, kind="JPEG", **options):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **options)
-    return file.getvalue()
-
-
-def write(data_dir, name, records, *, shape=(None, None, 3), files=1, classes=10, kind="tfrecord"):
-    """Writes a data set in the layout of `tfds build`; records is {split: [(bytes, label)]}.
-
-    Record i of a split has the file name "i.jpg".
-    """
-    _, tfds = sources.tensorflow()
-    folder = pathlib.Path(data_dir) / name / "1.0.0"
-    folder.mkdir(parents=True)
-    fields = {"image": tfds.features.Image(shape=shape), "file_name": tfds.features.Text()}
-    if classes:
-        fields["label"] = tfds.features.ClassLabel(num_classes=classes)
-    features = tfds.features.FeaturesDict(fields)
-    infos = [
-        write_split(folder, name, split, examples, features, files, bool(classes), "tfrecord")
-        for split, examples in records.items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=infos, version="1.0.0"
-    )
-    if kind != "tfrecord":  # TFDS computes the metadata from TFRecord files only
-        for file in folder.glob("*tfrecord*"):
-            file.unlink()
-        for split, examples in records.items():
-            write_split(folder, name, split, examples, features, files, bool(classes), kind)
-        info = folder / "dataset_info.json"
-        info.write_text(info.read_text().replace("tfrecord", kind))
-    return folder
-
-
-def write_split(folder, name, split, examples, features, files, labelled, kind):
-    """Writes the files of one split and returns their TFDS `SplitInfo`."""
-    _, tfds = sources.tensorflow()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix=kind
-    )
-    lengths, size = [], 0
-    for i in range(files):
-        begin, end = (len(examples) * n // files for n in (i, i + 1))
-        lengths.append(end - begin)
-        path = template.sharded_filepath(shard_index=i, num_shards=files)
-        with writer(kind, str(path)) as out:
-            for number, (encoded, label) in enumerate(examples[begin:end], begin):
-                example = {"image": io.BytesIO(encoded), "file_name": f"{number}.jpg"}
-                if labelled:
-                    example["label"] = label
-                out.write(features.serialize_example(features.encode_example(example)))
-                size += len(encoded)
-    return tfds.core.SplitInfo(
-        name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
-    )
-
-
-def writer(kind, path):
-    if kind == "tfrecord":
-        return sources.tensorflow()[0].io.TFRecordWriter(path)
-    from array_record.python import array_record_module
-
-    return contextlib.closing(array_record_module.ArrayRecordWriter(path, "group_size:1"))
-
-
-def plain(i, shape=SHAPES[0]):
-    """Encodes an image of one grey level that identifies its record."""
-    return encode(np.full((*shape, 3), 5 * i, np.uint8), quality=95)
-
-
-def numbers(images):
-    """Returns the records of crops of `plain` images."""
-    return np.rint(images[:, 2, 2, 0] / 5).astype(int).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +230,7 @@ def test_parts_of_a_split_are_read(data_dir, name):
 @pytest.mark.parametrize(
     "name, small, cache",
     [("digits", True, False), ("plain", True, False), ("plain", False, True),
-     ("at_will", True, False), ("at_will", False, False)],
+     ("plain", False, False), ("at_will", True, False), ("at_will", False, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_records_are_picked_out_in_any_order_by_any_host(
@@ -330,44 +252,53 @@ def test_records_of_parts_and_subsets_are_picked_out(data_dir, monkeypatch):
         source = TfdsSource(name, data_dir, subset={"train": [f"{i}.jpg" for i in (3, 5, 40)]})
         whole = list(source.iter_images("train"))
         assert list(source.take("train", [2, 0])) == [whole[2], whole[0]]
-    source = TfdsSource("at_will", data_dir)
-    assert [label for *_, label in source.take("train[10:25]", [4, 0])] == [4, 0]
-    with pytest.raises(UserError, match="The split of at_will"):
-        source.take("trian", ())
+    for name in ("plain", "at_will"):
+        source = TfdsSource(name, data_dir)
+        assert [label for *_, label in source.take("train[10:25]", [4, 0])] == [4, 0]
+        both = list(source.take("train[40:]+test", [7, 8, 17]))
+        assert [label for *_, label in both] == [7, 0, 9] and "-test." in both[1][0]
+        with pytest.raises(UserError, match=f"The split of {name}"):
+            source.take("trian", ())
 
 
-def test_a_large_split_of_tfrecord_files_is_refused_before_a_record_is_read(data_dir, monkeypatch):
+def test_a_check_for_dark_images_builds_no_index(data_dir, monkeypatch):
     monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
-    monkeypatch.setattr(records.Rows, "_read_runs", None)  # fails if a record is read
-    source = TfdsSource("plain", data_dir)
-    bags = Bags(neighbours=np.zeros((COUNT, 1), np.int32))
-    with pytest.raises(UserError, match=r"plain/1\.0\.0.*=array_record.*source='folder'"):
-        BagSource(source, bags, (1,)).check("train")
+    monkeypatch.setattr(records, "open_index", None)  # fails if an index is built
+    value = darkness.brightest(TfdsSource("plain", data_dir), "train", count=9)
+    assert abs(value - 5 * 8) < 5  # of the first nine records
 
 
-def test_bags_of_array_records_are_read_batch_by_batch(data_dir, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "at_will"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_bags_are_read_batch_by_batch(data_dir, monkeypatch, name, hosts):
     """The other member is the next record; only the records of a batch are read."""
     monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 0)
     read, real = [], records.Rows.take
     monkeypatch.setattr(
         records.Rows, "take", lambda self, rows: read.append(len(rows)) or real(self, rows)
     )
+    host = dict(process_index=hosts - 1, process_count=hosts)
     after = Bags(neighbours=((np.arange(COUNT)[:, None] + 1) % COUNT).astype(np.int32))
     whole_picture = {0: crop(scale=(1.0, 1.0)), 1: crop(scale=(1.0, 1.0))}
 
-    def batches(source, start=START):
-        bagged = BagSource(source, after, (1,))
+    def batches(bags=after, start=START, **options):
+        source = TfdsSource(name, data_dir, **options, **host)
+        bagged = BagSource(source, bags, (1,), **host)
         return list(itertools.islice(bagged.train("train", whole_picture, 6, 3, start, 0), 4))
 
-    batches_read = batches(TfdsSource("at_will", data_dir))
-    assert set(read) == {0, 12} and sum(read) == 4 * 12
+    batches_read = batches()
+    assert set(read) == {12} and sum(read) == 4 * 12
     for batch in batches_read:
         first, second = (numbers(batch.views[view]) for view in (0, 1))
         assert second == [(n + 1) % COUNT for n in first]
         assert batch.labels.tolist() == [n % 10 for n in first]
-    resumed = batches(TfdsSource("at_will", data_dir), batches_read[1].position)
-    same_batches(resumed[:2], batches_read[2:])
-    same_batches(batches(TfdsSource("plain", data_dir, cache=True)), batches_read)
+    same_batches(batches(start=batches_read[1].position)[:2], batches_read[2:])
+    same_batches(batches(cache=True), batches_read)
+    clusters = Bags(clusters=np.arange(COUNT, dtype=np.int32) // 8)
+    for batch in batches(clusters):
+        first, second = (np.array(numbers(batch.views[view])) for view in (0, 1))
+        np.testing.assert_array_equal(batch.aux["cluster"], first // 8)
+        assert (first // 8 == second // 8).all() and (first != second).all()
 
 
 def test_cache_keeps_what_is_large(data_dir, monkeypatch):

@@ -9,9 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub import errors as op_errors
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
+from tensorboard.util import tensor_util
 
 import helpers
 from disco_jax import flags, models
@@ -21,6 +23,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.report import build, page, paper, runs, sheet
+from disco_jax.run import events
 from disco_jax.run.metrics import Logger
 from disco_jax.train.experiment import parse
 
@@ -248,6 +251,22 @@ def test_tensorboard_gets_the_contact_sheet_and_the_metrics(tmp_path):
     logger.close()
     (file,) = tmp_path.glob("events.out.*")
     assert read_events(file) == {(0, "views"): (7, 5), (3, "loss"): 0.5}
+
+
+def test_tensorboard_gets_them_in_a_bucket_too(tmp_path, monkeypatch):
+    """In a bucket clu writes them; here, to a local folder."""
+    board = events.BucketEvents(tmp_path)
+    board.image(0, "views", np.full((5, 7, 3), 9, np.uint8))
+    board.scalars(3, {"loss": 0.5})
+    board.close()
+    (file,) = tmp_path.glob("events.out.*")
+    tensors = {}
+    for event in event_file_loader.EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            tensors[event.step, value.tag] = tensor_util.make_ndarray(value.tensor)
+    assert tensors[3, "loss"] == 0.5 and tensors[0, "views"][:2].tolist() == [b"7", b"5"]
+    monkeypatch.setattr(events, "BucketEvents", lambda folder: folder)
+    assert events.open_events("gs://bucket/run") == "gs://bucket/run"
 
 
 def test_tensorboard_gets_what_evaluations_found(tmp_path):
