@@ -19,6 +19,7 @@ from etils import epath
 from disco_jax.data import contract, crops, decode, tfdata
 from disco_jax.data.encoded import CropEpoch, EncodedSource, Record, chunks_ahead
 from disco_jax.data.records import Rows, tensorflow
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -232,7 +233,7 @@ class TfdsSource(EncodedSource):
 
     def _order(self, split: str, seed: int, epoch: int) -> np.ndarray:
         """Returns i64[share], a permutation of the cached records for an epoch."""
-        word = contract.seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
+        word = seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
         return np.random.default_rng(int(word)).permutation(self._share(split))
 
     def _in_memory(self, split: str) -> bool:
@@ -299,9 +300,7 @@ class TfdsSource(EncodedSource):
         for number, runs in enumerate(self._groups(rows, seed, epoch)):
             count = sum(last - first for first, last in runs)
             if offset < position + count:
-                shuffled = np.random.default_rng(
-                    contract.seed_words(seed, epoch, self._host, number)
-                )
+                shuffled = np.random.default_rng(seed_words(seed, epoch, self._host, number))
                 begin = max(offset - position, 0)
                 yield position + begin, runs, shuffled.permutation(count)[begin:]
             position += count
@@ -315,7 +314,7 @@ class TfdsSource(EncodedSource):
         """
         share = rows.count // self._hosts
         first, last = self._host * share, (self._host + 1) * share
-        files = np.random.default_rng(contract.seed_words(seed, epoch)).permutation(len(rows.runs))
+        files = np.random.default_rng(seed_words(seed, epoch)).permutation(len(rows.runs))
         group, num_records, position = [], 0, 0
         for start, end in rows.runs[files].tolist():
             low, high = max(first - position, 0), min(last - position, end - start)
