@@ -122,6 +122,16 @@ def distill_elements(config: ConfigDict) -> None:
     config.objectives.distill.update(weight=weight, views=tuple(range(views)))
 
 
+def family(backbone: str) -> str:
+    """Returns the family of a backbone, such as "resnet" or "efficientnet"; "" for unknown names.
+
+    Papers choose some settings by it.
+    """
+    from disco_jax import models  # imports JAX
+
+    return models.family(backbone)
+
+
 def is_transformer(backbone: str) -> bool:
     """Returns whether a backbone is a transformer, which DINO trains with AdamW."""
     from disco_jax import models  # imports JAX

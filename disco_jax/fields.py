@@ -271,7 +271,7 @@ RULES = {
     "online_clusters.count": ROWS,
     **dict.fromkeys(("rate", "idle", "centre_rate"), SHARE),
     **dict.fromkeys(("distance", "angle"), AMOUNT),
-    "group": whole(0, 2**20),
+    **dict.fromkeys(("group", "cutmix_group"), whole(0, 2**20)),
     "iterations": whole(1, 10_000),
     "global_share": SHARE_OR_OFF,
     **dict.fromkeys(("own_epochs", "queue_epochs", "warmup_epochs", "frozen_epochs"), EPOCHS),

@@ -123,6 +123,8 @@ class Objective(Protocol):
       half_queues: whether its queues may be stored in bfloat16 (`config.fast.half_queue`).
       shard_queues: whether replicas may each store a part of its queues
         (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
+      short_queues: whether its queues may be shorter than the global batch; such a queue holds the
+        last rows of each batch and is never sharded.
       bag_views: views that must show another image of the same bag; see `data/bags.py`.
       aux: keys of `Record.aux` that the objective uses.
     """
@@ -135,6 +137,7 @@ class Objective(Protocol):
     reads_scores: ClassVar[bool] = False
     half_queues: ClassVar[bool] = False
     shard_queues: ClassVar[bool] = False
+    short_queues: ClassVar[bool] = False
     bag_views: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
 
@@ -289,7 +292,8 @@ class Method:
 
         def store(leaf: Any) -> Any:
             if isinstance(leaf, Queue):
-                return leaf.stored(half, shared, self.queues.access)
+                parts = shared if shared <= len(leaf.vectors) else 0
+                return leaf.stored(half, parts, self.queues.access)
             return leaf
 
         return jax.tree.map(store, memory, is_leaf=lambda leaf: isinstance(leaf, Queue))

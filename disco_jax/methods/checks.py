@@ -70,6 +70,8 @@ def _check_numbers(name: str, objective: Objective, batch_size: int) -> None:
             )
     elif isinstance(objective, Swapped) and size == 0:
         return  # the queue is optional
+    elif objective.short_queues and size is not None and 0 < size < batch_size:
+        return  # the queue holds the last rows of each batch
     elif size is not None and (size < 1 or size % batch_size):
         below = size // batch_size * batch_size
         nearest = [str(n) for n in (below, below + batch_size) if n > 0]

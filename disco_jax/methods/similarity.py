@@ -35,12 +35,14 @@ class Similarity(Objective):
       student_temperature: tau_S > 0.
       teacher_temperature: tau_T >= 0; 0.01 in the paper, 1e-4 in the code (disagreement S1); at 0
         the target is one-hot and the loss equals InfoNCE.
-      queue_size: number of past teacher embeddings per queue; a multiple of the global batch.
+      queue_size: number of past teacher embeddings per queue; a multiple of the global batch, or
+        fewer than it.
       queue_init: "random" as in SEED, or "teacher" to start from the queue in the teacher's
         checkpoint.
     """
 
     shard_queues: ClassVar[bool] = True
+    short_queues: ClassVar[bool] = True  # figure 7 has 128 embeddings beside batches of 256
 
     weight: float = 1.0
     groups: tuple[Pairs, ...] = (((0, 0),),)

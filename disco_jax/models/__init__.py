@@ -24,8 +24,8 @@ from disco_jax.models.layers.settings import (
 
 __all__ = [
     "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder", "Network",
-    "backbone", "build_encoder", "build_network", "compute_dtype", "find", "is_transformer",
-    "options", "parameters", "resolve_auto", "resolve_config", "width",
+    "backbone", "build_encoder", "build_network", "compute_dtype", "family", "find",
+    "is_transformer", "options", "parameters", "resolve_auto", "resolve_config", "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -121,6 +121,11 @@ def options(name: str) -> frozenset[str]:
         return frozenset()
     fields = {field.name for field in dataclasses.fields(find(name)[0])}
     return frozenset(_OPTIONAL.keys() & fields)
+
+
+def family(name: str) -> str:
+    """Returns the family of a backbone, the name of its module; "" for unknown names."""
+    return find(name)[0].__module__.rpartition(".")[2] if name in BACKBONES or ":" in name else ""
 
 
 def is_transformer(name: str) -> bool:
