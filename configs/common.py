@@ -132,6 +132,13 @@ def family(backbone: str) -> str:
     return models.family(backbone)
 
 
+def features(network: ConfigDict) -> int:
+    """Returns the number of features of the backbone of `config.student` or `config.teacher`."""
+    from disco_jax import models  # imports JAX
+
+    return models.width(network)
+
+
 def is_transformer(backbone: str) -> bool:
     """Returns whether a backbone is a transformer, which DINO trains with AdamW."""
     from disco_jax import models  # imports JAX

@@ -70,13 +70,8 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
 
 # Crops of small images keep more of the image.
 _SSLIGHT = {"augment.scale": (0.4, 1.0), "local.count": 2, "local.scale": (0.3, 0.7)}
-# MoCo-v2's head and rates: in short runs of narrow networks the narrow initialisation of SSLight's
-# head collapses to a few features, and LARS, which moves a kernel by a thousandth of the rate,
-# hardly changes it.
-_SSLIGHT_MOCO = {
-    **_SSLIGHT,
-    "student.head": "mlp",
-    "momentum.ema_rate": 0.99,
+# LARS moves a kernel by a thousandth of the rate, too little for a short run.
+_SGD = {
     "optimizer.name": "sgd",
     "optimizer.weight_decay": 1e-4,
     "optimizer.no_decay": (),
@@ -84,13 +79,18 @@ _SSLIGHT_MOCO = {
     "learning_rate.base_lr": 0.12,
     "learning_rate.warmup_epochs": 0,
 }
+# MoCo-v2's head: in short runs of narrow networks the narrow initialisation of SSLight's head
+# collapses to a few features.
+_SSLIGHT_MOCO = {**_SSLIGHT, **_SGD, "student.head": "mlp", "momentum.ema_rate": 0.99}
 # Recipe (`config.name`) -> fields that change only on small images.
 SMALL_IMAGES: dict[str, dict[str, Any]] = {
     "bingo": {"objectives.bags.own_epochs": 2},
+    "byol": {**_SGD, "momentum.ema_rate": 0.99},
+    "simclr": _SGD,
     "online_clusters": {"objectives.online_clusters.count": 64},
     "sslight_moco": _SSLIGHT_MOCO,
     "sslight_moco_two": {**_SSLIGHT_MOCO, "local.count": 0},
-    # SwAV's head and optimizer, for the same reason.
+    # SwAV's head and optimizer, for the same reasons.
     "sslight_swav": {
         **_SSLIGHT,
         "student.head": "swav",
@@ -162,6 +162,7 @@ def _smoke(config: ConfigDict) -> None:
         # 0 and -1 take their width from elsewhere.
         network.hidden = 32 if network.hidden > 0 else network.hidden
         network.dim = 16 if network.dim > 0 else network.dim
+        network.predictor = 32 if network.predictor > 0 else 0
     if config.student.prototypes and not config.objectives.pseudo_labels.weight:
         config.student.prototypes = (16,)
     if config.local.count and not config.objectives.similarity.weight:  # not SEED's six patches
@@ -215,8 +216,7 @@ def _swapped(config: ConfigDict) -> None:
     """Fits SwAV's queue to the batch, and a distillation on all views to their number."""
     if not config.objectives.swapped.weight:
         return
-    if config.objectives.swapped.queue_size:
-        config.objectives.swapped.queue_size = 2 * config.batch_size
+    config.objectives.swapped.queue_size = 2 * config.batch_size
     if config.objectives.distill.weight:
         common.distill_elements(config)
 

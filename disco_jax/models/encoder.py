@@ -1,4 +1,4 @@
-"""Encoders (backbone, adapter, head, prototypes, predictor), and how they encode a method's views."""
+"""Encoders (backbone, adapter, head, prototypes, predictor), and how they encode several views."""
 
 import dataclasses
 import functools

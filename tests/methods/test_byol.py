@@ -58,5 +58,5 @@ def test_a_student_without_a_predictor_is_refused():
     with helpers.tiny_backbone():
         config = helpers.tiny_config("byol", **{"student.predictor": 0})
         method = methods.build(config, config.views)
-        with pytest.raises(UserError, match="config.student.predictor"):
+        with pytest.raises(UserError, match=r"config\.student\.predictor"):
             method.check(shapes(method, (16, 16)))

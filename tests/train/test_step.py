@@ -26,6 +26,7 @@ from disco_jax.train.step import parallel
 
 FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward passes
     "moco_v2": {"student": (0,), "momentum": (1,)},
+    "moco_small": {"student": (0,), "momentum": (1,)},
     "disco": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "disco_star": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "seed": {"student": (0,), "teacher": (0,)},
