@@ -1,4 +1,4 @@
-r"""MoCo-v2 tuned for small networks on ImageNet-1k, without a teacher (Shi et al., arXiv:2107.14762).
+r"""MoCo-v2 tuned for small networks, ImageNet-1k, without a teacher (Shi et al., arXiv:2107.14762).
 
     disco-jax pretrain --workdir gs://BUCKET/moco_small \
         --config configs/moco_small.py:student=resnet18 \

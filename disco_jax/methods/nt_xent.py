@@ -18,7 +18,8 @@ class NtXent(Objective):
 
     Attributes:
       weight: factor of the term in the method's loss.
-      first, second: views encoded by the student.
+      first: view encoded by the student.
+      second: other view of the same image, also encoded by the student.
       temperature: tau > 0; 0.1 in the official command for ImageNet.
     """
 

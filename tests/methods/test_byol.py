@@ -12,6 +12,7 @@ from disco_jax.methods.base import Record
 from disco_jax.methods.byol import Byol
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
+from disco_jax.train import teacher
 from disco_jax.train.state import shapes
 
 N, D = 8, 6
@@ -60,3 +61,15 @@ def test_a_student_without_a_predictor_is_refused():
         method = methods.build(config, config.views)
         with pytest.raises(UserError, match=r"config\.student\.predictor"):
             method.check(shapes(method, (16, 16)))
+
+
+def test_a_run_of_byol_teaches_with_its_predictor_in_place(tmp_path):
+    """The weights load whole, although a teacher's predictions are not read."""
+    tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
+    with helpers.tiny_backbone():
+        run = helpers.network_run(tmp_path / "byol", tmp_path / "digits.npz", "byol", **tiny)
+        config = helpers.smoke_config("disco", **tiny, **{"teacher.weights": run})
+        method = methods.build(config, config.views)
+        loaded = teacher.load(config.teacher, method.networks["teacher"].encoder, 16)
+    assert config.teacher.predictor == 32
+    assert loaded.variables["params"]["predictor"]["out"]["kernel"].shape == (32, 16)
