@@ -160,7 +160,7 @@ class Objective(Protocol):
 
     @property
     def reads_bags(self) -> bool:
-        """Whether the objective uses bags of images."""
+        """True if the objective uses bags of images."""
         return bool(self.bag_views or set(self.aux) - {LABEL})
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
