@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.methods import rules
 from disco_jax.models.encoder import Encoded, Network
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import DEFAULT_SETTINGS, Queue, QueueSettings
@@ -134,11 +135,10 @@ class Objective(Protocol):
       half_queues: whether its queues may be stored in bfloat16 (`config.fast.half_queue`).
       shard_queues: whether replicas may each store a part of its queues
         (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
-      short_queues: whether its queues may be shorter than the global batch; such a queue holds the
-        last rows of each batch and is never sharded.
       bag_views: views that must show another image of the same bag; see `data/bags.py`.
       aux: keys of `Record.aux` that the objective uses: `LABEL`, or the name of an array that the
         bags provide.
+      positive: names of fields that must be above 0; those that the objective lacks are ignored.
     """
 
     # Objectives are dataclasses; `dataclasses.replace` changes their fields.
@@ -149,9 +149,9 @@ class Objective(Protocol):
     reads_scores: ClassVar[bool] = False
     half_queues: ClassVar[bool] = False
     shard_queues: ClassVar[bool] = False
-    short_queues: ClassVar[bool] = False
     bag_views: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = rules.POSITIVE
 
     @property
     def synthetic_views(self) -> tuple[int, ...]:
@@ -189,6 +189,41 @@ class Objective(Protocol):
     def network_output(self, network: str) -> str:
         """Returns the name of the output used from a network in `needs`, a field of `Encoded`."""
         return "embedding"
+
+    def check_settings(self, setting: str, batch_size: int) -> None:
+        """Checks values that would fail, or have another meaning, inside the step.
+
+        The default checks the fields `positive`, global_share and queue_init, and `check_queue`.
+        An objective with further rules extends it.
+
+        Args:
+          setting: path of the objective in the config, for messages.
+          batch_size: images of all devices in a step.
+
+        Raises:
+          UserError: a value is not allowed; names the setting and the allowed values.
+        """
+        values = {name: getattr(self, name) for name in config_fields(type(self))}
+        for name in self.positive:
+            rules.check_positive(f"{setting}.{name}", values.get(name, 1.0))
+        rules.check_share(f"{setting}.global_share", values.get("global_share", 0.0))
+        init = values.get("queue_init", "random")
+        rules.check_choice(f"{setting}.queue_init", init, rules.QUEUE_INITS)
+        if "queue_size" in values:
+            self.check_queue(f"{setting}.queue_size", values["queue_size"], batch_size)
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        """Checks the size of the objective's queue: by default one or more whole batches.
+
+        Args:
+          setting: path of the size in the config, for messages.
+          size: number of entries.
+          batch_size: images of all devices in a step.
+
+        Raises:
+          UserError: with the nearest sizes that are allowed.
+        """
+        rules.check_queue_size(setting, size, batch_size)
 
     def check(self, setting: str, record: Record) -> None:
         """Checks that the objective can compare the outputs of the networks.
@@ -309,6 +344,7 @@ class Method:
 
         def store(leaf: Any) -> Any:
             if isinstance(leaf, Queue):
+                # A queue shorter than the batch, whose last rows it holds, is not sharded.
                 parts = shared if shared <= len(leaf.vectors) else 0
                 return leaf.stored(half, parts, self.queues.access)
             return leaf

@@ -7,7 +7,8 @@ from jax import Array
 
 from disco_jax import errors
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
-from disco_jax.ops.losses import l2_normalize, squared_distance
+from disco_jax.ops.losses import squared_distance
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
-from disco_jax.ops.losses import contrast_accuracy, l2_normalize, nt_xent
+from disco_jax.ops.losses import contrast_accuracy, nt_xent
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.losses import l2_normalize, soft_cross_entropy
+from disco_jax.ops.losses import soft_cross_entropy
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -42,7 +43,8 @@ class Similarity(Objective):
     """
 
     shard_queues: ClassVar[bool] = True
-    short_queues: ClassVar[bool] = True  # figure 7 has 128 embeddings beside batches of 256
+    # At teacher_temperature 0 the target is one-hot.
+    positive: ClassVar[tuple[str, ...]] = ("student_temperature",)
 
     weight: float = 1.0
     groups: tuple[Pairs, ...] = (((0, 0),),)
@@ -57,6 +59,10 @@ class Similarity(Objective):
 
     def match_width(self) -> str:
         return "embedding"
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        if not 0 < size < batch_size:  # figure 7 has 128 embeddings beside batches of 256
+            super().check_queue(setting, size, batch_size)
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         queues = {}

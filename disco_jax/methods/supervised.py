@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import LABEL, Objective, Record, Term, Views, embedding_std
-from disco_jax.ops.losses import class_cross_entropy, l2_normalize
+from disco_jax.ops.losses import class_cross_entropy
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize, nt_xent
+from disco_jax.ops.losses import nt_xent
+from disco_jax.ops.vectors import l2_normalize
 
 N, D, TEMPERATURE = 8, 6, 0.3
 
