@@ -110,8 +110,9 @@ def nt_xent(first: Array, second: Array, *, temperature: float) -> tuple[Array, 
     keys = jnp.concatenate([gather(first), gather(second)])
     logits = jnp.matmul(anchors, keys.T, precision=jax.lax.Precision.HIGHEST) / temperature
     own = jnp.concatenate([positions(batch), positions(batch) + total])
-    logits = jnp.where(jnp.arange(2 * total) == own[:, None], -jnp.inf, logits)
-    is_other = jnp.arange(2 * total) == ((own + total) % (2 * total))[:, None]
+    column = jnp.arange(2 * total)[None]
+    logits = jnp.where(column == own[:, None], -jnp.inf, logits)
+    is_other = column == ((own + total) % (2 * total))[:, None]
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_other)
     nearest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, initial=-jnp.inf, where=~is_other)
     return losses, nearest * temperature
