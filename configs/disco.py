@@ -4,9 +4,8 @@ r"""DisCo on ImageNet-1k: a MoCo-v2 ResNet teaches a lightweight student (arXiv:
         --config configs/disco.py:student=resnet18,teacher=resnet50 \
         --config.teacher.weights=gs://BUCKET/moco_v2
 
-Linear top-1, R-50 -> R-18: paper 60.6 (Table 1); ours not measured yet. Section 4.2 distils a
-SwAV ResNet-50x2 longer: EfficientNet-B1 70.4 (`student=efficientnet_b1,teacher=resnet50w2,
-epochs=290`), MobileNetV3 64 (`student=mobilenetv3_large,teacher=resnet50w2,epochs=340`).
+Linear top-1, R-50 -> R-18: paper 60.6 (Table 1); ours not measured yet. Section 4.2 distils SwAV's
+ResNet-50x2 for longer: EfficientNet-B1 70.4 (`epochs=290`), MobileNetV3 64 (`epochs=340`).
 
 Where the paper and the official code differ, this recipe follows the code. The paper's settings are
 `objectives.distill.weight=1.0`, `teacher.norm=running` and `objectives.contrast.queue_init=random`.

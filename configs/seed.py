@@ -13,8 +13,8 @@ see the small views, with a queue for each size). The last row of Table 1 is
 
 Ablations: `teacher_method=moco_v2|swav|simclr` (Table 3; the official code augments images as the
 teacher's pre-training did), `moco=true` (Table 4: SEED + MoCo-v2), `hidden=0` (Table 6: no deeper
-MLP), and Tables 11, 13 and 14 and figure 7 (appendix A.8), which vary `views`, `rate`,
-`weight_decay` and `objectives.similarity.queue_size` from
+MLP), `views` with `teacher_method=swav` (Table 11). Appendix A.8 varies `rate` (Table 13),
+`weight_decay` (Table 14) and `objectives.similarity.queue_size` (figure 7) from
     seed:teacher_method=swav,views=small_patch,weight_decay=1e-6
 """
 
