@@ -98,12 +98,16 @@ def _unnormalized(network: models.Network) -> models.Network:
 
 def _network(name: str, settings: MethodSettings) -> models.Network:
     """Builds a network of `NETWORKS` with the settings of `config.fast`."""
-    student, teacher = settings.student, settings.teacher
+    student, teacher, spec = settings.student, settings.teacher, _spec(name, settings)
     norms = {"student": student.norm, "momentum": settings.momentum.norm, "teacher": teacher.norm}
+    compute = models.Compute.from_settings(settings.fast, settings.dtype, name)
+    if spec.norm_group and norms[name] == "sync":
+        groups = settings.batch_size // spec.norm_group
+        compute = dataclasses.replace(compute, sync_groups=groups)
     network = models.build_network(
-        _spec(name, settings),
+        spec,
         norms[name],
-        models.Compute.from_settings(settings.fast, settings.dtype, name),
+        compute,
         f"config.{name}",
         settings.normalization,
         own=(teacher.mean, teacher.std) if name == "teacher" else ((), ()),

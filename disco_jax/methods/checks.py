@@ -69,7 +69,7 @@ def _check_data(
             "config.group_views=True encodes several views in one pass. Set "
             "config.group_views=False."
         )
-    if (objective.bag_views or objective.aux) and not settings.has_bags:
+    if objective.reads_bags and not settings.has_bags:
         raise errors.UserError(
             f"config.objectives.{name} needs bags of similar images. Compute them with "
             "`disco-jax bags` and set config.bags.file."

@@ -27,7 +27,7 @@ from disco_jax.models.network_spec import NetworkSpec
 __all__ = [
     "AUTO", "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder",
     "FastSettings", "Network", "NetworkSpec", "backbone", "build_encoder", "build_network",
-    "compute_dtype", "find", "is_transformer", "options", "parameters", "probe_rate",
+    "compute_dtype", "family", "find", "is_transformer", "options", "parameters", "probe_rate",
     "resolve_auto", "width",
 ]  # fmt: skip
 
@@ -64,7 +64,9 @@ def build_encoder(
         raise errors.unknown(f"{setting}.stem", spec.stem, STEMS)
     if spec.head not in HEADS:
         raise errors.unknown(f"{setting}.head", spec.head, HEADS)
-    minima = dict(width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, grid=0, patch=0)
+    minima = dict(
+        width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, predictor=0, grid=0, patch=0
+    )
     for field, minimum in minima.items():
         if (value := getattr(spec, field)) < minimum:
             raise errors.UserError(f"{setting}.{field}={value} is below {minimum}.")
@@ -76,6 +78,7 @@ def build_encoder(
         _head(spec, compute),
         heads.Adapter(spec.adapter, compute=compute) if spec.adapter else None,
         _prototypes(spec, setting),
+        _predictor(spec, compute),
     )
 
 
@@ -124,6 +127,11 @@ def options(name: str) -> frozenset[str]:
         return frozenset()
     fields = {field.name for field in dataclasses.fields(find(name)[0])}
     return frozenset(_OPTIONAL.keys() & fields)
+
+
+def family(name: str) -> str:
+    """Returns the family of a backbone, the name of its module; "" for unknown names."""
+    return find(name)[0].__module__.rpartition(".")[2] if name in BACKBONES or ":" in name else ""
 
 
 def is_transformer(name: str) -> bool:
@@ -212,6 +220,13 @@ def _head(spec: NetworkSpec, compute: Compute) -> nn.Module:
     if spec.layers:
         fields = {**fields, "layers": spec.layers}
     return heads.ProjectionHead(spec.hidden, spec.dim, **fields, compute=compute)
+
+
+def _predictor(spec: NetworkSpec, compute: Compute) -> heads.ProjectionHead | None:
+    if not spec.predictor:
+        return None
+    dim = width(spec) if spec.head == "none" else spec.dim
+    return heads.ProjectionHead(spec.predictor, dim, batch_norm=True, compute=compute)
 
 
 def _prototypes(spec: NetworkSpec, setting: str) -> heads.Prototypes | None:

@@ -35,6 +35,7 @@ SHAPE = (
     "layers",
     "dim",
     "prototypes",
+    "predictor",
 )
 # Networks of a run that may serve as a teacher.
 NETWORKS = ("student", "momentum")
