@@ -131,7 +131,7 @@ def _evaluations(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
         name = recipe.partition(":")[0]
         if name not in EVALUATIONS:
             raise errors.unknown("config.evaluate", name, EVALUATIONS)
-        evaluation = expanding.changed(flags.load(recipe), changes, "config.evaluate")
+        evaluation = flags.changed(flags.load(recipe), changes, "config.evaluate")
         evaluations[evaluation.name] = (EVALUATIONS[name], evaluation)
     return evaluations
 

@@ -132,5 +132,5 @@ def test_a_recipe_that_sets_a_field_that_nothing_reads_is_refused(tmp_path):
 
 
 def test_changes_of_a_sweep_may_have_earlier_names(caplog):
-    config = cells.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
+    config = flags.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
     assert config.learning_rate.base_lr == 0.5 and "is now" in caplog.text

@@ -1,0 +1,128 @@
+"""Students, teachers and protocols that the papers share."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from disco_jax.report.rows import Evaluation, Row, Teacher
+
+# Columns of the tables of DisCo, SEED and RETRO.
+STUDENTS = ("efficientnet_b0", "efficientnet_b1", "mobilenetv3_large", "resnet18", "resnet34")
+
+# What several cells lack.
+DETECTION = "detection and segmentation are not implemented"
+SUPERVISED = "there is no recipe of supervised training"
+
+# Teachers of DisCo, section 4.1; their top-1 is that of DisCo's Table 1.
+RESNET50 = Teacher(
+    "resnet50",
+    "MoCo-v2, 200 epochs",
+    "moco_v2:student=resnet50",
+    file="moco_v2_200ep_pretrain.pth.tar",
+    top1=67.4,
+    row="disco/teachers/resnet50",
+)
+RESNET101 = Teacher(
+    "resnet101",
+    "MoCo-v2, 200 epochs",
+    "moco_v2:student=resnet101",
+    top1=69.1,
+    row="disco/teachers/resnet101",
+)
+RESNET152 = Teacher(  # DisCo's code publishes one of 800 epochs: disagreement M2
+    "resnet152",
+    "MoCo-v2, 400 epochs",
+    "moco_v2:student=resnet152",
+    (("total_epochs", 400),),
+    top1=74.1,
+    row="disco/teachers/resnet152",
+)
+# SwAV's own settings with 4096 images a batch: 4.8 falls to 0.0048 after 10 epochs of warm-up, no
+# queue, prototypes frozen for 313 steps.
+SWAV_4096 = (
+    ("batch_size", 4096),
+    ("learning_rate.minimum", 0.0048),
+    ("learning_rate.warmup_epochs", 10),
+    ("learning_rate.warmup_from", 0.3),
+    ("objectives.swapped.queue_size", 0),
+    ("objectives.swapped.queue_epochs", 0),
+    ("optimizer.frozen_steps", 313),
+)
+RESNET50W2 = Teacher(  # the file is of 400 epochs, the paper says 800: disagreement D10
+    "resnet50w2",
+    "SwAV, 400 epochs",
+    "swav:student=resnet50w2",
+    (*SWAV_4096, ("total_epochs", 400), ("student.hidden", 8192), ("local.count", 4)),
+    file="swav_RN50w2_400ep_pretrain.pth.tar",
+    top1=77.3,
+    row="disco/teachers/resnet50w2",
+)
+SWAV_RESNET50 = Teacher(
+    "resnet50",
+    "SwAV, 800 epochs",
+    "swav:student=resnet50",
+    (*SWAV_4096, ("total_epochs", 800)),
+    file="swav_800ep_pretrain.pth.tar",
+    top1=75.3,
+    row="disco/teachers/swav_resnet50",
+)
+SELA_RESNET50 = Teacher(
+    "resnet50", "SeLa-v2, 400 epochs", file="selav2_400ep_pretrain.pth.tar", top1=71.8
+)
+TEACHERS = {
+    "resnet50": RESNET50,
+    "resnet101": RESNET101,
+    "resnet152": RESNET152,
+    "resnet50w2": RESNET50W2,
+}
+
+
+def linear(protocol: str, student: str) -> Evaluation:
+    """Returns a linear evaluation on ImageNet by a paper's protocol."""
+    return Evaluation(f"linear:protocol={protocol},student={student}")
+
+
+def scores(value: Any) -> dict[str, float]:
+    """Returns the printed metrics of a cell: top-1, (top-1, top-5), or None for an empty cell."""
+    if value is None:
+        return {}
+    values = value if isinstance(value, tuple) else (value,)
+    return dict(zip(("top1", "top5"), values, strict=False))
+
+
+def per_student(values: Sequence[Any], students: Sequence[str] = STUDENTS) -> Iterator[Any]:
+    """Yields (student, printed metrics) of a line of a table; a None is no cell."""
+    for student, value in zip(students, values, strict=True):
+        if value is not None:
+            yield student, scores(value)
+
+
+def distilled(
+    recipe: str,
+    cell: str,
+    student: str,
+    teacher: Teacher,
+    protocol: str,
+    printed: Any,
+    **fields: Any,
+) -> Row:
+    """Returns the cell of a distilled student that a linear evaluation scores.
+
+    Args:
+      recipe: a recipe with the arguments `student` and `teacher`; it may have arguments already.
+      cell: id of the cell within its table.
+      student: backbone of the student.
+      teacher: the teacher.
+      protocol: of `linear`.
+      printed: metric -> percent.
+      fields: further fields of the `Row`.
+    """
+    separator = "," if ":" in recipe else ":"
+    reference = f"{recipe}{separator}student={student},teacher={teacher.backbone}"
+    evaluation = linear(protocol, student)
+    return Row(cell, reference, evaluation, teacher=teacher, printed=printed, **fields)
+
+
+def alone(recipe: str, cell: str, student: str, protocol: str, printed: Any, **fields: Any) -> Row:
+    """Returns the cell of a student without a teacher; see `distilled`."""
+    reference = f"{recipe}:student={student}"
+    return Row(cell, reference, linear(protocol, student), printed=printed, **fields)
