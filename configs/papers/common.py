@@ -32,7 +32,7 @@ RESNET152 = Teacher(  # DisCo's code publishes one of 800 epochs: disagreement M
     "resnet152",
     "MoCo-v2, 400 epochs",
     "moco_v2:student=resnet152",
-    (("total_epochs", 400),),
+    changes=(("total_epochs", 400),),
     top1=74.1,
     row="disco/teachers/resnet152",
 )
@@ -51,7 +51,7 @@ RESNET50W2 = Teacher(  # the file is of 400 epochs, the paper says 800: disagree
     "resnet50w2",
     "SwAV, 400 epochs",
     "swav:student=resnet50w2",
-    (*SWAV_4096, ("total_epochs", 400), ("student.hidden", 8192), ("local.count", 4)),
+    changes=(*SWAV_4096, ("total_epochs", 400), ("student.hidden", 8192), ("local.count", 4)),
     file="swav_RN50w2_400ep_pretrain.pth.tar",
     top1=77.3,
     row="disco/teachers/resnet50w2",
@@ -60,13 +60,17 @@ SWAV_RESNET50 = Teacher(
     "resnet50",
     "SwAV, 800 epochs",
     "swav:student=resnet50",
-    (*SWAV_4096, ("total_epochs", 800)),
+    changes=(*SWAV_4096, ("total_epochs", 800)),
     file="swav_800ep_pretrain.pth.tar",
     top1=75.3,
     row="disco/teachers/swav_resnet50",
 )
 SELA_RESNET50 = Teacher(
-    "resnet50", "SeLa-v2, 400 epochs", file="selav2_400ep_pretrain.pth.tar", top1=71.8
+    "resnet50",
+    "SeLa-v2, 400 epochs",
+    shape="swav:student=resnet50",
+    file="selav2_400ep_pretrain.pth.tar",
+    top1=71.8,
 )
 TEACHERS = {
     "resnet50": RESNET50,

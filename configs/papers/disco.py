@@ -23,6 +23,7 @@ PAPER = "DisCo (2104.09124)"
 VIT_SMALL = Teacher(
     "vit_small_p16",
     "DINO, released file",
+    shape="dino:student=vit_small_p16",
     network="momentum",
     file="dino_deitsmall16_pretrain_full_checkpoint.pth",
     top1=77.0,
@@ -30,6 +31,7 @@ VIT_SMALL = Teacher(
 XCIT_SMALL = Teacher(
     "xcit_small_12_p16",
     "DINO, released file",
+    shape="dino:student=xcit_small_12_p16",
     network="momentum",
     file="dino_xcit_small_12_p16_pretrain_full_checkpoint.pth",
     top1=77.8,
@@ -114,9 +116,7 @@ def figure5() -> Iterator[Row]:
     for student in STUDENTS:
         for name in ("none", *SEMI_TEACHERS):
             for percent in (1, 10):
-                evaluation = Evaluation(
-                    f"semi:protocol=disco,percent={percent},student={student}"
-                )
+                evaluation = Evaluation(f"semi:protocol=disco,percent={percent},student={student}")
                 yield _pretrained(f"{student}/{name}/{percent}", student, name, evaluation)
 
 
@@ -246,9 +246,7 @@ def appendix3() -> Iterator[Row]:
         ("vit_tiny_p16", VIT_SMALL, 68.4),
         ("xcit_tiny_12_p16", XCIT_SMALL, 71.1),
     ):
-        yield distilled(
-            "dino_disco", f"{student}/disco", student, teacher, "dino", {"top1": top1}
-        )
+        yield distilled("dino_disco", f"{student}/disco", student, teacher, "dino", {"top1": top1})
 
 
 def _pretrained(

@@ -93,9 +93,7 @@ def table1() -> Iterator[Row]:
     for name, lines in BINGO.items():
         for student, printed in per_student(lines):
             cell, teacher = f"{student}/bingo_{name}", RETRO_TEACHERS[name]
-            yield distilled(
-                "bingo", cell, student, teacher, "disco", printed, missing=BINGO_PROBE
-            )
+            yield distilled("bingo", cell, student, teacher, "disco", printed, missing=BINGO_PROBE)
 
 
 def table2() -> Iterator[Row]:

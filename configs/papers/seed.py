@@ -36,7 +36,7 @@ WIDE_TEACHERS = {
         name,
         "MoCo-v2, 200 epochs, twice as wide",
         f"moco_v2:student={name}",
-        (("student.width", 128),),
+        changes=(("student.width", 128),),
     )
     for name in MOCO_TEACHERS
 }

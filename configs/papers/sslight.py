@@ -123,9 +123,7 @@ def table4() -> Iterator[Row]:
     for student, value in {MOBILE: (71.9, 90.3), **values}.items():
         yield Row(f"{student}/supervised", printed=scores(value), missing=SUPERVISED)
     for student, (changes, dino, ours) in CNNS.items():
-        yield alone(
-            "dino", f"{student}/dino", student, "sslight", scores(dino), changes=changes
-        )
+        yield alone("dino", f"{student}/dino", student, "sslight", scores(dino), changes=changes)
         yield _ours(f"{student}/ours", student, scores(ours), changes)
 
 

@@ -40,6 +40,7 @@ class Teacher:
       backbone: a name in `models.BACKBONES`.
       about: its pre-training, e.g. "MoCo-v2, 200 epochs".
       recipe: reference of the recipe of that pre-training; "": the package cannot repeat it.
+      shape: without a recipe, reference of one whose network and normalisation are the same.
       changes: fields that differ from `recipe`.
       network: the network of that run that teaches.
       file: name of the published weights; "" if there are none.
@@ -50,6 +51,7 @@ class Teacher:
     backbone: str
     about: str
     recipe: str = ""
+    shape: str = ""
     changes: Changes = ()
     network: str = "student"
     file: str = ""
@@ -57,8 +59,10 @@ class Teacher:
     row: str = ""
 
     def config(self) -> ConfigDict:
-        """Returns the config of its pre-training."""
-        return flags.changed(_load(self.recipe), self.changes, f"teacher {self.about}")
+        """Returns the config of its pre-training, or one with the same network."""
+        return flags.changed(
+            _load(self.recipe or self.shape), self.changes, f"teacher {self.about}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,12 @@ class Row:
     missing: str = ""
     note: str = ""
     command: str = ""
+
+    @property
+    def arguments(self) -> Mapping[str, str]:
+        """Arguments of its recipe, e.g. {"student": "resnet18"}."""
+        pairs = (pair.partition("=") for pair in self.recipe.partition(":")[2].split(","))
+        return {name: value for name, _, value in pairs}
 
     @property
     def table(self) -> str:

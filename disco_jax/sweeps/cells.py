@@ -83,7 +83,9 @@ def teachers(sweep: ConfigDict, cells: Sequence[Cell]) -> dict[str, ConfigDict]:
                 f"config.teachers.{name}.weights is empty: set --config.teachers.{name}.weights to "
                 "the workdir of a pretraining run or an import, or to a PyTorch checkpoint."
             )
-        configs[name] = flags.changed(flags.load(spec.recipe), (*sweep.changes, *spec.changes), name)
+        configs[name] = flags.changed(
+            flags.load(spec.recipe), (*sweep.changes, *spec.changes), name
+        )
     return configs
 
 

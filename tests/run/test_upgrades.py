@@ -12,7 +12,6 @@ from disco_jax import errors, flags
 from disco_jax.configs import common
 from disco_jax.nested import flatten
 from disco_jax.run import upgrades, workdir
-from disco_jax.sweeps import cells
 
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"
 # Fields of an earlier config -> the fields of this version.
