@@ -122,6 +122,15 @@ def distill_elements(config: ConfigDict) -> None:
     config.objectives.distill.update(weight=weight, views=tuple(range(views)))
 
 
+def readable_blocks(backbone: str) -> int:
+    """Returns the number of last blocks of a backbone that probes may read; 1 without a name."""
+    if not backbone:
+        return 1
+    from disco_jax import models  # imports JAX
+
+    return models.backbone(backbone).backbone.readable_blocks
+
+
 def is_transformer(backbone: str) -> bool:
     """Returns whether a backbone is a transformer, which DINO trains with AdamW."""
     from disco_jax import models  # imports JAX

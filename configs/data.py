@@ -10,11 +10,33 @@ DATA: dict[str, dict[str, Any]] = {
     "fashion_mnist": dict(eval_split="test", size=28, eval_resize=0, stem="small"),
     "digits": dict(eval_split="test", size=16, eval_resize=0, stem="small"),
 }
+# TFDS names of parts of a data set of `DATA`: the files of SimCLR's lists ("/1pct", "/10pct").
+PARTS = {"imagenet2012_subset": "imagenet2012"}
+
+
+def family(dataset: str) -> str:
+    """Returns the data set whose properties another one has, e.g. "imagenet2012" for its parts.
+
+    Args:
+      dataset: TFDS name, with or without a config after the slash.
+    """
+    name = dataset.partition("/")[0]
+    return PARTS.get(name, name)
+
+
+def is_part(dataset: str) -> bool:
+    """Returns whether a data set holds only the images of a list, as those in `PARTS` do."""
+    return dataset.partition("/")[0] in PARTS
+
+
+def is_imagenet(dataset: str) -> bool:
+    """Returns whether a data set is ImageNet or a part of it, e.g. "imagenet2012_subset/1pct"."""
+    return family(dataset) == "imagenet2012"
 
 
 def properties(dataset: str) -> dict[str, Any]:
     """Returns the entry of `DATA`; data sets without one are treated like ImageNet."""
-    return DATA.get(dataset, DATA["imagenet2012"])
+    return DATA.get(family(dataset), DATA["imagenet2012"])
 
 
 def source(dataset: str) -> dict[str, Any]:
@@ -33,6 +55,8 @@ def source(dataset: str) -> dict[str, Any]:
         eval_split=properties(dataset)["eval_split"],
         # shorter side in px before evaluations crop the centre; 0: resize straight to the size
         eval_resize=properties(dataset)["eval_resize"],
+        # filter of that resize: bilinear | bicubic; "": augment.interpolation, as for the crops
+        eval_interpolation="",
         subset="",  # a text file with one file name a line: training reads only these images
         shuffle_buffer=16_384,  # encoded records in the shuffle buffer of TFRecord files
         cache=False,  # keep encoded records in memory; small data sets are always kept

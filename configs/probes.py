@@ -1,8 +1,48 @@
-"""Fields of evaluations of a run, with their defaults."""
+"""Fields of evaluations of a run with their defaults, and the papers' probe of each recipe."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
+
+# Recipe or family of an import (`config.name`) -> protocol of `linear.py` with which its paper
+# evaluates it. All others are evaluated as in DisCo and RETRO, whose tables contain MoCo-v2, BINGO
+# and the combinations with DisCo.
+TESTBEDS = {
+    "seed": "seed",
+    "seed_cross": "seed",
+    "seed_to_large": "seed",
+    "seed_small_patch": "seed",
+    "swav": "swav",
+    "swav_disco": "swav",
+    "dino": "dino",
+    "dino_disco": "dino",
+    "sslight": "sslight",
+    "sslight_dino": "sslight",
+    "sslight_moco": "sslight",
+    "sslight_swav": "sslight",
+    "compress": "compress",
+    "compress_1q": "compress",
+    "compress_2q": "compress",
+    "simreg": "compress",
+}
+
+
+def testbed(name: str) -> str:
+    """Returns the protocol with which the paper of a recipe (`config.name`) evaluates it."""
+    return TESTBEDS.get(name, "disco")
+
+
+def protocol_for(config: ConfigDict) -> str:
+    """Returns the linear probe of a run's paper, e.g. "linear:protocol=disco,student=resnet18".
+
+    Args:
+      config: config of a pretraining run or an import.
+    """
+    protocol = testbed(config.name)
+    arguments = dict(protocol=protocol, student=config.student.backbone)
+    if protocol == "dino" and not config.objectives.self_distill.weight:
+        arguments["network"] = "student"  # an imported network has no EMA copy
+    return "linear:" + ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def evaluation(name: str) -> ConfigDict:
@@ -31,13 +71,15 @@ def _data() -> dict[str, Any]:
         dir="",
         train_split="",
         eval_split="",
-        subset="",  # a text file with one file name a line: training reads only these images
+        # a text file with one file name a line: training reads only these images
+        subset="",
         splits="",  # as in a run; "" for another data set: the names of the folders decide
         labels="",  # as in a run; "" for another data set: none
         range="",  # as in a run; "" for another data set: full
         size=0,  # px
         eval_resize=-1,  # shorter side in px before the centre crop; 0: resize straight to `size`
-        interpolation="",  # bilinear | bicubic
+        interpolation="",  # filter of crops and of the resize in evaluations: bilinear | bicubic
+        eval_interpolation="",  # filter of the resize in evaluations; "": the same
     )
 
 
@@ -48,6 +90,7 @@ def classification(name: str) -> ConfigDict:
       name: see `evaluation`.
     """
     config = evaluation(name)
+    config.protocol = ""  # the paper's protocol that the recipe states; a label in the results
     config.student = ""  # the backbone that the config is made for; "": any
     config.seed = 0
     config.total_epochs = 100
@@ -58,7 +101,8 @@ def classification(name: str) -> ConfigDict:
     config.normalise = False
     config.init = "normal"  # normal: N(0, 0.01), bias 0 | torch: U(+-1/sqrt(fan_in))
     # A class-balanced part of the training split, in percent or images a class; 0: all images.
-    config.labelled = dict(percent=0.0, per_class=0, seed=0)
+    # `listed` is the length of the papers' list, which `data.subset` must have on ImageNet.
+    config.labelled = dict(percent=0.0, per_class=0, seed=0, listed=0)
     config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0, nesterov=False)
     config.head_rate = 1.0  # learning rate of the classifier divided by that of the network
     config.learning_rate = _learning_rate()
@@ -78,7 +122,7 @@ def classification(name: str) -> ConfigDict:
 def _learning_rate() -> dict[str, Any]:
     """Returns the section `config.learning_rate` of MoCo's linear probe."""
     return dict(
-        base_lr=30.0,
+        base_lr=30.0,  # for a batch of 256; 0: the `probe_rate` of the student's family
         decay="steps",
         every="epoch",
         milestones=(60, 80),
@@ -90,5 +134,12 @@ def _learning_rate() -> dict[str, Any]:
 
 
 def base_rate(backbone: str) -> float:
-    """Returns the rate of DisCo's, SEED's and RETRO's probes of a backbone."""
-    return 3.0 if backbone.startswith(("efficientnet", "mobilenet")) else 30.0
+    """Returns the rate of DisCo's, SEED's and RETRO's probes of a backbone.
+
+    Without a name it is 0: the evaluation then takes that of the run's backbone.
+    """
+    if not backbone:
+        return 0.0
+    from disco_jax import models  # imports JAX
+
+    return models.probe_rate(backbone)

@@ -31,6 +31,7 @@ def get_config(arg=None):
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     config = probes.classification(f"transfer_{arg.protocol}_{arg.data.replace('/', '_')}")
+    config.protocol = arg.protocol
     config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
     config.learning_rate.base_lr = 3.0
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])

@@ -79,7 +79,7 @@ def _encode(config: ConfigDict, source: Source) -> np.ndarray:
         config.data.train_split,
         size,
         config.data.eval_resize,
-        augment.interpolation,
+        features.eval_interpolation(opened.config),
         -(-config.batch_size // devices) * devices,
     )
     recipe = views.build(augment, opened.config.views, opened.config.local)

@@ -55,6 +55,9 @@ def main(argv: Sequence[str]) -> None:
         "--labels", default="", help="value for config.data.labels: a list with classes"
     )
     parser.add_argument(
+        "--subset", default="", help="value for config.data.subset: a list of training images"
+    )
+    parser.add_argument(
         "--range",
         default="full",
         dest="values",
@@ -81,6 +84,7 @@ def run(
     npz: str = "",
     splits: str = "",
     labels: str = "",
+    subset: str = "",
     values: str = "full",
     max_pixels: int = decode.MAX_PIXELS,
 ) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def run(
       output: a .json file to write the returned report to.
       npz: an .npz file to copy the images to, for `config.data.source=npz`; they must have one
         size.
-      splits, labels, max_pixels: fields of `config.data`.
+      splits, labels, subset, max_pixels: fields of `config.data`.
       values: value of `config.data.range`.
 
     Returns:
@@ -114,7 +118,7 @@ def run(
         raise errors.UserError(f"--npz={npz} should end in .npz.")
     if limit < 0 or seconds < 0:
         raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
-    fields = dict(splits=splits, labels=labels, range=values, max_pixels=max_pixels)
+    fields = dict(splits=splits, labels=labels, subset=subset, range=values, max_pixels=max_pixels)
     source = _open(data, data_dir, fields)
     splits_report = {split: _inspect(source, split, limit) for split in source.splits}
     brightest_levels = [

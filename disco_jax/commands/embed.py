@@ -144,7 +144,7 @@ def _batches(
             image = decode.decode(decode.ruled(file, rules))
         except decode.Unreadable:
             return None
-        return evaluated(image, side, resize, config.augment.interpolation)
+        return evaluated(image, side, resize, opened.preprocessing["interpolation"])
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(files), batch_size):

@@ -13,10 +13,20 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data.contract import Source
-from disco_jax.evaluate import features, grid, linear, online, probe, saved, scores, target
+from disco_jax.evaluate import (
+    features,
+    grid,
+    linear,
+    online,
+    probe,
+    protocols,
+    saved,
+    scores,
+    target,
+)
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features, TrainedModel
-from disco_jax.report import build
+from disco_jax.report import build, runs
 
 AUGMENT = ("linear", "flip", "none")
 
@@ -39,11 +49,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       UserError: a setting, the run or the data is invalid; nothing was trained.
     """
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    config = protocols.fit(config, trained)
     _check(config, trained)
     teacher = saved.read(config.distill.teacher) if config.distill.teacher else None
     trained, source = target.opened(trained, source)
     _check_data(config, trained, source, teacher)
-    source = target.few_labels(source, trained.config.data.train_split, config.labelled)
+    source, labelled = target.few_labels(source, trained.config.data, config.labelled)
+    if config.labelled.listed and jax.process_index() == 0:
+        print(f"Labelled images: {labelled['images']} ({labelled['selection']}).")
     if _reads_images(config):
         layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
@@ -54,11 +67,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         outputs = layer.scores(getattr(test, config.output)), test.labels
     result = {"step": trained.step, "name": config.name, "data": source.name, **result}
     result |= {field: config[field] for field in saved.READING}
+    result |= {"protocol": config.protocol, "cached": not _reads_images(config)}
+    result["trained_on"] = labelled
     saved.write(
         workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )
     if jax.process_index() == 0:
-        print(f"{_TITLES[config.layers]}: {scores.line(result)} of {source.name}")
+        cached = f" on {runs.CACHED}" if result["cached"] else ""
+        print(f"{_TITLES[config.layers]}{cached}: {scores.line(result)} of {source.name}")
     build.refresh(config.report, workdir)
     return result
 
@@ -86,12 +102,6 @@ def _check(config: ConfigDict, trained: TrainedModel) -> None:
         raise errors.UserError(
             "config.grid trains classifiers on frozen features with labels only: set augment to "
             "none or linear, layers to classifier and distill.weight to 0."
-        )
-    backbone = trained.config.student.backbone
-    if config.student not in ("", backbone):
-        raise errors.UserError(
-            f"The settings are for config.student={config.student!r}, but the run's backbone is "
-            f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
         )
     online.check(config, trained)
 

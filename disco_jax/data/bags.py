@@ -13,6 +13,7 @@ from etils import epath
 from disco_jax.data import contract, decode
 from disco_jax.data.arrays import crop_all
 from disco_jax.data.encoded import check_crops
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, unknown
 
 SAMPLING = ("images", "clusters")
@@ -224,7 +225,7 @@ class BagSource:
 
     def _order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns this host's records of an epoch and another member of the bag of each."""
-        generator = np.random.default_rng(contract.seed_words(seed, epoch))
+        generator = np.random.default_rng(seed_words(seed, epoch))
         if self._sampling == "clusters":
             anchors = self._bags.sampled(generator)
         else:

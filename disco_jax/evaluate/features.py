@@ -214,7 +214,7 @@ def of_split(
         split,
         augment.size,
         data.eval_resize,
-        augment.interpolation,
+        eval_interpolation(trained.config),
         -(-batch_size // devices) * devices,
         limit,
     )
@@ -225,6 +225,15 @@ def of_split(
     if (extracted.labels < 0).any():
         raise unlabelled(source, split)
     return extracted
+
+
+def eval_interpolation(config: ConfigDict) -> str:
+    """Returns the filter with which evaluations resize images: "bilinear" or "bicubic".
+
+    Args:
+      config: config of a run.
+    """
+    return config.data.get("eval_interpolation", "") or config.augment.interpolation
 
 
 def classes(source: Source, split: str) -> int:

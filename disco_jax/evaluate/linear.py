@@ -48,8 +48,13 @@ def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
       hosts: number of hosts that read disjoint shards; the smallest shard limits the batch size.
 
     Raises:
-      UserError: if there are fewer images than devices.
+      UserError: if there are fewer images than devices, or no rate.
     """
+    if not config.learning_rate.base_lr:
+        raise UserError(
+            "config.learning_rate.base_lr=0 stands for the rate of a run's backbone, and there is "
+            "no run here: set a rate."
+        )
     devices = jax.device_count()
     batch_size = min(config.batch_size, count // hosts * hosts) // devices * devices
     if not batch_size:

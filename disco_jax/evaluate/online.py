@@ -35,6 +35,8 @@ _CHANGEABLE = (
     "evaluate_every_epochs",
     "extract_batch_size",
     "report",
+    "protocol",
+    "student",
 )
 # Fields of `augment` that come from the run instead of the preset.
 _RUN_FIELDS = ("size", "interpolation", "antialias", "mean", "std")

@@ -46,7 +46,7 @@ class OpenedModel:
         return {
             "resize": config.data.eval_resize or config.augment.size,
             "crop": config.augment.size,
-            "interpolation": config.augment.interpolation,
+            "interpolation": features.eval_interpolation(config),
             "mean": list(config.augment.mean),
             "std": list(config.augment.std),
         }

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from disco_jax import errors
+from disco_jax.configs import data as datasets
 from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
@@ -21,10 +22,10 @@ def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
 
     Args:
       trained: network of a run.
-      data: fields source, name, dir, train_split, eval_split, interpolation, subset, splits,
-        labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the run's; for
-        another data set or size it defaults to the size, so that the shorter side is cropped to a
-        square).
+      data: fields source, name, dir, train_split, eval_split, interpolation, eval_interpolation,
+        subset, splits, labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the
+        run's; for another data set or size that of the data set at its own size, else the size, so
+        that the shorter side is cropped to a square).
 
     Returns:
       The same network; its `config.data` and `config.augment` define how images are read.
@@ -45,11 +46,25 @@ def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
         config.augment.size = data.size
     if data.interpolation:
         config.augment.interpolation = data.interpolation
+    if data.interpolation or data.eval_interpolation:
+        config.data.eval_interpolation = data.eval_interpolation
     if data.eval_resize >= 0:
         config.data.eval_resize = data.eval_resize
     elif is_other or data.size:
-        config.data.eval_resize = config.augment.size
+        config.data.eval_resize = _eval_resize(data.name, config.augment.size)
     return dataclasses.replace(trained, config=config)
+
+
+def _eval_resize(name: str, size: int) -> int:
+    """Returns the shorter side in px before the centre crop of `size` px is evaluated.
+
+    Args:
+      name: TFDS name of the data set, or "".
+      size: side of the crop in px.
+    """
+    own = datasets.DATA.get(datasets.family(name), {})
+    resize: int = own["eval_resize"] if own.get("size") == size else size
+    return resize
 
 
 def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
@@ -72,24 +87,33 @@ def opened(trained: TrainedModel, source: Source | None = None) -> tuple[Trained
     return trained, source
 
 
-def few_labels(source: Source, split: str, labelled: Any) -> Source:
-    """Returns the source with a class-balanced subset of `split`, if `config.labelled` is set.
+def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[str, Any]]:
+    """Restricts the training split to the labelled images of `config.labelled`, and names them.
 
     Args:
       source: images.
-      split: split to train on.
-      labelled: fields percent and per_class (0: all images), and seed.
+      data: `config.data` of the run, as changed for the evaluation; a list in `subset` has already
+        selected images.
+      labelled: fields percent and per_class (0: all images), seed, and listed (see `_check_list`).
+
+    Returns:
+      The source with a class-balanced subset of the split, or `source` itself; and {"images": their
+      number, "selection": e.g. "12 of each class, drawn with seed 0"}.
 
     Raises:
-      UserError: if both are set, or a class has too few images.
+      UserError: if both percent and per_class are set, a class has too few images, or the list has
+        another length than the papers'.
     """
     if labelled.percent and labelled.per_class:
         raise errors.UserError(
             f"config.labelled.percent={labelled.percent} and config.labelled.per_class="
             f"{labelled.per_class} are both set: set one of them to 0."
         )
-    if not labelled.percent and not labelled.per_class:
-        return source
+    split, wanted = data.train_split, labelled.percent or labelled.per_class
+    _check_list(source.count(split), data, labelled)
+    if not wanted:
+        selection = f"the list {data.subset}" if data.subset else f"all of {source.name}"
+        return source, {"images": source.count(split), "selection": selection}
     labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
@@ -98,7 +122,43 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
     else:
         rows = subsets.balanced(labels, labelled.per_class, labelled.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return SubsetSource(source, split, rows, **hosts)
+    each = len(rows) // len(np.unique(labels))
+    selection = f"{each} of each class, drawn with seed {labelled.seed}"
+    if labelled.listed and datasets.is_imagenet(data.name):
+        selection += f"; the papers' list has {labelled.listed} images"
+    return SubsetSource(source, split, rows, **hosts), {
+        "images": len(rows),
+        "selection": selection,
+    }
+
+
+def _check_list(count: int, data: Any, labelled: Any) -> None:
+    """Checks that a list of ImageNet's labelled images is as long as the papers'.
+
+    Args:
+      count: number of images in the training split.
+      data: `config.data`; other data sets have other lists.
+      labelled: `listed` is the length of the papers' list, 0 for any length.
+
+    Raises:
+      UserError: the list is shorter or longer, or labelled images would be drawn from it.
+    """
+    listed = data.subset or datasets.is_part(data.name)
+    if not listed or not labelled.listed or not datasets.is_imagenet(data.name):
+        return
+    where = f"config.data.subset={data.subset!r}" if data.subset else f"{data.name}"
+    if labelled.percent or labelled.per_class:
+        raise errors.UserError(
+            f"{where} has the labelled images only, and "
+            f"config.labelled.percent={labelled.percent:g} would draw some of them: set "
+            "--config.labelled.percent=0, or --config.labelled.listed=0 to draw from them."
+        )
+    if count != labelled.listed:
+        raise errors.UserError(
+            f"{where} has {count} images, the papers' list of "
+            f"ImageNet {labelled.listed}: take the whole list (DisCo's script drops its first "
+            "line), or set --config.labelled.listed=0 for a list of your own."
+        )
 
 
 def check_labels(source: Source, train_split: str, eval_split: str, thorough: bool) -> None:

@@ -25,7 +25,7 @@ from disco_jax.models.layers.settings import (
 __all__ = [
     "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder", "Network",
     "backbone", "build_encoder", "build_network", "compute_dtype", "find", "is_transformer",
-    "options", "parameters", "resolve_auto", "resolve_config", "width",
+    "options", "parameters", "probe_rate", "resolve_auto", "resolve_config", "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -126,6 +126,18 @@ def options(name: str) -> frozenset[str]:
 def is_transformer(name: str) -> bool:
     """Returns whether a backbone is a transformer; False for unknown names."""
     return (name in BACKBONES or ":" in name) and find(name)[0].is_transformer
+
+
+def probe_rate(name: str) -> float:
+    """Returns the learning rate of DisCo's, SEED's and RETRO's linear probes of a backbone.
+
+    It is for a batch of 256: 3 for EfficientNets and MobileNets, 30 for other families
+    (disagreement D7).
+
+    Raises:
+      UserError: the backbone is unknown.
+    """
+    return find(name)[0].probe_rate
 
 
 def width(spec: Any) -> int:

@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import errors, files, methods, models
+from disco_jax.configs import data as datasets
 from disco_jax.convert.manifest import MANIFEST
 from disco_jax.nested import flatten
 from disco_jax.report import rows
@@ -32,6 +33,7 @@ HOW = (
 EVALUATION_HOW = (
     "name", "report", "seed", "student", "log_every_epochs", "checkpoint_every_epochs",
     "evaluate_every_epochs", "extract_batch_size", "data.source", "data.dir", "distill.teacher",
+    "protocol",
 )  # fmt: skip
 # Names of the number of training images in data.json, see `Source.fingerprint`.
 _COUNTS = ("records", "pictures", "images")
@@ -317,7 +319,7 @@ def _published() -> frozenset[str]:
 
 
 # Fields that separate kinds of evaluations, e.g. few labels from all of them.
-_TASK_FIELDS = ("data.name", "data.subset", "labelled.percent", "layers", "distill.weight", "vote")
+_TASK_FIELDS = ("data.name", "labelled.listed", "layers", "distill.weight", "vote")
 
 
 def _evaluation_differences(row: Row, settings: Mapping[str, Any] | None) -> tuple[str, ...] | None:
@@ -329,7 +331,7 @@ def _evaluation_differences(row: Row, settings: Mapping[str, Any] | None) -> tup
     """
     if row.evaluation is None or settings is None:
         return None
-    paper, own = evaluation_fields(row.evaluation.config()), evaluation_fields(settings)
+    paper, own = evaluation_fields(row.evaluation.config(), paper=True), evaluation_fields(settings)
     same_task = paper.keys() == own.keys() and all(
         paper.get(name) == own.get(name) for name in _TASK_FIELDS
     )
@@ -342,7 +344,20 @@ def _evaluation_differences(row: Row, settings: Mapping[str, Any] | None) -> tup
     )
 
 
-def evaluation_fields(config: Any) -> dict[str, Any]:
-    """Returns the fields of an evaluation that change its score, as values of JSON."""
+def evaluation_fields(config: Any, paper: bool = False) -> dict[str, Any]:
+    """Returns the fields of an evaluation that change its score, as values of JSON.
+
+    Args:
+      config: config of the evaluation.
+      paper: whether the paper ran it, on its own list of labelled images if it has few of them.
+    """
     fields = flatten(json.loads(ConfigDict(config).to_json_best_effort()))
-    return {name: value for name, value in fields.items() if name not in EVALUATION_HOW}
+    fields = {name: value for name, value in fields.items() if name not in EVALUATION_HOW}
+    if fields.get("labelled.listed"):  # the list may be a file or a data set of TFDS
+        drawn = fields.pop("labelled.percent") or fields.pop("labelled.per_class", 0)
+        fields["labelled images"] = "drawn" if drawn and not paper else "the papers' list"
+        for name in ("labelled.seed", "labelled.per_class", "data.subset"):
+            fields.pop(name, None)
+        if datasets.is_part(fields["data.name"]):
+            fields["data.name"] = ""
+    return fields

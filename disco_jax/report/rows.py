@@ -140,7 +140,7 @@ class Row:
         Args:
           smoke: limit it to two steps on small images, with a random teacher.
         """
-        reference = flags.with_arguments(self.recipe, ("smoke=true",)) if smoke else self.recipe
+        reference = flags.with_arguments(self.recipe, "smoke=true") if smoke else self.recipe
         changes = () if smoke else self.changes
         return flags.changed(_load(reference), changes, self.id)
 

@@ -9,9 +9,8 @@ from etils import epath
 
 from disco_jax import files
 from disco_jax.errors import UserError
-from disco_jax.evaluate import saved
 from disco_jax.report import paper
-from disco_jax.run import checkpoint, goodput, workdir
+from disco_jax.run import checkpoint, goodput, metrics, workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,6 +23,7 @@ _NOT_RESULTS = (
     files.LEASE,
 )
 FIGURES = "figures"
+CACHED = "cached features"  # label of classifiers whose features were extracted only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,17 @@ def read(path: str) -> Run:
         path=folder,
         config=config,
         starts=_json(folder / workdir.ENVIRONMENT) or [],
-        metrics=saved.metrics(path),
+        metrics=_metrics(folder),
         seconds=goodput_record.get("seconds", {}),
         results=results,
         pictures={file.stem: file for file in sorted(folder.glob("*.png"))},
-        trainings={
-            name: content for name in results if (content := saved.metrics(str(folder / name)))
-        },
+        trainings={name: content for name in results if (content := _metrics(folder / name))},
     )
+
+
+def _metrics(folder: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a training's metrics; skips damaged and incomplete ones."""
+    return metrics.read(folder / metrics.FILE)[0]
 
 
 def _json(file: epath.Path) -> Any:
@@ -122,6 +125,7 @@ class Row:
       spread: "(low to high)" at 95 %, or "+- deviation" over seeds, or "".
       step: training step of the checkpoint.
       printed: the paper's result; None if there is none.
+      cached: whether features were extracted once, without new crops in every epoch.
     """
 
     name: str
@@ -131,6 +135,12 @@ class Row:
     spread: str = ""
     step: int | None = None
     printed: paper.Value | None = None
+    cached: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of the evaluation, with the label of cached features."""
+        return f"{self.name} ({CACHED})" if self.cached else self.name
 
 
 def rows(run: Run) -> list[Row]:
@@ -174,5 +184,6 @@ def _of_result(
             "" if low is None else f"({low:.2f} to {high:.2f})",
             step,
             printed.get(paper.kind(name)) if data == paper.DATA else None,
+            bool(result.get("cached")),
         )
     ]

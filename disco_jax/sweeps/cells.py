@@ -110,7 +110,7 @@ def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
             arguments.append(f"{axis}={value}")
 
     def load(*further: str) -> ConfigDict:
-        config = flags.load(flags.with_arguments(recipe, (*arguments, *further)))
+        config = flags.load(flags.with_arguments(recipe, ",".join((*arguments, *further))))
         return flags.changed(config, (*sweep.changes, *fields), "config.axes")
 
     config = load()

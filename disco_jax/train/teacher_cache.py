@@ -24,7 +24,7 @@ _ORIGIN_FIELDS = (
 _IMAGES = "fingerprint of the images"
 _EXCLUDED_FIELDS = (
     "data.dir", "data.cache", "data.max_unreadable", "data.max_unreadable_percent",
-    "data.eval_split", "data.eval_resize", "data.labels",
+    "data.eval_split", "data.eval_resize", "data.eval_interpolation", "data.labels",
     "teacher.weights", "teacher.cache", "teacher.network",
 )  # fmt: skip
 # Fields that older caches lack, with the value that describes those caches.

@@ -102,3 +102,47 @@ def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
         source = ArraySource(dict.fromkeys(names, pair))
         with pytest.raises(UserError, match="eval_split is not set"):
             target.opened(unclear, source)
+
+
+@pytest.mark.parametrize(
+    "name, size, resize",
+    [
+        ("imagenet2012_subset/1pct", 224, 256),
+        ("imagenet2012_subset/10pct", 224, 256),
+        ("imagenet2012", 224, 256),
+        ("imagenet2012", 96, 96),
+        ("fashion_mnist", 28, 0),
+        ("cifar10", 224, 224),
+    ],
+)
+def test_another_data_set_is_resized_as_its_family(trained, name, size, resize):
+    fields = target.with_eval_data(trained, data(name=name, size=size)).config.data
+    assert fields.eval_resize == resize
+    config = flags.load(f"moco_v2:data={name}")
+    if size == config.augment.size:
+        assert config.data.eval_resize == (256 if name == "cifar10" else resize)
+
+
+def test_tests_may_be_resized_by_another_filter_than_crops(trained):
+    """DINO's official code: bilinear crops in training, a bicubic resize in evaluation."""
+    probe = flags.load("linear:protocol=dino")
+    assert (probe.data.interpolation, probe.data.eval_interpolation) == ("bilinear", "bicubic")
+    changed = target.with_eval_data(trained, probe.data)
+    assert changed.config.augment.interpolation == "bilinear"
+    assert features.eval_interpolation(changed.config) == "bicubic"
+    own = target.with_eval_data(changed, data(interpolation="bilinear"))
+    assert features.eval_interpolation(own.config) == "bilinear"
+    assert features.eval_interpolation(trained.config) == trained.config.augment.interpolation
+
+
+def test_the_filter_of_evaluations_is_pillows(trained):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 40, 30, 3), np.uint8)
+    source = ArraySource({"test": (list(images), np.arange(3))})
+    for name, resample in (("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
+        fields = data(interpolation="bilinear", eval_interpolation=name, size=16, eval_resize=20)
+        config = target.with_eval_data(trained, fields).config
+        batches = source.evaluate("test", 16, 20, features.eval_interpolation(config), 3)
+        for image, cropped in zip(images, next(iter(batches))["image"], strict=True):
+            small = Image.fromarray(image).resize((20, 26), resample)
+            np.testing.assert_array_equal(cropped, np.asarray(small)[5:21, 2:18])

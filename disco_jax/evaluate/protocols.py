@@ -1,0 +1,106 @@
+"""Choice of an evaluation's protocol and settings by the run that it evaluates."""
+
+import logging
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax import errors, flags
+from disco_jax.configs import data, linear, probes
+from disco_jax.evaluate.features import TrainedModel
+from disco_jax.run import workdir
+
+_LOG = logging.getLogger(__name__)
+
+# Recipes whose argument `student` selects settings of a backbone.
+_BY_STUDENT = ("linear", "semi", "finetune")
+
+
+def choose(reference: str, run: str) -> str:
+    """Completes the reference of an evaluation's recipe by the run that it evaluates.
+
+    Args:
+      reference: the value of --config; see `complete`.
+      run: directory of the run; if there is none, the task reports it.
+    """
+    if flags.shipped_name(reference) not in _BY_STUDENT:
+        return reference
+    if not (epath.Path(run) / workdir.CONFIG).exists():
+        return reference
+    completed = complete(reference, workdir.read_config(run))
+    if completed != reference:
+        _LOG.info("Protocol by the run's config: --config=%s", completed)
+    return completed
+
+
+def complete(reference: str, config: ConfigDict) -> str:
+    """Completes the reference of an evaluation's recipe by the config of a run.
+
+    A run on ImageNet is probed by its paper's protocol unless the reference names another one; a
+    run on other images by `cached`. The student's settings are those of the run's backbone.
+
+    Args:
+      reference: e.g. "linear", "semi:percent=10".
+      config: config of a pretraining run or an import.
+    """
+    name = flags.shipped_name(reference)
+    if name not in _BY_STUDENT:
+        return reference
+    stated = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
+    if name == "linear" and "protocol" not in stated and data.is_imagenet(config.data.name):
+        return flags.with_arguments(probes.protocol_for(config), reference.partition(":")[2])
+    if "student" not in stated:
+        return flags.with_arguments(reference, f"student={config.student.backbone}")
+    return reference
+
+
+def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
+    """Returns the config with the settings that depend on the run's backbone.
+
+    Logs one warning if the protocol is that of another paper than the run's.
+
+    Args:
+      config: see `probes.classification`; a rate of 0 becomes that of the backbone's family.
+      trained: network of the run.
+
+    Raises:
+      UserError: the config is made for another backbone, or for convolutional networks only.
+    """
+    _check_student(config, trained)
+    _warn_of_other_paper(config, trained.config)
+    config = config.copy_and_resolve_references()
+    rate = config.learning_rate
+    if not rate.base_lr:
+        rate.base_lr = trained.encoder.backbone.probe_rate
+        if config.protocol == "seed":  # a constant rate in the warm-up: disagreement S2
+            rate.warmup_from = rate.base_lr
+    return config
+
+
+def _check_student(config: ConfigDict, trained: TrainedModel) -> None:
+    network = trained.encoder.backbone
+    backbone = trained.config.student.backbone
+    if config.student not in ("", backbone):
+        raise errors.UserError(
+            f"The settings are for config.student={config.student!r}, but the run's backbone is "
+            f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
+        )
+    transformer = network.is_transformer or network.readable_blocks > 1
+    if not config.student and config.protocol in linear.BY_KIND and transformer:
+        raise errors.UserError(
+            f"The protocol {config.protocol!r} has other settings for {backbone}, a transformer: "
+            f"set the recipe's argument, --config=linear:protocol={config.protocol},"
+            f"student={backbone}."
+        )
+
+
+def _warn_of_other_paper(config: ConfigDict, run: ConfigDict) -> None:
+    """Logs a warning if the paper of the run has another linear probe than the config's."""
+    own = probes.testbed(run.name)
+    if config.protocol in linear.OF_PAPERS and config.protocol != own:
+        _LOG.warning(
+            "The protocol %s is not that of the paper of %s, which is --config=%s.",
+            config.protocol,
+            run.name or "this run",
+            probes.protocol_for(run),
+        )
