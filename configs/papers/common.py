@@ -93,6 +93,17 @@ def scores(value: Any) -> dict[str, float]:
     return dict(zip(("top1", "top5"), values, strict=False))
 
 
+def sizes(cells: str, result: str) -> Row:
+    """Returns a figure of top-1 and parameters.
+
+    Args:
+      cells: the cells whose runs it draws.
+      result: name of their linear evaluation.
+    """
+    command = "disco-jax cost --workdir OUT --config.runs=\"('RUN','RUN')\""
+    return Row("plot", command=f"{command} --config.result={result}", note=f"runs of {cells}")
+
+
 def per_student(values: Sequence[Any], students: Sequence[str] = STUDENTS) -> Iterator[Any]:
     """Yields (student, printed metrics) of a line of a table; a None is no cell."""
     for student, value in zip(students, values, strict=True):

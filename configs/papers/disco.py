@@ -15,6 +15,7 @@ from disco_jax.configs.papers.common import (
     distilled,
     linear,
     per_student,
+    sizes,
 )
 from disco_jax.report.rows import Evaluation, Row, Table, Teacher, table
 
@@ -89,8 +90,7 @@ def teachers() -> Iterator[Row]:
 
 def figure1() -> Iterator[Row]:
     """Yields the figure of Table 1's students under ResNet-50."""
-    yield Row("plot", command="disco-jax cost --workdir OUT --config.runs=\"('RUN','RUN')\" "
-              "--config.result=linear_disco", note="runs of disco/table1")  # fmt: skip
+    yield sizes("disco/table1", "linear_disco")
 
 
 def table1() -> Iterator[Row]:

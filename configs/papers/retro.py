@@ -13,6 +13,7 @@ from disco_jax.configs.papers.common import (
     alone,
     distilled,
     per_student,
+    sizes,
 )
 from disco_jax.report.rows import Evaluation, Row, Table, table
 
@@ -76,8 +77,7 @@ def tables() -> tuple[Table, ...]:
 
 def figure1() -> Iterator[Row]:
     """Yields the figure of Table 1's students."""
-    yield Row("plot", command="disco-jax cost --workdir OUT --config.runs=\"('RUN','RUN')\" "
-              "--config.result=linear_disco", note="runs of retro/table1")  # fmt: skip
+    yield sizes("retro/table1", "linear_disco")
 
 
 def table1() -> Iterator[Row]:

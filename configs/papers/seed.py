@@ -18,6 +18,7 @@ from disco_jax.configs.papers.common import (
     distilled,
     linear,
     per_student,
+    sizes,
 )
 from disco_jax.report.rows import Evaluation, Row, Table, Teacher, table
 
@@ -86,8 +87,7 @@ def tables() -> tuple[Table, ...]:
 
 def figure1() -> Iterator[Row]:
     """Yields the figure of Table 1's students."""
-    yield Row("plot", command="disco-jax cost --workdir OUT --config.runs=\"('RUN','RUN')\" "
-              "--config.result=linear_seed", note="runs of seed/table1")  # fmt: skip
+    yield sizes("seed/table1", "linear_seed")
 
 
 def table1() -> Iterator[Row]:

@@ -11,6 +11,7 @@ from disco_jax.configs.papers.common import (
     distilled,
     linear,
     scores,
+    sizes,
 )
 from disco_jax.report.rows import Changes, Evaluation, Row, Table, table
 
@@ -139,8 +140,7 @@ def table5() -> Iterator[Row]:
 
 def figure4() -> Iterator[Row]:
     """Yields the figure of Tables 4 and 5."""
-    yield Row("plot", command="disco-jax cost --workdir OUT --config.runs=\"('RUN','RUN')\" "
-              "--config.result=linear_sslight", note="runs of sslight/table4 and table5")  # fmt: skip
+    yield sizes("sslight/table4 and table5", "linear_sslight")
 
 
 def held_out() -> Iterator[Row]:

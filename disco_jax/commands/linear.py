@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     result |= {field: config[field] for field in saved.READING}
     result |= {"protocol": config.protocol, "cached": not _reads_images(config)}
     result["trained_on"] = labelled
+    result |= saved.settings(config)
     saved.write(
         workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )

@@ -32,8 +32,7 @@ HOW = (
 # Fields of an evaluation that do not change its score.
 EVALUATION_HOW = (
     "name", "report", "seed", "student", "log_every_epochs", "checkpoint_every_epochs",
-    "evaluate_every_epochs", "extract_batch_size", "data.source", "data.dir", "distill.teacher",
-    "protocol",
+    "evaluate_every_epochs", "extract_batch_size", "distill.teacher", "protocol",
 )  # fmt: skip
 # Names of the number of training images in data.json, see `Source.fingerprint`.
 _COUNTS = ("records", "pictures", "images")
@@ -76,6 +75,8 @@ def beside(
     config: Mapping[str, Any], result: Mapping[str, Any], data: Mapping[str, Any] | None = None
 ) -> Value | None:
     """Returns the printed value of the experiment that produced a result.
+
+    The sweeps' tables, comparisons and the pages of runs call this function.
 
     Args:
       config: config of the pre-training, as nested dicts.
@@ -353,6 +354,8 @@ def evaluation_fields(config: Any, paper: bool = False) -> dict[str, Any]:
     """
     fields = flatten(json.loads(ConfigDict(config).to_json_best_effort()))
     fields = {name: value for name, value in fields.items() if name not in EVALUATION_HOW}
+    if fields.get("data.name"):  # where the data set is, does not matter
+        fields |= {"data.dir": "", "data.source": ""}
     if fields.get("labelled.listed"):  # the list may be a file or a data set of TFDS
         drawn = fields.pop("labelled.percent") or fields.pop("labelled.per_class", 0)
         fields["labelled images"] = "drawn" if drawn and not paper else "the papers' list"
