@@ -123,19 +123,19 @@ def table4() -> Iterator[Row]:
     values = {"resnet18": (69.8, 89.1), "resnet34": (73.3, 91.4), "resnet50": (76.1, 92.9)}
     for student, value in {MOBILE: (71.9, 90.3), **values}.items():
         yield Row(f"{student}/supervised", printed=scores(value), missing=SUPERVISED)
-    for student, (changes, dino, ours) in CNNS.items():
+    for student, (changes, dino, sslight) in CNNS.items():
         yield alone("dino", f"{student}/dino", student, "sslight", scores(dino), changes=changes)
-        yield _ours(f"{student}/ours", student, scores(ours), changes)
+        yield _ours(f"{student}/ours", student, scores(sslight), changes)
 
 
 def table5() -> Iterator[Row]:
     """Yields transformers, by DINO and by SSLight."""
     for student, value in (("vit_tiny_p16", (72.2, 91.1)), ("vit_small_p16", (79.9, 95.0))):
         yield Row(f"{student}/supervised", printed=scores(value), missing=SUPERVISED)
-    for student, (changes, dino, ours) in VITS.items():
+    for student, (changes, dino, sslight) in VITS.items():
         views = baseline_views("sslight_dino", 0.25)
         yield _ours(f"{student}/dino", student, scores(dino), (*changes, *views))
-        yield _ours(f"{student}/ours", student, scores(ours), changes)
+        yield _ours(f"{student}/ours", student, scores(sslight), changes)
 
 
 def figure4() -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """List the papers' tables, or train and score one cell by its paper's settings."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, flags
 from disco_jax.arguments import Parser
 from disco_jax.data.contract import Source
-from disco_jax.report import catalogue, rows, runs
+from disco_jax.report import catalogue, paper, rows, runs
 from disco_jax.report.rows import Row
 
 # Flags that train a cell; without them the command lists.
@@ -183,17 +182,17 @@ def _check_runs(row: Row) -> None:
 
 def _report(row: Row, workdir: str, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Prints the measured and the printed value of a cell and returns them."""
-    measured = runs.results(runs.read(workdir), name, result)
-    value = measured[0].printed if measured else None
+    run = runs.read(workdir)
+    measured = runs.results(run, name, result)
     top1 = measured[0].top1 if measured else None
-    same = value is not None and not value.differences
+    value = paper.against(row, run.config, result, run.data)
     print(
-        f"{row.id}: top-1 {'-' if top1 is None else f'{top1:.2f}'}, printed {catalogue.printed(row)}"
+        f"{row.id}: top-1 {'-' if top1 is None else f'{top1:.2f}'}, "
+        f"printed {catalogue.printed(row)}",
+        flush=True,
     )
-    if not same:
-        reasons = value.differences if value else ("the settings differ in many fields",)
-        print(f"Not the paper's experiment: {'; '.join(reasons)}.")
-    elif value is not None and value.assumed:
-        print(f"Assumed: {'; '.join(value.assumed)}.")
-    sys.stdout.flush()
-    return {"row": row.id, "top1": top1, "printed": value.top1 if same and value else None}
+    if value.differences:
+        print(f"Not the paper's experiment: {'; '.join(value.differences)}.", flush=True)
+    elif value.assumed:
+        print(f"Assumed: {'; '.join(value.assumed)}.", flush=True)
+    return {"row": row.id, "top1": top1, "printed": None if value.differences else value.top1}

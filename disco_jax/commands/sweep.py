@@ -100,9 +100,7 @@ def run(
     teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)
     claims.judge(config.claims, table.rows(cells, {c.name: 0 for c in cells}, {}, {}), "")
-    for cell in cells:
-        if cell.teacher in teachers:
-            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
+    _set_teachers(cells, teachers, path)
     by_name = {cell.name: cell for cell in cells}
     experiments = _assemble(cells)
     groups = _groups(experiments, config.joint)
@@ -139,6 +137,15 @@ def _check(config: ConfigDict, worker: int, workers: int, scores: Sequence[Score
     axes |= dict.fromkeys(table.SIZES)
     if config.figure.x and config.figure.x not in axes:
         raise errors.unknown("config.figure.x", config.figure.x, axes)
+
+
+def _set_teachers(
+    cells: Sequence[Cell], teachers: Mapping[str, ConfigDict], path: epath.Path
+) -> None:
+    """Sets the teachers of cells to runs of the sweep, which may not exist yet."""
+    for cell in cells:
+        if cell.teacher in teachers:
+            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
 
 
 def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the arrays of one network are in a state dict: its prefix, layout and head."""
+"""Position of one network in a state dict: the prefix, layout and head of its keys."""
 
 import dataclasses
 from typing import Any

@@ -120,7 +120,7 @@ class _Row(NamedTuple):
 
 
 class BagSource:
-    """A `base.Source` whose training batches also contain another member of each image's bag.
+    """A `contract.Source` whose training batches also contain another member of each image's bag.
 
     Everything except `train` is delegated to the wrapped source. The images of a batch are read
     when the batch is built, through `Source.take`, and are not cached, so any size of data set
@@ -168,7 +168,7 @@ class BagSource:
 
         Raises:
           UserError: the bags have another number of records than the split, or the source does
-            not support random access (see `base.Source.take`).
+            not support random access (see `contract.Source.take`).
         """
         count = self._source.count(split)
         if count != len(self._bags):
@@ -187,12 +187,12 @@ class BagSource:
         start: contract.Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops; see `base.Source`.
+        """Yields batches of random resized crops; see `contract.Source`.
 
         If the bags are clusters, `aux` has "cluster", i32[b].
 
         Raises:
-          UserError: see `base.Source.train` and `check`.
+          UserError: see `contract.Source.train` and `check`.
         """
         check_crops(views)
         self.check(split)

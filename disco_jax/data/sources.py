@@ -93,7 +93,7 @@ def _not_prepared(name, root, names):
 
 
 class TfdsSource(EncodedSource):
-    """A `base.Source` over a prepared TFDS data set."""
+    """A `contract.Source` over a prepared TFDS data set."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class TfdsSource(EncodedSource):
         return self._rows_of(split).count
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns version, number of records and shard lengths; see `base.Source`."""
+        """Returns version, number of records and shard lengths; see `contract.Source`."""
         rows = self._rows_of(split)
         fingerprint = {
             "data set": str(self._builder.info.full_name),

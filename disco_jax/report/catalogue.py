@@ -11,12 +11,12 @@ HEADER = """# The papers' tables and figures, cell by cell
 This page is generated: `disco-jax reproduce --markdown > docs/reproduce.md`.
 
 `disco-jax reproduce` lists the tables, `disco-jax reproduce disco/table1` the cells of one. With a
-directory it trains a cell's student and evaluates it by the paper's protocol; a second start resumes,
-and skips what is finished:
+directory it trains a cell's student and evaluates it by the paper's protocol; a second start
+resumes, and skips what is finished:
 
 ```bash
 disco-jax reproduce disco/table1/resnet18/resnet50 --dry-run
-disco-jax reproduce disco/table1/resnet18/resnet50 --teacher runs/moco_v2_resnet50 --workdir runs/cell
+disco-jax reproduce disco/table1/resnet18/resnet50 --teacher runs/moco_v2 --workdir runs/cell
 ```
 
 `--dry-run` prints the settings and the weights that the cell needs, with `--topology v5e:2x4` also
@@ -35,8 +35,8 @@ def overview() -> str:
     cells = list(rows.rows().values())
     running = sum(row.state == rows.RUNS for row in cells)
     return (
-        f"{_aligned(lines)}\n{running} of {len(cells)} cells run. `disco-jax reproduce TABLE` lists "
-        "the cells of a table."
+        f"{_aligned(lines)}\n{running} of {len(cells)} cells run. `disco-jax reproduce TABLE` "
+        "lists the cells of a table."
     )
 
 

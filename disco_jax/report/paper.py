@@ -99,6 +99,23 @@ def beside(
     return _best(candidates)
 
 
+def against(
+    row: Row,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> Value:
+    """Returns the value of one cell with all differences of a result; see `beside`."""
+    own = _Experiment.of(config, result.get("step"), data)
+    if own is None:
+        return Value(row, ("the run is not a pre-training of this package",))
+    value = own.compare(row)
+    other = _evaluation_differences(row, result.get("settings"))
+    if other is None:
+        other = ("evaluation: of another kind, or its settings are not stored",)
+    return dataclasses.replace(value, differences=(*value.differences, *other))
+
+
 def unmeasured(config: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> list[Value]:
     """Returns the printed values of a run's experiment, by every evaluation of the papers.
 
@@ -120,7 +137,7 @@ def unmeasured(config: Mapping[str, Any], data: Mapping[str, Any] | None = None)
 
 @dataclasses.dataclass(frozen=True)
 class _Experiment:
-    """What a run learned.
+    """Experiment of a run: what it learned.
 
     Attributes:
       config: its config.
@@ -267,8 +284,8 @@ def _teacher_differences(weights: str, row: Row) -> _Proof:
     expected = row.teacher
     assert expected is not None
     if weights in ("", teachers.RANDOM):
-        given = "random weights" if weights else "no weights"
-        return _Proof((f"teacher: {given}, paper {expected.about}",))
+        own_weights = "random weights" if weights else "no weights"
+        return _Proof((f"teacher: {own_weights}, paper {expected.about}",))
     config = _read_config(weights)
     if config is not None and expected.recipe:
         own, paper = defining(config), defining(expected.config())

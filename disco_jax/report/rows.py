@@ -67,7 +67,7 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How a paper scores a network.
+    """Evaluation by which a paper scores a network.
 
     Attributes:
       reference: task and arguments, e.g. "linear:protocol=disco,student=resnet18".

@@ -51,14 +51,16 @@ def entries(evaluate: Iterable[Any]) -> list[Score]:
       UserError: one is unknown, is no evaluation, or changes a field that it does not have.
     """
     tasks = [name for name, task in main.TASKS.items() if task.evaluates]
-    scores = []
+    scores: list[Score] = []
     for entry in evaluate:
         reference, changes = (entry, ()) if isinstance(entry, str) else entry
         task = reference.partition(":")[0]
         if task not in tasks:
             raise errors.unknown("config.evaluate", task, tasks)
         config = flags.changed(flags.load(reference), changes, "config.evaluate")
-        scores.append(Score(reference, tuple(changes), config.name))
+        used = {score.name for score in scores}
+        name = reference if config.name in used else config.name
+        scores.append(Score(reference, tuple(changes), name))
     return scores
 
 
