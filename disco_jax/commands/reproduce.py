@@ -107,6 +107,7 @@ def run(
     from disco_jax.workflows import pretrain, scoring
 
     _check_runs(row)
+    _check_student(row, config)
     assert row.evaluation is not None  # of every cell that runs
     missing = needs(row, config, classifier)
     if missing:
@@ -135,9 +136,9 @@ def needs(row: Row, config: ConfigDict, classifier: str = "") -> dict[str, str]:
         if teacher and teacher.row:
             text += f"; `disco-jax reproduce {teacher.row}` trains it"
         missing["--teacher"] = text + "."
-    if any(config.objectives[name].weight for name in ("bags", "pseudo_labels")):
-        if not config.bags.file:
-            missing["--config.bags.file"] = "--config.bags.file=FILE: see `disco-jax bags --help`."
+    reads_bags = any(config.objectives[name].weight for name in ("bags", "pseudo_labels"))
+    if reads_bags and not config.bags.file:
+        missing["--config.bags.file"] = "--config.bags.file=FILE: see `disco-jax bags --help`."
     if (
         row.evaluation
         and row.evaluation.config().get("distill", {}).get("weight")
@@ -178,6 +179,16 @@ def _check_runs(row: Row) -> None:
         raise errors.UserError(f"{row.id} cannot run yet. Missing: {row.missing}.")
     if row.command:
         raise errors.UserError(f"{row.id} is drawn from other cells ({row.note}): {row.command}")
+
+
+def _check_student(row: Row, config: ConfigDict) -> None:
+    """Raises UserError for another student, whose evaluation would have other settings."""
+    student, backbone = row.arguments["student"], config.student.backbone
+    if backbone != student:
+        raise errors.UserError(
+            f"config.student.backbone={backbone!r}, but {row.id} is of {student}: leave it, give "
+            f"the cell of {backbone}, or use `disco-jax pretrain`."
+        )
 
 
 def _report(row: Row, workdir: str, name: str, result: Mapping[str, Any]) -> dict[str, Any]:

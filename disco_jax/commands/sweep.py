@@ -25,6 +25,7 @@ from disco_jax.train.joint import Diverged
 from disco_jax.workflows import joint_runs, pretrain, scoring
 from disco_jax.workflows.scoring import Score
 
+COST = "cost"  # the evaluation without an accuracy
 CELLS, TEACHERS, STATUS = "cells", "teachers", "status"
 
 
@@ -277,6 +278,7 @@ def _write_table(
     """Writes the table and the judged claims of all finished cells; returns their counts."""
     measured: dict[str, table.Measured] = {}
     failed: dict[str, str] = {}
+    costs: dict[str, dict[str, float]] = {}
     finished, finished_runs = 0, []
     for cell in cells:
         status = _read(path / STATUS / f"{cell.name}.json")
@@ -289,11 +291,13 @@ def _write_table(
         results = scoring.results(run.path, ConfigDict(run.config), scores)
         finished += len(results) == len(scores)
         measured[cell.name] = _measured(run, results, scores)
+        if COST in results:
+            costs[cell.name] = table.cost(results[COST])
         finished_runs.append(run)
     parameters = {name: _parameters(cell) for name, cell in experiments.items()}
-    rows = table.rows(cells, parameters, measured, failed, _teachers(experiments))
+    rows = table.rows(cells, parameters, measured, failed, _teachers(experiments), costs)
     if not jax.process_index():
-        names = [score.name for score in scores]
+        names = [score.name for score in scores if score.task != COST]
         findings = [f for name in names for f in claims.judge(config.claims, rows, name)]
         above = claims.section(findings), _curves(path, finished_runs, config.curves)
         table.write(path, config.name, rows, names, config.figure, *above)

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from disco_jax import errors, flags
+from disco_jax.nested import flatten
 
 PAPERS = "papers"  # subfolder of the configs
 Changes = tuple[tuple[str, Any], ...]  # ((field, value), ...)
@@ -138,11 +139,20 @@ class Row:
         """Returns the config of its training, whose teacher still lacks weights.
 
         Args:
-          smoke: limit it to two steps on small images, with a random teacher.
+          smoke: limit it to two steps on small images, with a random teacher. Changes of fields
+            that such a run sets to small numbers are left out.
         """
-        reference = flags.with_arguments(self.recipe, "smoke=true") if smoke else self.recipe
-        changes = () if smoke else self.changes
-        return flags.changed(_load(reference), changes, self.id)
+        full = _load(self.recipe)
+        if not smoke:
+            return flags.changed(full, self.changes, self.id)
+        config = _load(flags.with_arguments(self.recipe, "smoke=true"))
+        fields, smoke_fields = flatten(full), flatten(config)
+        changes = [change for change in self.changes if _same(change[0], fields, smoke_fields)]
+        return flags.changed(config, changes, self.id)
+
+
+def _same(field: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return bool(first.get(field) == second.get(field))
 
 
 @dataclasses.dataclass(frozen=True)

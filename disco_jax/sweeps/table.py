@@ -35,6 +35,7 @@ class Row:
       failed: reasons why seeds have no result, e.g. a non-finite loss.
       protocols: name of an evaluation -> that of its protocol, e.g. "linear_disco".
       teacher_parameters: parameter count of the teacher's backbone; 0 without a teacher.
+      cost: column -> number, see `cost`.
     """
 
     values: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Row:
     failed: Sequence[str] = ()
     protocols: Mapping[str, str] = dataclasses.field(default_factory=dict)
     teacher_parameters: int = 0
+    cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def rows(
@@ -53,6 +55,7 @@ def rows(
     results: Mapping[str, Measured],
     failed: Mapping[str, str],
     teachers: Mapping[str, int] | None = None,
+    costs: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Row]:
     """Returns a row for every combination of values except the seed's, in the order of the cells.
 
@@ -62,12 +65,17 @@ def rows(
       results: cell -> evaluation -> its accuracy; unfinished cells are missing.
       failed: cell -> reason why it has no result.
       teachers: cell -> parameter count of its teacher; cells without one are missing.
+      costs: cell -> `cost` of its student; cells without one are missing.
     """
     by_row: dict[tuple, list[Cell]] = {}
     for cell in cells:
         by_row.setdefault(cell.row, []).append(cell)
     return [
-        _row(row_cells, parameters, results, failed, teachers or {})
+        dataclasses.replace(
+            _row(row_cells, parameters, results, failed),
+            teacher_parameters=(teachers or {}).get(row_cells[0].name, 0),
+            cost=(costs or {}).get(row_cells[0].name, {}),
+        )
         for row_cells in by_row.values()
     ]
 
@@ -77,7 +85,6 @@ def _row(
     parameters: Mapping[str, int],
     results: Mapping[str, Measured],
     failed: Mapping[str, str],
-    teachers: Mapping[str, int],
 ) -> Row:
     scores: dict[str, dict[int, float]] = {}
     printed: dict[str, paper.Value] = {}
@@ -99,8 +106,13 @@ def _row(
         printed,
         [failed[cell.name] for cell in row_cells if cell.name in failed],
         protocols,
-        teachers.get(first.name, 0),
     )
+
+
+def cost(result: Mapping[str, Any]) -> dict[str, float]:
+    """Returns column -> number of the results of `disco-jax cost` for one run."""
+    (row,) = result["rows"]
+    return {"multiply-adds (M)": row["multiply_adds"] / 1e6, "CPU ms": row["median_ms"]}
 
 
 def lines(table_rows: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
@@ -113,7 +125,8 @@ def lines(table_rows: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], 
     """
     names = _columns(table_rows, scores)
     axes = list(dict.fromkeys(axis for row in table_rows for axis in row.values))
-    head = [*(axis.removeprefix("config.") for axis in axes), "parameters (M)", "seeds"]
+    costs = list(dict.fromkeys(column for row in table_rows for column in row.cost))
+    head = [*(axis.removeprefix("config.") for axis in axes), "parameters (M)", *costs, "seeds"]
     for name in names:
         head += [
             f"{name} protocol", f"{name} top-1 (%)", f"{name} +-", f"{name}, paper",
@@ -126,6 +139,7 @@ def lines(table_rows: Sequence[Row], scores: Sequence[str]) -> tuple[list[str], 
         line = [
             *(_plain(row.values.get(a, "")) for a in axes),
             row.parameters / 2**20,
+            *(row.cost.get(column) for column in costs),
             f"{finished}/{row.seeds}",
         ]
         for name in names:
