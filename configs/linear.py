@@ -68,6 +68,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "learning_rate.milestones": (15, 30),
         "optimizer.weight_decay": 1e-4,
     },
+    # Official code (main_lincls.py, scripts/lincls): 120 epochs, the rate ends at a 3000th.
+    "bingo": {"total_epochs": 120, "learning_rate.decay": "cosine_after"},
+    # Official code (R-50).
+    "ressl": {
+        "learning_rate.base_lr": 0.3,
+        "learning_rate.decay": "cosine",
+        "learning_rate.every": "step",
+    },
     "grid": {
         "augment": "none",
         "learning_rate.decay": "cosine",
@@ -80,11 +88,18 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 # The same search, with new crops and flips in each epoch.
 PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
 # Protocols with the rate of the student's family.
-BY_FAMILY = ("cached", "disco", "seed")
-# Protocols that read several blocks of a ViT, or train the probe of a transformer in another way.
-BY_KIND = ("dino", "sslight")
+BY_FAMILY = ("cached", "disco", "seed", "bingo")
 # Protocols with which a paper evaluates its own runs; see `probes.TESTBEDS`.
-OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress")
+OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress", "bingo", "ressl")
+
+
+def follow_rate(config):
+    """Sets the rates that are fractions of `config.learning_rate.base_lr`, in place."""
+    rate = config.learning_rate
+    if config.protocol in ("linear:seed", "semi:seed"):  # constant in the warm-up: disagreement S2
+        rate.warmup_from = rate.base_lr
+    if config.protocol == "linear:bingo":  # 30 -> 0.01, 3 -> 0.001
+        rate.minimum = rate.base_lr / 3000
 
 
 def get_config(arg=None):
@@ -94,7 +109,7 @@ def get_config(arg=None):
     config = probes.classification("linear")
     if arg.protocol != "cached":
         config.name = f"linear_{arg.protocol}"
-    config.protocol, config.student = arg.protocol, arg.student
+    config.protocol, config.student = f"linear:{arg.protocol}", arg.student
     for field, value in PROTOCOLS[arg.protocol].items():
         if field == "optimizer":
             config.optimizer = value
@@ -104,9 +119,8 @@ def get_config(arg=None):
         config.network = arg.network
     if arg.protocol in BY_FAMILY:
         config.learning_rate.base_lr = probes.base_rate(arg.student)
-    if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.base_lr
-    if arg.protocol in BY_KIND and common.readable_blocks(arg.student) > 1:
+    follow_rate(config)
+    if arg.protocol in ("dino", "sslight") and common.readable_blocks(arg.student) > 1:
         config.blocks = 4
     if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024

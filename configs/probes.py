@@ -5,8 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # Recipe or family of an import (`config.name`) -> protocol of `linear.py` with which its paper
-# evaluates it. All others are evaluated as in DisCo and RETRO, whose tables contain MoCo-v2, BINGO
-# and the combinations with DisCo.
+# evaluates it. All others are evaluated as in DisCo and RETRO, whose tables contain MoCo-v2 and the
+# combinations with DisCo.
 TESTBEDS = {
     "seed": "seed",
     "seed_cross": "seed",
@@ -24,6 +24,8 @@ TESTBEDS = {
     "compress_1q": "compress",
     "compress_2q": "compress",
     "simreg": "compress",
+    "bingo": "bingo",
+    "ressl": "ressl",
 }
 
 
@@ -90,7 +92,7 @@ def classification(name: str) -> ConfigDict:
       name: see `evaluation`.
     """
     config = evaluation(name)
-    config.protocol = ""  # the paper's protocol that the recipe states; a label in the results
+    config.protocol = ""  # recipe and protocol, e.g. "linear:disco"; a label in the results
     config.student = ""  # the backbone that the config is made for; "": any
     config.seed = 0
     config.total_epochs = 100
@@ -103,12 +105,16 @@ def classification(name: str) -> ConfigDict:
     # A class-balanced part of the training split, in percent or images a class; 0: all images.
     # `listed` is the length of the papers' list, which `data.subset` must have on ImageNet.
     config.labelled = dict(percent=0.0, per_class=0, seed=0, listed=0)
+    # Tests on that many training images of each class instead of the test images, and does not
+    # train on them: the images on which SSLight chooses its settings; 0: off.
+    config.held_out = dict(per_class=0, seed=0)
     config.optimizer = dict(name="sgd", momentum=0.9, weight_decay=0.0, nesterov=False)
     config.head_rate = 1.0  # learning rate of the classifier divided by that of the network
     config.learning_rate = _learning_rate()
     # Searches a grid of rates and weight decays instead, trained side by side on frozen features.
-    # The best one on a held-out part of the training images is tested.
-    config.grid = dict(rates=(), weight_decays=(), held_out_percent=10.0)
+    # The best one on a held-out part of the training images is tested; with `folds`, the best mean
+    # of a cross-validation with so many parts.
+    config.grid = dict(rates=(), weight_decays=(), held_out_percent=10.0, folds=0)
     # Distils a teacher's classes beside the labels: weight is the share of that loss, teacher is
     # RUN/NAME of a linear probe or a fine-tuning.
     config.distill = dict(weight=0.0, teacher="", temperature=2.0, reduction="element")

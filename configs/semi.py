@@ -7,11 +7,11 @@ r"""Semi-supervised evaluation of a run: 1 % or 10 % of the labels.
 The papers train on the images in the lists that SimCLR released (imagenet_subsets/1percent.txt and
 10percent.txt, of 12,811 and 128,116 file names): `list` reads them, and TFDS has the same images as
 imagenet2012_subset. Without either, `labelled.seed` draws equally many images from each class,
-which are not those of the papers. DisCo, SEED and RETRO train a linear classifier; SSLight and SwAV
-train all layers, and SSLight keeps the head's hidden layers.
+which are not those of the papers. DisCo, SEED, RETRO and `bingo` (as RETRO describes it) train a
+linear classifier; SSLight and SwAV train all layers, and SSLight keeps the head's hidden layers.
 """
 
-from disco_jax.configs import common, probes
+from disco_jax.configs import common, linear, probes
 from disco_jax.errors import UserError, unknown
 
 PROTOCOLS = {
@@ -21,6 +21,8 @@ PROTOCOLS = {
     "seed": {"augment": "flip", "learning_rate.warmup_epochs": 5},
     # Section 4.2: as SEED and DisCo; rates by backbone, divided by 10.
     "retro": {},
+    # RETRO, section 4.2: BINGO's classifier has rate 10 (disagreement R9).
+    "bingo": {"learning_rate.base_lr": 10.0},
     # Appendix B and the official code.
     "sslight": {
         "layers": "all",
@@ -65,12 +67,11 @@ def get_config(arg=None):
     config.labelled.update(percent=float(arg.percent), listed=LISTED[arg.percent])
     if arg.list:
         config.data.subset, config.labelled.percent = arg.list, 0.0
-    config.protocol, config.student = arg.protocol, arg.student
+    config.protocol, config.student = f"semi:{arg.protocol}", arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol in ("seed", "retro"):
         config.learning_rate.base_lr = probes.base_rate(arg.student)
-    if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.base_lr
+    linear.follow_rate(config)
     if arg.protocol == "sslight":
         config.total_epochs = SSLIGHT_EPOCHS[arg.percent]
     if arg.protocol == "swav":

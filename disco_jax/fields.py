@@ -317,6 +317,7 @@ RULES = {
     **dict.fromkeys(("rates", "weight_decays"), several(AMOUNT)),
     **dict.fromkeys(("log_every_epochs", "checkpoint_every_epochs"), SOME_EPOCHS),
     "evaluate_every_epochs": EPOCHS,
+    "folds": whole(0, 1000),
     "shots": several(COUNT, 1),
     "kind": one_of("commands.bags:KINDS"),
     **dict.fromkeys(("neighbours", "clusters", "repeats", "joint"), COUNT),
@@ -325,7 +326,9 @@ RULES = {
     "classes": several(whole(0)),
     **dict.fromkeys(("names", "titles", "beside", "runs"), NAMES),
     "perplexity": ABOVE_0,
-    **dict.fromkeys(("points", "bins"), whole(2, 100_000)),
+    "points": either(whole(0, 0), whole(2, 100_000)),
+    "bins": whole(2, 100_000),
+    "metric": one_of("euclidean", "cosine"),
     "grouping": one_of("evaluate.information:GROUPINGS"),
     "students": several(BACKBONE),
     # Sweeps.

@@ -16,6 +16,7 @@ from disco_jax.data.contract import Source
 from disco_jax.evaluate import (
     features,
     grid,
+    held_out,
     linear,
     online,
     probe,
@@ -57,27 +58,37 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     source, labelled = target.few_labels(source, trained.config.data, config.labelled)
     if config.labelled.listed and jax.process_index() == 0:
         print(f"Labelled images: {labelled['images']} ({labelled['selection']}).")
+    source, mask = _hold_out(config, trained, source)
     if _reads_images(config):
         layer, result, outputs = _online(config, trained, source, workdir, teacher)
     else:
-        train = _extract(config, trained, source, trained.config.data.train_split)
-        test = _extract(config, trained, source, trained.config.data.eval_split)[0]
-        target.match(source, train[0].labels, test.labels)
-        layer, result = probe.linear_probe(config, train, test, source.num_classes)
-        outputs = layer.scores(getattr(test, config.output)), test.labels
+        layer, result, outputs = _cached(config, trained, source, mask)
     result = {"step": trained.step, "name": config.name, "data": source.name, **result}
     result |= {field: config[field] for field in saved.READING}
     result |= {"protocol": config.protocol, "cached": not _reads_images(config)}
     result["trained_on"] = labelled
+    if mask is not None:
+        result["tested_on"] = (
+            f"{config.held_out.per_class} training images of each class, drawn with seed "
+            f"{config.held_out.seed}"
+        )
     result |= saved.settings(config)
     saved.write(
         workdir, config.name, result, **saved.arrays(layer), confusion=scores.confusion(*outputs)
     )
-    if jax.process_index() == 0:
-        cached = f" on {runs.CACHED}" if result["cached"] else ""
-        print(f"{_TITLES[config.layers]}{cached}: {scores.line(result)} of {source.name}")
+    _print(config, result)
     build.refresh(config.report, workdir)
     return result
+
+
+def _print(config: ConfigDict, result: Mapping[str, Any]) -> None:
+    """Prints the result on process 0, with a label if features were cached."""
+    if jax.process_index():
+        return
+    cached = f" on {runs.CACHED}" if result["cached"] else ""
+    print(f"{_TITLES[config.layers]}{cached}: {scores.line(result)} of {result['data']}")
+    if "tested_on" in result:
+        print(f"Tested on {result['tested_on']}.")
 
 
 _TITLES = {"classifier": "Linear probe", "all": "Fine-tuned"}
@@ -104,7 +115,32 @@ def _check(config: ConfigDict, trained: TrainedModel) -> None:
             "config.grid trains classifiers on frozen features with labels only: set augment to "
             "none or linear, layers to classifier and distill.weight to 0."
         )
+    searched_online = config.grid.rates and _reads_images(config)
+    if config.held_out.per_class and (config.layers == "all" or searched_online):
+        raise errors.UserError(
+            f"config.held_out.per_class={config.held_out.per_class} needs a frozen network and one "
+            "rate (or cached features): set config.layers=classifier, and config.grid.rates=() or "
+            "config.augment=none."
+        )
+    if config.grid.folds and (searched_online or config.augment == "flip"):
+        raise errors.UserError(
+            f"config.grid.folds={config.grid.folds} validates on cached features: set "
+            "--config.augment=none."
+        )
     online.check(config, trained)
+
+
+def _hold_out(
+    config: ConfigDict, trained: TrainedModel, source: Source
+) -> tuple[Source, np.ndarray | None]:
+    """Makes the images of `config.held_out` the test split; returns the source and their mask."""
+    data = trained.config.data
+    mask = target.held_out(source, data.train_split, config.held_out)
+    if mask is None:
+        return source, None
+    source = held_out.HeldOut(source, data.train_split, mask)
+    data.eval_split = held_out.SPLIT
+    return source, mask
 
 
 def _check_data(
@@ -138,6 +174,19 @@ def _extract(
         )
         for mirrored in ((False, True) if both else (False,))
     ]
+
+
+def _cached(
+    config: ConfigDict, trained: TrainedModel, source: Source, mask: np.ndarray | None
+) -> tuple[Classifier, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Trains on features extracted once, without held-out rows of `mask`; returns as `_online`."""
+    train = _extract(config, trained, source, trained.config.data.train_split)
+    if mask is not None:
+        train = [variant.rows(~mask) for variant in train]
+    test = _extract(config, trained, source, trained.config.data.eval_split)[0]
+    target.match(source, train[0].labels, test.labels)
+    layer, result = probe.linear_probe(config, train, test, source.num_classes)
+    return layer, result, (layer.scores(getattr(test, config.output)), test.labels)
 
 
 def _online(

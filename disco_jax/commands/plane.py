@@ -16,13 +16,13 @@ from disco_jax.evaluate.features import TrainedModel
 from disco_jax.report import build
 
 _METRICS = ("input_bits", "label_bits", "top1", "most_bits")
-_MINIMA = {"points": 2, "bins": 2, "images": 0}
+_MINIMA = {"points": 0, "bins": 2, "images": 0}
 
 
 def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[str, Any]:
-    """Fine-tunes the run in `workdir` and records I(X;T) and I(T;Y) of its outputs.
+    """Trains a classifier on the run in `workdir` and records I(X;T) and I(T;Y) of its outputs.
 
-    Writes NAME.json and NAME.png there, and the fine-tuning to NAME/. NAME is `config.name`.
+    Writes NAME.json and NAME.png there, and the training to NAME/. NAME is `config.name`.
 
     Args:
       config: see `configs/plane.py`.
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 def _trace(
     config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
-    """Fine-tunes and returns the points of the path, including those before a restart."""
+    """Trains and returns the points of the path, including those before a restart."""
     data, plane = trained.config.data, config.information_plane
     total = config.total_epochs * plan.steps_per_epoch
     folder = epath.Path(workdir) / config.name
@@ -112,7 +112,8 @@ def _trace(
         source,
         str(folder),
         eval_fn=evaluate,
-        eval_every_steps=max(total // plane.points, 1),
+        eval_every_steps=max(total // plane.points, 1) if plane.points else plan.steps_per_epoch,
+        eval_first_steps=plan.steps_per_epoch if plane.first_steps else 0,
     )
     points: dict[int, dict[str, float]] = {}
     for line in saved.metrics(str(folder)):
@@ -124,6 +125,10 @@ def _trace(
 
 
 def _check(plane: ConfigDict) -> None:
+    if plane.points == 1:
+        raise errors.UserError(
+            "config.information_plane.points=1 draws no path: give 2 or more, or 0 for each epoch."
+        )
     for name, least in _MINIMA.items():
         if plane[name] < least:
             raise errors.UserError(

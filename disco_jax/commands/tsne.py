@@ -108,7 +108,7 @@ def _neighbour_top1(points: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _tsne(config: ConfigDict):
-    """Returns a function that maps f32[N, F] to f32[N, 2] by t-SNE with cosine distances."""
+    """Returns a function that maps f32[N, F] to f32[N, 2] by t-SNE."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -123,7 +123,7 @@ def _tsne(config: ConfigDict):
 
     def reduce(rows: np.ndarray) -> np.ndarray:
         points = TSNE(
-            metric="cosine",
+            metric=config.metric,
             init="pca",
             perplexity=min(config.perplexity, (len(rows) - 1) / 3),
             random_state=config.seed,

@@ -143,7 +143,8 @@ def make_step(
       teach: (state, frozen, batch) -> logits f32[B, C] of the teacher; None trains on labels only.
 
     Returns:
-      A function (state, frozen, batch) -> (`ProbeState`, {"loss", "accuracy" in percent}).
+      A function (state, frozen, batch) -> (`ProbeState`, {"loss", "accuracy" in percent}). Images
+      with a `batch["learned"]` f32[B] of 0 are left out, e.g. held-out ones.
     """
 
     def step(state: ProbeState, frozen: Any, batch: Mapping[str, Array]):
@@ -152,8 +153,8 @@ def make_step(
         def loss_fn(params):
             scores, stats = forward(params, state, frozen, batch)
             losses = _losses(scores, batch["labels"], target, distill)
-            correct = jnp.argmax(scores, axis=-1) == batch["labels"]
-            return jnp.mean(losses), (stats, jnp.mean(correct.astype(jnp.float32)))
+            correct = (jnp.argmax(scores, axis=-1) == batch["labels"]).astype(jnp.float32)
+            return _mean(losses, batch), (stats, _mean(correct, batch))
 
         (loss, (stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads, stats, loss, correct = pmean((grads, stats, loss, correct))
@@ -166,6 +167,19 @@ def make_step(
         return ProbeState(state.step + 1, params, stats, opt_state), metrics
 
     return step
+
+
+def _mean(values: Array, batch: Mapping[str, Array]) -> Array:
+    """Returns a replica's share of the mean over the learned images of all replicas.
+
+    Args:
+      values: f32[B].
+      batch: may have "learned", f32[B]: 0 for images that do not count.
+    """
+    if "learned" not in batch:
+        return jnp.mean(values)
+    count = jnp.maximum(pmean(jnp.sum(batch["learned"])), 1e-6)  # all may be held out
+    return jnp.sum(values * batch["learned"]) / count
 
 
 def check_distill(distill: ConfigDict) -> None:

@@ -11,11 +11,18 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax.data import contract
 from disco_jax.data.contract import Source
-from disco_jax.data.subset import SubsetSource, read_labels
+from disco_jax.data.subset import read_labels
 from disco_jax.errors import UserError
-from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
+from disco_jax.evaluate import (
+    classifier,
+    features,
+    held_out,
+    linear,
+    online,
+    scores,
+    subsets,
+)
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.ops.collectives import pmean
@@ -28,8 +35,9 @@ def train(
     """Trains one classifier per learning rate and weight decay in parallel and selects the best.
 
     All classifiers have the same initial weights and read the same batches. The selected pair has
-    the highest top-1 on held-out training images (ties: the first); test images are not used. A
-    classifier with that pair is then trained again, on all training images.
+    the highest top-1 on held-out training images (ties: the first); test images are not used. With
+    `grid.folds`, each of so many parts of the training images is held out once, and the mean top-1
+    counts. A classifier with that pair is then trained again, on all training images.
 
     Args:
       config: see `probes.classification`; `grid` has the learning rates (for a batch of 256, in
@@ -45,14 +53,9 @@ def train(
       UserError: if the grid is empty, or no image can be held out.
     """
     pairs = _pairs(config)
-    held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    feature_stats = classifier.feature_stats(rows[~held_out]) if config.normalise else {}
-    classifiers = side_by_side(
-        config, rows[~held_out], labels[~held_out], num_classes, pairs, feature_stats
-    )
-    best_config, result = _select(
-        config, classifiers, pairs, rows[held_out], labels[held_out], feature_stats
-    )
+    masks = _held_out_masks(config, labels)
+    top1s = [_held_out_top1s(config, rows, labels, num_classes, pairs, mask) for mask in masks]
+    best_config, result = _select(config, pairs, np.mean(top1s, axis=0).tolist())
     best_config.evaluate_every_epochs = 0
     layer, _ = linear.train(best_config, rows, labels, num_classes)
     return layer, result
@@ -88,7 +91,7 @@ def train_online(
     """
     pairs, split = _pairs(config), trained.config.data.train_split
     labels = read_labels(source, split)
-    held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
+    mask = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
     feature_stats = online.feature_stats_of(config, trained, source)
     unit_config = _with_unit_rate(config)
     step, start = _parallel_step(
@@ -101,66 +104,65 @@ def train_online(
     state = online.fit(
         unit_config,
         trained,
-        Marked(source, split, held_out),
+        held_out.Marked(source, split, mask),
         folder and f"{folder}_search",
         step,
         start,
         {"feature_stats": feature_stats, "network": trained.variables},
     )
-    encoded = _encode_rows(config, trained, source, np.flatnonzero(held_out))
-    classifiers = _heads(state)
-    best_config, result = _select(
-        config, classifiers, pairs, getattr(encoded, config.output), encoded.labels, feature_stats
+    few = held_out.subset(source, split, mask)
+    encoded = features.of_split(
+        trained, few, split, config.extract_batch_size, (config.output,), config.blocks
     )
+    top1s = _top1s(_heads(state), getattr(encoded, config.output), encoded.labels, feature_stats)
+    best_config, result = _select(config, pairs, top1s)
     _, layer = online.train(
         best_config, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
     )
     return layer, result
 
 
-def _encode_rows(
-    config: ConfigDict, trained: TrainedModel, source: Source, rows: np.ndarray
-) -> features.Features:
-    """Encodes some images of the training split, i64[N] by number, without augmentation."""
-    split = trained.config.data.train_split
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    chosen = SubsetSource(source, split, rows, **hosts)
-    return features.of_split(
-        trained, chosen, split, config.extract_batch_size, (config.output,), config.blocks
-    )
+def _held_out_masks(config: ConfigDict, labels: np.ndarray) -> list[np.ndarray]:
+    """Returns a mask bool[N] of held-out rows; one for each fold of a cross-validation."""
+    if not config.grid.folds:
+        return [subsets.held_out(labels, config.grid.held_out_percent, config.seed)]
+    parts = subsets.folds(labels, config.grid.folds, config.seed)
+    return [parts == part for part in range(config.grid.folds)]
 
 
-class Marked:
-    """Source whose training batches mark held-out images."""
-
-    def __init__(self, source: Source, split: str, held_out: np.ndarray):
-        """Wraps `source`; rows with a true `held_out`, bool[N], of `split` are held out."""
-        self._source, self._split, self._held_out = source, split, held_out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def train(self, split: str, *args: Any) -> contract.Batches:
-        """Yields the batches of `Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
-        assert split == self._split
-        for batch in self._source.train(split, *args):
-            learned = (~self._held_out[batch.rows]).astype(np.float32)
-            yield batch._replace(aux={**batch.aux, "learned": learned})
-
-
-def _select(
+def _held_out_top1s(
     config: ConfigDict,
-    classifiers: list[tuple[np.ndarray, np.ndarray]],
+    rows: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
     pairs: list[tuple[float, float]],
+    mask: np.ndarray,
+) -> list[float]:
+    """Trains a classifier per pair on rows without a `mask`; returns the top-1 on the others."""
+    feature_stats = classifier.feature_stats(rows[~mask]) if config.normalise else {}
+    classifiers = side_by_side(
+        config, rows[~mask], labels[~mask], num_classes, pairs, feature_stats
+    )
+    return _top1s(classifiers, rows[mask], labels[mask], feature_stats)
+
+
+def _top1s(
+    classifiers: list[tuple[np.ndarray, np.ndarray]],
     rows: np.ndarray,
     labels: np.ndarray,
     feature_stats: Mapping[str, np.ndarray],
-) -> tuple[ConfigDict, dict[str, Any]]:
-    """Returns the config with the pair of highest held-out top-1, and the results of all pairs."""
-    top1s = [
+) -> list[float]:
+    """Returns the top-1 of each classifier in percent."""
+    return [
         scores.top_k(Classifier(*head, feature_stats).scores(rows), labels, 1)
         for head in classifiers
     ]
+
+
+def _select(
+    config: ConfigDict, pairs: list[tuple[float, float]], top1s: list[float]
+) -> tuple[ConfigDict, dict[str, Any]]:
+    """Returns the config with the pair of highest held-out top-1, and the results of all pairs."""
     best = int(np.argmax(top1s))
     best_config = config.copy_and_resolve_references()
     best_config.learning_rate.base_lr, best_config.optimizer.weight_decay = pairs[best]

@@ -163,6 +163,7 @@ def fit(
     *,
     evaluate: Evaluate | None = None,
     evaluate_steps: int = 0,
+    evaluate_first: int = 0,
     checkpoints: Checkpoints | None = None,
     verbose: bool = False,
 ) -> ProbeState:
@@ -178,6 +179,7 @@ def fit(
       logger: destination of the metrics.
       evaluate: called every `evaluate_steps` steps and at the end; None: never.
       evaluate_steps: interval of `evaluate`; 0: never.
+      evaluate_first: number of first steps after each of which `evaluate` is called as well.
       checkpoints: destination of the checkpoints; None saves none.
       verbose: whether to print the progress line.
     """
@@ -195,6 +197,7 @@ def fit(
             log_steps=config.log_every_epochs * steps,
             checkpoint_steps=config.checkpoint_every_epochs * steps,
             evaluate_steps=evaluate_steps if evaluate else 0,
+            evaluate_first=evaluate_first if evaluate else 0,
             verbose=verbose,
         ),
         logger,

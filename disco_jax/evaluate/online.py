@@ -96,6 +96,7 @@ def train(
     teacher: Teacher | None = None,
     eval_fn: EvalFn | None = None,
     eval_every_steps: int = 0,
+    eval_first_steps: int = 0,
 ) -> tuple[TrainedModel, Classifier]:
     """Trains a linear classifier on top of a network, or both together.
 
@@ -109,6 +110,7 @@ def train(
       teacher: distilled in addition to the labels, if `config.distill.weight` is set.
       eval_fn: called every `eval_every_steps` steps and at the end; None: never.
       eval_every_steps: interval of `eval_fn`; 0: never.
+      eval_first_steps: number of first steps after each of which `eval_fn` is called as well.
 
     Returns:
       The network, fine-tuned with `config.layers="all"`, and the classifier.
@@ -144,6 +146,7 @@ def train(
         frozen,
         evaluate=evaluate if eval_fn else None,
         evaluate_steps=eval_every_steps,
+        evaluate_first=eval_first_steps,
     )
     return network(trained, state), linear.layer(state, feature_stats)
 
@@ -159,6 +162,7 @@ def fit(
     *,
     evaluate: linear.Evaluate | None = None,
     evaluate_steps: int = 0,
+    evaluate_first: int = 0,
 ) -> ProbeState:
     """Runs `linear.fit` on labelled crops as they are read; resumes an interrupted training.
 
@@ -172,6 +176,7 @@ def fit(
       frozen: input of the step that is never updated.
       evaluate: see `linear.fit`.
       evaluate_steps: see `linear.fit`.
+      evaluate_first: see `linear.fit`.
     """
     probe_plan = plan(config, trained, source)
     recipe = views_of(trained)
@@ -199,6 +204,7 @@ def fit(
                 logger,
                 evaluate=evaluate,
                 evaluate_steps=evaluate_steps,
+                evaluate_first=evaluate_first,
                 checkpoints=checkpoints,
                 verbose=folder is not None,
             )

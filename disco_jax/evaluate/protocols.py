@@ -64,7 +64,7 @@ def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
       trained: network of the run.
 
     Raises:
-      UserError: the config is made for another backbone, or for convolutional networks only.
+      UserError: the config is made for another backbone, or has other settings for this one.
     """
     _check_student(config, trained)
     _warn_of_other_paper(config, trained.config)
@@ -72,35 +72,47 @@ def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
     rate = config.learning_rate
     if not rate.base_lr:
         rate.base_lr = trained.encoder.backbone.probe_rate
-        if config.protocol == "seed":  # a constant rate in the warm-up: disagreement S2
-            rate.warmup_from = rate.base_lr
+        linear.follow_rate(config)
     return config
 
 
 def _check_student(config: ConfigDict, trained: TrainedModel) -> None:
-    network = trained.encoder.backbone
     backbone = trained.config.student.backbone
     if config.student not in ("", backbone):
         raise errors.UserError(
             f"The settings are for config.student={config.student!r}, but the run's backbone is "
             f"{backbone!r}: set the recipe's argument, --config=RECIPE:student={backbone}."
         )
-    transformer = network.is_transformer or network.readable_blocks > 1
-    if not config.student and config.protocol in linear.BY_KIND and transformer:
+    protocol = _of_linear(config)
+    if protocol and not config.student and _depends_on_backbone(protocol, backbone):
         raise errors.UserError(
-            f"The protocol {config.protocol!r} has other settings for {backbone}, a transformer: "
-            f"set the recipe's argument, --config=linear:protocol={config.protocol},"
-            f"student={backbone}."
+            f"The protocol {protocol!r} has other settings for {backbone}: set the recipe's "
+            f"argument, --config=linear:protocol={protocol},student={backbone}."
         )
+
+
+def _of_linear(config: ConfigDict) -> str:
+    """Returns the protocol of a paper's linear probe; "" for all other protocols."""
+    recipe, _, protocol = config.protocol.partition(":")
+    return protocol if recipe == "linear" and protocol in linear.OF_PAPERS else ""
+
+
+def _depends_on_backbone(protocol: str, backbone: str) -> bool:
+    """Returns whether a protocol has other settings, beside the rate, if it knows the backbone."""
+    general, own = (
+        linear.get_config(f"protocol={protocol},student={student}") for student in ("", backbone)
+    )
+    names = general.keys() - {"student", "learning_rate"}
+    return any(general[name] != own[name] for name in names)
 
 
 def _warn_of_other_paper(config: ConfigDict, run: ConfigDict) -> None:
     """Logs a warning if the paper of the run has another linear probe than the config's."""
-    own = probes.testbed(run.name)
-    if config.protocol in linear.OF_PAPERS and config.protocol != own:
+    protocol = _of_linear(config)
+    if protocol and protocol != probes.testbed(run.name):
         _LOG.warning(
             "The protocol %s is not that of the paper of %s, which is --config=%s.",
-            config.protocol,
+            protocol,
             run.name or "this run",
             probes.protocol_for(run),
         )

@@ -77,6 +77,34 @@ def even(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(selected))
 
 
+def folds(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Divides rows into parts of equal size, class by class, for a cross-validation.
+
+    Args:
+      labels: i32[N].
+      count: number of parts, at least 2.
+      seed: seed of the division.
+
+    Returns:
+      i64[N], the part of each row in 0..count - 1.
+
+    Raises:
+      UserError: if there are fewer than 2 parts, or a class has fewer rows than parts.
+    """
+    if count < 2:
+        raise UserError(f"config.grid.folds={count}: a cross-validation needs 2 parts or more.")
+    parts = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < count:
+            raise UserError(
+                f"config.grid.folds={count}: class {label} has only {len(rows)} training images."
+            )
+        order = np.random.default_rng([seed, int(label)]).permutation(rows)
+        parts[order] = np.arange(len(rows)) % count
+    return parts
+
+
 def held_out(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """Selects about `percent` of every class, bool[N]: at least one row, but never all rows.
 

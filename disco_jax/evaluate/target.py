@@ -109,9 +109,9 @@ def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[s
             f"config.labelled.percent={labelled.percent} and config.labelled.per_class="
             f"{labelled.per_class} are both set: set one of them to 0."
         )
-    split, wanted = data.train_split, labelled.percent or labelled.per_class
+    split = data.train_split
     _check_list(source.count(split), data, labelled)
-    if not wanted:
+    if not labelled.percent and not labelled.per_class:
         selection = f"the list {data.subset}" if data.subset else f"all of {source.name}"
         return source, {"images": source.count(split), "selection": selection}
     labels = read_labels(source, split)
@@ -130,6 +130,31 @@ def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[s
         "images": len(rows),
         "selection": selection,
     }
+
+
+def held_out(source: Source, split: str, settings: Any) -> np.ndarray | None:
+    """Draws the training images on which an evaluation tests instead of the test images.
+
+    Args:
+      source: labelled images; the split is read once.
+      split: split to train on.
+      settings: fields per_class (0: none) and seed.
+
+    Returns:
+      bool[N], true for the held-out images in the stored order; None without any.
+
+    Raises:
+      UserError: a label is missing, or a class has too few images.
+    """
+    if not settings.per_class:
+        return None
+    labels = read_labels(source, split)
+    if (labels < 0).any():
+        raise features.unlabelled(source, split)
+    mask = np.zeros(len(labels), bool)
+    mask[subsets.balanced(labels, settings.per_class, settings.seed)] = True
+    match(source, labels[~mask], labels[mask])
+    return mask
 
 
 def _check_list(count: int, data: Any, labelled: Any) -> None:

@@ -14,7 +14,7 @@ from disco_jax.convert import pickles
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, online, saved, target
+from disco_jax.evaluate import features, online, saved, subsets, target
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +60,7 @@ def metrics(run, name):
 
 def test_a_cached_probe_leaves_what_it_found(run):
     result = linear.run(quick("linear", total_epochs=20, evaluate_every_epochs=5), run)
+    assert (result["protocol"], result["cached"]) == ("linear:cached", True)
     written = json.loads(pathlib.Path(run, "linear.json").read_text())
     assert written == result
     assert result["images"] == 60 and len(result["class_top1"]) == 10
@@ -73,6 +74,7 @@ def test_a_cached_probe_leaves_what_it_found(run):
 def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(run):
     config = quick("linear:protocol=moco", evaluate_every_epochs=1)
     result = linear.run(config, run)
+    assert (result["protocol"], result["cached"]) == ("linear:moco", False)
     lines = metrics(run, "linear_moco")
     assert [line["step"] for line in lines if "test/top1" in line] == [3, 6]
     assert result["best_top1"] == max(line.get("test/top1", 0) for line in lines)
@@ -137,6 +139,28 @@ def test_the_same_few_of_every_class_are_read(run):
         quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run
     )
     assert result["name"] == "semi_seed_10" and result["images"] == 60
+    assert result["trained_on"] == {"images": 40, "selection": "4 of each class, drawn with seed 0"}
+
+
+@pytest.mark.parametrize("recipe", ["linear", "linear:protocol=moco"])
+def test_held_out_training_images_are_tested_on_and_not_learned(run, recipe):
+    """SSLight chooses its settings on 50 training images of each class."""
+    (images, labels), tests = splits()["train"], splits()["test"]
+    rows = subsets.balanced(labels, 2, seed=3)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    spoilt = np.where(np.isin(np.arange(len(images)), rows)[:, None, None], noise, images)
+    kernels = []
+    for i, pixels in enumerate((images, spoilt)):
+        config = quick(recipe, name=f"held_{recipe[-4:]}_{i}")
+        config.held_out.update(per_class=2, seed=3)
+        source = ArraySource({"train": (pixels, labels), "test": tests})
+        result = linear.run(config, run, source)
+        assert result["images"] == 20
+        assert result["tested_on"] == "2 training images of each class, drawn with seed 3"
+        with np.load(f"{run}/{config.name}.npz") as arrays:
+            kernels.append(arrays["kernel"])
+            assert arrays["confusion"].sum(1).tolist() == [2] * 10
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_path, data_file):
@@ -221,6 +245,9 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
         ("linear:protocol=grid_crops", {"layers": "all"}, "layers to classifier"),
         ("linear:protocol=grid", {"optimizer.name": "lars"}, "trains with sgd"),
         ("finetune", {"augment": "none"}, "--config.augment=linear"),
+        ("finetune", {"held_out.per_class": 1}, "config.layers=classifier"),
+        ("linear:protocol=grid_crops", {"grid.folds": 3}, "--config.augment=none"),
+        ("linear", {"held_out.per_class": 50}, "fewer than the 50"),
         ("finetune", {"normalise": True}, "Set it to False"),
         ("finetune", {"norm": "shuffle"}, "config.norm='shuffle'"),
         ("finetune", {"layers": "some"}, "config.layers='some'"),

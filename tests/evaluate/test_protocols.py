@@ -57,7 +57,7 @@ def test_the_default_on_imagenet_is_the_probe_of_the_runs_paper(run, recipe, pro
         **{name: config[name] for name in ("batch_size", "blocks", "network", "total_epochs")},
     }  # fmt: skip
     assert {name: values[name] for name in expected} == expected
-    assert config.protocol == protocol and config.name == f"linear_{protocol}"
+    assert config.protocol == f"linear:{protocol}" and config.name == f"linear_{protocol}"
     assert config.student == flags.load(recipe).student.backbone and config.augment == "linear"
     reference = probes.protocol_for(flags.load(recipe))  # sweeps load the same config
     assert flags.load(reference) == config
@@ -66,22 +66,22 @@ def test_the_default_on_imagenet_is_the_probe_of_the_runs_paper(run, recipe, pro
 def test_an_imported_network_has_no_ema_copy(run):
     folder = run("moco_v2", **{"name": "dino", "student.backbone": "vit_tiny_p16"})
     config = parsed(folder)
-    assert (config.protocol, config.network, config.blocks) == ("dino", "student", 4)
+    assert (config.protocol, config.network, config.blocks) == ("linear:dino", "student", 4)
 
 
 def test_runs_on_other_images_have_a_cached_probe_with_the_rate_of_their_family(run):
     config = parsed(run("disco:data=digits,student=mobilenetv2"))
-    assert (config.protocol, config.name, config.augment) == ("cached", "linear", "none")
+    assert (config.protocol, config.name, config.augment) == ("linear:cached", "linear", "none")
     assert (config.student, config.learning_rate.base_lr) == ("mobilenetv2", 3.0)
 
 
 def test_explicit_settings_come_first(run):
     folder = run("swav:student=efficientnet_b1")
     config = parsed(folder, "linear", "--config=linear:protocol=seed")
-    assert (config.protocol, config.student) == ("seed", "efficientnet_b1")
+    assert (config.protocol, config.student) == ("linear:seed", "efficientnet_b1")
     assert config.learning_rate.base_lr == config.learning_rate.warmup_from == 3.0
     config = parsed(folder, "linear", "--config.learning_rate.base_lr=0.7")
-    assert (config.protocol, config.learning_rate.base_lr) == ("swav", 0.7)
+    assert (config.protocol, config.learning_rate.base_lr) == ("linear:swav", 0.7)
     assert parsed(folder, "linear", "--config=linear:student=resnet18").student == "resnet18"
     semi = parsed(folder, "semi", "--config=semi:protocol=retro")
     assert semi.learning_rate.base_lr == 3.0
@@ -120,6 +120,9 @@ def test_settings_for_convolutional_networks_are_refused_for_transformers():
         with pytest.raises(UserError, match=rf"protocol={protocol},student=vit_tiny_p16"):
             protocols.fit(flags.load(f"linear:protocol={protocol}"), vit)
         protocols.fit(flags.load(f"linear:protocol={protocol},student=vit_tiny_p16"), vit)
+        protocols.fit(flags.load(f"linear:protocol={protocol}"), trained("sslight_dino"))
+    protocols.fit(flags.load("linear:protocol=dino"), trained("dino:student=xcit_tiny_12_p16"))
+    protocols.fit(flags.load("semi:protocol=sslight"), vit)
     with pytest.raises(UserError, match="student=resnet18"):
         protocols.fit(flags.load("linear:student=resnet50"), trained("disco"))
 
@@ -132,6 +135,8 @@ def test_settings_for_convolutional_networks_are_refused_for_transformers():
         ("linear:protocol=disco", "moco_v2", False),
         ("linear:protocol=cached", "swav", False),
         ("linear:protocol=disco_code", "disco", False),
+        ("semi:protocol=swav", "disco", False),
+        ("transfer:protocol=disco", "swav", False),
     ],
 )
 def test_the_protocol_of_another_paper_is_warned_about(probe, recipe, warns, caplog):
