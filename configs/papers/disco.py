@@ -133,11 +133,10 @@ def figure7() -> Iterator[Row]:
     """Yields the information plane of students with narrow and wide heads."""
     for student in ("resnet18", "resnet34"):
         for hidden in (512, 2048):
-            yield distilled(
-                "disco", f"{student}/{hidden}", student, RESNET50, "disco", {},
-                changes=(("student.hidden", hidden),),
-                missing="the plane of a linear probe on the first 1000 training images; `plane` "
-                "fine-tunes all layers on test images",
+            yield Row(
+                f"{student}/{hidden}", f"disco:student={student},teacher=resnet50",
+                Evaluation("plane:protocol=code,data=cifar10"), (("student.hidden", hidden),),
+                RESNET50,
             )  # fmt: skip
 
 
@@ -232,9 +231,10 @@ def figure8() -> Iterator[Row]:
     """Yields the figure of EfficientNet-B0 and ResNet-50 by MoCo-v2, and B0 by DisCo."""
     yield Row(
         "plot",
-        command="disco-jax tsne --workdir RESNET50 --config.beside=\"('BASELINE','DISCO')\"",
+        command="disco-jax tsne --workdir RESNET50 --config configs/tsne.py:protocol=disco "
+        "--config.beside=\"('BASELINE','DISCO')\"",
         note="runs of disco/teachers/resnet50, disco/table1/efficientnet_b0/none and "
-        "disco/table1/efficientnet_b0/resnet50; cosine distances, the official script's Euclidean",
+        "disco/table1/efficientnet_b0/resnet50",
     )
 
 

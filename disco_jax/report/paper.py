@@ -33,6 +33,7 @@ HOW = (
 EVALUATION_HOW = (
     "name", "report", "seed", "student", "log_every_epochs", "checkpoint_every_epochs",
     "evaluate_every_epochs", "extract_batch_size", "distill.teacher", "protocol",
+    "information_plane.beside",
 )  # fmt: skip
 # Names of the number of training images in data.json, see `Source.fingerprint`.
 _COUNTS = ("records", "pictures", "images")
@@ -337,7 +338,9 @@ def _published() -> frozenset[str]:
 
 
 # Fields that separate kinds of evaluations, e.g. few labels from all of them.
-_TASK_FIELDS = ("data.name", "labelled.listed", "layers", "distill.weight", "vote")
+_TASK_FIELDS = (
+    "data.name", "labelled.listed", "layers", "distill.weight", "vote", "held_out.per_class",
+)  # fmt: skip
 
 
 def _evaluation_differences(row: Row, settings: Mapping[str, Any] | None) -> tuple[str, ...] | None:
