@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, methods, models
 from disco_jax.configs import data as datasets
 from disco_jax.convert.manifest import MANIFEST
+from disco_jax.models import heads
 from disco_jax.nested import flatten
 from disco_jax.report import rows
 from disco_jax.report.rows import Row
@@ -176,10 +177,12 @@ class _Experiment:
             if self.fields.get(name) != expected.get(name)
         ]
         differences += self._unfinished()
+        distils = row.evaluation is not None and row.evaluation.task == "finetune"
+        assumed = ("classes of a linear probe of the paper's teacher",) if distils else ()
         if row.teacher is None:
-            return Value(row, tuple(differences))
+            return Value(row, tuple(differences), assumed)
         proof = _teacher_differences(self.config.teacher.weights, row)
-        return Value(row, (*differences, *proof.differences), proof.assumed)
+        return Value(row, (*differences, *proof.differences), (*proof.assumed, *assumed))
 
     def _unfinished(self) -> list[str]:
         """Returns what the steps and the images of the run lack."""
@@ -216,7 +219,7 @@ def defining(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields that define what a config learns, as values of JSON.
 
     Fields of networks and objectives that take no part are left out, and equal settings get equal
-    values: a hidden width of -1 becomes the number of features.
+    values: 0, "" and -1 become the number or name that they stand for.
 
     Raises:
       UserError: a network or an objective is unknown.
@@ -233,12 +236,39 @@ def defining(config: ConfigDict) -> dict[str, Any]:
         if name not in HOW and not name.startswith((*_groups(HOW), *idle))
     }
     for network in ("student", "teacher"):
-        if fields.get(f"{network}.hidden") == -1:
-            fields[f"{network}.hidden"] = models.width(config[network])
+        if f"{network}.backbone" in fields:
+            fields |= _network(network, config[network], fields)
+            fields = {name: value for name, value in fields.items() if value is not _ABSENT}
     if "head" in config.student.reuse:  # its shape is the teacher's
         for name in ("head", "hidden", "layers", "dim", "adapter"):
             fields.pop(f"student.{name}")
     return fields
+
+
+_ABSENT = object()
+
+
+def _network(network: str, spec: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a network with defaults replaced; `_ABSENT` where it has no such field.
+
+    Args:
+      network: student or teacher.
+      spec: its section of the config.
+      fields: the flat config.
+    """
+    options, backbone = models.options(spec.backbone), models.build_encoder(spec).backbone
+    resolved: dict[str, Any] = {
+        name: getattr(backbone, name) if name in options else _ABSENT
+        for name in ("width", "stem", "grid", "patch", "zero_init_residual", "drop_path")
+    }
+    if spec.hidden == -1:
+        resolved["hidden"] = models.width(spec)
+    if spec.layers == heads.VARIANTS.get(spec.head, {}).get("layers", 2):
+        resolved["layers"] = 0
+    if network == "teacher":  # frozen, without stochastic depth
+        resolved |= {"zero_init_residual": _ABSENT, "drop_path": _ABSENT}
+    names = {f"{network}.{name}": value for name, value in resolved.items()}
+    return {name: value for name, value in names.items() if name in fields}
 
 
 def _groups(names: Iterable[str]) -> tuple[str, ...]:

@@ -51,6 +51,13 @@ def test_where_and_how_a_run_computes_does_not_matter():
     assert shown(taught(DISCO, **changes), measured()) == 60.6
 
 
+def test_a_teacher_from_a_file_is_compared_by_its_network():
+    """Files state sizes that configs leave to defaults."""
+    stated = {"teacher.stem": "", "teacher.hidden": 2048, "teacher.width": 64, "teacher.layers": 2}
+    assert shown(taught(DISCO, **stated), measured()) == 60.6
+    assert shown(taught(DISCO, **{"teacher.width": 32}), measured()) is None
+
+
 def test_a_smoke_run_with_a_random_teacher_has_no_value():
     config = flags.load("seed:student=resnet18,smoke=true").to_dict()
     assert paper.beside(config, measured("linear:protocol=seed,student=resnet18")) is None
