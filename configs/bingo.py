@@ -17,7 +17,7 @@ def get_config(arg=None):
         arg, student="resnet18", teacher="resnet50", data="imagenet2012", smoke=False
     )
     config = common.pretrain("bingo", arg.data)
-    efficientnet = arg.student.startswith("efficientnet")  # has its own settings in the scripts
+    efficientnet = common.family(arg.student) == "efficientnet"  # has its own settings in scripts/
     # Official code (main_moco.py, scripts/).
     config.total_epochs, config.batch_size = 200, 256
     config.optimizer.update(name="sgd", momentum=0.9, weight_decay=4e-5 if efficientnet else 1e-4)
@@ -29,8 +29,9 @@ def get_config(arg=None):
     # moco/builder.py: no EMA copy. The teacher encodes the keys, on shuffled batch statistics.
     config.student.update(backbone=arg.student, head="mlp", hidden=2048, dim=128, norm="local")
     config.teacher.update(backbone=arg.teacher, norm="shuffle")
-    # Epochs 0 to 10 contrast with the image's own key only; the third query is a CutMix.
+    # Epochs 0 to 10 contrast with the image's own key only; the third query is a CutMix, whose box
+    # each of 8 devices draws for its 32 images.
     config.objectives.bags.update(weight=1.0, temperature=0.12 if efficientnet else 0.2)
     config.objectives.bags.update(queue_size=65_536, queue_init="random")
-    config.objectives.bags.update(cutmix=True, own_epochs=11)
+    config.objectives.bags.update(cutmix=True, cutmix_group=32, own_epochs=11)
     return small.shrink(config, arg)

@@ -131,6 +131,23 @@ def readable_blocks(backbone: str) -> int:
     return models.backbone(backbone).backbone.readable_blocks
 
 
+def family(backbone: str) -> str:
+    """Returns the family of a backbone, such as "resnet" or "efficientnet"; "" for unknown names.
+
+    Papers choose some settings by it.
+    """
+    from disco_jax import models  # imports JAX
+
+    return models.family(backbone)
+
+
+def features(network: ConfigDict) -> int:
+    """Returns the number of features of the backbone of `config.student` or `config.teacher`."""
+    from disco_jax import models  # imports JAX
+
+    return models.width(network)
+
+
 def is_transformer(backbone: str) -> bool:
     """Returns whether a backbone is a transformer, which DINO trains with AdamW."""
     from disco_jax import models  # imports JAX

@@ -2,13 +2,23 @@
 
 from typing import Any
 
+
+def _small(size: int, classes: int) -> dict[str, Any]:
+    """Returns the entry of a data set of small images."""
+    return dict(eval_split="test", size=size, eval_resize=0, stem="small", classes=classes)
+
+
 # What differs between data sets: the split that evaluations read, the image size in px, the shorter
-# side in px before evaluations crop the centre (0: resize straight to `size`), and the stem of
-# convolutional networks.
+# side in px before evaluations crop the centre (0: resize straight to `size`), the stem of
+# convolutional networks, and the number of classes.
 DATA: dict[str, dict[str, Any]] = {
-    "imagenet2012": dict(eval_split="validation", size=224, eval_resize=256, stem="imagenet"),
-    "fashion_mnist": dict(eval_split="test", size=28, eval_resize=0, stem="small"),
-    "digits": dict(eval_split="test", size=16, eval_resize=0, stem="small"),
+    "imagenet2012": dict(
+        eval_split="validation", size=224, eval_resize=256, stem="imagenet", classes=1000
+    ),
+    "cifar10": _small(32, 10),
+    "cifar100": _small(32, 100),
+    "fashion_mnist": _small(28, 10),
+    "digits": _small(16, 10),
 }
 # TFDS names of parts of a data set of `DATA`: the files of SimCLR's lists ("/1pct", "/10pct").
 PARTS = {"imagenet2012_subset": "imagenet2012"}

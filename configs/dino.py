@@ -7,11 +7,12 @@ Linear top-1: ViT-tiny 63.2, XCiT-tiny 67.0 (DisCo, appendix, Table 3, 100 epoch
 (official code, 100 epochs); ours not measured yet.
 
 Convolutional networks train as in SSLight's baseline (arXiv:2210.02808, Table 4): MobileNetV2 66.2,
-ResNet-18 62.2. SSLight's own views are in `sslight_dino.py`. `linear` scores the EMA copy, as DINO
-reports, and `knn` the student; `--config.network=momentum` scores the EMA copy there, too.
+ResNet-18 62.2. SSLight's own views and its baselines of ViTs are in `sslight_dino.py`. `linear`
+scores the EMA copy, as DINO reports, and `knn` the student; `--config.network=momentum` scores the
+EMA copy there, too.
 """
 
-from disco_jax.configs import common, small
+from disco_jax.configs import common, small, sslight_dino
 
 
 def get_config(arg=None):
@@ -61,8 +62,9 @@ def transformer(config):
 
 def convolutional(config):
     """Sets DINO as SSLight's baseline trains convolutional networks (its Table 8 and code)."""
-    # 8 devices of 128 images.
-    config.total_epochs, config.batch_size = 200, 1024
+    # 8 devices of 128 images; fewer for ResNet-50: L4.
+    config.total_epochs = 200
+    config.batch_size = sslight_dino.BATCHES.get(config.student.backbone, 1024)
     # Biases and norms have neither decay nor trust ratio, depthwise kernels no decay: L2.
     config.optimizer.update(name="lars", momentum=0.9, weight_decay=1e-6, trust=1e-3)
     config.optimizer.update(no_decay=("vectors", "depthwise"), no_trust=("vectors",))

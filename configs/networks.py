@@ -13,7 +13,9 @@ def encoder(stem: str) -> dict[str, Any]:
         grid=0,  # patches a side in a ViT's position embedding; 0: the backbone's default
         patch=0,  # side of a ViT's or XCiT's patches in px; 0: the backbone's default
         drop_path=0.0,  # stochastic depth rate of a ViT or XCiT during training
-        norm_group=0,  # images that share BatchNorm statistics; 0: all images of a device
+        # Images that share BatchNorm statistics. 0: all of a device, or with norm="sync" of all
+        # devices. Only with "sync" may a group span devices.
+        norm_group=0,
         adapter=0,  # width of a linear layer between backbone and head; 0: none
         # mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn
         # | regression | none
@@ -22,6 +24,7 @@ def encoder(stem: str) -> dict[str, Any]:
         layers=0,  # linear layers of the head; 0: its default, which is three for DINO, else two
         dim=128,  # width of the embedding
         prototypes=(),  # prototypes in each set of prototypes behind the head
+        predictor=0,  # width of BYOL's predictor behind the head; 0: none
     )
 
 

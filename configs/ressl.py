@@ -3,8 +3,7 @@ r"""ReSSL on ImageNet-1k: similarities of a strong view copy those of a weak vie
     disco-jax pretrain --workdir gs://BUCKET/ressl --config configs/ressl.py:student=resnet18
 
 arXiv:2107.09282; a testbed without a teacher, to which any distillation objective can be added.
-Linear top-1: R-18 58.1 (as SSLight cites it); ours not measured yet. The official code excludes
-BatchNorm parameters and biases from weight decay; here all parameters decay.
+Linear top-1: R-18 58.1 (as SSLight cites it); ours not measured yet.
 """
 
 from disco_jax.configs import common, small
@@ -15,8 +14,11 @@ def get_config(arg=None):
     config = common.pretrain("ressl", arg.data)
     # Official code (ressl.py).
     config.total_epochs, config.batch_size = 200, 256
-    config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4)
-    config.learning_rate.update(base_lr=0.05, decay="cosine", every="step", warmup_epochs=5)
+    # BatchNorm parameters and biases do not decay.
+    config.optimizer.update(name="sgd", momentum=0.9, weight_decay=1e-4, no_decay=("vectors",))
+    # 5 epochs of warm-up from 0; the cosine starts after them.
+    config.learning_rate.update(base_lr=0.05, decay="cosine_after", every="step")
+    config.learning_rate.update(minimum=0.0, warmup_epochs=5, warmup_from=0.0)
     # View 0, the query: MoCo-v2's augmentation. View 1, the key: crops and flips only.
     config.views = 2
     common.augment(config, "moco_v2")

@@ -70,25 +70,27 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
 
 # Crops of small images keep more of the image.
 _SSLIGHT = {"augment.scale": (0.4, 1.0), "local.count": 2, "local.scale": (0.3, 0.7)}
+# LARS moves a kernel by a thousandth of the rate, too little for a short run.
+_SGD = {
+    "optimizer.name": "sgd",
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.no_decay": (),
+    "optimizer.no_trust": (),
+    "learning_rate.base_lr": 0.12,
+    "learning_rate.warmup_epochs": 0,
+}
+# MoCo-v2's head: in short runs of narrow networks the narrow initialisation of SSLight's head
+# collapses to a few features.
+_SSLIGHT_MOCO = {**_SSLIGHT, **_SGD, "student.head": "mlp", "momentum.ema_rate": 0.99}
 # Recipe (`config.name`) -> fields that change only on small images.
 SMALL_IMAGES: dict[str, dict[str, Any]] = {
     "bingo": {"objectives.bags.own_epochs": 2},
+    "byol": {**_SGD, "momentum.ema_rate": 0.99},
+    "simclr": _SGD,
     "online_clusters": {"objectives.online_clusters.count": 64},
-    # MoCo-v2's head and rates: in short runs of narrow networks the narrow initialisation of
-    # SSLight's head collapses to a few features, and LARS, which moves a kernel by a thousandth of
-    # the rate, hardly changes it.
-    "sslight_moco": {
-        **_SSLIGHT,
-        "student.head": "mlp",
-        "momentum.ema_rate": 0.99,
-        "optimizer.name": "sgd",
-        "optimizer.weight_decay": 1e-4,
-        "optimizer.no_decay": (),
-        "optimizer.no_trust": (),
-        "learning_rate.base_lr": 0.12,
-        "learning_rate.warmup_epochs": 0,
-    },
-    # SwAV's head and optimizer, for the same reason.
+    "sslight_moco": _SSLIGHT_MOCO,
+    "sslight_moco_two": {**_SSLIGHT_MOCO, "local.count": 0},
+    # SwAV's head and optimizer, for the same reasons.
     "sslight_swav": {
         **_SSLIGHT,
         "student.head": "swav",
@@ -104,18 +106,21 @@ SMALL_IMAGES: dict[str, dict[str, Any]] = {
 TRANSFORMERS = ("dino", "dino_disco", "sslight_dino", "sslight_moco", "sslight_swav")
 
 
-def shrink(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
+def shrink(config: ConfigDict, arg: ConfigDict, recipe: str = "") -> ConfigDict:
     """Returns `config`, changed in place if `arg` asks for small images or a smoke run.
 
     Args:
       config: a complete pretraining config with its paper's settings.
       arg: the recipe's arguments; `data`, `smoke` and the presence of `teacher` count.
+      recipe: key of the tables in this file; "": `config.name`.
     """
+    recipe = recipe or config.name
     small = arg.data in QUEUES
     if not small and not arg.smoke:
         return config
-    config.update_from_flattened_dict(SHORT_RUNS.get(config.name, {}))
-    config.objectives.relations.group = 0  # a batch may be smaller than the paper's groups
+    config.update_from_flattened_dict(SHORT_RUNS.get(recipe, {}))
+    # A batch may be smaller than the papers' groups.
+    config.objectives.relations.group = config.student.norm_group = 0
     if small:
         _small_images(config, QUEUES[arg.data])
     if arg.smoke:
@@ -123,9 +128,9 @@ def shrink(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
         if "teacher" in arg:
             config.teacher.weights = "random"
     if small:
-        config.update_from_flattened_dict(SMALL_IMAGES.get(config.name, {}))
+        config.update_from_flattened_dict(SMALL_IMAGES.get(recipe, {}))
     _local_views(config)
-    if config.name in TRANSFORMERS:
+    if recipe in TRANSFORMERS:
         _patches(config)
     _own_backbones(config)
     _swapped(config)
@@ -157,9 +162,10 @@ def _smoke(config: ConfigDict) -> None:
         # 0 and -1 take their width from elsewhere.
         network.hidden = 32 if network.hidden > 0 else network.hidden
         network.dim = 16 if network.dim > 0 else network.dim
+        network.predictor = 32 if network.predictor > 0 else 0
     if config.student.prototypes and not config.objectives.pseudo_labels.weight:
         config.student.prototypes = (16,)
-    if config.group_views:
+    if config.local.count and not config.objectives.similarity.weight:  # not SEED's six patches
         config.local.count = 2
     config.objectives.online_clusters.count = 16
     _set_queues(config, 64)
@@ -179,10 +185,10 @@ def _local_views(config: ConfigDict) -> None:
     if not config.local.count:
         return
     config.local.size = config.augment.size // 2
-    if config.group_views:
-        config.augment.blur_sigma = (0.1, 0.6)
-    else:  # SEED's patches
+    if config.objectives.similarity.weight:  # SEED's patches
         config.local.scale = (0.1, 0.3)
+    else:
+        config.augment.blur_sigma = (0.1, 0.6)
 
 
 def _patches(config: ConfigDict) -> None:

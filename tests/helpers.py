@@ -131,7 +131,9 @@ class TinyBackbone(Backbone):
         n, side = len(images), images.shape[1] // 2
         x = images.reshape(n, 2, side, 2, side, 3).mean((2, 4)).reshape(n, -1)
         x = nn.Dense(self.width, use_bias=False, dtype=self.compute.dtype)(x)
-        x = jnp.tanh(BatchNorm(group=self.compute.norm_group)(x, norm=norm))
+        compute = self.compute
+        batch_norm = BatchNorm(group=compute.norm_group, sync_groups=compute.sync_groups)
+        x = jnp.tanh(batch_norm(x, norm=norm))
         return x.astype(jnp.float32)
 
 
@@ -194,10 +196,11 @@ class Identity:
 # Arguments that change a recipe's views or objectives: recipe -> arguments, tested besides the
 # recipe itself.
 VARIANTS = {
-    "seed": ("views=cross", "views=small_patch"),
+    "seed": ("views=cross", "views=small_patch", "moco=true"),
     "retro": ("symmetric=false",),
     "disco_seed": ("rkd=true",),
     "compress": ("queues=1",),
+    "sslight_moco": ("views=two",),
 }
 # All pretraining recipes, those with views of two sizes, and all with their variants.
 PRETRAINING = tuple(name for name in flags.recipes() if "objectives" in flags.load(name))

@@ -39,7 +39,7 @@ EPOCHS = {
     "dino": 40,
 }  # default: 10, or 20 for multi-crop recipes
 RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # factor on the learning rate; default 4
-WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64")
+WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64", "simclr", "byol", "supervised")
 # Recipes with crops of two sizes, which keep their own views and rates.
 MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav")
 

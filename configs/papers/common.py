@@ -10,7 +10,14 @@ STUDENTS = ("efficientnet_b0", "efficientnet_b1", "mobilenetv3_large", "resnet18
 
 # What several cells lack.
 DETECTION = "detection and segmentation are not implemented"
-SUPERVISED = "there is no recipe of supervised training"
+SUPERVISED = "a score by the network's own classifier; `supervised` trains it as torchvision does"
+# The papers quote supervised results of other trainings.
+QUOTED = {
+    "efficientnet": "quoted from arXiv:1905.11946, whose training this package does not have",
+    "mobilenet": "quoted from arXiv:1905.02244, whose training this package does not have",
+    "resnet": "quoted from arXiv:1512.03385, with ten crops of each test image",
+    "vit": "quoted from DeiT (arXiv:2012.12877), whose training this package does not have",
+}
 
 # Teachers of DisCo, section 4.1; their top-1 is that of DisCo's Table 1.
 RESNET50 = Teacher(
@@ -31,27 +38,14 @@ RESNET101 = Teacher(
 RESNET152 = Teacher(  # DisCo's code publishes one of 800 epochs: disagreement M2
     "resnet152",
     "MoCo-v2, 400 epochs",
-    "moco_v2:student=resnet152",
-    changes=(("total_epochs", 400),),
+    "moco_v2:student=resnet152,epochs=400",
     top1=74.1,
     row="disco/teachers/resnet152",
-)
-# SwAV's own settings with 4096 images a batch: 4.8 falls to 0.0048 after 10 epochs of warm-up, no
-# queue, prototypes frozen for 313 steps.
-SWAV_4096 = (
-    ("batch_size", 4096),
-    ("learning_rate.minimum", 0.0048),
-    ("learning_rate.warmup_epochs", 10),
-    ("learning_rate.warmup_from", 0.3),
-    ("objectives.swapped.queue_size", 0),
-    ("objectives.swapped.queue_epochs", 0),
-    ("optimizer.frozen_steps", 313),
 )
 RESNET50W2 = Teacher(  # the file is of 400 epochs, the paper says 800: disagreement D10
     "resnet50w2",
     "SwAV, 400 epochs",
-    "swav:student=resnet50w2",
-    changes=(*SWAV_4096, ("total_epochs", 400), ("student.hidden", 8192), ("local.count", 4)),
+    "swav:student=resnet50w2,script=rn50w2,epochs=400",
     file="swav_RN50w2_400ep_pretrain.pth.tar",
     top1=77.3,
     row="disco/teachers/resnet50w2",
@@ -59,11 +53,16 @@ RESNET50W2 = Teacher(  # the file is of 400 epochs, the paper says 800: disagree
 SWAV_RESNET50 = Teacher(
     "resnet50",
     "SwAV, 800 epochs",
-    "swav:student=resnet50",
-    changes=(*SWAV_4096, ("total_epochs", 800)),
+    "swav:student=resnet50,script=batch4096,epochs=800",
     file="swav_800ep_pretrain.pth.tar",
     top1=75.3,
     row="disco/teachers/swav_resnet50",
+)
+MOCO_800 = Teacher(
+    "resnet50",
+    "MoCo-v2, 800 epochs",
+    "moco_v2:student=resnet50,epochs=800",
+    file="moco_v2_800ep_pretrain.pth.tar",
 )
 SELA_RESNET50 = Teacher(
     "resnet50",
@@ -83,6 +82,11 @@ TEACHERS = {
 def linear(protocol: str, student: str) -> Evaluation:
     """Returns a linear evaluation on ImageNet by a paper's protocol."""
     return Evaluation(f"linear:protocol={protocol},student={student}")
+
+
+def quoted(student: str) -> str:
+    """Returns what a supervised cell of DisCo, SEED or RETRO lacks."""
+    return next(text for prefix, text in QUOTED.items() if student.startswith(prefix))
 
 
 def scores(value: Any) -> dict[str, float]:
@@ -139,5 +143,5 @@ def distilled(
 
 def alone(recipe: str, cell: str, student: str, protocol: str, printed: Any, **fields: Any) -> Row:
     """Returns the cell of a student without a teacher; see `distilled`."""
-    reference = f"{recipe}:student={student}"
+    reference = f"{recipe}{',' if ':' in recipe else ':'}student={student}"
     return Row(cell, reference, linear(protocol, student), printed=printed, **fields)

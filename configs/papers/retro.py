@@ -23,7 +23,10 @@ RETRO_TEACHERS = {
     **TEACHERS,
     "resnet101": dataclasses.replace(RESNET101, top1=70.3, row=""),
     "resnet152": dataclasses.replace(
-        RESNET152, about="MoCo-v2, 800 epochs", changes=(("total_epochs", 800),), row=""
+        RESNET152,
+        about="MoCo-v2, 800 epochs",
+        recipe="moco_v2:student=resnet152,epochs=800",
+        row="",
     ),
 }
 TABLE1 = {

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 from disco_jax.configs.papers.common import (
     DETECTION,
+    MOCO_800,
     RESNET50,
     STUDENTS,
-    SUPERVISED,
     SWAV_RESNET50,
     TEACHERS,
-    alone,
     distilled,
     linear,
     per_student,
+    quoted,
     sizes,
 )
 from disco_jax.report.rows import Evaluation, Row, Table, Teacher, table
@@ -33,14 +33,11 @@ SEED_TEACHERS = {
 MOCO_TEACHERS = ("resnet50", "resnet101", "resnet152")
 # Figure 5: MoCo-v2 teachers twice as wide.
 WIDE_TEACHERS = {
-    name: Teacher(
-        name,
-        "MoCo-v2, 200 epochs, twice as wide",
-        f"moco_v2:student={name}",
-        changes=(("student.width", 128),),
-    )
-    for name in MOCO_TEACHERS
+    name: Teacher(name, "MoCo-v2, 200 epochs", f"moco_v2:student={name}")
+    for name in ("resnet50w2", "resnet101w2", "resnet152w2")
 }
+# Table 3: a published SimCLR network, whose length of training is lost in our copy.
+SIMCLR = Teacher("resnet50", "SimCLR", shape="simclr:student=resnet50")
 # Linear evaluation, top-1 and top-5, of `STUDENTS`.
 TABLE1 = {
     "resnet50": ((61.3, 82.7), (61.4, 83.1), (55.2, 80.3), (57.6, 81.8), (58.5, 82.6)),
@@ -50,15 +47,14 @@ TABLE1 = {
 }
 # Baselines that the abstract gives, and SSLight's section 1.
 BASELINE = {"efficientnet_b0": 42.2, "mobilenetv3_large": 36.3, "resnet18": 52.5}
-# Appendix A.1.2: deeper heads and a smaller decay for EfficientNets and MobileNets.
-DEEPER = (("student.layers", 3), ("optimizer.weight_decay", 1e-5))
-SHALLOW = (("optimizer.weight_decay", 1e-5),)
-# Teachers of SwAV: the official code's crops for them.
-SWAV_CROPS = (("augment.scale", (0.14, 1.0)),)
+# Appendix A.1.2: weight decay of EfficientNets and MobileNets.
+SMALL_DECAY = "weight_decay=1e-5"
+# Appendix A.8: settings of the ablations under SwAV's ResNet-50.
+ABLATION = "seed:teacher_method=swav,views=small_patch,weight_decay=1e-6"
 QUOTED = f"{PAPER}, Table 1, as printed in DisCo (2104.09124)"
 LOST = "the values of the axis are lost in our copy of the paper"
 TEMPERATURES = (0.0, 1e-3, 1e-2, 3e-2, 0.1, 0.2)
-QUEUES = (512, 1024, 4096, 8192, 16_384, 65_536)
+QUEUES = (128, 512, 1024, 4096, 8192, 16_384, 65_536)
 
 
 def tables() -> tuple[Table, ...]:
@@ -80,8 +76,8 @@ def tables() -> tuple[Table, ...]:
         table("seed/table10", f"{PAPER}, Table 10", "detection on COCO", detection()),
         table("seed/table11", f"{PAPER}, Table 11", "which views", table11()),
         table("seed/figure7", f"{PAPER}, Figure 7", "length of the queue", figure7()),
-        table("seed/table13", f"{PAPER}, Table 13", "learning rate", _lost("learning_rate")),
-        table("seed/table14", f"{PAPER}, Table 14", "weight decay", _lost("weight_decay")),
+        table("seed/table13", f"{PAPER}, Table 13", "learning rate", _axis("learning_rate", 0.03)),
+        table("seed/table14", f"{PAPER}, Table 14", "weight decay", _axis("weight_decay", 1e-6)),
     )
 
 
@@ -93,10 +89,9 @@ def figure1() -> Iterator[Row]:
 def table1() -> Iterator[Row]:
     """Yields supervised training, baselines and SEED, by linear probe and by neighbours."""
     for name, student in NETWORKS.items():
-        yield Row(f"{name}/supervised", missing=SUPERVISED)
+        yield Row(f"{name}/supervised", missing=quoted(name))
         printed = {"top1": BASELINE[name]} if name in BASELINE else {}
-        changes = () if name.startswith("resnet") else DEEPER
-        row = alone("moco_v2", f"{name}/none", student, "seed", printed, changes=changes)
+        row = _baseline(f"{name}/none", student, printed)
         yield from (row, _neighbours(row))
     for teacher, values in TABLE1.items():
         for name, printed in per_student(values):
@@ -134,25 +129,23 @@ def detection() -> Iterator[Row]:
 
 def table3() -> Iterator[Row]:
     """Yields ResNet-18 under ResNet-50s of several methods and lengths."""
-    longer = dataclasses.replace(
-        RESNET50, about="MoCo-v2, 800 epochs", changes=(("total_epochs", 800),),
-        file="moco_v2_800ep_pretrain.pth.tar", top1=None, row="",
-    )  # fmt: skip
-    yield alone("moco_v2", "resnet18/none", "resnet18", "seed", {"top1": 52.5})
+    yield _baseline("resnet18/none", "resnet18", {"top1": 52.5})
     yield _seed("resnet18/moco_v2", "resnet18", RESNET50, {"top1": 57.6})
-    yield _seed("resnet18/moco_v2_800", "resnet18", longer, {})
+    yield _seed("resnet18/moco_v2_800", "resnet18", MOCO_800, {})
     yield _seed("resnet18/swav", "resnet18", SWAV_RESNET50, {})
-    yield Row("resnet18/simclr", missing="SEED's views for teachers of SimCLR")
+    yield distilled(
+        "seed:teacher_method=swav,views=small_patch", "resnet18/swav_patches", "resnet18",
+        SWAV_RESNET50, "seed", {},
+    )  # fmt: skip
+    yield distilled("seed:teacher_method=simclr", "resnet18/simclr", "resnet18", SIMCLR, "seed", {})
 
 
 def figure5() -> Iterator[Row]:
     """Yields students under wider teachers; the values are drawn."""
     for network in ("efficientnet_b0", "resnet18"):
         for name, teacher in WIDE_TEACHERS.items():
-            yield distilled(
-                "seed", f"{network}/{name}w2", NETWORKS[network], teacher, "seed", {},
-                changes=(("teacher.width", 128),),
-            )  # fmt: skip
+            cell = f"{network}/{name}"
+            yield distilled("seed", cell, NETWORKS[network], teacher, "seed", {})
 
 
 def table4() -> Iterator[Row]:
@@ -167,8 +160,7 @@ def table4() -> Iterator[Row]:
         printed = {} if top1 is None else {"top1": top1}
         yield distilled(recipe, f"resnet18/{name}", "resnet18", RESNET50, "seed", printed)
     yield distilled(
-        "seed", "resnet18/seed_moco", "resnet18", RESNET50, "seed", {"top1": 57.6},
-        changes=(("views", 2), ("objectives.contrast.weight", 1.0)),
+        "seed:moco=true", "resnet18/seed_moco", "resnet18", RESNET50, "seed", {"top1": 57.6},
         note="the weights of the two losses are not given: 1 and 1",
     )  # fmt: skip
     for clusters in (4096, 16_384):
@@ -188,13 +180,22 @@ def table5() -> Iterator[Row]:
             changes=(("objectives.similarity.teacher_temperature", temperature),),
         )  # fmt: skip
     for data in ("cifar10", "cifar100"):
-        yield Row(f"{data}/0.01", missing="pre-training on CIFAR: 32 px, a 3x3 stem, its splits")
+        teacher = Teacher(
+            "resnet50", f"MoCo-v2 on {data}, 200 epochs", f"moco_v2:student=resnet50,data={data}"
+        )
+        for temperature in TEMPERATURES:
+            yield distilled(
+                f"seed:data={data}", f"{data}/{temperature:g}", "resnet18", teacher, "seed", {},
+                changes=(("objectives.similarity.teacher_temperature", temperature),),
+                note="the training of teacher and probe on CIFAR is not described",
+            )  # fmt: skip
 
 
 def table6() -> Iterator[Row]:
-    """Yields baselines with heads of two layers; Table 1 has three."""
+    """Yields baselines with linear heads, before and after distillation; the values are lost."""
     for name in ("efficientnet_b0", "mobilenetv3_large"):
-        yield alone("moco_v2", f"{name}/none", NETWORKS[name], "seed", {}, changes=SHALLOW)
+        yield _baseline(f"{name}/none", NETWORKS[name], {}, "hidden=0")
+        yield distilled("seed:hidden=0", f"{name}/resnet50", NETWORKS[name], RESNET50, "seed", {})
 
 
 def section_a7() -> Iterator[Row]:
@@ -203,13 +204,13 @@ def section_a7() -> Iterator[Row]:
     for name, top1 in values.items():
         yield Row(
             f"resnet18/{name}", printed={"top1": top1},
-            missing="pre-training on CIFAR: 32 px, a 3x3 stem, its splits",
+            missing="epochs and rates of the fine-tuning of all layers, which are not described",
         )  # fmt: skip
 
 
 def table8() -> Iterator[Row]:
     """Yields ResNet-50 under deeper teachers; the values are lost."""
-    yield alone("moco_v2", "resnet50/none", "resnet50", "seed", {"top1": 67.4})
+    yield _baseline("resnet50/none", "resnet50", {"top1": 67.4})
     for teacher in ("resnet50", "resnet101", "resnet152", "resnet50w2"):
         row = _seed(f"resnet50/{teacher}", "resnet50", SEED_TEACHERS[teacher], {})
         yield from (row, _neighbours(row))
@@ -218,37 +219,41 @@ def table8() -> Iterator[Row]:
 def table11() -> Iterator[Row]:
     """Yields strategies of views under SwAV's ResNet-50; the values are lost."""
     for views in ("identical", "cross", "to_large", "small_patch"):
-        changes = SWAV_CROPS if views in ("identical", "cross") else ()
-        yield distilled(
-            f"seed:views={views}", f"resnet18/{views}", "resnet18", SWAV_RESNET50, "seed", {},
-            changes=changes,
-        )  # fmt: skip
+        recipe, cell = f"seed:teacher_method=swav,views={views}", f"resnet18/{views}"
+        yield distilled(recipe, cell, "resnet18", SWAV_RESNET50, "seed", {})
 
 
 def figure7() -> Iterator[Row]:
-    """Yields lengths of the queue under SwAV's ResNet-50, with small patches."""
-    yield Row("resnet18/128", missing="a queue shorter than the batch of 256")
+    """Yields lengths of the queue; 65,536 is 1.5 points better than 256."""
     for size in QUEUES:
         yield distilled(
-            "seed:views=small_patch", f"resnet18/{size}", "resnet18", SWAV_RESNET50, "seed", {},
+            ABLATION, f"resnet18/{size}", "resnet18", SWAV_RESNET50, "seed", {},
             changes=(("objectives.similarity.queue_size", size),),
         )  # fmt: skip
 
 
-def _lost(axis: str) -> Iterator[Row]:
-    """Yields the one cell of an axis whose values are lost in our copy."""
-    yield Row(f"resnet18/{axis}", missing=LOST)
+def _axis(name: str, value: float) -> Iterator[Row]:
+    """Yields the cell of Tables 13 and 14 whose value is known, and what is lost of the others."""
+    cell = f"resnet18/{name}={value:g}"
+    yield distilled(ABLATION, cell, "resnet18", SWAV_RESNET50, "seed", {})
+    yield Row("resnet18/others", missing=LOST)
+
+
+def _baseline(cell: str, student: str, printed: dict[str, float], *arguments: str) -> Row:
+    """Returns a MoCo-v2 baseline."""
+    decay = () if student.startswith("resnet") else (SMALL_DECAY,)
+    reference = ",".join((f"moco_v2:student={student}", *decay, *arguments))
+    return Row(cell, reference, linear("seed", student), printed=printed)
 
 
 def _seed(cell: str, student: str, teacher: Teacher, printed: dict[str, float]) -> Row:
     """Returns a student of SEED; under SwAV's ResNet-50x2 with small patches and 800 epochs."""
+    recipe = "seed"
+    if teacher.recipe.startswith("swav"):
+        recipe = "seed:teacher_method=swav"
     if teacher.backbone == "resnet50w2":
-        return distilled(
-            "seed:views=small_patch", cell, student, teacher, "seed", printed,
-            changes=(("total_epochs", 800),),
-        )  # fmt: skip
-    changes = SWAV_CROPS if teacher.recipe.startswith("swav") else ()
-    return distilled("seed", cell, student, teacher, "seed", printed, changes=changes)
+        recipe += ",views=small_patch,epochs=800"
+    return distilled(recipe, cell, student, teacher, "seed", printed)
 
 
 def _neighbours(row: Row) -> Row:
@@ -261,7 +266,6 @@ def _neighbours(row: Row) -> Row:
 def _pretrained(cell: str, student: str, teacher: str, evaluation: Evaluation) -> Row:
     """Returns a cell for one of Table 1's networks; `teacher` is a name, or "none"."""
     if teacher == "none":
-        changes = () if student.startswith("resnet") else DEEPER
-        return Row(cell, f"moco_v2:student={student}", evaluation, changes)
+        return dataclasses.replace(_baseline(cell, student, {}), evaluation=evaluation)
     row = _seed(cell, student, SEED_TEACHERS[teacher], {})
     return dataclasses.replace(row, evaluation=evaluation)

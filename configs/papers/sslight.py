@@ -6,15 +6,16 @@ from typing import Any
 
 from disco_jax.configs.papers.common import (
     DETECTION,
-    RESNET50,
+    MOCO_800,
     SUPERVISED,
     alone,
     distilled,
     linear,
+    quoted,
     scores,
     sizes,
 )
-from disco_jax.report.rows import Changes, Evaluation, Row, Table, table
+from disco_jax.report.rows import Evaluation, Row, Table, table
 
 PAPER = "SSLight (2210.02808)"
 MOBILE = "mobilenetv2"
@@ -27,18 +28,17 @@ OBJECTIVES = {
     "sslight_swav": "swapped",
     "sslight_dino": "self_distill",
 }
-BATCH_640 = (("batch_size", 640),)  # section 4.3; disagreement L4
-# Tables 4 and 5: student -> fields that change, then DINO's and SSLight's top-1 and top-5.
-CNNS: Mapping[str, tuple[Changes, tuple[float, float], tuple[float, float]]] = {
-    "mobilenetv2": ((), (66.2, 86.4), (68.3, 87.8)),
-    "resnet18": ((), (62.2, 84.0), (65.7, 86.6)),
-    "resnet34": ((), (67.7, 88.4), (69.7, 89.5)),
-    "resnet50": (BATCH_640, (73.4, 91.5), (73.4, 91.5)),
+# Tables 4 and 5: student -> DINO's and SSLight's top-1 and top-5.
+CNNS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "mobilenetv2": ((66.2, 86.4), (68.3, 87.8)),
+    "resnet18": ((62.2, 84.0), (65.7, 86.6)),
+    "resnet34": ((67.7, 88.4), (69.7, 89.5)),
+    "resnet50": ((73.4, 91.5), (73.4, 91.5)),
 }
-VITS: Mapping[str, tuple[Changes, tuple[float, float], tuple[float, float]]] = {
-    "vit_tiny_p32": ((), (55.4, 78.1), (60.1, 81.8)),
-    "vit_tiny_p16": ((), (66.7, 86.6), (69.5, 88.5)),
-    "vit_small_p16": (BATCH_640, (75.4, 92.3), (76.1, 92.7)),
+VITS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "vit_tiny_p32": ((55.4, 78.1), (60.1, 81.8)),
+    "vit_tiny_p16": ((66.7, 86.6), (69.5, 88.5)),
+    "vit_small_p16": ((75.4, 92.3), (76.1, 92.7)),
 }
 # Table 9: top-1 and top-5 with 1 % and 10 % of the labels, of DINO, ours, ours with 400 epochs.
 TABLE9 = {
@@ -52,18 +52,8 @@ TABLE9 = {
         ((52.4, 79.0), (65.4, 86.9)), ((55.2, 81.5), (67.2, 88.4)), ((56.8, 82.6), (67.5, 88.5)),
     ),
 }  # fmt: skip
-EPOCHS_400 = (("total_epochs", 400),)
 # Alpha of the baselines: all pairs weigh the same, 1/7 for those of global views.
 DEFAULT_ALPHA = ("objectives.self_distill.global_share", -1.0)
-# Teacher of CompRess and SimReg (Table 7).
-MOCO_800 = dataclasses.replace(
-    RESNET50,
-    about="MoCo-v2, 800 epochs",
-    changes=(("total_epochs", 800),),
-    file="moco_v2_800ep_pretrain.pth.tar",
-    top1=None,
-    row="",
-)
 
 
 def tables() -> tuple[Table, ...]:
@@ -90,25 +80,18 @@ def table1() -> Iterator[Row]:
     """Yields methods with the views of their papers."""
     yield Row(f"{MOBILE}/supervised", printed=scores((71.9, 90.3)), missing=SUPERVISED)
     yield distilled("simreg", f"{MOBILE}/simreg", MOBILE, MOCO_800, "compress", {"top1": 69.1})
-    two_views = (
-        ("local.count", 0),
-        ("augment.scale", (0.2, 1.0)),
-        ("objectives.contrast.local_queries", False),
-        ("objectives.contrast.global_share", -1.0),
-    )
     yield alone(
-        "sslight_moco", f"{MOBILE}/moco_v2", MOBILE, "sslight", scores((53.8, 77.6)),
-        changes=two_views, note="the paper gives batch and epochs; the rest is MoCo-v2*'s",
+        "sslight_moco:views=two", f"{MOBILE}/moco_v2", MOBILE, "sslight", scores((53.8, 77.6)),
+        note="the paper gives batch and epochs; the rest is MoCo-v2*'s: disagreement L9",
     )  # fmt: skip
     yield from _baselines()
 
 
 def table2() -> Iterator[Row]:
     """Yields the steps from DINO's views to SSLight's."""
-    yield _ours(f"{MOBILE}/1_dino", MOBILE, {"top1": 66.2}, baseline_views("sslight_dino", 0.14))
-    yield _ours(f"{MOBILE}/2_scales", MOBILE, {"top1": 67.0}, (("local.size", 96), DEFAULT_ALPHA))
-    yield _ours(f"{MOBILE}/3_pixels", MOBILE, {"top1": 67.9}, (DEFAULT_ALPHA,))
-    yield _ours(f"{MOBILE}/4_alpha", MOBILE, {"top1": 68.3})
+    steps = {"baseline": 66.2, "crop_scale": 67.0, "pixel_scale": 67.9, "ours": 68.3}
+    for number, (views, top1) in enumerate(steps.items(), 1):
+        yield _ours(f"{MOBILE}/{number}_{views}", MOBILE, {"top1": top1}, f"views={views}")
 
 
 def table3() -> Iterator[Row]:
@@ -127,19 +110,18 @@ def table4() -> Iterator[Row]:
     values = {"resnet18": (69.8, 89.1), "resnet34": (73.3, 91.4), "resnet50": (76.1, 92.9)}
     for student, value in {MOBILE: (71.9, 90.3), **values}.items():
         yield Row(f"{student}/supervised", printed=scores(value), missing=SUPERVISED)
-    for student, (changes, dino, sslight) in CNNS.items():
-        yield alone("dino", f"{student}/dino", student, "sslight", scores(dino), changes=changes)
-        yield _ours(f"{student}/ours", student, scores(sslight), changes)
+    for student, (dino, sslight) in CNNS.items():
+        yield alone("dino", f"{student}/dino", student, "sslight", scores(dino))
+        yield _ours(f"{student}/ours", student, scores(sslight))
 
 
 def table5() -> Iterator[Row]:
     """Yields transformers, by DINO and by SSLight."""
     for student, value in (("vit_tiny_p16", (72.2, 91.1)), ("vit_small_p16", (79.9, 95.0))):
-        yield Row(f"{student}/supervised", printed=scores(value), missing=SUPERVISED)
-    for student, (changes, dino, sslight) in VITS.items():
-        views = baseline_views("sslight_dino", 0.25)
-        yield _ours(f"{student}/dino", student, scores(dino), (*changes, *views))
-        yield _ours(f"{student}/ours", student, scores(sslight), changes)
+        yield Row(f"{student}/supervised", printed=scores(value), missing=quoted(student))
+    for student, (dino, sslight) in VITS.items():
+        yield _ours(f"{student}/dino", student, scores(dino), "views=baseline")
+        yield _ours(f"{student}/ours", student, scores(sslight))
 
 
 def figure4() -> Iterator[Row]:
@@ -183,20 +165,20 @@ def table7() -> Iterator[Row]:
     """Yields other methods, and SSLight with 200 and 400 epochs; see DisCo and RETRO for theirs."""
     yield Row(
         "resnet18/shi", printed={"top1": 55.7},
-        missing="the method of Shi et al. (AAAI 2022), 800 epochs",
+        missing="how long SEED distils the network from which `moco_small` starts",
     )  # fmt: skip
     yield alone("ressl", "resnet18/ressl", "resnet18", "ressl", {"top1": 58.1})
     for student, compress, simreg in ((MOBILE, 65.8, 69.1), ("resnet18", 62.6, 65.1)):
         for name, top1 in (("compress", compress), ("simreg", simreg)):
             cell = f"{student}/{name}"
             yield distilled(name, cell, student, MOCO_800, "compress", {"top1": top1})
-    for student, (changes, _, value) in CNNS.items():
+    for student, (_, value) in CNNS.items():
         if student != "resnet50":
-            yield _ours(f"{student}/ours", student, scores(value), changes)
+            yield _ours(f"{student}/ours", student, scores(value))
     for student, value in (
         (MOBILE, (68.8, 88.3)), ("resnet18", (66.8, 87.3)), ("resnet34", (70.8, 90.0)),
     ):  # fmt: skip
-        yield _ours(f"{student}/ours_400", student, scores(value), EPOCHS_400)
+        yield _ours(f"{student}/ours_400", student, scores(value), "epochs=400")
 
 
 def table9() -> Iterator[Row]:
@@ -205,7 +187,7 @@ def table9() -> Iterator[Row]:
         rows = (
             alone("dino", f"{student}/dino", student, "sslight", {}),
             _ours(f"{student}/ours", student, {}),
-            _ours(f"{student}/ours_400", student, {}, EPOCHS_400),
+            _ours(f"{student}/ours_400", student, {}, "epochs=400"),
         )
         for row, line in zip(rows, lines, strict=True):
             for percent, value in zip((1, 10), line, strict=True):
@@ -226,33 +208,16 @@ def _chosen(cell: str, *changes: tuple[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def baseline_views(recipe: str, smallest: float) -> Changes:
-    """Returns the changes from SSLight's views to those of the baselines.
-
-    Args:
-      recipe: one of `OBJECTIVES`.
-      smallest: share of the image in a global crop, at least; also at most in a local crop.
-    """
-    return (
-        ("augment.scale", (smallest, 1.0)),
-        ("local.scale", (0.05, smallest)),
-        ("local.size", 96),
-        (f"objectives.{OBJECTIVES[recipe]}.global_share", -1.0),
-    )
-
-
 def _baselines() -> Iterator[Row]:
     """Yields three methods with the baseline's views (Tables 1 and 3)."""
     values = {"sslight_moco": (60.6, 83.3), "sslight_swav": (65.2, 85.6)}
     for recipe, value in values.items():
-        yield alone(
-            recipe, f"{MOBILE}/{recipe.removeprefix('sslight_')}", MOBILE, "sslight",
-            scores(value), changes=baseline_views(recipe, 0.14),
-        )  # fmt: skip
+        cell = f"{MOBILE}/{recipe.removeprefix('sslight_')}"
+        yield alone(f"{recipe}:views=baseline", cell, MOBILE, "sslight", scores(value))
     yield alone("dino", f"{MOBILE}/dino", MOBILE, "sslight", scores((66.2, 86.4)))
 
 
-def _ours(cell: str, student: str, printed: dict[str, float], changes: Changes = ()) -> Row:
+def _ours(cell: str, student: str, printed: dict[str, float], *arguments: str) -> Row:
     """Returns a cell of DINO with SSLight's views."""
-    reference = f"sslight_dino:student={student}"
-    return Row(cell, reference, linear("sslight", student), changes, printed=printed)
+    reference = ",".join((f"sslight_dino:student={student}", *arguments))
+    return Row(cell, reference, linear("sslight", student), printed=printed)

@@ -46,10 +46,10 @@ def get_config(arg=None):
     name, values = AXES[arg.axis]
     config = sweeps.sweep(f"seed_{arg.axis}")
     config.recipe = f"seed:student={arg.student}"
+    if arg.axis in ("queue", "views"):
+        config.recipe += ",teacher_method=swav"
     if arg.axis == "queue":
-        config.recipe += ",views=small_patch"
-    if arg.axis == "views":  # crops of the official code for teachers of SwAV
-        config.changes = (("augment.scale", (0.14, 1.0)),)
+        config.recipe += ",views=small_patch,weight_decay=1e-6"
     config.teacher = "resnet50"
     config.teachers = dict(resnet50=sweeps.teacher("resnet50"))
     if name == "recipe":

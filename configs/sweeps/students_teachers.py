@@ -33,10 +33,9 @@ def get_config(arg=None):
     config.further = (
         (("recipe", ("seed",)), ("teacher", TEACHERS[:-1]), ("student", SEED_STUDENTS)),
         (
-            ("recipe", ("seed:views=small_patch",)),
+            ("recipe", ("seed:teacher_method=swav,views=small_patch,epochs=800",)),
             ("teacher", TEACHERS[-1:]),
             ("student", SEED_STUDENTS),
-            ("config.total_epochs", (800,)),
         ),
     )
     if arg.smoke:

@@ -67,6 +67,7 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
 def _needs(recipe: str) -> str:
     """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
     from disco_jax import methods, models
+    from disco_jax.methods.base import LABEL
     from disco_jax.train import experiment
 
     config = flags.load(recipe)
@@ -79,8 +80,10 @@ def _needs(recipe: str) -> str:
     crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
     networks = ", ".join(f"{name} {len(views)}" for name, views in method.plan.items())
     also = ["the teacher's weights"] if "teacher" in method.plan else []
-    if any(o.bag_views or o.aux for o in method.objectives.values()):
+    if any(o.reads_bags for o in method.objectives.values()):
         also.append("bags (disco-jax bags)")
+    if any(LABEL in o.aux for o in method.objectives.values()):
+        also.append("labels")
     also += ["the teacher's head"] if method.reuse else []
     needs = f"; needs {', '.join(also)}" if also else ""
     memory = methods.memory_bytes(method, config) / 2**20

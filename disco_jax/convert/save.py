@@ -173,8 +173,10 @@ def _arrays(
         if entry.torch.endswith("running_var"):
             counter = entry.torch.replace("running_var", "num_batches_tracked")
             arrays[counter] = np.zeros((), np.int64)
-    notes = () if head.linear else ("The projection head was left out.",)
-    return arrays, notes
+    notes = [] if head.linear else ["The projection head was left out."]
+    if head.linear and encoder.predictor is not None:
+        notes.append("The predictor was left out.")
+    return arrays, tuple(notes)
 
 
 def _shift_variances(arrays: dict[str, np.ndarray], shift: float, naming: str) -> tuple[str, ...]:

@@ -119,6 +119,9 @@ def _network(name: str, config: Any) -> models.Network:
     # The momentum network is the student with other batch statistics.
     spec = config.teacher if name == "teacher" else config.student
     compute = models.Compute.from_config(config, name)
+    if spec.norm_group and config[name].norm == "sync":
+        groups = config.batch_size // spec.norm_group
+        compute = dataclasses.replace(compute, sync_groups=groups)
     augment = tuple(config.augment.mean), tuple(config.augment.std)
     network = models.build_network(spec, config[name].norm, compute, f"config.{name}", augment)
     network = dataclasses.replace(network, grouped=config.group_views)

@@ -9,9 +9,10 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std, set_by_run
 from disco_jax.methods.contrast import inherits
+from disco_jax.ops.collectives import positions
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside
 from disco_jax.ops.memory import Queue
-from disco_jax.ops.mixing import cutmix, draw_box
+from disco_jax.ops.mixing import cutmix, draw_boxes
 from disco_jax.ops.queues import queue_logsumexp_of_each
 from disco_jax.ops.vectors import l2_normalize
 
@@ -36,6 +37,8 @@ class Bags(Objective):
       queue_size: number of past keys; a multiple of the global batch.
       queue_init: "random", or "teacher" to start from the queue in the teacher's checkpoint.
       cutmix: whether to add the mixed query; without it the mean is over two queries.
+      cutmix_group: consecutive images of the global batch that share a box, for any number of
+        devices; 0: all. BINGO's code draws a box on each of 8 devices with 32 images.
       own_epochs: epochs at the start in which the first two queries use only their own key.
       steps_per_epoch: unit of `own_epochs`; set by the run.
     """
@@ -49,6 +52,7 @@ class Bags(Objective):
     queue_size: int = 65_536
     queue_init: str = "random"
     cutmix: bool = True
+    cutmix_group: int = 32
     own_epochs: int = 11
     steps_per_epoch: int = set_by_run(0)
 
@@ -77,7 +81,9 @@ class Bags(Objective):
         if not self.cutmix:
             return views, aux
         images, others = views[QUERY], views[MEMBER_QUERY]
-        mixed, fraction = cutmix(images, others, *draw_box(rng, *images.shape[1:3]))
+        rows = positions(len(images))
+        groups = rows // self.cutmix_group if self.cutmix_group else jnp.zeros_like(rows)
+        mixed, fraction = cutmix(images, others, *draw_boxes(rng, groups, *images.shape[1:3]))
         return {**views, MIXED: mixed}, {**aux, "mix_ratio": fraction}
 
     def __call__(self, record: Record, memory: Queue, step: Array) -> Term:
@@ -97,14 +103,12 @@ class Bags(Objective):
         terms = []
         for view, share in shares.items():
             losses = [
-                jnp.mean(
-                    info_nce_beside(
-                        queries[view], key, similarities[view].total, temperature=self.temperature
-                    )
+                info_nce_beside(
+                    queries[view], key, similarities[view].total, temperature=self.temperature
                 )
                 for key in keys
             ]
-            terms.append(share * losses[0] + (1 - share) * losses[1])
+            terms.append(jnp.mean(share * losses[0] + (1 - share) * losses[1]))
         query, nearest = queries[QUERY], similarities[QUERY].nearest
         metrics = {
             "image": terms[0],

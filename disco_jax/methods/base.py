@@ -19,6 +19,7 @@ from disco_jax.ops.memory import DEFAULT_SETTINGS, Queue, QueueSettings
 
 NETWORKS = ("student", "momentum", "teacher")  # trained; its EMA copy; frozen
 OUTPUTS = ("embedding", "features")  # after the head; after pooling
+LABEL = "label"  # key of the classes in `Record.aux`; all other keys come from bags
 
 _SET_BY_RUN = "set_by_run"
 
@@ -86,6 +87,16 @@ class Record(NamedTuple):
         assert scores is not None, f"the {network} has no prototypes"
         return scores
 
+    def prediction(self, network: str, view: int) -> Array:
+        """Returns the predictor's output for a view, f32[B, D], not normalised.
+
+        Raises:
+          AssertionError: if the network has no predictor.
+        """
+        prediction = self.encoded[network][view].prediction
+        assert prediction is not None, f"the {network} has no predictor"
+        return prediction
+
     def maps(self, network: str, view: int) -> tuple[Array, ...]:
         """Returns the feature maps of the network's backbone.
 
@@ -125,7 +136,8 @@ class Objective(Protocol):
       shard_queues: whether replicas may each store a part of its queues
         (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
       bag_views: views that must show another image of the same bag; see `data/bags.py`.
-      aux: keys of `Record.aux` that the objective uses.
+      aux: keys of `Record.aux` that the objective uses: `LABEL`, or the name of an array that the
+        bags provide.
       positive: names of fields that must be above 0; those that the objective lacks are ignored.
     """
 
@@ -145,6 +157,11 @@ class Objective(Protocol):
     def synthetic_views(self) -> tuple[int, ...]:
         """Indices of the views that `augment_batch` adds to those of the recipe."""
         return ()
+
+    @property
+    def reads_bags(self) -> bool:
+        """True if the objective uses bags of images."""
+        return bool(self.bag_views or set(self.aux) - {LABEL})
 
     def needs(self, views: Views) -> Mapping[str, Iterable[int]]:
         """Returns the views whose outputs the objective uses, by network."""
@@ -327,7 +344,9 @@ class Method:
 
         def store(leaf: Any) -> Any:
             if isinstance(leaf, Queue):
-                return leaf.stored(half, shared, self.queues.access)
+                # A queue shorter than the batch, whose last rows it holds, is not sharded.
+                parts = shared if shared <= len(leaf.vectors) else 0
+                return leaf.stored(half, parts, self.queues.access)
             return leaf
 
         return jax.tree.map(store, memory, is_leaf=lambda leaf: isinstance(leaf, Queue))

@@ -66,7 +66,7 @@ def _check_data(name: str, objective: Objective, config: Any, local_views: int) 
             "config.group_views=True encodes several views in one pass. Set "
             "config.group_views=False."
         )
-    if (objective.bag_views or objective.aux) and not config.bags.file:
+    if objective.reads_bags and not config.bags.file:
         raise errors.UserError(
             f"config.objectives.{name} needs bags of similar images. Compute them with "
             "`disco-jax bags` and set config.bags.file."

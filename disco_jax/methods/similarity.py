@@ -36,7 +36,8 @@ class Similarity(Objective):
       student_temperature: tau_S > 0.
       teacher_temperature: tau_T >= 0; 0.01 in the paper, 1e-4 in the code (disagreement S1); at 0
         the target is one-hot and the loss equals InfoNCE.
-      queue_size: number of past teacher embeddings per queue; a multiple of the global batch.
+      queue_size: number of past teacher embeddings per queue; a multiple of the global batch, or
+        fewer than it.
       queue_init: "random" as in SEED, or "teacher" to start from the queue in the teacher's
         checkpoint.
     """
@@ -58,6 +59,10 @@ class Similarity(Objective):
 
     def match_width(self) -> str:
         return "embedding"
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        if not 0 < size < batch_size:  # figure 7 has 128 embeddings beside batches of 256
+            super().check_queue(setting, size, batch_size)
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         queues = {}

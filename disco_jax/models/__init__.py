@@ -24,8 +24,9 @@ from disco_jax.models.layers.settings import (
 
 __all__ = [
     "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder", "Network",
-    "backbone", "build_encoder", "build_network", "compute_dtype", "find", "is_transformer",
-    "options", "parameters", "probe_rate", "resolve_auto", "resolve_config", "width",
+    "backbone", "build_encoder", "build_network", "compute_dtype", "family", "find",
+    "is_transformer", "options", "parameters", "probe_rate", "resolve_auto", "resolve_config",
+    "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -48,9 +49,9 @@ def build_encoder(
     """Returns the encoder that a network's section of a config describes.
 
     Args:
-      spec: fields backbone, head, hidden, layers (0: the head's default), dim, prototypes, adapter,
-        norm_group; and the fields of some families: width, grid, patch (0: the variant's), stem
-        ("": the variant's), zero_init_residual and drop_path.
+      spec: fields backbone, head, hidden, layers (0: the head's default), dim, prototypes,
+        predictor, adapter, norm_group; and the fields of some families: width, grid, patch (0: the
+        variant's), stem ("": the variant's), zero_init_residual and drop_path.
       compute: how layers are computed; its `norm_group` is taken from `spec`.
       setting: name of the section, for messages.
 
@@ -62,7 +63,9 @@ def build_encoder(
         raise errors.unknown(f"{setting}.stem", spec.stem, STEMS)
     if spec.head not in HEADS:
         raise errors.unknown(f"{setting}.head", spec.head, HEADS)
-    minima = dict(width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, grid=0, patch=0)
+    minima = dict(
+        width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, predictor=0, grid=0, patch=0
+    )
     for field, minimum in minima.items():
         if spec.get(field, minimum) < minimum:
             raise errors.UserError(f"{setting}.{field}={spec[field]} is below {minimum}.")
@@ -74,6 +77,7 @@ def build_encoder(
         _head(spec, compute),
         heads.Adapter(spec.adapter, compute=compute) if spec.adapter else None,
         _prototypes(spec, setting),
+        _predictor(spec, compute),
     )
 
 
@@ -121,6 +125,11 @@ def options(name: str) -> frozenset[str]:
         return frozenset()
     fields = {field.name for field in dataclasses.fields(find(name)[0])}
     return frozenset(_OPTIONAL.keys() & fields)
+
+
+def family(name: str) -> str:
+    """Returns the family of a backbone, the name of its module; "" for unknown names."""
+    return find(name)[0].__module__.rpartition(".")[2] if name in BACKBONES or ":" in name else ""
 
 
 def is_transformer(name: str) -> bool:
@@ -203,6 +212,14 @@ def _head(spec: Any, compute: Compute) -> nn.Module:
     if layers := spec.get("layers", 0):  # configs of earlier versions have no such field
         fields = {**fields, "layers": layers}
     return heads.ProjectionHead(spec.hidden, spec.dim, **fields, compute=compute)
+
+
+def _predictor(spec: Any, compute: Compute) -> heads.ProjectionHead | None:
+    hidden = spec.get("predictor", 0)  # configs of earlier versions have no such field
+    if not hidden:
+        return None
+    dim = width(spec) if spec.head == "none" else spec.dim
+    return heads.ProjectionHead(hidden, dim, batch_norm=True, compute=compute)
 
 
 def _prototypes(spec: Any, setting: str) -> heads.Prototypes | None:

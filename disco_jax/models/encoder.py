@@ -1,4 +1,4 @@
-"""Encoders (backbone, adapter, head, prototypes), and how they encode the views of a method."""
+"""Encoders (backbone, adapter, head, prototypes, predictor), and how they encode several views."""
 
 import dataclasses
 import functools
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from disco_jax.models.layers.feature_maps import COLLECTION, by_size
-from disco_jax.models.layers.norm import MODES
+from disco_jax.models.layers.norm import MODES, local_groups
 from disco_jax.ops.collectives import shuffle, unshuffle
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Encoded(NamedTuple):
       embedding: f32[B, D], after the head; of length 1 only if the head normalizes it (SwAV,
         SimCLR, DINO).
       scores: f32[B, K], the embedding's similarities to prototypes; None without prototypes.
+      prediction: f32[B, D], of the embedding; None without a predictor.
       maps: float[B, H, W, C], the last stage output of each size, finest first; () if the backbone
         records none, None unless an objective reads them.
     """
@@ -42,17 +44,19 @@ class Encoded(NamedTuple):
     features: Array | None
     embedding: Array | None
     scores: Array | None = None
+    prediction: Array | None = None
     maps: tuple[Array, ...] | None = None
 
 
 class Encoder(nn.Module):
-    """A backbone with its adapter, head and prototypes.
+    """A backbone with its adapter, head, prototypes and predictor.
 
     Attributes:
       backbone: maps float[B, H, W, 3] and a BatchNorm mode to f32[B, F].
       head: maps float[B, F] and a BatchNorm mode to f32[B, D].
       adapter: maps float[B, F] to the input of the head (RETRO).
       prototypes: maps f32[B, D] to f32[B, K].
+      predictor: maps f32[B, D] and a BatchNorm mode to f32[B, D] (BYOL).
       head_norm: BatchNorm mode of the head; "": that of the call.
     """
 
@@ -60,6 +64,7 @@ class Encoder(nn.Module):
     head: nn.Module
     adapter: nn.Module | None = None
     prototypes: nn.Module | None = None
+    predictor: nn.Module | None = None
     head_norm: str = ""
 
     def __call__(self, images: Array, *, norm: str) -> Encoded:
@@ -72,11 +77,12 @@ class Encoder(nn.Module):
         return self._encode_features(self.backbone(images, norm=norm), norm)
 
     def _encode_features(self, features: Array, norm: str) -> Encoded:
-        """Computes embedding and scores of f32[B, F]."""
+        """Computes embedding, scores and prediction of f32[B, F]."""
         adapted = features if self.adapter is None else self.adapter(features)
         embedding = self.head(adapted, norm=self.head_norm or norm)
         scores = None if self.prototypes is None else self.prototypes(embedding)
-        return Encoded(features, embedding, scores)
+        prediction = None if self.predictor is None else self.predictor(embedding, norm=norm)
+        return Encoded(features, embedding, scores, prediction)
 
     def together(self, images: Sequence[Array], *, norm: str) -> Encoded:
         """Encodes images of several sizes; the outputs are concatenated along the batch.
@@ -88,8 +94,11 @@ class Encoder(nn.Module):
           images: one float[N, H, W, 3] per size, normalized.
           norm: see `__call__`.
         """
-        features = jnp.concatenate([self.backbone(x, norm=norm) for x in images])
-        return self._encode_features(features, norm)
+        features = [self.backbone(x, norm=norm) for x in images]
+        groups = local_groups(self.compute.sync_groups) if norm == "sync" else 1
+        encoded = self._encode_features(_join(features, groups), norm)
+        counts = [len(rows) for rows in features]
+        return jax.tree.map(lambda rows: _part(rows, counts, groups), encoded)
 
     def score(self, embedding: Array) -> Array:
         """Maps f32[N, D] to the scores f32[N, K] of prototypes, which must exist."""
@@ -282,6 +291,26 @@ def _apply(
             encoded[view] = jax.tree.map(lambda x, rows=rows: x[rows], out)
         start = stop
     return encoded, new.get("batch_stats", variables["batch_stats"])
+
+
+def _join(parts: Sequence[Array], groups: int) -> Array:
+    """Concatenates rows of several sizes, group by group.
+
+    Args:
+      parts: one [N, ...] per size, whose rows belong to the same images in the same order.
+      groups: equal parts of the images that share batch statistics.
+    """
+    by_group = [rows.reshape(groups, -1, *rows.shape[1:]) for rows in parts]
+    joined = jnp.concatenate(by_group, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def _part(rows: Array, counts: Sequence[int], groups: int) -> Array:
+    """Inverts `_join`: returns the rows of the first size, then those of the next, and so on."""
+    by_group = rows.reshape(groups, -1, *rows.shape[1:])
+    ends = np.cumsum([count // groups for count in counts])[:-1]
+    parts = jnp.split(by_group, ends, axis=1)
+    return jnp.concatenate([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 
 def _interleave(views: Sequence[Array]) -> Array:

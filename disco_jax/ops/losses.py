@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.collectives import pmean
+from disco_jax.ops.collectives import gather, pmean, positions, replicas
 from disco_jax.ops.queues import DEFAULT_ACCESS, QueueAccess, queue_attention, queue_logsumexp
 
 # Products of unit rows that differ by at most this are equal up to rounding.
@@ -81,6 +81,41 @@ def contrast_accuracy(query: Array, key: Array, nearest: Array) -> Array:
       f32[B], 1 or 0.
     """
     return (_own(query, key) > nearest + _TIE).astype(jnp.float32)
+
+
+def nt_xent(first: Array, second: Array, *, temperature: float) -> tuple[Array, Array]:
+    """Computes the cross-entropy of identifying an image's other view among all views of the batch.
+
+    SimCLR (arXiv:2002.05709) eq. 1: for each of 2N views, loss_i = -log(e^{z_i.z_j/tau} /
+    sum_{k != i} e^{z_i.z_k/tau}), where j is the other view of the same image. The sum is over the
+    global batch, so the loss depends on its size N but not on the number of devices. Both views
+    receive a gradient, also where they are negatives on other devices.
+
+    Args:
+      first: f32[B, D], unit rows of this replica's images.
+      second: f32[B, D], unit rows of other views of the same images.
+      temperature: tau > 0.
+
+    Returns:
+      f32[2B], the losses of the first and then of the second views, in nats; and f32[2B], the
+      largest product of each view with a view of another image, without a gradient.
+
+    Raises:
+      AssertionError: while tracing, if a shape or dtype differs from those above.
+    """
+    chex.assert_equal_shape([first, second])
+    chex.assert_type([first, second], jnp.float32)
+    batch, total = len(first), len(first) * replicas()
+    anchors = jnp.concatenate([first, second])
+    keys = jnp.concatenate([gather(first), gather(second)])
+    logits = jnp.matmul(anchors, keys.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    own = jnp.concatenate([positions(batch), positions(batch) + total])
+    column = jnp.arange(2 * total)[None]
+    logits = jnp.where(column == own[:, None], -jnp.inf, logits)
+    is_other = column == ((own + total) % (2 * total))[:, None]
+    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=is_other)
+    nearest = jnp.max(jax.lax.stop_gradient(logits), axis=-1, initial=-jnp.inf, where=~is_other)
+    return losses, nearest * temperature
 
 
 def soft_cross_entropy(

@@ -122,8 +122,9 @@ class Queue:
         """Overwrites the oldest rows.
 
         Args:
-          rows: f32[B, D], unit rows of the global batch, in the order of the batch, B <= K. If B
-            does not divide K, a push may wrap around the end of the buffer.
+          rows: f32[B, D], unit rows of the global batch, in the order of the batch. If B does not
+            divide K, a push may wrap around the end of the buffer. If B > K, the last K rows
+            replace all.
 
         Raises:
           AssertionError: while tracing, if a shape or dtype differs from those above.
@@ -132,7 +133,7 @@ class Queue:
         rows = rows.astype(self.vectors.dtype)
         size, dim = self.vectors.shape
         chex.assert_shape(rows, (None, dim))
-        assert rows.shape[0] <= size, (size, rows.shape)
+        rows = rows[max(rows.shape[0] - size, 0) :]
         if size % rows.shape[0]:
             indices = (self.pointer + jnp.arange(rows.shape[0])) % size
             vectors = self.vectors.at[indices].set(rows)
@@ -154,6 +155,6 @@ class Queue:
         if not self.shared:
             return self.push(gather(rows))
         count = replicas()
-        assert len(rows) * count == self.shared, (rows.shape, count, self.shared)
+        assert len(rows) * count == self.shared <= self.size, (rows.shape, self.size, self.shared)
         shard = dataclasses.replace(self, pointer=self.pointer // count).push(rows)
         return dataclasses.replace(shard, pointer=shard.pointer * count)

@@ -235,7 +235,9 @@ def check_devices(config: ConfigDict, devices: int) -> None:
         )
     for network in ("student", "teacher"):
         group = config[network].norm_group
-        if group and (batch // devices) % group:
+        if group and config[network].norm == "sync":
+            _check_sync_group(network, group, batch, devices)
+        elif group and (batch // devices) % group:
             fits = [g for g in range(1, batch // devices + 1) if (batch // devices) % g == 0]
             raise errors.UserError(
                 f"config.{network}.norm_group={group} does not divide the {batch // devices} "
@@ -246,6 +248,25 @@ def check_devices(config: ConfigDict, devices: int) -> None:
         raise errors.UserError(
             f"config.objectives.relations.group={group} does not divide the {batch // devices} "
             "images per device; set a divisor, or 0 for all of them."
+        )
+
+
+def _check_sync_group(network: str, group: int, batch: int, devices: int) -> None:
+    """Checks that groups of images over several devices consist of whole devices, or divide them.
+
+    Raises:
+      UserError: see `check_devices`.
+    """
+
+    def fits(size: int) -> bool:
+        count = batch // size
+        return batch % size == 0 and (count % devices == 0 or devices % count == 0)
+
+    if not fits(group):
+        sizes = ", ".join(str(size) for size in range(1, batch + 1) if fits(size))
+        raise errors.UserError(
+            f"config.{network}.norm_group={group} with config.{network}.norm='sync' does not fit "
+            f"{batch} images on {devices} devices; valid: {sizes}, or 0 for all of them."
         )
 
 

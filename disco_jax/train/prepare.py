@@ -8,11 +8,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, fields
+from disco_jax import errors, fields, methods
 from disco_jax.data import pipeline, targets
 from disco_jax.data.bags import Bags, BagSource
 from disco_jax.data.contract import Source
-from disco_jax.methods.base import Method
+from disco_jax.data.labelled import LabelledSource
+from disco_jax.methods.base import LABEL, Method
 from disco_jax.models.encoder import Variables
 from disco_jax.nested import flatten
 from disco_jax.run import checkpoint
@@ -117,7 +118,12 @@ def _check_all(
     bagged = problems.attempt(
         _add_bags, opened, experiment.config, experiment.method, reads=("data", "bags")
     )
-    return None if bagged is None else (bagged, experiment)
+    if bagged is None:
+        return None
+    labelled = problems.attempt(
+        _add_labels, bagged, experiment.config, experiment.method, reads=("data", "student")
+    )
+    return None if labelled is None else (labelled, experiment)
 
 
 def _open(
@@ -207,6 +213,15 @@ def _add_bags(source: Source, config: ConfigDict, method: Method) -> Source:
     )
     bagged.check(config.data.train_split)
     return bagged
+
+
+def _add_labels(source: Source, config: ConfigDict, method: Method) -> Source:
+    """Wraps the source if an objective reads labels."""
+    if not any(LABEL in o.aux for o in method.objectives.values()):
+        return source
+    labelled = LabelledSource(source, LABEL)
+    labelled.check(config.data.train_split, methods.dim(config.student))
+    return labelled
 
 
 def _check_clusters(config: ConfigDict, bags: Bags) -> None:

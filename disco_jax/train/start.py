@@ -14,11 +14,11 @@ from disco_jax.train import teacher
 
 _LOG = logging.getLogger(__name__)
 
-# Values of `config.student.start`; "all" loads head, adapter and prototypes too.
+# Values of `config.student.start`; "all" loads all other parts too.
 PARTS = ("backbone", "all")
 # Fields that determine the shapes of the backbone's weights, and of all other weights.
 _BACKBONE_FIELDS = "width", "stem", "grid", "patch"
-_HEAD_FIELDS = "adapter", "head", "hidden", "layers", "dim", "prototypes"
+_HEAD_FIELDS = "adapter", "head", "hidden", "layers", "dim", "prototypes", "predictor"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,9 @@ SHAPE = (
     "layers",
     "dim",
     "prototypes",
+    "predictor",
 )
-_LATER = "patch", "layers"  # fields that configs of earlier versions lack
+_LATER = "patch", "layers", "predictor"  # fields that configs of earlier versions lack
 # Networks of a run that may serve as a teacher.
 NETWORKS = ("student", "momentum")
 # The queue of MoCo's keys, which the official checkpoint contains: view 1 is the key.

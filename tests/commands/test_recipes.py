@@ -1,5 +1,7 @@
 """Tests that all pretraining recipes are consistent for all data sets, without compiling them."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,13 +15,16 @@ from disco_jax.train import teacher
 from disco_jax.workflows import pretrain
 
 IMAGES = {"imagenet2012": 1_281_167, "fashion_mnist": 60_000, "digits": 1437}
+CIFAR = {"cifar10": 50_000, "cifar100": 50_000}
 # Recipes with arguments other than `data`, so that every branch of a recipe is built.
 VARIANTS = [
     *helpers.RECIPES,
     "attention:disco=true",
     "rkd:disco=true",
     "disco:student=efficientnet_b0,teacher=resnet50w2",
-    "seed:student=mobilenetv3_large,teacher=resnet152",
+    "seed:student=mobilenetv3_large,teacher=resnet152w2",
+    "swav:student=resnet50w2,script=rn50w2",
+    "supervised:student=mobilenetv2",
     "bingo:student=efficientnet_b1",
     "swav_disco:student=mobilenetv3_large",
     "dino:student=mobilenetv2",
@@ -48,17 +53,22 @@ def loaded(recipe, data, *further):
     return flags.load(f"{name}:" + ",".join(filter(None, [arg, f"data={data}", *further])))
 
 
-@pytest.mark.parametrize("data", IMAGES)
-@pytest.mark.parametrize("recipe", VARIANTS)
+def test_every_data_set_is_among_those_of_these_tests():
+    assert set(datasets.DATA) == {*IMAGES, *CIFAR}
+
+
+@pytest.mark.parametrize(
+    "recipe, data",
+    [*itertools.product(VARIANTS, IMAGES), *itertools.product(("seed", "supervised"), CIFAR)],
+)
 def test_networks_objectives_and_optimizer_are_built(recipe, data):
     """Checks queue sizes, unused views and schedules."""
     config = loaded(recipe, data)
-    assert set(datasets.DATA) == set(IMAGES)
     config.bags.file = config.bags.file or "bags.npz"
     problems = errors.Problems()
     fields.check(config, problems)
     problems.raise_any()
-    steps_per_epoch = IMAGES[data] // config.batch_size
+    steps_per_epoch = (IMAGES | CIFAR)[data] // config.batch_size
     assert steps_per_epoch >= 1
     experiment = experiments.assemble(config, steps_per_epoch=steps_per_epoch)
     experiments.check_views(experiment)

@@ -122,7 +122,8 @@ def test_bags_of_bingo(name, replicas):
             ("teacher", 1): ref["teacher_raw"][step],
             ("teacher", 3): ref["teacher_pos_raw"][step],
         }
-        aux = {"mix_ratio": jnp.float32(ref["mix_lam"][step][0])}
+        rows = len(ref["student_raw"][step]) // replicas
+        aux = {"mix_ratio": jnp.full(rows, ref["mix_lam"][step][0], jnp.float32)}
         loss, memory, grads = terms(objective, encoded, memory, settings["epoch"], aux, replicas)
         assert helpers.relative_error(loss, ref["loss"][step]) < EXACT
         for view, part in ((0, ""), (2, "pos_"), (4, "mix_")):
@@ -136,22 +137,34 @@ def test_bags_of_bingo(name, replicas):
 def test_cutmix_of_bingo(name):
     _, ref = helpers.fixture(f"losses/bingo_cutmix_{name}")
     images, others = (ref[key].transpose(0, 2, 3, 1) for key in ("image", "neighbour"))
-    mixed, fraction = mixing.cutmix(
-        images, others, jnp.float32(ref["lam_raw"]), jnp.asarray(ref["centre"], jnp.int32)
-    )
+    ratio = np.broadcast_to(np.float32(ref["lam_raw"]), len(images))
+    centre = np.broadcast_to(np.int32(ref["centre"]), (len(images), 2))
+    mixed, fraction = mixing.cutmix(images, others, ratio, centre)
     np.testing.assert_array_equal(mixed, ref["mixed"].transpose(0, 2, 3, 1))
-    assert fraction == pytest.approx(ref["lam"].item(), abs=1e-6)
+    np.testing.assert_allclose(fraction, ref["lam"].item(), atol=1e-6)
 
 
 def test_mixed_queries_are_made_of_both_and_say_how_much():
-    images, others = jnp.zeros((2, 32, 32, 3)), jnp.ones((2, 32, 32, 3))
-    ratios, mix = [], jax.jit(lambda key: Bags().augment_batch({0: images, 2: others}, {}, key))
+    """Groups of 2 of the 4 images draw a box each, on one device and on two."""
+    images, others = jnp.zeros((4, 32, 32, 3)), jnp.ones((4, 32, 32, 3))
+    bags = Bags(cutmix_group=2)
+    mix = jax.vmap(
+        lambda image, other, key: bags.augment_batch({0: image, 2: other}, {}, key),
+        in_axes=(0, 0, None), axis_name=AXIS,
+    )  # fmt: skip
+    mix, ratios = jax.jit(mix), []
     for seed in range(20):
-        views, aux = mix(jax.random.key(seed))
-        assert float(views[4].mean()) == pytest.approx(1 - float(aux["mix_ratio"]), abs=1e-6)
-        ratios.append(float(aux["mix_ratio"]))
+        key = jax.random.key(seed)
+        views, aux = mix(images[None], others[None], key)
+        ratio, mixed = np.ravel(aux["mix_ratio"]), views[4][0]
+        np.testing.assert_allclose(np.mean(mixed, (1, 2, 3)), 1 - ratio, atol=1e-6)
+        assert ratio[0] == ratio[1] and ratio[2] == ratio[3]
+        ratios.append(ratio[::2])
     assert 0.4 < np.mean(ratios) < 0.8 and np.std(ratios) > 0.1
-    assert Bags(cutmix=False).augment_batch({0: images}, {}, jax.random.key(0)) == ({0: images}, {})
+    assert np.abs(np.diff(ratios)).max() > 0.1
+    views, _ = mix(images.reshape(2, 2, 32, 32, 3), others.reshape(2, 2, 32, 32, 3), key)
+    np.testing.assert_array_equal(views[4].reshape(mixed.shape), mixed)
+    assert Bags(cutmix=False).augment_batch({0: images}, {}, key) == ({0: images}, {})
 
 
 @pytest.mark.parametrize(

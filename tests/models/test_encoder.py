@@ -122,3 +122,54 @@ def test_dropout_of_grouped_views_does_not_depend_on_the_devices():
     for v in SIZES:
         np.testing.assert_allclose(one[v].features, four[v].features, atol=1e-5)
         assert np.abs(one[v].features - deterministic[v].features).max() > 1e-3
+
+
+def test_groups_of_images_share_statistics_whatever_the_devices(encoder):
+    """Two groups of two images: on one device, on one each, and on two each; also in the head."""
+    spec = helpers.encoder_spec("tiny", width=16, head="swav", hidden=8, dim=6, prototypes=(5,))
+    with helpers.tiny_backbone():
+        grouped = models.build_encoder(spec, models.Compute(sync_groups=2))
+    variables, views = encoder.create(0, 12), images(4)
+    halves = [
+        run(
+            Network(encoder, "sync", grouped=True),
+            variables,
+            {v: x[half] for v, x in views.items()},
+            1,
+        )[0]
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    for replicas in (1, 2, 4):
+        out, _ = run(Network(grouped, "sync", grouped=True), variables, views, replicas)
+        for v in views:
+            expected = np.concatenate([half[v].scores for half in halves])
+            np.testing.assert_allclose(out[v].scores, expected, atol=1e-5)
+
+
+def test_patches_in_one_pass_share_statistics_and_update_them_once(encoder):
+    """As in SEED's code: one pass of the large views, one of all patches."""
+    variables, views = encoder.create(0, 12), images(4)
+    order = {v: views[v] for v in SIZES}
+
+    def norm_inputs(next_fun, args, kwargs, context):
+        if type(context.module).__name__ == "BatchNorm" and context.module.path[0] == "backbone":
+            inputs.append(np.asarray(args[0], np.float64))
+        return next_fun(*args, **kwargs)
+
+    inputs = []
+    with nn.intercept_methods(norm_inputs), jax.disable_jit():
+        _, stats = encode(
+            Network(encoder, "local", grouped=True),
+            variables,
+            order,
+            tuple(SIZES),
+            jax.random.key(0),
+        )
+    assert [len(x) for x in inputs] == [2 * 4, 3 * 4]
+    mean, var = np.zeros(16), np.ones(16)
+    for x in inputs:
+        mean = 0.9 * mean + 0.1 * x.mean(0)
+        var = 0.9 * var + 0.1 * x.var(0, ddof=1)
+    (name,) = stats["backbone"]
+    np.testing.assert_allclose(stats["backbone"][name]["mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(stats["backbone"][name]["var"], var, atol=1e-5)

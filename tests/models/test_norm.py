@@ -32,14 +32,14 @@ def normalised(x, groups):
     return out, mean.mean((0, 1)), unbiased.mean((0, 1))
 
 
-def apply(norm, group=0):
-    module = BatchNorm(group=group)
+def apply(norm, x=X, **fields):
+    module = BatchNorm(**fields)
 
     def one(x):
         out, new = module.apply(VARIABLES, x, norm=norm, mutable=["batch_stats"])
         return out, new["batch_stats"]
 
-    return jax.jit(jax.vmap(one, axis_name=AXIS))(X)
+    return jax.jit(jax.vmap(one, axis_name=AXIS))(x)
 
 
 def stored(old, new):
@@ -48,7 +48,7 @@ def stored(old, new):
 
 @pytest.mark.parametrize("group, groups", [(0, 1), (2, 3), (6, 1)])
 def test_local_statistics_of_each_replica_or_group(group, groups):
-    out, new = apply("local", group)
+    out, new = apply("local", group=group)
     for replica in range(REPLICAS):
         expected, mean, var = normalised(X[replica], groups)
         np.testing.assert_allclose(out[replica], expected, atol=1e-5)
@@ -63,6 +63,18 @@ def test_sync_statistics_of_the_global_batch():
     for replica in range(REPLICAS):
         np.testing.assert_allclose(new["mean"][replica], stored(STATS["mean"], mean), rtol=1e-5)
         np.testing.assert_allclose(new["var"][replica], stored(STATS["var"], var), rtol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_sync_statistics_of_parts_of_the_global_batch(replicas):
+    """Two groups lie on one replica, on one replica each, or on two or four replicas each."""
+    rows = X.reshape(-1, *X.shape[2:])
+    out, new = apply("sync", rows.reshape(replicas, -1, *X.shape[2:]), sync_groups=2)
+    expected, mean, var = normalised(rows, 2)
+    np.testing.assert_allclose(out.reshape(rows.shape), expected, atol=1e-5)
+    for name, value in (("mean", mean), ("var", var)):
+        average = np.mean(new[name], axis=0)  # as the step averages them over replicas
+        np.testing.assert_allclose(average, stored(STATS[name], value), rtol=1e-5)
 
 
 def test_running_statistics_are_read_and_left_alone():

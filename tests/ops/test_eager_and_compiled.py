@@ -75,6 +75,7 @@ LOSSES = {
     "soft_cross_entropy:one-hot": seed(0.0),
     "soft_cross_entropy:code": seed(1e-4),
     "soft_cross_entropy:formula": seed(0.01, FORMULA),
+    "nt_xent": lambda s: losses.nt_xent(l2_normalize(s), l2_normalize(KEY), temperature=0.1)[0],
     "binary_contrast": lambda s: losses.binary_contrast(
         l2_normalize(s),
         l2_normalize(KEY),
@@ -212,9 +213,9 @@ IMAGES = {
     ),
     "normalize": lambda x, f: augment.normalize(x, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)),
     "cutmix": lambda x, f: mixing.cutmix(
-        x, x[::-1], f[0] / 2, jnp.array([3, 4], jnp.int32)
+        x, x[::-1], f / 2, jnp.array([[3, 4], [0, 0], [8, 1], [4, 4]], jnp.int32)
     )[0],
-    "draw_box": lambda x, f: mixing.draw_box(jax.random.key(0), 9, 9)[0],
+    "draw_boxes": lambda x, f: mixing.draw_boxes(jax.random.key(0), jnp.arange(4), 9, 9)[0],
 }  # fmt: skip
 
 

@@ -34,10 +34,16 @@ def test_create_gives_unit_rows_that_follow_the_key():
     assert not np.allclose(queue.vectors, other.vectors)
 
 
-@pytest.mark.parametrize("rows", [(13, 8), (4, 7)])
-def test_push_refuses_rows_that_do_not_fit(rows):
+def test_push_refuses_rows_of_another_width():
     with pytest.raises(AssertionError):
-        Queue.create(jax.random.key(0), 12, 8).push(np.ones(rows, np.float32))
+        Queue.create(jax.random.key(0), 12, 8).push(np.ones((4, 7), np.float32))
+
+
+def test_a_queue_shorter_than_the_batch_holds_its_last_rows():
+    rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    queue = Queue.create(jax.random.key(0), 12, 8).push(rows[:5]).push(rows)
+    oldest_first = queue.rewound().vectors
+    np.testing.assert_array_equal(oldest_first, rows[-12:])
 
 
 def test_a_rewound_queue_has_its_oldest_row_first_and_takes_pushes_of_any_size():

@@ -54,3 +54,18 @@ def test_a_prepared_run_has_the_same_method():
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
     assembled = experiment.assemble(config, steps_per_epoch=ready.experiment.steps_per_epoch)
     assert assembled.method == ready.method and assembled.views == ready.experiment.views
+
+
+def test_groups_of_synchronized_statistics_fit_the_devices():
+    """Groups of 8 of 32 images lie on one device, or span two of eight; 12 and 5 do not fit."""
+    config = helpers.smoke_config("swav", batch_size=32)
+    for group, devices, valid in ((8, 1, True), (8, 8, True), (12, 8, False), (5, 4, False)):
+        config.student.norm_group = group
+        if valid:
+            experiment.check_devices(config, devices)
+        else:
+            with pytest.raises(errors.UserError, match=rf"norm_group={group} .*valid: 1, 2, 4, 8"):
+                experiment.check_devices(config, devices)
+    config.student.norm = "local"
+    with pytest.raises(errors.UserError, match="images per device"):
+        experiment.check_devices(config, 8)

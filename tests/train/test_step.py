@@ -26,11 +26,13 @@ from disco_jax.train.step import parallel
 
 FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward passes
     "moco_v2": {"student": (0,), "momentum": (1,)},
+    "moco_small": {"student": (0,), "momentum": (1,)},
     "disco": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "disco_star": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "seed": {"student": (0,), "teacher": (0,)},
     "seed:views=cross": {"student": (0,), "teacher": (1,)},
     "seed:views=small_patch": {"student": tuple(range(7)), "teacher": tuple(range(7))},
+    "seed:moco=true": {"student": (0,), "momentum": (1,), "teacher": (0,)},
     "retro": {"student": (0, 1), "momentum": (0, 1), "teacher": (0, 1)},
     "retro:symmetric=false": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
     "rkd": {"student": (0,), "momentum": (1,), "teacher": (0,)},
@@ -47,12 +49,16 @@ FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward 
     "compress:queues=1": {"student": (0,), "teacher": (0,)},
     "bingo": {"student": (0, 2, 4), "teacher": (1, 3)},
     "ressl": {"student": (0,), "momentum": (1,)},
+    "simclr": {"student": (0, 1)},
+    "byol": {"student": (0, 1), "momentum": (0, 1)},
+    "supervised": {"student": (0,)},
     # With two local views: views 2 and 3.
     "swav": {"student": (0, 1, 2, 3)},
     "swav_disco": {"student": (0, 1, 2, 3), "teacher": (0, 1, 2, 3)},
     "dino": {"student": (0, 1, 2, 3), "momentum": (0, 1)},
     "dino_disco": {"student": (0, 1, 2, 3), "momentum": (0, 1), "teacher": (0, 1)},
     "sslight_moco": {"student": (1, 2, 3), "momentum": (0,)},
+    "sslight_moco:views=two": {"student": (1,), "momentum": (0,)},
     "sslight_swav": {"student": (0, 1, 2, 3)},
     "sslight_dino": {"student": (0, 1, 2, 3), "momentum": (0, 1)},
 }
@@ -128,10 +134,12 @@ CASES = {
             "compress", "consistency", "online_clusters", "binary_contrast", "similarity",
             "relations", "cross_correlation")},
     }),
-    # Two images of a bag and their CutMix, pseudo-labels of clusters, SimReg's head, and BatchNorm
-    # statistics of groups within a device.
+    # Two images of a bag and their CutMix, pseudo-labels of clusters, classes, SimReg's head, and
+    # BatchNorm statistics of groups within a device.
     "bags": ("bingo", {
         "batch_size": 16,
+        "objectives.bags.cutmix_group": 4,
+        "objectives.supervised.weight": 0.5,
         "student.norm_group": 4,
         "teacher.norm_group": 4,
         "teacher.norm": "local",
@@ -141,15 +149,20 @@ CASES = {
         "objectives.distill.weight": 0.5,
         "objectives.distill.views": (0,),
     }),
-    # Views of equal size encoded together, with the Sinkhorn algorithm and its queue.
+    # Views of equal size encoded together, with BatchNorm statistics of half the batch, the
+    # Sinkhorn algorithm and its queue, and the other images of the batch as negatives.
     "assignments": ("swav_disco", {
         **SGD,
+        "student.norm_group": 4,
+        "objectives.nt_xent.weight": 0.5,
         "objectives.swapped.queue_size": 64,
         "objectives.swapped.queue_epochs": 0,
     }),
-    # The same with DINO's centre and SSLight's local queries.
+    # The same with DINO's centre, SSLight's local queries and BYOL's predictor.
     "a centre": ("dino_disco", {
         **SGD,
+        "student.predictor": 16,
+        "objectives.byol.weight": 0.5,
         "objectives.contrast.weight": 1.0,
         "objectives.contrast.pairs": ((1, 0),),
         "objectives.contrast.local_queries": True,
@@ -262,7 +275,8 @@ def test_local_statistics_do_depend_on_the_devices():
 # Groups of four values have a standard deviation that rounding may double, so the statistics are
 # those of the batch here.
 WHOLE_BATCH = {f"{network}.norm_group": 0 for network in ("student", "teacher")}
-HALF = {case: WHOLE_BATCH if case == "bags" else {} for case in SYNCED}
+GROUPED = ("bags", "assignments")
+HALF = {case: WHOLE_BATCH if case in GROUPED else {} for case in SYNCED}
 # Relative tolerance of gradients. bfloat16 rounds by 2**-9, which a softmax divides by its
 # temperature: 0.04 in DINO's targets, 0.07 to 0.2 in the others.
 TOLERANCE = {case: 0.1 if case == "a centre" else 0.05 for case in SYNCED}

@@ -131,6 +131,7 @@ def _with_width(sizes: tuple[int, ...], block: str, width: int) -> dict[str, Any
 # timm and torchvision have the ImageNet sizes; the wide and the narrow ones exist only here.
 _MODELS = {f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 _MODELS |= dict.fromkeys((f"resnet50w{width}" for width in (2, 4, 5)), "")
+_MODELS |= dict.fromkeys((f"resnet{depth}w2" for depth in (101, 152)), "")
 _MODELS |= dict.fromkeys((f"resnet{depth}" for depth in (8, 14, 20)), "")
 _EXPORTS = {name: Export(torchvision, model, "fc") for name, model in _MODELS.items()}
 

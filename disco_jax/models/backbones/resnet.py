@@ -138,6 +138,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resnet50w2": dict(width=128, **_50),  # SwAV's, with twice the channels
     "resnet50w4": dict(width=256, **_50),
     "resnet50w5": dict(width=320, **_50),
+    # SEED's wide teachers (arXiv:2101.04731, figure 5)
+    "resnet101w2": dict(stage_sizes=(3, 4, 23, 3), block="bottleneck", width=128, stem="imagenet"),
+    "resnet152w2": dict(stage_sizes=(3, 8, 36, 3), block="bottleneck", width=128, stem="imagenet"),
     "resnet50_same": dict(width=64, padding="same", **_50),  # BYOL's weights, ported
     "resnet8": dict(stage_sizes=(1, 1, 1), **_CIFAR),
     "resnet14": dict(stage_sizes=(2, 2, 2), **_CIFAR),

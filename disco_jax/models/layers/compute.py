@@ -35,8 +35,9 @@ class Compute:
 
     Attributes:
       dtype: dtype of activations; parameters stay float32.
-      norm_group: images per BatchNorm group, see `BatchNorm.group`. The only field that changes
-        what is computed.
+      norm_group: images per BatchNorm group, see `BatchNorm.group`. This field and the next are the
+        only ones that change what is computed.
+      sync_groups: see `BatchNorm.sync_groups`.
       exchange: how images are shuffled across replicas, see `collectives.shuffle`.
       fast_stem: whether the first convolution reads pairs of columns, see `space_to_depth`, and a
         max-pool after it precedes the normalization, see `BatchNorm`.
@@ -51,6 +52,7 @@ class Compute:
 
     dtype: Any = jnp.float32
     norm_group: int = 0
+    sync_groups: int = 1
     exchange: str = "gather"
     fast_stem: bool = True
     width_packing: bool = False
@@ -96,7 +98,9 @@ class Compute:
 
     def plain(self) -> "Compute":
         """Returns `self` with every layer computed by XLA's default operations."""
-        return Compute(self.dtype, self.norm_group, fast_stem=False, fold_frozen=False)
+        return Compute(
+            self.dtype, self.norm_group, self.sync_groups, fast_stem=False, fold_frozen=False
+        )
 
     def conv(
         self,
@@ -226,7 +230,14 @@ class Compute:
     ) -> BatchNorm:
         """Returns a `BatchNorm`; see there for the arguments."""
         return BatchNorm(
-            self.norm_group, epsilon, momentum, scale, self.dtype, width_packing, name=name
+            self.norm_group,
+            epsilon,
+            momentum,
+            scale,
+            self.dtype,
+            width_packing,
+            self.sync_groups,
+            name=name,
         )
 
     def _stem_packing(self, features: int, width: int, stride: int) -> int:

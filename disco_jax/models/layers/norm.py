@@ -11,7 +11,7 @@ from jax import Array
 
 from disco_jax.models.layers.initializers import constant, ones, zeros
 from disco_jax.models.layers.packing import average_columns, repeat_channels
-from disco_jax.ops.collectives import pmean, replicas
+from disco_jax.ops.collectives import group_pmean, replicas
 
 # "shuffle" is "local" on images that `encode` shuffled across replicas beforehand.
 MODES = ("local", "sync", "shuffle", "running")
@@ -49,12 +49,12 @@ class BatchNorm(nn.Module):
     """Batch normalization over all axes but the last (arXiv:1502.03167), with PyTorch's updates.
 
     The mode "local" takes the statistics of groups of `group` images of this replica (0: of all
-    its images), "sync" those of the global batch, "running" the stored ones. In all modes but
-    "running", if the collection `batch_stats` is mutable, the stored statistics become
-    momentum * stored + (1 - momentum) * batch, with the unbiased variance and, for "local", the
-    mean over groups. Statistics are float32 whatever the dtype of the computation. Without a scale
-    among the parameters, `folding` has moved everything but the bias into the layer before, and
-    only the bias is added. Only "local" with group=0 depends on the number of devices.
+    its images), "sync" those of `sync_groups` equal parts of the global batch, "running" the stored
+    ones. In all modes but "running", if the collection `batch_stats` is mutable, the stored
+    statistics become momentum * stored + (1 - momentum) * batch, with the unbiased variance and the
+    mean over this replica's groups. Statistics are float32 whatever the dtype of the computation.
+    Without a scale among the parameters, `folding` has moved everything but the bias into the layer
+    before, and only the bias is added. Only "local" with group=0 depends on the number of devices.
 
     Attributes:
       group: images per group in the mode "local"; must divide the batch of a replica.
@@ -63,6 +63,8 @@ class BatchNorm(nn.Module):
       scale: initial value of the scale; 0 makes a residual branch start as the identity.
       dtype: dtype of the output; None: that of the input.
       width_packing: packed columns of the input, see `packing.pack_width`.
+      sync_groups: parts of the global batch that share statistics in the mode "sync"; must divide
+        the number of replicas or be a multiple of it.
     """
 
     group: int = 0
@@ -71,6 +73,7 @@ class BatchNorm(nn.Module):
     scale: float = 1.0
     dtype: jnp.dtype | None = None
     width_packing: int = 1
+    sync_groups: int = 1
 
     @nn.compact
     def __call__(
@@ -115,14 +118,15 @@ class BatchNorm(nn.Module):
         stored_mean = mean.value * sign
         if norm == "running":
             return self._normalize(pool(x), stored_mean, var.value, scale, bias)
-        groups = 1 if norm == "sync" or not self.group else x.shape[0] // self.group
+        sync = self.sync_groups if norm == "sync" else 0
+        groups = local_groups(sync) if sync else x.shape[0] // (self.group or x.shape[0])
         split = _split_groups(groups)
-        if norm != "sync" and conv_input and conv_input.pays(groups):
+        if not sync and conv_input and conv_input.pays(groups):
             conv_input = conv_input._replace(x=split(conv_input.x))
             batch_mean, batch_var, unbiased = _input_statistics(conv_input, self.width_packing)
         else:
             batch_mean, batch_var, unbiased = _statistics(
-                split(x), stored_mean, norm == "sync", self.width_packing
+                split(x), stored_mean, sync, self.width_packing
             )
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
             old, new = self.momentum, 1 - self.momentum
@@ -139,6 +143,17 @@ class BatchNorm(nn.Module):
         return normalized.astype(self.dtype or x.dtype)
 
 
+def local_groups(sync_groups: int) -> int:
+    """Returns how many of `BatchNorm.sync_groups` lie on one replica; 1 if they span replicas.
+
+    Raises:
+      AssertionError: while tracing, if a group would consist of parts of replicas.
+    """
+    count = replicas()
+    assert sync_groups % count == 0 or count % sync_groups == 0, (sync_groups, count)
+    return max(sync_groups // count, 1)
+
+
 def _identity(x: Array) -> Array:
     return x
 
@@ -148,7 +163,7 @@ def _split_groups(groups: int) -> Callable[[Array], Array]:
     return lambda x: x.reshape(groups, -1, *x.shape[1:])
 
 
-def _statistics(x: Array, shift: Array, sync: bool, packing: int) -> tuple[Array, Array, Array]:
+def _statistics(x: Array, shift: Array, sync: int, packing: int) -> tuple[Array, Array, Array]:
     """Computes mean, variance and unbiased variance of each group in one pass over x.
 
     Squares are taken about `shift`, a point near the mean. About 0, the difference of mean square
@@ -157,19 +172,20 @@ def _statistics(x: Array, shift: Array, sync: bool, packing: int) -> tuple[Array
     Args:
       x: float[G, ..., packing * C].
       shift: f32[C], the stored mean.
-      sync: whether to average over all replicas.
+      sync: parts of the global batch that share statistics; 0: only groups of this replica do.
       packing: packed columns of x.
 
     Returns:
       Three arrays f32[G, C].
     """
-    average = pmean if sync else lambda tree: tree
+    size = max(replicas() // sync, 1) if sync else 1  # replicas that share statistics
     axes = tuple(range(1, x.ndim - 1))
-    count = packing * math.prod(x.shape[1:-1]) * (replicas() if sync else 1)
+    count = packing * math.prod(x.shape[1:-1]) * size
     shift = jax.lax.stop_gradient(shift)
     centered = x.astype(jnp.float32) - _broadcast(shift, x)
     moments = jnp.mean(centered, axis=axes), jnp.mean(jnp.square(centered), axis=axes)
-    mean, square = average(tuple(average_columns(moment, packing) for moment in moments))
+    averages = tuple(average_columns(moment, packing) for moment in moments)
+    mean, square = group_pmean(averages, sync) if size > 1 else averages
     var = jnp.maximum(square - jnp.square(mean), 0.0)
     return mean + shift[None], var, var * (count / max(count - 1, 1))
 
