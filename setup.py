@@ -24,6 +24,7 @@ setup(
         *find_packages(include=["disco_jax", "disco_jax.*"]),
         "disco_jax.configs",
         "disco_jax.configs.miniature",
+        "disco_jax.configs.papers",
         "disco_jax.configs.sweeps",
     ],
     package_dir={"disco_jax.configs": "configs"},

@@ -232,7 +232,7 @@ def sweep(config: ConfigDict) -> None:
         ("teacher.width", 4),
     )
     config.teachers = {name: sweeps.teacher("resnet8", "random") for name in config.teachers}
-    config.evaluate = (("linear", (("total_epochs", 2),)), "knn")
+    config.evaluate = (("linear:protocol=cached", (("total_epochs", 2),)), "knn")
 
 
 def recipe(reference: str) -> str:

@@ -190,6 +190,33 @@ def with_arguments(reference: str, arguments: str) -> str:
     return f"{name}:{combined}" if combined else name
 
 
+def changed(config: ConfigDict, changes: Sequence[tuple[str, Any]], where: str) -> ConfigDict:
+    """Sets fields of `config` to other values and returns it.
+
+    Args:
+      config: changed in place.
+      changes: (field, value) pairs; earlier names of fields are understood.
+      where: the setting that holds the changes, for messages.
+
+    Raises:
+      UserError: if a field does not exist or has another type.
+    """
+    from disco_jax.run import upgrades
+
+    known_fields = flatten(config)
+    for field, value in changes:
+        if field not in known_fields:
+            field = upgrades.current_name(field, known_fields) or field
+        if field not in known_fields:
+            suggestion = errors.did_you_mean(field, known_fields)
+            raise errors.UserError(f"{where}: the config has no field config.{field}.{suggestion}")
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            raise errors.UserError(f"{where}: config.{field}={value!r}: {error}") from error
+    return config
+
+
 def _get_config(path: pathlib.Path, argument: str) -> Any:
     """Returns what a recipe's `get_config` does; raises UserError for its exceptions."""
     try:

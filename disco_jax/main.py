@@ -30,6 +30,7 @@ class Task(NamedTuple):
       flags: names of `flags.FURTHER`, passed to the task's `run` as keyword arguments.
       check: name of a module in `commands/` whose `check` records mistakes in the config.
       choose: whether the run completes --config, see `evaluate.protocols.choose`.
+      evaluates: whether it scores a finished run, so that a sweep may list it.
     """
 
     help: str
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     flags: tuple[str, ...] = ()
     check: str = ""
     choose: bool = False
+    evaluates: bool = False
 
 
 # Declared here so that --help and flag errors do not import any task.
@@ -50,26 +52,45 @@ TASKS = {
     ),
     "distill": Task("distil a student from your images and a teacher, with good defaults", None),
     "sweep": Task("train and score many runs from one config, and write their table", None),
+    "reproduce": Task("list the papers' tables, or train and score one cell of them", None),
     "cache": Task("save a teacher's outputs for later students", None),
     "plan": Task("estimate memory, speed and hours of a config on a TPU slice", None),
-    "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
+    "knn": Task(
+        "classify held-out images by a run's nearest neighbours", "configs/knn.py", evaluates=True
+    ),
     "linear": Task(
         "train and test a linear classifier on frozen features",
         "configs/linear.py",
         choose=True,
+        evaluates=True,
     ),
     "bags": Task("find similar images with a teacher: neighbours, clusters", "configs/bags.py"),
     "semi": Task(
-        "classify with 1 % or 10 % of the labels", "configs/semi.py", "linear", choose=True
+        "classify with 1 % or 10 % of the labels",
+        "configs/semi.py",
+        "linear",
+        choose=True,
+        evaluates=True,
     ),
     "transfer": Task(
-        "train a linear classifier on another data set", "configs/transfer.py", "linear"
+        "train a linear classifier on another data set",
+        "configs/transfer.py",
+        "linear",
+        evaluates=True,
     ),
-    "finetune": Task("train all layers with labels", "configs/finetune.py", "linear", choose=True),
-    "fewshot": Task("ridge regression on a few images of every class", "configs/fewshot.py"),
-    "plane": Task("trace a fine-tuning in the information plane", "configs/plane.py"),
+    "finetune": Task(
+        "train all layers with labels", "configs/finetune.py", "linear", choose=True, evaluates=True
+    ),
+    "fewshot": Task(
+        "ridge regression on a few images of every class", "configs/fewshot.py", evaluates=True
+    ),
+    "plane": Task(
+        "trace a fine-tuning in the information plane", "configs/plane.py", evaluates=True
+    ),
     "tsne": Task("plot ten classes in the feature spaces of runs", "configs/tsne.py"),
-    "cost": Task("compare parameters, operations, latency and accuracy", "configs/cost.py"),
+    "cost": Task(
+        "compare parameters, operations, latency and accuracy", "configs/cost.py", evaluates=True
+    ),
     "report": Task("write one page about a run: curves, results, views, settings, time", None),
     "compare": Task("compare several runs in one table and page", None),
     "data": Task("check a data set: counts, classes, sizes, unreadable images, speed", None),
@@ -221,13 +242,17 @@ def _storage_message(error: Exception) -> str:
     )
 
 
+def module(task: str) -> Any:
+    """Imports the module of a task, whose `run` the task calls."""
+    return importlib.import_module(f"disco_jax.commands.{TASKS[task].module or task}")
+
+
 def _start(name: str, argv: Sequence[str]) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
     task = TASKS[name]
-    module = f"disco_jax.commands.{task.module or name}"
     if task.config is None:
-        importlib.import_module(module).main(argv)
+        module(name).main(argv)
         return
     from disco_jax import flags
 
@@ -251,7 +276,7 @@ def _start(name: str, argv: Sequence[str]) -> None:
     if values is not None:
         flags.prepare_jax(flags.distributed_options(values), values.workdir)
         further = {name: values[name].value for name in task.flags}
-        importlib.import_module(module).run(values.config, values.workdir, **further)
+        module(name).run(values.config, values.workdir, **further)
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -193,7 +193,7 @@ def test_a_block_of_commands_runs(
     shutil.copytree(place, here)
     monkeypatch.chdir(here)
     for words in commands(block):
-        if words[0] == "plan":
+        if words[0] in ("plan", "reproduce"):  # of ImageNet; see test_reproduce.py
             continue
         words = small(words)
         if words[0] in ("pretrain", "distill", "import"):  # creates a run directory

@@ -168,7 +168,13 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     assert "3 images" in call("embed", "imported", "--images=photos", "--output=e.npz")[0]
     assert "photos: no labels" in call("data", "photos", "--seconds=0")[0]
     one = "--config.axes=(('student', ('resnet8',)), ('config.student.hidden', (8,)))"
-    sweep = "--config=sweeps/hidden_width:smoke=true", one, "--config.recipe=seed", "--dry-run"
+    sweep = (
+        "--config=sweeps/hidden_width:smoke=true",
+        one,
+        "--config.recipe=seed",
+        "--dry-run",
+        "--costs",
+    )
     assert "GFLOP an image" in call("sweep", *sweep, "--config.joint=1", "--workdir=sweep")[0]
     assert not (tmp_path / "sweep").exists()
 

@@ -24,10 +24,14 @@ def sweep(name: str) -> ConfigDict:
     config.changes = ()  # ((field, value), ...) for all cells and for the teachers trained here
     config.teacher = ""  # the teacher of all cells, unless it is an axis
     config.teachers = {}  # name -> `teacher`
-    config.evaluate = ("linear", "knn")  # recipes of the evaluations that score each run
+    # Evaluations that score each run: "linear", or (reference, ((field, value), ...)). "linear"
+    # without a protocol is the probe of the paper of each run's recipe, for its network.
+    config.evaluate = ("linear", "knn")
     config.joint = 8  # most students that share a teacher and train in one step
-    # Figure: x is the axis along x ("": bars), score the evaluation; other axes become lines.
+    # Figure: x is the axis along x ("": bars; "parameters" and "teacher_parameters": sizes of the
+    # student and of the teacher), score the evaluation; other axes become lines.
     config.figure = dict(x="", score="linear")
+    config.curves = ()  # metrics of the runs along their steps, e.g. ("loss", "knn/top1")
     config.claims = {}  # name -> `claim`; the page shows above the table whether they hold
     return config
 

@@ -5,8 +5,14 @@ r"""SEED's own ablations (arXiv:2101.04731): teacher temperature, queue length, 
 
 `axis` is temperature (0 is one-hot), queue, views (the strategies of Figure 6) or strategy (targets
 other than SEED's; linear top-1 in the paper: K-means 51.0, online clustering 56.4, SEED 57.9).
-K-means needs `bags=FILE`, the labels that `disco-jax bags` made. The paper's best temperature is
-0.01; a queue of 65,536 is 1.5 points better than one of 256. Ours: not measured yet.
+K-means needs `bags=FILE`, the labels that `disco-jax bags` made. The teacher of queue and views is
+SwAV's ResNet-50 (appendix A.2, A.8), with small patches for the queue:
+
+    disco-jax sweep --config sweeps/seed:axis=queue --workdir gs://BUCKET/seed_queue \
+        --config.teachers.resnet50.weights=swav_800ep_pretrain.pth.tar
+
+The paper's best temperature is 0.01; a queue of 65,536 is 1.5 points better than one of 256. Ours:
+not measured yet.
 """
 
 from disco_jax.configs import common, small
@@ -40,6 +46,10 @@ def get_config(arg=None):
     name, values = AXES[arg.axis]
     config = sweeps.sweep(f"seed_{arg.axis}")
     config.recipe = f"seed:student={arg.student}"
+    if arg.axis in ("queue", "views"):
+        config.recipe += ",teacher_method=swav"
+    if arg.axis == "queue":
+        config.recipe += ",views=small_patch,weight_decay=1e-6"
     config.teacher = "resnet50"
     config.teachers = dict(resnet50=sweeps.teacher("resnet50"))
     if name == "recipe":

@@ -1,7 +1,7 @@
 r"""Teachers pre-trained by other methods (DisCo, arXiv:2104.09124, Table 6).
 
     disco-jax sweep --config sweeps/teacher_methods --workdir gs://BUCKET/table6 \
-        --config.teachers.moco_v2.weights=moco_v2_800ep_pretrain.pth.tar \
+        --config.teachers.moco_v2.weights=moco_v2_200ep_pretrain.pth.tar \
         --config.teachers.sela_v2.weights=selav2_400ep_pretrain.pth.tar \
         --config.teachers.swav.weights=swav_800ep_pretrain.pth.tar
 

@@ -6,6 +6,9 @@ r"""DisCo on SwAV instead of MoCo-v2 (arXiv:2104.09124, Table 5).
     disco-jax sweep --config sweeps/testbeds:bed=dino --workdir gs://BUCKET/dino_testbed \
         --config.teachers.dino.weights=dino_deitsmall16_pretrain_full_checkpoint.pth
 
+    disco-jax sweep --config sweeps/testbeds:bed=xcit --workdir gs://BUCKET/xcit_testbed \
+        --config.teachers.xcit.weights=dino_xcit_small_12_p16_pretrain_full_checkpoint.pth
+
 The table shows the paper's linear top-1 beside ours; ours: not measured yet.
 """
 
@@ -13,10 +16,11 @@ from disco_jax.configs import common, small
 from disco_jax.configs.sweeps import common as sweeps
 from disco_jax.errors import unknown
 
-# Testbed -> students, backbone of the teacher.
+# Testbed -> recipe, students, backbone of the teacher.
 BEDS = {
-    "swav": (("efficientnet_b0", "mobilenetv3_large", "resnet34"), "resnet50"),
-    "dino": (("vit_tiny_p16",), "vit_small_p16"),
+    "swav": ("swav", ("efficientnet_b0", "mobilenetv3_large", "resnet34"), "resnet50"),
+    "dino": ("dino", ("vit_tiny_p16",), "vit_small_p16"),
+    "xcit": ("dino", ("xcit_tiny_12_p16",), "xcit_small_12_p16"),
 }
 
 
@@ -24,11 +28,11 @@ def get_config(arg=None):
     arg = common.parse(arg, bed="swav", smoke=False)
     if arg.bed not in BEDS:
         raise unknown("The recipe's argument bed", arg.bed, BEDS)
-    students, teacher = BEDS[arg.bed]
+    recipe, students, teacher = BEDS[arg.bed]
     config = sweeps.sweep(f"testbeds_{arg.bed}")
     config.teacher = arg.bed
     config.teachers = {arg.bed: sweeps.teacher(teacher)}
-    recipes = (arg.bed, f"{arg.bed}_disco")
+    recipes = (recipe, f"{recipe}_disco")
     config.axes = (("recipe", recipes), ("student", students))
     if arg.smoke:
         small.sweep(config)

@@ -62,6 +62,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         "data": source.name,
         "shots": shots,
         "images": len(test.labels),
+        **saved.settings(config),
     }
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:

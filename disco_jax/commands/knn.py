@@ -24,7 +24,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
     """
     trained = target.with_eval_data(features.load(workdir, config.network), eval_data(config.data))
-    result = {"step": trained.step, **evaluate(config, trained, source)}
+    result = {"step": trained.step, **evaluate(config, trained, source), **saved.settings(config)}
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:
         settings = f"{config.vote}, k = {config.k}, {config.output}"

@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         "path": path,
         "transition": transition,
         "top1": path[-1]["top1"],
+        **saved.settings(config),
     }
     saved.write(workdir, settings.name, result)
     if jax.process_index() == 0:

@@ -1,7 +1,6 @@
 """Train and evaluate all cells of a sweep, and write them to one table."""
 
 import contextlib
-import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,22 +11,21 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, models, programs
-from disco_jax.data import pipeline
+from disco_jax import errors, flags, methods, models, programs
 from disco_jax.data.contract import Source
 from disco_jax.files import read_or_set_aside, whole
-from disco_jax.report import runs
-from disco_jax.run import hosts, lease
+from disco_jax.report import figures, page, runs
+from disco_jax.run import hosts, lease, workdir
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
-from disco_jax.train import experiment, stored_settings, teacher
+from disco_jax.train import experiment, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
-from disco_jax.workflows import joint_runs, pretrain
+from disco_jax.workflows import joint_runs, pretrain, scoring
+from disco_jax.workflows.scoring import Score
 
-# Evaluation recipe -> its task.
-EVALUATIONS = {"linear": "linear", "knn": "knn", "semi": "linear", "finetune": "linear"}
+COST = "cost"  # the evaluation without an accuracy
 CELLS, TEACHERS, STATUS = "cells", "teachers", "status"
 
 
@@ -37,14 +35,17 @@ def main(argv: Sequence[str]) -> None:
     if values is None:
         return
     flags.prepare_jax(flags.distributed_options(values), "" if values.dry_run else values.workdir)
-    names = ("dry_run", "topology", "worker", "workers", "teachers_only")
+    names = ("dry_run", "costs", "topology", "worker", "workers", "teachers_only")
     options: dict[str, Any] = {name: values[name].value for name in names}
     run(values.config, values.workdir, **options)
 
 
 def _define(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool(
-        "dry_run", False, "only print the cells and their costs", flag_values=values
+        "dry_run", False, "only print the cells and their evaluations", flag_values=values
+    )
+    absl_flags.DEFINE_bool(
+        "costs", False, "with --dry-run: count parameters and operations", flag_values=values
     )
     absl_flags.DEFINE_string(
         "topology", "", "with --dry-run: compile each cell for this TPU slice", flag_values=values
@@ -64,6 +65,7 @@ def run(
     source: Source | None = None,
     *,
     dry_run: bool = False,
+    costs: bool = False,
     topology: str = "",
     worker: int = 0,
     workers: int = 1,
@@ -75,7 +77,8 @@ def run(
       config: see `configs/sweeps/common.py`.
       folder: receives cells/NAME and teachers/NAME (run directories), status/, and the table.
       source: images for all cells; None opens the data of each cell.
-      dry_run: only print the cells and their costs.
+      dry_run: only print the cells and their evaluations; needs neither weights nor data.
+      costs: a dry run also counts parameters and operations, which takes seconds a cell.
       topology: name of a TPU slice that a dry run compiles each cell for, e.g. "v5e:2x4".
       worker: index of this worker, which trains groups `worker`, `worker + workers`, ...
       workers: number of workers that share `folder`.
@@ -90,8 +93,11 @@ def run(
       Preempted: stopped by a signal; a restart resumes.
     """
     started = time.monotonic()
-    cells, evaluations = expanding.expand(config), _evaluations(config)
-    _check(config, worker, workers, evaluations)
+    cells = expanding.expand(config)
+    scores = scoring.entries(config.evaluate)
+    _check(config, worker, workers, scores)
+    if dry_run and not (costs or topology):
+        return _list(cells, scores)
     teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)
     claims.judge(config.claims, table.rows(cells, {c.name: 0 for c in cells}, {}, {}), "")
@@ -108,39 +114,28 @@ def run(
             lambda: stack.enter_context(lease.held(path, f"lock_{worker}_of_{workers}"))
         )
         _write_json(path / "sweep.json", json.loads(config.to_json_best_effort()))
-        _train_teachers(teachers, path, evaluations, source, worker)
+        _train_teachers(teachers, path, scores, source, worker)
         if not teachers_only:
             for names in groups[worker::workers]:
                 _train([by_name[name] for name in names], path, source)
                 for name in names:
-                    _evaluate(path / CELLS / name, evaluations, source)
-                _write_table(config, cells, experiments, path, evaluations)
-        summary = _write_table(config, cells, experiments, path, evaluations)
+                    _evaluate(path / CELLS / name, scores, source)
+                _write_table(config, cells, experiments, path, scores)
+        summary = _write_table(config, cells, experiments, path, scores)
     print(f"{summary['done']} of {summary['cells']} cells are done. Table: {path / 'table.html'}")
     return summary | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def _evaluations(config: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
-    """Returns the evaluations of `config.evaluate`: result name -> (task, its config)."""
-    evaluations = {}
-    for entry in config.evaluate:
-        recipe, changes = (entry, ()) if isinstance(entry, str) else entry
-        name = recipe.partition(":")[0]
-        if name not in EVALUATIONS:
-            raise errors.unknown("config.evaluate", name, EVALUATIONS)
-        evaluation = expanding.changed(flags.load(recipe), changes, "config.evaluate")
-        evaluations[evaluation.name] = (EVALUATIONS[name], evaluation)
-    return evaluations
-
-
-def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[str, Any]) -> None:
+def _check(config: ConfigDict, worker: int, workers: int, scores: Sequence[Score]) -> None:
     if not 0 <= worker < workers:
         raise errors.UserError(f"--worker={worker} must be in 0..{workers - 1} (--workers).")
     if config.joint < 1:
         raise errors.UserError(f"config.joint={config.joint} must be 1 or more.")
-    if config.figure.score not in evaluations:
-        raise errors.unknown("config.figure.score", config.figure.score, evaluations)
+    names = [score.name for score in scores]
+    if config.figure.score.partition(",")[0] not in names:
+        raise errors.unknown("config.figure.score", config.figure.score, names)
     axes = {axis: None for axes in (config.axes, *config.further) for axis, _ in axes}
+    axes |= dict.fromkeys(table.SIZES)
     if config.figure.x and config.figure.x not in axes:
         raise errors.unknown("config.figure.x", config.figure.x, axes)
 
@@ -202,10 +197,22 @@ def _show(
     return {"cells": len(experiments), "done": 0, "failed": {}, "groups": [list(g) for g in groups]}
 
 
+def _list(cells: Sequence[Cell], scores: Sequence[Score]) -> dict[str, Any]:
+    """Prints the cells with their teachers, forward passes and evaluations."""
+    for cell in cells:
+        plan = methods.plan(cell.config)
+        passes = ", ".join(f"{name} {len(views)}" for name, views in plan.items())
+        spec = cell.config.teacher
+        taught = f"; teacher {spec.backbone} ({cell.teacher})" if "teacher" in plan else ""
+        references = ", ".join(score.complete(cell.config) for score in scores)
+        print(f"{cell.name}: {cell.config.student.backbone}{taught}; {passes}; {references}")
+    return {"cells": len(cells), "done": 0, "failed": {}}
+
+
 def _train_teachers(
     teachers: Mapping[str, ConfigDict],
     path: epath.Path,
-    evaluations: Mapping[str, Any],
+    scores: Sequence[Score],
     source: Source | None,
     worker: int,
 ) -> None:
@@ -220,7 +227,7 @@ def _train_teachers(
             )
         print(f"\n== teacher {name}", flush=True)
         summary = pretrain.run(config, str(run), source)
-        _evaluate(run, evaluations, source)
+        _evaluate(run, scores, source)
         _write_json(status, {"step": summary["step"]})
 
 
@@ -251,18 +258,14 @@ def _train(group: Sequence[Cell], path: epath.Path, source: Source | None) -> No
         cells = [cell for cell in cells if cell.name not in diverged]
 
 
-def _evaluate(run: epath.Path, evaluations: Mapping[str, Any], source: Source | None) -> None:
+def _evaluate(run: epath.Path, scores: Sequence[Score], source: Source | None) -> None:
     """Runs the evaluations of which a run has no results yet."""
     failed = (_read(run.parent.parent / STATUS / f"{run.name}.json") or {}).get("failed")
     if failed:
         return
-    data = stored_settings.read(run).data
-    for name, (task, config) in evaluations.items():
-        if not (run / f"{name}.json").exists():
-            opened = source or pipeline.open_source(data)
-            importlib.import_module(f"disco_jax.commands.{task}").run(
-                config.copy_and_resolve_references(), str(run), opened
-            )
+    config = workdir.read_config(str(run))
+    for score in scores:
+        scoring.evaluate(str(run), score.task, score.config(config), source)
 
 
 def _write_table(
@@ -270,10 +273,13 @@ def _write_table(
     cells: Sequence[Cell],
     experiments: Mapping[str, Experiment],
     path: epath.Path,
-    evaluations: Mapping[str, Any],
+    scores: Sequence[Score],
 ) -> dict[str, Any]:
     """Writes the table and the judged claims of all finished cells; returns their counts."""
-    results, failed = {}, {}
+    measured: dict[str, table.Measured] = {}
+    failed: dict[str, str] = {}
+    costs: dict[str, dict[str, float]] = {}
+    finished, finished_runs = 0, []
     for cell in cells:
         status = _read(path / STATUS / f"{cell.name}.json")
         if status is None:
@@ -282,18 +288,53 @@ def _write_table(
             failed[cell.name] = status["failed"]
             continue
         run = runs.read(str(path / CELLS / cell.name))
-        results[cell.name] = {n: run.results[n] for n in evaluations if n in run.results}
+        results = scoring.results(run.path, ConfigDict(run.config), scores)
+        finished += len(results) == len(scores)
+        measured[cell.name] = _measured(run, results, scores)
+        if COST in results:
+            costs[cell.name] = table.cost(results[COST])
+        finished_runs.append(run)
     parameters = {name: _parameters(cell) for name, cell in experiments.items()}
-    rows = table.rows(cells, parameters, results, failed)
+    rows = table.rows(cells, parameters, measured, failed, _teachers(experiments), costs)
     if not jax.process_index():
-        findings = [f for name in evaluations for f in claims.judge(config.claims, rows, name)]
-        table.write(
-            path, config.name, rows, list(evaluations), config.figure, claims.section(findings)
-        )
+        names = [score.name for score in scores if score.task != COST]
+        findings = [f for name in names for f in claims.judge(config.claims, rows, name)]
+        above = claims.section(findings), _curves(path, finished_runs, config.curves)
+        table.write(path, config.name, rows, names, config.figure, *above)
         if findings:
             claims.write(path, findings)
-    finished = sum(len(scores) == len(evaluations) for scores in results.values())
     return {"cells": len(cells), "done": finished, "failed": failed}
+
+
+def _measured(run: runs.Run, results: Mapping[str, Any], scores: Sequence[Score]) -> table.Measured:
+    """Returns column of the table -> accuracy of a run, from its evaluations."""
+    columns = {}
+    for score in scores:
+        if score.name in results:
+            file = score.config(ConfigDict(run.config)).name
+            for row in runs.results(run, file, results[score.name]):
+                columns[row.name.replace(file, score.name, 1)] = row
+    return columns
+
+
+def _curves(path: epath.Path, finished: Sequence[runs.Run], keys: Sequence[str]) -> str:
+    """Writes curves.png of the cells' metrics and returns its HTML; "" without `keys`."""
+    drawn = [key for key in keys if any(key in run.keys for run in finished)]
+    if not drawn:
+        return ""
+    png = figures.curves(finished, drawn)
+    with whole(path / "curves.png") as unfinished:
+        unfinished.write_bytes(png)
+    return page.section("Curves", page.picture(png))
+
+
+def _teachers(experiments: Mapping[str, Experiment]) -> dict[str, int]:
+    """Returns cell -> parameters of its teacher's backbone, of cells that have a teacher."""
+    return {
+        name: models.parameters(cell.method.networks["teacher"].encoder)
+        for name, cell in experiments.items()
+        if "teacher" in cell.needs
+    }
 
 
 def _parameters(cell: Experiment) -> int:

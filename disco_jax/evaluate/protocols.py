@@ -9,7 +9,6 @@ from disco_jax import errors, flags
 from disco_jax.configs import data, linear, probes
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.run import workdir
-from disco_jax.train import stored_settings
 from disco_jax.train.run_settings import RunSettings
 
 _LOG = logging.getLogger(__name__)
@@ -21,26 +20,41 @@ _BY_STUDENT = ("linear", "semi", "finetune")
 def choose(reference: str, run: str) -> str:
     """Completes the reference of an evaluation's recipe by the run that it evaluates.
 
+    Args:
+      reference: the value of --config; see `complete`.
+      run: directory of the run; if there is none, the task reports it.
+    """
+    if flags.shipped_name(reference) not in _BY_STUDENT:
+        return reference
+    if not (epath.Path(run) / workdir.CONFIG).exists():
+        return reference
+    completed = complete(reference, workdir.read_config(run))
+    if completed != reference:
+        _LOG.info("Protocol by the run's config: --config=%s", completed)
+    return completed
+
+
+def complete(reference: str, config: ConfigDict) -> str:
+    """Completes the reference of an evaluation's recipe by the config of a run.
+
     A run on ImageNet is probed by its paper's protocol unless the reference names another one; a
     run on other images by `cached`. The student's settings are those of the run's backbone.
 
     Args:
-      reference: the value of --config.
-      run: directory of the run; if there is none, the task reports it.
+      reference: e.g. "linear", "semi:percent=10".
+      config: config of a pretraining run or an import.
     """
     name = flags.shipped_name(reference)
-    if name not in _BY_STUDENT or not (epath.Path(run) / workdir.CONFIG).exists():
+    if name not in _BY_STUDENT:
         return reference
-    settings = stored_settings.read(run)
-    arguments = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
-    if name == "linear" and "protocol" not in arguments and data.is_imagenet(settings.data.name):
-        completed = flags.with_arguments(_protocol_for(settings), reference.partition(":")[2])
-    elif "student" not in arguments:
-        completed = flags.with_arguments(reference, f"student={settings.student.backbone}")
-    else:
-        return reference
-    _LOG.info("Protocol by the run's config: --config=%s", completed)
-    return completed
+    stated = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
+    if name == "linear" and "protocol" not in stated and data.is_imagenet(config.data.name):
+        self_distills = bool(config.objectives.self_distill.weight)
+        probe = probes.protocol_for(config.name, config.student.backbone, self_distills)
+        return flags.with_arguments(probe, reference.partition(":")[2])
+    if "student" not in stated:
+        return flags.with_arguments(reference, f"student={config.student.backbone}")
+    return reference
 
 
 def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:

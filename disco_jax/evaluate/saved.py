@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.evaluate import features
@@ -31,6 +32,11 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
     if arrays:
         with whole(path / f"{name}.npz") as unfinished, unfinished.open("wb") as file:
             write_arrays(file, arrays)
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config of an evaluation for its results file, as values of JSON."""
+    return {"settings": json.loads(config.to_json_best_effort())}
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:

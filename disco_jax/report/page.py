@@ -1,6 +1,7 @@
 """Self-contained HTML page: style and pictures are embedded, no scripts."""
 
 import base64
+import dataclasses
 import datetime
 import html
 import json
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disco_jax.nested import flatten
+from disco_jax.report import paper
 from disco_jax.report.runs import Row, Run
 from disco_jax.version import __version__
 
@@ -19,6 +21,7 @@ p.note, figcaption, small { color: #5c6773; font-size: 0.87em; }
 table { border-collapse: collapse; margin: 0.6em 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.25em 0.8em;
   border-bottom: 1px solid #e1e5ea; overflow-wrap: break-word; }
+.grey { color: #a3abb5; }
 td:first-child { white-space: nowrap; }
 td.number { white-space: nowrap; } td.number, th.number { text-align: right; }
 figure { margin: 1em 0; } img { max-width: 100%; height: auto; }
@@ -75,14 +78,14 @@ def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     if not lines:
         return ""
     numeric = [
-        any(isinstance(line[i], int | float) for line in lines)
-        and all(line[i] is None or isinstance(line[i], int | float) for line in lines)
+        any(_is_number(line[i]) for line in lines)
+        and all(line[i] is None or _is_number(line[i]) for line in lines)
         for i in range(len(head))
     ]
 
     def cells(tag: str, values: Sequence[Any]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if number else ''}>{html.escape(text(value))}</{tag}>"
+            f"<{tag}{' class=number' if number else ''}>{_markup(value)}</{tag}>"
             for value, number in zip(values, numeric, strict=True)
         )
 
@@ -93,11 +96,49 @@ def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Grey:
+    """Value of another experiment: grey on a page, with a remark; empty in text and CSV.
+
+    Attributes:
+      value: the value.
+      remark: how the experiment differs.
+    """
+
+    value: Any
+    remark: str
+
+
+def printed_cells(printed: paper.Value | None) -> tuple[Any, Any, Any]:
+    """Returns a paper's top-1, top-5 and source for a table; `Grey` if its experiment differs."""
+    if printed is None or not printed.row.printed:
+        return None, None, ""
+    cells = printed.top1, printed.top5, printed.source
+    if not printed.differences:
+        return cells
+    remark = f"{printed.row.id} differs: {'; '.join(printed.differences)}"
+    top1, top5, source = (None if x is None else Grey(x, remark) for x in cells)
+    return top1, top5, source
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value.value if isinstance(value, Grey) else value, int | float)
+
+
+def _markup(value: Any) -> str:
+    """Returns the HTML of a cell."""
+    if not isinstance(value, Grey):
+        return html.escape(text(value))
+    remark = html.escape(value.remark, quote=True)
+    return f'<span class="grey" title="{remark}">{html.escape(text(value.value))}</span>'
+
+
 def results(rows: Sequence[Row], run_name: str | None = None) -> list[list[Any]]:
     """Returns the cells of `RESULTS` for a run's results, after the run's name if it is set."""
     lines = []
     for row in rows:
         printed = row.printed
+        top1, top5, source = printed_cells(printed)
         lines.append(
             [
                 *([] if run_name is None else [run_name]),
@@ -107,9 +148,9 @@ def results(rows: Sequence[Row], run_name: str | None = None) -> list[list[Any]]
                 row.top1,
                 row.spread,
                 row.top5,
-                printed and printed.top1,
-                printed and printed.top5,
-                printed.source if printed else "",
+                top1,
+                top5,
+                source,
             ]
         )
     return lines
@@ -150,8 +191,8 @@ def environment(run: Run) -> str:
 
 
 def text(value: Any) -> str:
-    """Formats the value of a cell: floats with few digits, None as ""."""
-    if value is None:
+    """Formats the value of a cell: floats with few digits, None and `Grey` as ""."""
+    if value is None or isinstance(value, Grey):
         return ""
     if not isinstance(value, float):
         return str(value)

@@ -1,215 +1,420 @@
-"""Results that the papers print, to compare with measured ones. ImageNet, percent."""
+"""Comparison of measured results with the papers': a printed value belongs to one experiment.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+A run repeats a cell of a table (`rows.Row`) only if all settings that define the experiment are
+equal, the teacher was pre-trained in the same way, and the evaluation follows the same protocol.
+"""
 
-DATA = "imagenet2012"
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from disco_jax import errors, files, methods, models, typed
+from disco_jax.configs import data as datasets
+from disco_jax.convert.manifest import MANIFEST
+from disco_jax.models import heads
+from disco_jax.nested import flatten
+from disco_jax.report import rows
+from disco_jax.report.rows import Row
+from disco_jax.run import upgrades, workdir
+from disco_jax.train import experiment
+from disco_jax.train import teacher as teachers
+from disco_jax.train.run_settings import RunSettings
+
+# Fields about where and how a run computes, not about what it learns. Groups end in a dot.
+HOW = (
+    "name", "seed", "dtype", "data.source", "data.dir", "data.cache", "data.shuffle_buffer",
+    "data.splits", "data.labels", "data.max_pixels", "data.max_unreadable",
+    "data.max_unreadable_percent", "data.eval_split", "bags.file", "fast.", "health.", "log.",
+    "monitor.", "checkpoint.", "teacher.weights", "teacher.cache", "teacher.prototypes",
+)  # fmt: skip
+# Fields of an evaluation that do not change its score.
+EVALUATION_HOW = (
+    "name", "report", "seed", "student", "log_every_epochs", "checkpoint_every_epochs",
+    "evaluate_every_epochs", "extract_batch_size", "distill.teacher", "protocol",
+    "information_plane.beside",
+)  # fmt: skip
+# Names of the number of training images in data.json, see `Source.fingerprint`.
+_COUNTS = ("records", "pictures", "images")
+# Values that differ in more settings are not shown at all.
+MOST_DIFFERENCES = 3
 
 
-class Value(NamedTuple):
-    """Result printed in a paper.
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Value of a paper beside a measured one.
 
     Attributes:
-      top1: percent.
-      top5: percent; None if the paper has none.
-      source: paper and table.
+      row: the cell of the paper.
+      differences: settings in which the measured experiment differs, e.g. "total_epochs: 100, paper
+        200"; () if it is the same experiment.
+      assumed: facts that nothing in the run proves, e.g. the teacher's number of epochs.
     """
 
-    top1: float
-    top5: float | None
-    source: str
+    row: Row
+    differences: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def top1(self) -> float | None:
+        """Printed top-1 in percent, or None."""
+        return self.row.printed.get("top1")
+
+    @property
+    def top5(self) -> float | None:
+        """Printed top-5 in percent, or None."""
+        return self.row.printed.get("top5")
+
+    @property
+    def source(self) -> str:
+        """Paper and table, with the assumptions."""
+        return f"{self.row.source}{'; assumed: ' if self.assumed else ''}{', '.join(self.assumed)}"
 
 
-# Hidden width of DisCo's head, and of DisCo*'s, which is the backbone's feature width (Table 4).
-_WIDE = 2048
-_NARROW = {"resnet18": 512, "resnet34": 512}
-_STUDENTS = ("efficientnet_b0", "efficientnet_b1", "mobilenetv3_large", "resnet18", "resnet34")
+def beside(
+    config: Mapping[str, Any], result: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> Value | None:
+    """Returns the printed value of the experiment that produced a result.
 
-
-def _rows(source: str, recipe: str, teacher: str, *cells: Any) -> dict[Any, Value]:
-    """Returns linear results of `_STUDENTS`, from a top-1, a (top-1, top-5) or None for each."""
-    table = {}
-    for student, cell in zip(_STUDENTS, cells, strict=True):
-        if cell is not None:
-            top1, top5 = cell if isinstance(cell, tuple) else (cell, None)
-            table[recipe, student, teacher] = Value(top1, top5, source)
-    return table
-
-
-_DISCO, _RETRO, _SEED = (
-    f"{name}, Table 1"
-    for name in ("DisCo (2104.09124)", "RETRO", "SEED, as printed in DisCo (2104.09124)")
-)
-_T2, _T4, _T5, _T6 = (f"DisCo (2104.09124), Table {n}" for n in (2, 4, 5, 6))
-_T3 = "DisCo (2104.09124), appendix Table 3"
-
-# (config.name, student, teacher or "") -> linear evaluation. Teachers of 50, 101 and 152 layers
-# were trained with MoCo-v2, the wide one with SwAV; see `_teacher` for others.
-LINEAR: Mapping[tuple[str, str, str], Value] = {
-    **_rows(
-        _DISCO, "moco_v2", "", (46.8, 72.2), (48.4, 73.8), (36.2, 62.1), (52.2, 77.6), (56.8, 81.4)
-    ),
-    **_rows(
-        _SEED, "seed", "resnet50",
-        (61.3, 82.7), (61.4, 83.1), (55.2, 80.3), (57.6, 81.8), (58.5, 82.6),
-    ),
-    **_rows(
-        _SEED, "seed", "resnet101",
-        (63.0, 83.8), (63.4, 84.6), (59.9, 83.5), (58.9, 82.5), (61.6, 84.9),
-    ),
-    **_rows(
-        _SEED, "seed", "resnet152",
-        (65.3, 86.0), (67.3, 86.9), (61.4, 84.6), (59.5, 83.3), (62.7, 85.8),
-    ),
-    **_rows(
-        _SEED, "seed_small_patch", "resnet50w2",
-        (67.6, 87.4), (68.0, 87.6), (68.2, 88.2), (63.0, 84.9), (65.7, 86.8),
-    ),
-    **_rows(
-        _DISCO, "disco", "resnet50",
-        (66.5, 87.6), (66.6, 87.5), (64.4, 86.2), (60.6, 83.7), (62.5, 85.4),
-    ),
-    **_rows(
-        _DISCO, "disco", "resnet101",
-        (68.9, 88.9), (69.0, 89.1), (65.7, 86.7), (62.3, 85.1), (64.4, 86.5),
-    ),
-    **_rows(
-        _DISCO, "disco", "resnet152",
-        (67.8, 87.0), (73.1, 91.2), (63.7, 84.9), (65.5, 86.7), (68.1, 88.6),
-    ),
-    **_rows(
-        _DISCO, "disco", "resnet50w2",
-        (69.1, 88.9), (64.0, 84.6), (58.9, 81.4), (65.2, 86.8), (67.6, 88.6),
-    ),
-    **_rows(_RETRO, "bingo", "resnet50", None, None, None, (61.4, 84.3), (63.5, 85.7)),
-    **_rows(_RETRO, "bingo", "resnet152", None, None, None, (65.9, 87.1), (69.1, 88.9)),
-    **_rows(_RETRO, "bingo", "resnet50w2", None, None, None, (65.5, 87.0), (68.9, 89.0)),
-    **_rows(
-        _RETRO, "retro", "resnet50",
-        (66.9, 88.2), (67.1, 88.4), (66.2, 87.2), (62.9, 85.4), (64.1, 86.8),
-    ),
-    **_rows(
-        _RETRO, "retro", "resnet101",
-        (69.3, 89.8), (69.9, 89.9), (67.5, 88.6), (64.8, 86.6), (66.1, 87.9),
-    ),
-    **_rows(
-        _RETRO, "retro", "resnet152",
-        (69.8, 90.2), (73.7, 91.4), (68.0, 86.2), (66.9, 88.1), (69.4, 89.9),
-    ),
-    **_rows(
-        _RETRO, "retro", "resnet50w2",
-        (70.2, 90.4), (73.8, 91.6), (70.1, 89.2), (65.9, 87.1), (68.9, 89.7),
-    ),
-    **_rows("RETRO, Table 4", "retro_head", "resnet50", 66.7, 66.9, 65.8, 62.5, 63.4),
-    **_rows(_T6, "disco", "resnet50 of SwAV", 70.0, 72.1, 65.0, 65.1, 67.5),
-    **_rows(_T2, "attention", "resnet50", 57.1, 58.2, 51.0, 56.2, 60.2),
-    **_rows(_T2, "rkd", "resnet50", 48.3, 50.3, 36.9, 56.4, 58.7),
-    **_rows(_T2, "disco_attention", "resnet50", 66.7, 66.3, 64.1, 60.2, 62.3),
-    **_rows(_T2, "disco_rkd", "resnet50", 66.8, 66.5, 64.4, 60.6, 62.3),
-    **_rows(_T4, "disco_star", "resnet50", 65.6, 65.8, 63.8, 57.1, 58.9),
-    **_rows(_T5, "swav", "", 46.8, None, 19.4, None, 63.3),
-    **_rows(_T5, "swav_disco", "resnet50", 62.4, None, 55.7, None, 63.3),
-    ("dino", "vit_tiny_p16", ""): Value(63.2, None, _T3),
-    ("dino", "xcit_tiny_12_p16", ""): Value(67.0, None, _T3),
-    ("dino_disco", "vit_tiny_p16", "vit_small_p16"): Value(68.4, None, _T3),
-    ("dino_disco", "xcit_tiny_12_p16", "xcit_small_12_p16"): Value(71.1, None, _T3),
-    **{
-        (recipe, "mobilenetv2", ""): Value(top1, top5, "SSLight (2210.02808), Table 3")
-        for recipe, top1, top5 in (
-            ("sslight_moco", 61.6, 84.2),
-            ("sslight_swav", 67.3, 87.2),
-            ("sslight_dino", 68.3, 87.8),
-        )
-    },
-    **{
-        ("sslight_dino", student, ""): Value(top1, top5, "SSLight (2210.02808), Table 4")
-        for student, top1, top5 in (
-            ("resnet18", 65.7, 86.6),
-            ("resnet34", 69.7, 89.5),
-            ("resnet50", 73.4, 91.5),
-        )
-    },
-    **{
-        ("sslight_dino", student, ""): Value(top1, top5, "SSLight (2210.02808), Table 5")
-        for student, top1, top5 in (
-            ("vit_tiny_p32", 60.1, 81.8),
-            ("vit_tiny_p16", 69.5, 88.5),
-            ("vit_small_p16", 76.1, 92.7),
-        )
-    },
-}  # fmt: skip
-
-# (config.name, teacher) -> top-1 with 1 % and 10 % of the labels, for ResNet-18 students.
-_SEMI = {
-    ("moco_v2", ""): (30.9, 45.8),
-    ("seed", "resnet50"): (39.1, 50.2),
-    ("seed", "resnet101"): (41.4, 54.8),
-    ("seed", "resnet152"): (44.3, 54.8),
-    ("disco", "resnet50"): (39.2, 50.1),
-    ("disco", "resnet101"): (47.8, 54.7),
-    ("disco", "resnet152"): (47.1, 54.7),
-    ("bingo", "resnet50"): (42.8, 57.5),
-    ("bingo", "resnet152"): (50.3, 61.2),
-    ("bingo", "resnet50w2"): (48.2, 60.2),
-    ("retro", "resnet50"): (43.1, 57.9),
-    ("retro", "resnet101"): (49.2, 60.5),
-    ("retro", "resnet152"): (50.9, 62.0),
-    ("retro", "resnet50w2"): (50.6, 61.9),
-}
-
-
-def values(config: Mapping[str, Any]) -> dict[str, Value]:
-    """Returns the printed results for a run's recipe and networks.
+    The sweeps' tables, comparisons and the pages of runs call this function.
 
     Args:
-      config: config of a pretraining run, as nested dicts.
+      config: config of the pre-training, as nested dicts.
+      result: content of a results file; "settings" are those of the evaluation.
+      data: content of the run's data.json, if there is one.
 
     Returns:
-      {"linear", "semi 1 %", "semi 10 %"} -> value, without missing ones; {} for other data sets.
+      The value of the cell with the same settings; otherwise that of the same recipe and student
+      which differs in the fewest settings, at most `MOST_DIFFERENCES`; None without one.
     """
-    if config.get("data", {}).get("name") != DATA or "student" not in config:
-        return {}
-    recipe, student = _recipe(config), config["student"]["backbone"].removesuffix("_seed")
-    teacher = _teacher(recipe, config.get("teacher", {}))
-    printed = {}
-    if (recipe, student, teacher) in LINEAR:
-        printed["linear"] = LINEAR[recipe, student, teacher]
-    if student == "resnet18" and (recipe, teacher) in _SEMI:
-        for percent, top1 in zip((1, 10), _SEMI[recipe, teacher], strict=True):
-            printed[f"semi {percent} %"] = Value(top1, None, "RETRO, semi-supervised table")
-    return printed
+    own = _Experiment.of(config, result.get("step"), data)
+    if own is None:
+        return None
+    candidates = [own.compare(row) for row in _candidates(own)]
+    candidates = [
+        dataclasses.replace(value, differences=(*value.differences, *other))
+        for value in candidates
+        if (other := _evaluation_differences(value.row, result.get("settings"))) is not None
+    ]
+    return _best(candidates)
 
 
-def _recipe(config: Mapping[str, Any]) -> str:
-    """Returns the recipe in `LINEAR`'s keys; the head's width separates DisCo and DisCo*."""
-    recipe, student = config.get("name", ""), config["student"]
-    hidden = student.get("hidden", _WIDE)
-    if recipe != "disco" or hidden == _WIDE:
-        return recipe
-    backbone = student["backbone"].removesuffix("_seed")
-    return "disco_star" if hidden in (-1, _NARROW.get(backbone, 1280)) else ""
+def against(
+    row: Row,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> Value:
+    """Returns the value of one cell with all differences of a result; see `beside`."""
+    own = _Experiment.of(config, result.get("step"), data)
+    if own is None:
+        return Value(row, ("the run is not a pre-training of this package",))
+    value = own.compare(row)
+    other = _evaluation_differences(row, result.get("settings"))
+    if other is None:
+        other = ("evaluation: of another kind, or its settings are not stored",)
+    return dataclasses.replace(value, differences=(*value.differences, *other))
 
 
-def _teacher(recipe: str, teacher: Mapping[str, Any]) -> str:
-    """Returns the teacher in `LINEAR`'s keys; its head identifies its training method."""
-    if not teacher.get("weights"):
+def unmeasured(config: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> list[Value]:
+    """Returns the printed values of a run's experiment, by every evaluation of the papers.
+
+    Args:
+      config: see `beside`.
+      data: see `beside`.
+    """
+    own = _Experiment.of(config, None, data)
+    if own is None:
+        return []
+    values: dict[str, list[Value]] = {}
+    for row in _candidates(own):
+        value = own.compare(row)
+        if not value.differences and row.evaluation is not None:
+            values.setdefault(row.evaluation.reference, []).append(value)
+    best = [_best(group) for group in values.values()]
+    return [value for value in best if value is not None and not value.differences]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experiment:
+    """Experiment of a run: what it learned.
+
+    Attributes:
+      config: its config.
+      fields: field -> value, of all fields that define it.
+      step: of the evaluated checkpoint, or None.
+      images: number of training images, or None.
+    """
+
+    config: ConfigDict
+    fields: Mapping[str, Any]
+    step: int | None
+    images: int | None
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], step: int | None, data: Mapping[str, Any] | None
+    ) -> "_Experiment | None":
+        """Returns the experiment of a config; None if it is not that of a pre-training."""
+        if "student" not in config or "objectives" not in config or "data" not in config:
+            return None
+        complete = upgrades.complete(ConfigDict(json.loads(json.dumps(dict(config)))))
+        try:
+            fields = defining(complete)
+        except errors.UserError:  # a network or an objective that is not installed here
+            return None
+        images = next((data[name] for name in _COUNTS if name in data), None) if data else None
+        return cls(complete, fields, step, images)
+
+    def compare(self, row: Row) -> Value:
+        """Returns the value of a cell with the differences of the training."""
+        expected = _expected(row.id)
+        differences = [
+            f"{name}: {_shown(self.fields, name)}, paper {_shown(expected, name)}"
+            for name in sorted(self.fields.keys() | expected.keys())
+            if self.fields.get(name) != expected.get(name)
+        ]
+        differences += self._unfinished()
+        distils = row.evaluation is not None and row.evaluation.task == "finetune"
+        assumed = ("classes of a linear probe of the paper's teacher",) if distils else ()
+        if row.teacher is None:
+            return Value(row, tuple(differences), assumed)
+        proof = _teacher_differences(self.config.teacher.weights, row)
+        return Value(row, (*differences, *proof.differences), (*proof.assumed, *assumed))
+
+    def _unfinished(self) -> list[str]:
+        """Returns what the steps and the images of the run lack."""
+        images = rows.IMAGES.get(self.config.data.name)
+        if self.images is None or images is None:
+            return []
+        if self.images != images:
+            return [f"images: {self.images}, paper {images}"]
+        total = self.config.total_epochs * (images // self.config.batch_size)
+        unfinished = self.step is not None and self.step < (self.config.total_steps or total)
+        return [f"step: {self.step}, of {total}"] if unfinished else []
+
+
+def _best(values: Sequence[Value]) -> Value | None:
+    """Returns the value with the fewest differences; among equal ones that with the most proof."""
+    shown = [value for value in values if len(value.differences) <= MOST_DIFFERENCES]
+    if not shown:
+        return None
+    first = min(shown, key=lambda v: (len(v.differences), len(v.assumed), -len(v.row.printed)))
+    if first.differences or not first.assumed:
+        return first
+    rivals = {
+        value.row.teacher.about: value.top1
+        for value in shown
+        if not value.differences and value.top1 is not None and value.row.teacher
+    }
+    if len(set(rivals.values())) < 2 or len(rivals) < 2:
+        return first
+    unknown = (f"teacher: its pre-training is unknown; the papers have {', or '.join(rivals)}",)
+    return dataclasses.replace(first, differences=unknown)
+
+
+def defining(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields that define what a config learns, as values of JSON.
+
+    Fields of networks and objectives that take no part are left out, and equal settings get equal
+    values: 0, "" and -1 become the number or name that they stand for.
+
+    Raises:
+      UserError: a network or an objective is unknown.
+    """
+    settings = typed.parse(RunSettings, config, stored=True)
+    plan = methods.plan(settings.method)
+    active = {name for name, section in config.objectives.items() if section.weight}
+    idle = [f"{network}." for network in ("momentum", "teacher") if network not in plan]
+    idle += [f"objectives.{name}." for name in config.objectives if name not in active]
+    if not config.local.count:
+        idle.append("local.")
+    fields = {
+        name: value
+        for name, value in flatten(json.loads(config.to_json_best_effort())).items()
+        if name not in HOW and not name.startswith((*_groups(HOW), *idle))
+    }
+    for network, spec in (("student", settings.student), ("teacher", settings.teacher)):
+        if f"{network}.backbone" in fields:
+            fields |= _network(network, spec, fields)
+            fields = {name: value for name, value in fields.items() if value is not _ABSENT}
+    if "head" in config.student.reuse:  # its shape is the teacher's
+        for name in ("head", "hidden", "layers", "dim", "adapter"):
+            fields.pop(f"student.{name}")
+    return fields
+
+
+_ABSENT = object()
+
+
+def _network(network: str, spec: models.NetworkSpec, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a network with defaults replaced; `_ABSENT` where it has no such field.
+
+    Args:
+      network: student or teacher.
+      spec: its description.
+      fields: the flat config.
+    """
+    options, backbone = models.options(spec.backbone), models.build_encoder(spec).backbone
+    resolved: dict[str, Any] = {
+        name: getattr(backbone, name) if name in options else _ABSENT
+        for name in ("width", "stem", "grid", "patch", "zero_init_residual", "drop_path")
+    }
+    if spec.hidden == -1:
+        resolved["hidden"] = models.width(spec)
+    if spec.layers == heads.VARIANTS.get(spec.head, {}).get("layers", 2):
+        resolved["layers"] = 0
+    if network == "teacher":  # frozen, without stochastic depth
+        resolved |= {"zero_init_residual": _ABSENT, "drop_path": _ABSENT}
+    names = {f"{network}.{name}": value for name, value in resolved.items()}
+    return {name: value for name, value in names.items() if name in fields}
+
+
+def _groups(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name.endswith("."))
+
+
+@functools.cache
+def _expected(name: str) -> Mapping[str, Any]:
+    """Returns the fields that define the cell with an id, with its teacher's network."""
+    row = rows.rows()[name]
+    config = row.config()
+    if row.teacher is not None:
+        own = typed.parse(RunSettings, row.teacher.config())
+        mean, std = own.augment.normalization
+        config.teacher.update(teachers.shape(own.student), network=row.teacher.network)
+        config.teacher.update(mean=mean, std=std)
+    return defining(experiment.resolve(config))
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    return errors.shown(fields[name]) if name in fields else "absent"
+
+
+def _candidates(own: _Experiment) -> list[Row]:
+    """Returns the cells that train the same student under a teacher with the same backbone."""
+    student, teacher = own.fields["student.backbone"], own.fields.get("teacher.backbone")
+    return [
+        row
+        for row in rows.rows().values()
+        if row.state == rows.RUNS and row.arguments.get("student") == student
+        if (row.teacher.backbone if row.teacher else None) == teacher
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proof:
+    """Outcome of the comparison of a run's teacher with a paper's."""
+
+    differences: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+
+def _teacher_differences(weights: str, row: Row) -> _Proof:
+    """Compares the weights of a run's teacher with the teacher of a cell."""
+    expected = row.teacher
+    assert expected is not None
+    if weights in ("", teachers.RANDOM):
+        own_weights = "random weights" if weights else "no weights"
+        return _Proof((f"teacher: {own_weights}, paper {expected.about}",))
+    config = _read_config(weights)
+    if config is not None and expected.recipe:
+        own, paper = defining(config), defining(expected.config())
+        return _Proof(
+            tuple(
+                f"teacher's {name}: {_shown(own, name)}, paper {_shown(paper, name)}"
+                for name in sorted(own.keys() | paper.keys())
+                if own.get(name) != paper.get(name)
+            )
+        )
+    file = _file_of(weights)
+    if file and file == expected.file:
+        return _Proof()
+    if config is not None or file in _published():
+        return _Proof((f"teacher: {file or weights}, paper {expected.about}",))
+    return _Proof(assumed=(f"a teacher by {expected.about}",))
+
+
+def _read_config(weights: str) -> ConfigDict | None:
+    """Returns the config of the run that trained a teacher; None for a file, or an import."""
+    path = epath.Path(weights)
+    try:
+        if not (path / workdir.CONFIG).exists() or (path / MANIFEST).exists():
+            return None
+        config = workdir.read_config(weights)
+        defining(config)
+    except (errors.UserError, OSError, AttributeError):
+        return None
+    return config
+
+
+def _file_of(weights: str) -> str:
+    """Returns the name of the file with a teacher's weights, also of an imported one."""
+    path = epath.Path(weights)
+    try:
+        if (path / MANIFEST).exists():
+            return epath.Path(files.read_json(path / MANIFEST)["file"]).name
+    except (errors.UserError, OSError):
         return ""
-    backbone, head = teacher["backbone"], teacher.get("head", "auto")
-    if head == "auto" or recipe.startswith(("swav", "dino")):
-        return backbone
-    expected = "swav" if backbone == "resnet50w2" else "mlp"
-    if head.startswith(expected):
-        return backbone
-    return f"{backbone} of {'SwAV' if head.startswith('swav') else head}"
+    return path.name
 
 
-def kind(result: str) -> str:
-    """Returns the key of `values` for a results file, e.g. "linear_disco" -> "linear", or "".
+@functools.cache
+def _published() -> frozenset[str]:
+    """Returns the names of the published files of all teachers."""
+    return frozenset(
+        row.teacher.file for row in rows.rows().values() if row.teacher and row.teacher.file
+    )
 
-    Probes that extract features once ("linear", "linear_grid") are compared with the papers, too.
+
+# Fields that separate kinds of evaluations, e.g. few labels from all of them.
+_TASK_FIELDS = (
+    "data.name", "labelled.listed", "layers", "distill.weight", "vote", "held_out.per_class",
+)  # fmt: skip
+
+
+def _evaluation_differences(row: Row, settings: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """Returns how an evaluation differs from a cell's protocol; None if it is of another kind.
+
+    Args:
+      row: the cell.
+      settings: config of the evaluation; None if its results do not hold it.
     """
-    if result.startswith("linear") and result != "linear_kd":
-        return "linear"
-    if result.startswith("semi_"):
-        return f"semi {result.rsplit('_', 1)[-1]} %"
-    return ""
+    if row.evaluation is None or settings is None:
+        return None
+    paper, own = evaluation_fields(row.evaluation.config(), paper=True), evaluation_fields(settings)
+    same_task = paper.keys() == own.keys() and all(
+        paper.get(name) == own.get(name) for name in _TASK_FIELDS
+    )
+    if not same_task:
+        return None
+    return tuple(
+        f"evaluation's {name}: {_shown(own, name)}, paper {_shown(paper, name)}"
+        for name in sorted(paper)
+        if paper[name] != own[name]
+    )
+
+
+def evaluation_fields(config: Any, paper: bool = False) -> dict[str, Any]:
+    """Returns the fields of an evaluation that change its score, as values of JSON.
+
+    Args:
+      config: config of the evaluation.
+      paper: whether the paper ran it, on its own list of labelled images if it has few of them.
+    """
+    fields = flatten(json.loads(ConfigDict(config).to_json_best_effort()))
+    fields = {name: value for name, value in fields.items() if name not in EVALUATION_HOW}
+    if fields.get("data.name"):  # where the data set is, does not matter
+        fields |= {"data.dir": "", "data.source": ""}
+    if fields.get("labelled.listed"):  # the list may be a file or a data set of TFDS
+        drawn = fields.pop("labelled.percent") or fields.pop("labelled.per_class", 0)
+        fields["labelled images"] = "drawn" if drawn and not paper else "the papers' list"
+        for name in ("labelled.seed", "labelled.per_class", "data.subset"):
+            fields.pop(name, None)
+        if datasets.is_part(fields["data.name"]):
+            fields["data.name"] = ""
+    return fields

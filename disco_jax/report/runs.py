@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -36,6 +36,7 @@ class Run:
       starts: records of all starts, from environment.json.
       metrics: lines of metrics.jsonl.
       seconds: part -> seconds, from goodput.json; {} if there is none.
+      data: number and checksum of the training images, from data.json; {} if there is none.
       results: file name -> result of an evaluation.
       pictures: name -> PNG of an evaluation.
       trainings: name of a result -> metrics of its training.
@@ -46,6 +47,7 @@ class Run:
     starts: list[dict[str, Any]]
     metrics: list[dict[str, float]]
     seconds: dict[str, float]
+    data: dict[str, Any]
     results: dict[str, dict[str, Any]]
     pictures: dict[str, epath.Path]
     trainings: dict[str, list[dict[str, float]]]
@@ -91,6 +93,7 @@ def read(path: str) -> Run:
         starts=_json(folder / workdir.ENVIRONMENT) or [],
         metrics=_metrics(folder),
         seconds=goodput_record.get("seconds", {}),
+        data=_json(folder / workdir.DATA) or {},
         results=results,
         pictures={file.stem: file for file in sorted(folder.glob("*.png"))},
         trainings={name: content for name in results if (content := _metrics(folder / name))},
@@ -124,7 +127,7 @@ class Row:
       top5: measured top-5, or None.
       spread: "(low to high)" at 95 %, or "+- deviation" over seeds, or "".
       step: training step of the checkpoint.
-      printed: the paper's result; None if there is none.
+      printed: the paper's value and how its experiment differs; None if there is none.
       cached: whether features were extracted once, without new crops in every epoch.
     """
 
@@ -145,20 +148,23 @@ class Row:
 
 def rows(run: Run) -> list[Row]:
     """Returns all accuracies of a run with the papers' values, then those that only a paper has."""
-    printed = paper.values(run.config)
-    measured: list[Row] = []
-    for name, result in run.results.items():
-        measured += _of_result(name, result, printed)
-    kinds = {paper.kind(row.name) for row in measured if row.printed}
-    measured += [
-        Row(name, paper.DATA, printed=value) for name, value in printed.items() if name not in kinds
+    measured = [row for name, result in run.results.items() for row in results(run, name, result)]
+    repeated = {row.printed.row.evaluation for row in measured if row.printed}
+    return measured + [
+        Row(value.row.evaluation.config().name, run.config["data"]["name"], printed=value)
+        for value in paper.unmeasured(run.config, run.data)
+        if value.row.printed and value.row.evaluation and value.row.evaluation not in repeated
     ]
-    return measured
 
 
-def _of_result(
-    name: str, result: Mapping[str, Any], printed: Mapping[str, paper.Value]
-) -> Sequence[Row]:
+def results(run: Run, name: str, result: Mapping[str, Any]) -> list[Row]:
+    """Returns the accuracies in one results file, with the papers' values.
+
+    Args:
+      run: the run, whose config and images decide which values belong to it.
+      name: name of the evaluation.
+      result: content of its file.
+    """
     data, step = result.get("data", ""), result.get("step")
     if "shots" in result:
         return [
@@ -183,7 +189,7 @@ def _of_result(
             result.get("top5"),
             "" if low is None else f"({low:.2f} to {high:.2f})",
             step,
-            printed.get(paper.kind(name)) if data == paper.DATA else None,
+            paper.beside(run.config, result, run.data),
             bool(result.get("cached")),
         )
     ]

@@ -9,8 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from disco_jax import errors, flags, methods, typed
-from disco_jax.nested import flatten
-from disco_jax.run import upgrades
 from disco_jax.train.run_settings import RunSettings
 
 FIELD = "config."  # prefix of axes that are fields; other axes are arguments of the recipe
@@ -86,7 +84,9 @@ def teachers(sweep: ConfigDict, cells: Sequence[Cell]) -> dict[str, ConfigDict]:
                 f"config.teachers.{name}.weights is empty: set --config.teachers.{name}.weights to "
                 "the workdir of a pretraining run or an import, or to a PyTorch checkpoint."
             )
-        configs[name] = changed(flags.load(spec.recipe), (*sweep.changes, *spec.changes), name)
+        configs[name] = flags.changed(
+            flags.load(spec.recipe), (*sweep.changes, *spec.changes), name
+        )
     return configs
 
 
@@ -111,49 +111,21 @@ def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
             arguments.append(f"{axis}={value}")
 
     def load(*further: str) -> ConfigDict:
-        config = flags.load(_append_arguments(recipe, (*arguments, *further)))
-        return changed(config, (*sweep.changes, *fields), "config.axes")
+        config = flags.load(flags.with_arguments(recipe, ",".join((*arguments, *further))))
+        return flags.changed(config, (*sweep.changes, *fields), "config.axes")
 
     config = load()
-    has_teacher = "teacher" in methods.plan(
-        typed.parse(RunSettings, config).method
-    )  # False for baselines
+    settings = typed.parse(RunSettings, config)
+    has_teacher = "teacher" in methods.plan(settings.method)  # False for baselines
     if has_teacher and teacher:
         if teacher not in sweep.teachers:
             raise errors.unknown("The teacher of a cell", teacher, sweep.teachers)
         spec = sweep.teachers[teacher]
         config = load(f"teacher={spec.backbone}")
         config.teacher.weights = spec.weights
-        config = changed(config, spec.fields, f"config.teachers.{teacher}.fields")
+        config = flags.changed(config, spec.fields, f"config.teachers.{teacher}.fields")
     name = ",".join(f"{_short(axis)}={_slug(value)}" for axis, value in values.items())
     return Cell(name, dict(values), config, teacher if has_teacher else "")
-
-
-def _append_arguments(recipe: str, arguments: Sequence[str]) -> str:
-    """Appends arguments to a recipe's reference; later arguments override earlier ones."""
-    name, _, existing = recipe.partition(":")
-    combined = [*filter(None, existing.split(",")), *arguments]
-    return name + (":" + ",".join(combined) if combined else "")
-
-
-def changed(config: ConfigDict, changes: Sequence[tuple[str, Any]], where: str) -> ConfigDict:
-    """Sets fields of `config` to other values and returns it.
-
-    Raises:
-      UserError: if a field does not exist or has another type.
-    """
-    fields = flatten(config)
-    for field, value in changes:
-        if field not in fields:
-            field = upgrades.current_name(field, fields) or field
-        if field not in fields:
-            suggestion = errors.did_you_mean(field, fields)
-            raise errors.UserError(f"{where}: the config has no field config.{field}.{suggestion}")
-        try:
-            config.update_from_flattened_dict({field: value})
-        except (TypeError, ValueError) as error:
-            raise errors.UserError(f"{where}: config.{field}={value!r}: {error}") from error
-    return config
 
 
 def _short(axis: str) -> str:

@@ -1,7 +1,9 @@
 """Tests of sweeps: cells are trained, evaluated and tabulated, and restarts resume."""
 
 import csv
+import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from disco_jax import flags
 from disco_jax.commands import sweep
 from disco_jax.configs.sweeps import common
 from disco_jax.errors import Preempted, UserError
+from disco_jax.evaluate import saved
 from disco_jax.plan import budget
+from disco_jax.report import page, runs
 from disco_jax.run import lease
 from disco_jax.sweeps import cells, table
-from disco_jax.workflows import joint_runs, pretrain
+from disco_jax.train import experiment, teacher
+from disco_jax.workflows import joint_runs, pretrain, scoring
 
 # Checks which cells are trained, evaluated, dropped and tabulated, for any scores.
 pytestmark = pytest.mark.wiring
@@ -151,8 +156,8 @@ def test_a_teacher_without_weights_or_recipe_is_named(tmp_path):
 def test_shipped_sweeps_build(name):
     """Builds the method of every cell of every shipped sweep."""
     config = flags.load(name)
-    for teacher in config.teachers.values():
-        teacher.weights = teacher.weights or "random"
+    for spec in config.teachers.values():
+        spec.weights = spec.weights or "random"
     expanded = cells.expand(config)
     assert sum(map(len, sweep._groups(sweep._assemble(expanded), 8))) == len(expanded)
 
@@ -270,7 +275,7 @@ def test_the_dry_run_tells_what_is_saved(digits_file, tmp_path, capsys):
     config = small(digits_file)
     config.axes = (("config.student.hidden", (8, 16, 32)),)
     config.recipe = RECIPES[1]
-    result = sweep.run(config, str(tmp_path / "none"), dry_run=True)
+    result = sweep.run(config, str(tmp_path / "none"), dry_run=True, costs=True)
     assert [len(names) for names in result["groups"]] == [3]
     printed = capsys.readouterr().out
     assert "teacher small: 2 forward passes" in printed
@@ -303,26 +308,156 @@ def test_means_and_spreads_are_over_seeds(digits_file):
     config.axes = (("config.student.hidden", (8,)),)
     config.recipe = RECIPES[0]
     every = cells.expand(config)
-    results = {cell.name: {"knn": {"top1": 50.0 + i}} for i, cell in enumerate(every[:2])}
+    results = {
+        cell.name: {"knn": runs.Row("knn", top1=50.0 + i)} for i, cell in enumerate(every[:2])
+    }
     (row,) = table.rows(every, {c.name: 1 for c in every}, results, {every[2].name: "lost"})
     head, (line,) = table.lines([row], ["knn"])
     columns = dict(zip(head, line, strict=True))
-    assert columns["seeds"] == "2/3"
+    assert columns["seeds"] == "2/3" and columns["knn protocol"] == "knn"
     assert columns["knn top-1 (%)"] == 50.5
     assert columns["knn +-"] == pytest.approx(0.5**0.5)
     assert columns["remark"] == "lost"
 
 
-def test_papers_values_stand_beside(digits_file):
+def measured(config, reference):
+    """Returns the results row of a cell as if it had been trained and evaluated."""
+    evaluation = flags.load(reference)
+    result = {"top1": 50.0, "data": "imagenet2012", **saved.settings(evaluation)}
+    run = types.SimpleNamespace(config=json.loads(config.to_json_best_effort()), data={})
+    (row,) = runs.results(run, evaluation.name, result)
+    return row
+
+
+def taught(config, by="moco_v2:student=resnet50"):
+    """Returns the config with the network of its teacher, as a run stores it."""
+    own = flags.load(by)
+    config.teacher.update(teacher.shape(own.student))
+    config.teacher.update(mean=tuple(own.augment.mean), std=tuple(own.augment.std))
+    return config
+
+
+def table_of(cells_of_sweep, score):
+    """Returns the rows of a table whose cells are evaluated by the entry `score`."""
+    results = {
+        cell.name: {score.name: measured(cell.config, score.complete(cell.config))}
+        for cell in cells_of_sweep
+    }
+    return table.rows(cells_of_sweep, {cell.name: 1 for cell in cells_of_sweep}, results, {})
+
+
+def values(rows, axis, name="linear"):
+    """Returns value on an axis -> printed top-1 of the same experiment, of rows that have one."""
+    printed = {row.values[axis]: row.printed.get(name) for row in rows}
+    return {x: v.top1 for x, v in printed.items() if v is not None and not v.differences}
+
+
+LINEAR = scoring.entries(["linear"])[0]
+
+
+def test_papers_values_stand_beside_the_matching_cells():
     """Checks DisCo's numbers at width 2048 and DisCo*'s where the head is as wide as features."""
     config = flags.load("sweeps/hidden_width")
-    config.teachers.resnet50.weights = "somewhere"
+    config.teachers.resnet50.weights = "moco_v2_200ep_pretrain.pth.tar"
     every = [c for c in cells.expand(config) if c.config.student.backbone == "resnet18"]
-    results = {cell.name: {"linear": {"top1": 50.0}} for cell in every}
-    rows = table.rows(every, {c.name: 1 for c in every}, results, {})
-    printed = {
-        row.values["config.student.hidden"]: value.top1
-        for row in rows
-        for value in row.printed.values()
-    }
-    assert printed == {512: 57.1, 2048: 60.6}
+    for cell in every:
+        taught(cell.config)
+    rows = table_of(every, LINEAR)
+    assert values(rows, "config.student.hidden") == {512: 57.1, 2048: 60.6}
+    head, lines = table.lines(rows, ["linear"])
+    columns = [dict(zip(head, line, strict=True)) for line in lines]
+    by_width = {line["student.hidden"]: line for line in columns}
+    assert by_width["2048"]["linear protocol"] == "linear_disco"
+    assert isinstance(by_width["4096"]["linear, paper"], page.Grey)
+    text = table.text(head, lines).decode()
+    assert "60.6" in text and text.count("Table") == 2
+
+
+def test_a_temperature_sweep_shows_one_value():
+    config = flags.load("sweeps/seed:axis=temperature")
+    config.teachers.resnet50.weights = "moco_v2_200ep_pretrain.pth.tar"
+    every = cells.expand(config)
+    for cell in every:
+        taught(cell.config)
+    axis = "config.objectives.similarity.teacher_temperature"
+    assert values(table_of(every, LINEAR), axis) == {1e-2: 57.6}
+
+
+def test_a_mixed_sweep_scores_every_cell_by_its_own_papers_probe():
+    """ResNet, EfficientNet, SwAV, DINO and SSLight in one table."""
+    config = common.sweep("mixed")
+    config.teachers = {name: common.teacher(name) for name in ("resnet50", "vit_small_p16")}
+    config.axes = (("recipe", ("disco",)), ("student", ("resnet18", "efficientnet_b0")),
+                   ("teacher", ("resnet50",)))  # fmt: skip
+    config.further = (
+        (("recipe", ("swav", "sslight_dino")), ("student", ("mobilenetv2",))),
+        (("recipe", ("dino",)), ("student", ("vit_tiny_p16",))),
+    )
+    every = cells.expand(config)
+    probes = {cell.name: LINEAR.config(cell.config) for cell in every}
+    rates = [
+        (probe.name, probe.learning_rate.base_lr, probe.network, probe.blocks, probe.optimizer.name)
+        for probe in probes.values()
+    ]
+    assert rates == [
+        ("linear_disco", 30.0, "student", 1, "sgd"),
+        ("linear_disco", 3.0, "student", 1, "sgd"),
+        ("linear_swav", 0.3, "student", 1, "sgd"),
+        ("linear_sslight", 0.05, "student", 1, "lars"),
+        ("linear_dino", 0.001, "momentum", 4, "sgd"),
+    ]
+    assert all(probe.augment == "linear" for probe in probes.values())
+    digits = flags.load("disco:student=resnet8,data=digits")
+    assert LINEAR.config(digits).augment == "none"
+
+
+def test_all_evaluations_may_score_a_sweep():
+    references = (
+        "knn", "linear", "linear:protocol=cached", "semi:percent=10", "finetune", "fewshot",
+        "transfer:data=cifar100", "cost",
+    )  # fmt: skip
+    scores = scoring.entries(references)
+    assert [score.name for score in scores] == [
+        "knn", "linear", "linear:protocol=cached", "semi_disco_10", "finetune", "fewshot",
+        "transfer_disco_cifar100", "cost",
+    ]  # fmt: skip
+    run = flags.load("moco_v2:student=mobilenetv3_large")
+    assert scores[3].config(run).student == "mobilenetv3_large"
+    with pytest.raises(UserError, match=r"config\.evaluate='tsne'"):
+        scoring.entries(["tsne"])
+
+
+@pytest.mark.parametrize("name", ["students_teachers", "testbeds:bed=dino"])
+def test_a_dry_run_lists_the_evaluations_without_weights(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "assemble", lambda *_, **__: pytest.fail("assembled"))
+    result = sweep.run(flags.load(f"sweeps/{name}"), str(tmp_path / "none"), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == result["cells"] and not (tmp_path / "none").exists()
+    assert all("linear:protocol=" in line and "; student " in line for line in lines)
+    if "dino" in name:
+        assert "linear:protocol=dino,student=vit_tiny_p16, knn" in lines[0]
+
+
+def test_a_picture_may_have_sizes_along_x():
+    """Draws accuracy against the teacher's size, without a teacher at 0."""
+    rows = [
+        table.Row({"student": "a", "teacher": t}, 2**20, {"knn": {0: top1}}, 1, {},
+                  teacher_parameters=size)
+        for t, top1, size in (("large", 3.0, 2**22), ("none", 1.0, 0), ("small", 2.0, 2**21))
+    ]  # fmt: skip
+    for x in table.SIZES:
+        assert table.draw(rows, x, "knn").startswith(b"\x89PNG")
+    assert {table._line_name(row, "teacher_parameters") for row in rows} == {"a"}
+    assert [table._size(row, "teacher_parameters") for row in rows] == [4.0, 0.0, 2.0]
+
+
+def test_shots_and_costs_have_columns_of_their_own():
+    names = "fewshot, 5 images a class", "fewshot, 10 images a class"
+    row = table.Row({"student": "a"}, 1, {name: {0: 5.0} for name in names}, 1, {})
+    head, _ = table.lines([row], ["fewshot"])
+    assert [f"{name} top-1 (%)" in head for name in names] == [True, True]
+    costs = {"a": {"rows": [{"multiply_adds": 5e8, "median_ms": 7.0}]}}
+    row = dataclasses.replace(row, cost=table.cost(costs["a"]))
+    head, (line,) = table.lines([row], ["fewshot"])
+    columns = dict(zip(head, line, strict=True))
+    assert (columns["multiply-adds (M)"], columns["CPU ms"]) == (500.0, 7.0)

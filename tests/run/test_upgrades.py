@@ -14,7 +14,6 @@ from disco_jax import errors, flags
 from disco_jax.configs import common
 from disco_jax.nested import flatten
 from disco_jax.run import upgrades, workdir
-from disco_jax.sweeps import cells
 from disco_jax.train import stored_settings
 
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"
@@ -149,5 +148,5 @@ def test_a_recipe_that_sets_a_field_that_nothing_reads_is_refused(tmp_path):
 
 
 def test_changes_of_a_sweep_may_have_earlier_names(caplog):
-    config = cells.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
+    config = flags.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
     assert config.learning_rate.base_lr == 0.5 and "is now" in caplog.text

@@ -1,0 +1,210 @@
+"""List the papers' tables, or train and score one cell by its paper's settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict
+
+from disco_jax import errors, flags
+from disco_jax.arguments import Parser
+from disco_jax.data.contract import Source
+from disco_jax.report import catalogue, paper, rows, runs
+from disco_jax.report.rows import Row
+
+# Flags that train a cell; without them the command lists.
+_TRAINING = ("--workdir", "--dry_run", "--dry-run")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `disco-jax reproduce [PREFIX]` or `disco-jax reproduce CELL --workdir DIR ...`."""
+    names = [word for word in argv[:1] if not word.startswith("-")]
+    if names and any(word.partition("=")[0] in _TRAINING for word in argv):
+        _main_of_cell(names[0], argv[1:])
+        return
+    parser = Parser("reproduce", f"{__doc__} {_HELP}")
+    parser.add_argument("prefix", nargs="?", default="", help="a table or cell: disco/table1")
+    parser.add_argument("--markdown", action="store_true", help="print docs/reproduce.md instead")
+    values = parser.read(argv)
+    if values is None:
+        return
+    if values.markdown:
+        print(catalogue.markdown(), end="")
+    elif not values.prefix:
+        print(catalogue.overview())
+    else:
+        cells = rows.below(values.prefix)
+        print(
+            "\n".join(catalogue.settings(cells[0])) if len(cells) == 1 else catalogue.listing(cells)
+        )
+
+
+_HELP = (
+    "A cell also takes --workdir=DIR, --teacher=WEIGHTS, --classifier=RUN/NAME, --dry-run, "
+    "--topology=SLICE, --smoke, and --config.FIELD=VALUE."
+)
+
+
+def _main_of_cell(name: str, argv: Sequence[str]) -> None:
+    row = rows.find(name)
+    _check_runs(row)
+    smoke = "--smoke" in argv
+    values = flags.parse(
+        "reproduce",
+        argv,
+        help_line=__doc__,
+        config=row.config(smoke),
+        extra=_define,
+        needs_workdir=not any(word in argv for word in _TRAINING[1:]),
+    )
+    if values is None:
+        return
+    if values.teacher:
+        values.config.teacher.weights = values.teacher
+    if values.dry_run:
+        show(row, values.config, values.classifier, values.topology)
+        return
+    flags.prepare_jax(flags.distributed_options(values), values.workdir)
+    run(row, values.config, values.workdir, classifier=values.classifier, smoke=smoke)
+
+
+def _define(values: absl_flags.FlagValues) -> None:
+    for name, text in (
+        ("teacher", "the teacher's weights, as config.teacher.weights"),
+        ("classifier", "RUN/NAME of the teacher's linear probe, for KD"),
+        ("topology", "with --dry-run: estimate the hours on this TPU slice, e.g. v5e:2x4"),
+    ):
+        absl_flags.DEFINE_string(name, "", text, flag_values=values)
+    absl_flags.DEFINE_bool("dry_run", False, "print settings and needs only", flag_values=values)
+    absl_flags.DEFINE_bool("smoke", False, "two steps on small images", flag_values=values)
+
+
+def run(
+    row: Row,
+    config: ConfigDict,
+    workdir: str,
+    source: Source | None = None,
+    *,
+    classifier: str = "",
+    smoke: bool = False,
+) -> dict[str, Any]:
+    """Trains the student of a cell and evaluates it; skips what is finished.
+
+    Args:
+      row: the cell.
+      config: its config, with weights and data.
+      workdir: the run's directory.
+      source: images; None opens `config.data`.
+      classifier: RUN/NAME of the teacher's linear probe, for cells that distil its classes.
+      smoke: train the evaluation for one epoch.
+
+    Returns:
+      {"row", "top1": measured top-1 or None, "printed": top-1 of the same experiment or None}.
+
+    Raises:
+      UserError: a setting is invalid, or weights or files that the cell needs are not given.
+    """
+    from disco_jax.workflows import pretrain, scoring
+
+    _check_runs(row)
+    _check_student(row, config)
+    assert row.evaluation is not None  # of every cell that runs
+    missing = needs(row, config, classifier)
+    if missing:
+        raise errors.UserError(f"{row.id} needs more:\n  " + "\n  ".join(missing.values()))
+    pretrain.run(config, workdir, source)
+    evaluation = row.evaluation.config()
+    if classifier:
+        evaluation.distill.teacher = classifier
+    if smoke and "total_epochs" in evaluation:
+        evaluation.total_epochs = 1
+    result = scoring.evaluate(workdir, row.evaluation.task, evaluation, source)
+    return _report(row, workdir, evaluation.name, result)
+
+
+def needs(row: Row, config: ConfigDict, classifier: str = "") -> dict[str, str]:
+    """Returns flag -> sentence, of the weights and files that a cell still lacks."""
+    from disco_jax import methods
+    from disco_jax.train import experiment
+
+    missing, settings = {}, experiment.parse(config)
+    if "teacher" in methods.plan(settings.method) and not config.teacher.weights:
+        teacher = row.teacher
+        text = f"{teacher.backbone} by {teacher.about}" if teacher else config.teacher.backbone
+        text = f"--teacher=WEIGHTS: a run or a checkpoint of {text}"
+        if teacher and teacher.file:
+            text += f" (published as {teacher.file})"
+        if teacher and teacher.row:
+            text += f"; `disco-jax reproduce {teacher.row}` trains it"
+        missing["--teacher"] = text + "."
+    reads_bags = any(config.objectives[name].weight for name in ("bags", "pseudo_labels"))
+    if reads_bags and not config.bags.file:
+        missing["--config.bags.file"] = "--config.bags.file=FILE: see `disco-jax bags --help`."
+    if (
+        row.evaluation
+        and row.evaluation.config().get("distill", {}).get("weight")
+        and not classifier
+    ):
+        missing["--classifier"] = (
+            "--classifier=RUN/NAME: a linear probe of the teacher, by `disco-jax linear "
+            "--workdir TEACHER`."
+        )
+    return missing
+
+
+def show(row: Row, config: ConfigDict, classifier: str = "", topology: str = "") -> dict[str, str]:
+    """Prints the settings of a cell and what it needs; returns `needs`.
+
+    Args:
+      row: the cell.
+      config: its config.
+      classifier: see `run`.
+      topology: a TPU slice for which the step is compiled to estimate the hours, e.g. "v5e:2x4".
+    """
+    print("\n".join([row.id, *catalogue.settings(row)]))
+    missing = needs(row, config, classifier)
+    print("\n".join(f"needs: {text}" for text in missing.values()) or "needs: nothing more")
+    print(f"config: {config.to_json_best_effort(indent=2, sort_keys=True)}")
+    if topology:
+        from disco_jax.commands import plan
+
+        config = config.copy_and_resolve_references()
+        config.teacher.weights = config.teacher.weights or "random"
+        plan.run(config, topology)
+    return missing
+
+
+def _check_runs(row: Row) -> None:
+    """Raises UserError for a cell that this package cannot run, or that is a figure."""
+    if row.missing:
+        raise errors.UserError(f"{row.id} cannot run yet. Missing: {row.missing}.")
+    if row.command:
+        raise errors.UserError(f"{row.id} is drawn from other cells ({row.note}): {row.command}")
+
+
+def _check_student(row: Row, config: ConfigDict) -> None:
+    """Raises UserError for another student, whose evaluation would have other settings."""
+    student, backbone = row.arguments["student"], config.student.backbone
+    if backbone != student:
+        raise errors.UserError(
+            f"config.student.backbone={backbone!r}, but {row.id} is of {student}: leave it, give "
+            f"the cell of {backbone}, or use `disco-jax pretrain`."
+        )
+
+
+def _report(row: Row, workdir: str, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Prints the measured and the printed value of a cell and returns them."""
+    run = runs.read(workdir)
+    measured = runs.results(run, name, result)
+    top1 = measured[0].top1 if measured else None
+    value = paper.against(row, run.config, result, run.data)
+    print(
+        f"{row.id}: top-1 {'-' if top1 is None else f'{top1:.2f}'}, "
+        f"printed {catalogue.printed(row)}",
+        flush=True,
+    )
+    if value.differences:
+        print(f"Not the paper's experiment: {'; '.join(value.differences)}.", flush=True)
+    elif value.assumed:
+        print(f"Assumed: {'; '.join(value.assumed)}.", flush=True)
+    return {"row": row.id, "top1": top1, "printed": None if value.differences else value.top1}
