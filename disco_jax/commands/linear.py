@@ -52,7 +52,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     """
     settings = typed.parse(ProbeSettings, config, defaults=True)
     trained = target.with_eval_data(features.load(workdir, settings.network), settings.data)
-    settings = typed.parse(ProbeSettings, protocols.fit(config, trained), defaults=True)
+    config = protocols.fit(config, trained)
+    settings = typed.parse(ProbeSettings, config, defaults=True)
     _check(settings, trained)
     teacher = saved.read(settings.distill.teacher) if settings.distill.teacher else None
     trained, source = target.opened(trained, source)
