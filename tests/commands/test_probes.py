@@ -1,5 +1,6 @@
 """Tests of probes, few labels, transfer and fine-tuning, from config to result files."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -282,14 +283,19 @@ def test_data_that_will_not_do(run):
     empty.count = lambda split: 0
     with pytest.raises(UserError, match="is empty"):
         linear.run(quick("linear", name="wrong"), run, empty)
-    headless = features.load(run)
-    headless.config.student.head = "none"
     with pytest.raises(UserError, match="without a head"):
-        features.check_outputs(headless, ("embedding",))
-    headless.config.student.update(head="mlp", hidden=0)
+        features.check_outputs(with_student(run, head="none"), ("embedding",))
     with pytest.raises(UserError, match="no hidden layer"):
-        features.check_outputs(headless, ("hidden",))
+        features.check_outputs(with_student(run, head="mlp", hidden=0), ("hidden",))
     assert not pathlib.Path(run, "wrong").exists()
+
+
+def with_student(run, **changes):
+    """Returns the network of a run whose settings state another head."""
+    loaded = features.load(run)
+    student = dataclasses.replace(loaded.settings.student, **changes)
+    settings = dataclasses.replace(loaded.settings, student=student)
+    return dataclasses.replace(loaded, settings=settings)
 
 
 def test_a_teacher_of_other_classes_is_refused(run, tmp_path, data_file):
