@@ -315,7 +315,7 @@ def test_dinos_convolutional_baseline_is_sslights():
 
 def test_ressls_cosine_starts_after_the_warm_up():
     config = flags.load("ressl")
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 100, 200)
+    rate = optimizer.learning_rate(parse(config).learning_rate, config.batch_size, 100, 200)
     assert rate(0) == 0 and rate(500) == pytest.approx(0.05)
     middle = 500 + (20_000 - 500) // 2
     assert rate(middle) == pytest.approx(0.025) and rate(20_000) == pytest.approx(0, abs=1e-9)
@@ -342,14 +342,14 @@ def test_only_seeds_queue_may_be_shorter_than_the_batch():
     for size, fits in ((128, True), (200, True), (384, False)):
         config.objectives.similarity.queue_size = size
         if fits:
-            methods.check(config)
+            methods.check(parse(config).method)
         else:
             with pytest.raises(UserError, match="multiple of the global batch"):
-                methods.check(config)
+                methods.check(parse(config).method)
     config = flags.load("moco_v2")
     config.objectives.contrast.queue_size = 128
     with pytest.raises(UserError, match="multiple of the global batch"):
-        methods.check(config)
+        methods.check(parse(config).method)
 
 
 def test_modules_that_recipes_share_are_no_recipes():

@@ -7,6 +7,7 @@ import pytest
 from disco_jax import flags
 from disco_jax.report import page, paper, rows
 from disco_jax.train import teacher
+from disco_jax.train.experiment import parse
 
 MOCO, SWAV = "moco_v2_200ep_pretrain.pth.tar", "swav_800ep_pretrain.pth.tar"
 IMAGES = rows.IMAGES["imagenet2012"]
@@ -15,9 +16,9 @@ IMAGES = rows.IMAGES["imagenet2012"]
 def taught(recipe, weights=MOCO, by="moco_v2:student=resnet50", **changes):
     """Returns a config as a run stores it, with the network of its teacher."""
     config = flags.load(recipe)
-    own = flags.load(by)
-    config.teacher.update(teacher.shape(own.student), weights=weights)
-    config.teacher.update(mean=tuple(own.augment.mean), std=tuple(own.augment.std))
+    own = parse(flags.load(by))
+    mean, std = own.augment.normalization
+    config.teacher.update(teacher.shape(own.student), weights=weights, mean=mean, std=std)
     config.update_from_flattened_dict(changes)
     return json.loads(config.to_json_best_effort())
 

@@ -59,8 +59,9 @@ def make_run(folder, name="disco", data="imagenet2012", **changes):
     """Writes a run directory with the files that a report reads, as if trained on ImageNet."""
     config = flags.load("disco:student=resnet18,teacher=resnet50")
     config.name, config.data.name, config.teacher.weights = name, data, "runs/<teacher> & co"
-    own = flags.load("moco_v2:student=resnet50")
-    config.teacher.update(teacher.shape(own.student), mean=own.augment.mean, std=own.augment.std)
+    own = parse(flags.load("moco_v2:student=resnet50"))
+    mean, std = own.augment.normalization
+    config.teacher.update(teacher.shape(own.student), mean=mean, std=std)
     config.update_from_flattened_dict(changes)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json_best_effort())

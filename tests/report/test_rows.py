@@ -15,6 +15,7 @@ from disco_jax.evaluate import protocols
 from disco_jax.ops.collectives import AXIS
 from disco_jax.report import catalogue, rows
 from disco_jax.train import experiment
+from disco_jax.train.experiment import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 CELLS = rows.rows()
@@ -35,7 +36,7 @@ def program(config):
     """Returns a key that is equal for configs whose steps have the same structure."""
     active = sorted(name for name, section in config.objectives.items() if section.weight)
     student = config.student
-    parts = methods.plan(config), active, student.head, student.layers, student.reuse
+    parts = methods.plan(parse(config).method), active, student.head, student.layers, student.reuse
     how = config.group_views, config.optimizer.name, config.momentum.follow
     return json.dumps([*parts, *how], sort_keys=True)
 
@@ -79,7 +80,9 @@ def test_every_cell_of_a_table_resolves(name):
         if not row.recipe:
             continue
         assert row.config().student.backbone == row.arguments["student"]
-        assert ("teacher" in methods.plan(row.config())) == (row.teacher is not None), row.id
+        assert ("teacher" in methods.plan(parse(row.config()).method)) == (
+            row.teacher is not None
+        ), row.id
         assert row.config(smoke=True).total_steps == 2
         if row.evaluation is not None:
             assert row.evaluation.config().student in ("", row.arguments["student"]), row.id
