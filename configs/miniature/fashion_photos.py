@@ -100,9 +100,9 @@ def blend(
     draws = np.random.Generator(bits).random((count, 3))
     for i, (which, down, right) in enumerate(draws):
         photo = photographs[int(which * len(photographs))]
-        top = int(down * (photo.shape[0] - height + 1))
-        left = int(right * (photo.shape[1] - width + 1))
-        patch = photo[top : top + height, left : left + width].astype(np.int16)
+        y = int(down * (photo.shape[0] - height + 1))
+        x = int(right * (photo.shape[1] - width + 1))
+        patch = photo[y : y + height, x : x + width].astype(np.int16)
         blended[i] = np.abs(patch - images[i, :, :, None])
     return blended
 

@@ -240,12 +240,12 @@ def test_images_in_colour_are_differences_from_patches_of_the_photographs(grey_f
         grey = before["train_images"][0].astype(int)
         blended = after["train_images"][0].astype(int)
     places = [
-        (number, top, left)
+        (number, y, x)
         for number, photo in enumerate(fashion_photos.load_photographs())
-        for top, left in np.argwhere(
+        for y, x in np.argwhere(
             (np.abs(photo[:-27, :-27].astype(int) - grey[0, 0]) == blended[0, 0]).all(-1)
         )
-        if (np.abs(photo[top : top + 28, left : left + 28] - grey) == blended).all()
+        if (np.abs(photo[y : y + 28, x : x + 28] - grey) == blended).all()
     ]
     assert len(places) == 1
 
