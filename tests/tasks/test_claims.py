@@ -97,7 +97,7 @@ def test_an_axis_that_the_claim_names_is_free_in_the_other_rows():
 
 
 def test_a_claim_about_rows_that_are_not_there_is_refused(tmp_path):
-    config = flags.load("miniature/claims:smoke=true")
+    config = flags.load("miniature/claims:seeds=1,smoke=true")
     config.claims.over_moco.better = ((RECIPE, "dicso"),)
     with pytest.raises(UserError, match=r"config.claims.over_moco: no rows .* Its axes: recipe"):
         sweep.run(config, str(tmp_path / "sweep"))
