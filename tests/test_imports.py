@@ -8,7 +8,10 @@ import pytest
 import disco_jax
 
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
-ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
+ORDER = [
+    "ops", "models", "methods", "train", "evaluate", "plan", "report", "workflows", "sweeps",
+    "commands",
+]  # fmt: skip
 # Packages outside this order, with the packages that they may import.
 BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -43,6 +46,11 @@ def test_no_arrow_points_up(path):
             assert not used & set(BESIDE)
     elif folder in BESIDE:
         assert used <= BESIDE[folder]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "commands").glob("*.py")), ids=lambda p: p.name)
+def test_no_command_imports_another(path):
+    assert not {name for name in imports(path) if name.startswith("disco_jax.commands")}
 
 
 def test_ops_import_jax_and_chex_alone():

@@ -11,8 +11,8 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax.data import base
-from disco_jax.data.base import Source
+from disco_jax.data import contract
+from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
@@ -132,7 +132,7 @@ class Marked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(self, split: str, *args: Any) -> base.Batches:
+    def train(self, split: str, *args: Any) -> contract.Batches:
         """Yields the batches of `base.Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
         assert split == self._split
         for batch in self._source.train(split, *args):

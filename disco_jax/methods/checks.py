@@ -6,7 +6,7 @@ from typing import Any
 from disco_jax import errors, models
 from disco_jax.methods.base import NETWORKS, OUTPUTS, Method, Objective, Views
 from disco_jax.methods.compress import Compress
-from disco_jax.methods.distill import REDUCTIONS, Distill
+from disco_jax.methods.regression import REDUCTIONS, Distill
 from disco_jax.methods.swapped import Swapped
 
 # Only SEED's loss accepts temperature 0, which makes the target one-hot.

@@ -10,12 +10,20 @@ from PIL import Image
 
 from disco_jax.data import decode, views
 from disco_jax.data.arrays import crop_all
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.errors import UserError
+from disco_jax.report import build
 
 IMAGES = 8
 _TILE = (64, 128)  # smallest and largest tile, px; views are scaled to fit
 GAP = 4  # px between tiles
+
+
+def draw(config: ConfigDict, workdir: str, source: Source) -> np.ndarray:
+    """Saves and returns the contact sheet of a run, u8[H, W, 3]; see `sheet`."""
+    image = sheet(config, source)
+    build.keep_sheet(workdir, image)
+    return image
 
 
 def sheet(config: ConfigDict, source: Source) -> np.ndarray:

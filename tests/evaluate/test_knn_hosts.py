@@ -24,7 +24,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import helpers
 from disco_jax import flags, models
 from disco_jax.evaluate import features, knn, target
-from disco_jax.tasks import knn as knn_task, linear
+from disco_jax.commands import knn as knn_task, linear
 import numpy as np
 models.BACKBONES["tiny"] = helpers.TinyBackbone, {}
 results = []
@@ -69,9 +69,9 @@ def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
         output, _ = host.communicate(timeout=300)
         assert host.returncode == 0, output[-3000:]
     from disco_jax import flags
+    from disco_jax.commands import knn as knn_task
+    from disco_jax.commands import linear
     from disco_jax.evaluate import features, knn, target
-    from disco_jax.tasks import knn as knn_task
-    from disco_jax.tasks import linear
 
     trained, source = target.opened(features.load(run))
     test = features.of_split(trained, source, "test", 16)

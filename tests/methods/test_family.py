@@ -15,7 +15,7 @@ from disco_jax.methods.clusters import Centroids, OnlineClusters
 from disco_jax.methods.compress import Compress
 from disco_jax.methods.consistency import Consistency
 from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.regression import Distill
 from disco_jax.methods.relations import Relations
 from disco_jax.methods.similarity import Similarity
 from disco_jax.models.encoder import Encoded

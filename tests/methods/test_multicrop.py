@@ -8,7 +8,7 @@ import pytest
 import helpers
 from disco_jax.methods.base import Record, Views
 from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.regression import Distill
 from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded

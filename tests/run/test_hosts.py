@@ -18,7 +18,8 @@ import pytest
 import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.run import hosts
-from disco_jax.tasks import prepare, pretrain
+from disco_jax.train import prepare
+from disco_jax.workflows import pretrain
 
 TESTS = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # total over all processes

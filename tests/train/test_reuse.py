@@ -12,9 +12,9 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
-from disco_jax.tasks import pretrain
 from disco_jax.train import state, teacher
 from disco_jax.train.state import replicate
+from disco_jax.workflows import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
