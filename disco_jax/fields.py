@@ -222,7 +222,7 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.base:STEMS")),
+    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.backbone:STEMS")),
     "head": one_of("auto", "models:HEADS"),
     "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),
@@ -263,7 +263,7 @@ RULES = {
     "keys_from": one_of("methods.base:NETWORKS"),
     "queue_size": whole(0, 2**28),
     "queue_init": one_of("teacher", "random"),
-    "objectives.distill.reduction": one_of("methods.distill:REDUCTIONS"),
+    "objectives.distill.reduction": one_of("methods.regression:REDUCTIONS"),
     "teacher_output": one_of("methods.base:OUTPUTS"),
     "attention.layers": one_of("methods.attention:LAYERS"),
     "attention.resize": one_of("methods.attention:RESIZES"),
