@@ -222,7 +222,9 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.backbone:STEMS")),
+    **dict.fromkeys(
+        ("student.stem", "teacher.stem"), one_of("", "models.backbones.backbone:STEMS")
+    ),
     "head": one_of("auto", "models:HEADS"),
     "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),

@@ -15,9 +15,8 @@ from disco_jax import errors, files, flags, programs
 from disco_jax.data import targets
 from disco_jax.data.contract import Source
 from disco_jax.run import hosts, lease, unreadable, workdir
-from disco_jax.train import state, step, teacher_cache
+from disco_jax.train import session, state, step, teacher_cache
 from disco_jax.train.prepare import Prepared, check, prepare
-from disco_jax.workflows import pretrain
 
 
 def main(argv: Sequence[str]) -> None:
@@ -124,7 +123,7 @@ def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     )
     frozen = state.replicate(ready.frozen)
     rows = ready.config.batch_size // jax.process_count()
-    with pretrain.batches_of(ready, writer.position) as batches:
+    with session.batches_of(ready, writer.position) as batches:
         for number in range(writer.steps, steps):
             batch, after = next(batches)
             outputs = encode(jnp.int32(number), frozen, batch)

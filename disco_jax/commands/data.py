@@ -108,27 +108,18 @@ def run(
       UserError: the data set does not exist or has no images. For ImageNet, the message says
         which files to place where.
     """
-    if output and pathlib.Path(output).suffix != ".json":
-        raise errors.UserError(f"--output={output} should end in .json.")
-    if npz and pathlib.Path(npz).suffix != ".npz":
-        raise errors.UserError(f"--npz={npz} should end in .npz.")
-    if limit < 0 or seconds < 0:
-        raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
+    _check(output, npz, limit, seconds)
     fields = dict(splits=splits, labels=labels, range=values, max_pixels=max_pixels)
     source = _open(data, data_dir, fields)
     splits_report = {split: _inspect(source, split, limit) for split in source.splits}
-    brightest_levels = [
-        level
-        for split_report in splits_report.values()
-        if (level := split_report.pop("brightest")) is not None
-    ]
+    brightest = [split_report.pop("brightest") for split_report in splits_report.values()]
     report = {
         "name": source.name,
         "classes": source.num_classes,
         "class_names": [printable(name) for name in source.class_names],
         "splits": splits_report,
         "not_used": source.skipped.as_dict(),
-        "brightest": max(brightest_levels, default=None),
+        "brightest": max((level for level in brightest if level is not None), default=None),
         "images_per_s": _speed(source, splits_report, seconds) if seconds else None,
     }
     _print(report, source.skipped)
@@ -138,6 +129,15 @@ def run(
     if npz:
         _copy(source, npz, limit)
     return report
+
+
+def _check(output: str, npz: str, limit: int, seconds: float) -> None:
+    if output and pathlib.Path(output).suffix != ".json":
+        raise errors.UserError(f"--output={output} should end in .json.")
+    if npz and pathlib.Path(npz).suffix != ".npz":
+        raise errors.UserError(f"--npz={npz} should end in .npz.")
+    if limit < 0 or seconds < 0:
+        raise errors.UserError(f"--limit={limit} and --seconds={seconds} must not be below 0.")
 
 
 def _copy(source: Source, npz: str, limit: int) -> None:

@@ -68,15 +68,7 @@ def run(
     """
     target, folder = pathlib.Path(output), pathlib.Path(images)
     _check(target, folder, batch_size, size)
-    skipped = skips.Skipped()
-    files = [folder / name for name in tree.list_images(str(folder), skipped)]
-    for line in skipped.lines():
-        _LOG.info("%s: skipped: %s", images, line)
-    if not files:
-        raise errors.UserError(
-            f"--images={images} has no images (file names ending in "
-            f"{', '.join(decode.suffixes())})."
-        )
+    files = _list_images(images)
     opened = open_model(checkpoint, network)
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
@@ -101,6 +93,24 @@ def run(
     width = extracted.features.shape[1]
     print(f"{target}: {width} features of {len(extracted.features)} images from {opened.backbone}.")
     return {"output": str(target), "images": len(extracted.features), "unreadable": unreadable}
+
+
+def _list_images(images: str) -> list[pathlib.Path]:
+    """Lists the images below a folder, and logs which files were skipped.
+
+    Raises:
+      UserError: there are none.
+    """
+    folder, skipped = pathlib.Path(images), skips.Skipped()
+    files = [folder / name for name in tree.list_images(str(folder), skipped)]
+    for line in skipped.lines():
+        _LOG.info("%s: skipped: %s", images, line)
+    if not files:
+        raise errors.UserError(
+            f"--images={images} has no images (file names ending in "
+            f"{', '.join(decode.suffixes())})."
+        )
+    return files
 
 
 def _check(target: pathlib.Path, folder: pathlib.Path, batch_size: int, size: int) -> None:

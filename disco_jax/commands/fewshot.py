@@ -28,11 +28,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Raises:
       UserError: a setting, the run or the data is invalid, or a class has too few images.
     """
-    if not config.shots or min(config.shots) < 1 or not config.seeds:
-        raise errors.UserError(
-            f"config.shots={config.shots} and config.seeds={config.seeds}: give at least one of "
-            "each, and shots of 1 or more."
-        )
+    _check(config)
     trained = target.with_eval_data(features.load(workdir, config.network), config.data)
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
@@ -74,6 +70,14 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
             )
     build.refresh(config.report, workdir)
     return result
+
+
+def _check(config: ConfigDict) -> None:
+    if not config.shots or min(config.shots) < 1 or not config.seeds:
+        raise errors.UserError(
+            f"config.shots={config.shots} and config.seeds={config.seeds}: give at least one of "
+            "each, and shots of 1 or more."
+        )
 
 
 def _extract(

@@ -90,15 +90,12 @@ def run(
       Preempted: stopped by a signal; a restart resumes.
     """
     started = time.monotonic()
-    cells = expanding.expand(config)
-    evaluations = _evaluations(config)
+    cells, evaluations = expanding.expand(config), _evaluations(config)
     _check(config, worker, workers, evaluations)
     teachers = expanding.teachers(config, cells)
     path = epath.Path(folder)
     claims.judge(config.claims, table.rows(cells, {c.name: 0 for c in cells}, {}, {}), "")
-    for cell in cells:
-        if cell.teacher in teachers:
-            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
+    _set_teachers(cells, teachers, path)
     by_name = {cell.name: cell for cell in cells}
     experiments = _assemble(cells)
     groups = _groups(experiments, config.joint)
@@ -146,6 +143,15 @@ def _check(config: ConfigDict, worker: int, workers: int, evaluations: Mapping[s
     axes = {axis: None for axes in (config.axes, *config.further) for axis, _ in axes}
     if config.figure.x and config.figure.x not in axes:
         raise errors.unknown("config.figure.x", config.figure.x, axes)
+
+
+def _set_teachers(
+    cells: Sequence[Cell], teachers: Mapping[str, ConfigDict], path: epath.Path
+) -> None:
+    """Sets the teachers of cells to runs of the sweep, which may not exist yet."""
+    for cell in cells:
+        if cell.teacher in teachers:
+            _set_teacher(cell.config, teachers[cell.teacher], str(path / TEACHERS / cell.teacher))
 
 
 def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:

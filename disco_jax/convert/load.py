@@ -16,9 +16,10 @@ import disco_jax.convert.safetensors_file as safetensors_file
 import disco_jax.convert.sharded_weights as sharded_weights
 from disco_jax import models
 from disco_jax.convert.backbones import FAMILIES
+from disco_jax.convert.family import State
 from disco_jax.convert.fill import SIDE, check_numbers, fill
 from disco_jax.convert.pickles import read as read_pickle
-from disco_jax.convert.recognise import State, recognise
+from disco_jax.convert.recognise import recognise
 from disco_jax.convert.sharded_weights import locate
 from disco_jax.convert.text import shown
 from disco_jax.errors import UserError

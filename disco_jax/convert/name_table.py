@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disco_jax.convert.heads import Head
 from disco_jax.convert.names import PARAM_MAPS, ModuleMap, ParamMap
-from disco_jax.convert.recognise import Prefix
+from disco_jax.convert.network import Head, Prefix
 from disco_jax.models.encoder import Encoder
 
 

@@ -12,8 +12,8 @@ from disco_jax import errors
 from disco_jax.convert import name_table, pickles
 from disco_jax.convert.backbones import FAMILIES
 from disco_jax.convert.family import Export
-from disco_jax.convert.heads import Head, is_class_count
-from disco_jax.convert.recognise import Prefix
+from disco_jax.convert.heads import is_class_count
+from disco_jax.convert.network import Head, Prefix
 from disco_jax.errors import UserError
 from disco_jax.files import whole
 from disco_jax.models import find

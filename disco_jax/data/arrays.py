@@ -28,7 +28,7 @@ Images = np.ndarray | Sequence[np.ndarray]
 
 
 class ArraySource:
-    """A `base.Source` over arrays in memory."""
+    """A `contract.Source` over arrays in memory."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class ArraySource:
         return len(self._split(split)[0])
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the number of images and a checksum of all values; see `base.Source`."""
+        """Returns the number of images and a checksum of all values; see `contract.Source`."""
         images, labels = self._split(split)
         blocks = [images] if isinstance(images, np.ndarray) else images
         values = (np.ascontiguousarray(block).reshape(-1).data for block in (*blocks, labels))
@@ -143,7 +143,7 @@ class ArraySource:
         start: contract.Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         check_crops(views)
         contract.report_unreadable(self.name, self.unreadable, [], max_unreadable)
         images, labels = self._split(split)
@@ -178,7 +178,7 @@ class ArraySource:
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
         contract.check_evaluation(size, resize)
         images, labels = self._split(split)
         return self._evaluate(images, labels, size, resize, interpolation, batch_size, limit)

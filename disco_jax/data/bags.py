@@ -13,6 +13,7 @@ from etils import epath
 from disco_jax.data import contract, decode
 from disco_jax.data.arrays import crop_all
 from disco_jax.data.encoded import check_crops
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, unknown
 
 SAMPLING = ("images", "clusters")
@@ -119,7 +120,7 @@ class _Row(NamedTuple):
 
 
 class BagSource:
-    """A `base.Source` whose training batches also contain another member of each image's bag.
+    """A `contract.Source` whose training batches also contain another member of each image's bag.
 
     Everything except `train` is delegated to the wrapped source. The images of a batch are read
     when the batch is built, through `Source.take`, and are not cached, so any size of data set
@@ -167,7 +168,7 @@ class BagSource:
 
         Raises:
           UserError: the bags have another number of records than the split, or the source does
-            not support random access (see `base.Source.take`).
+            not support random access (see `contract.Source.take`).
         """
         count = self._source.count(split)
         if count != len(self._bags):
@@ -186,12 +187,12 @@ class BagSource:
         start: contract.Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops; see `base.Source`.
+        """Yields batches of random resized crops; see `contract.Source`.
 
         If the bags are clusters, `aux` has "cluster", i32[b].
 
         Raises:
-          UserError: see `base.Source.train` and `check`.
+          UserError: see `contract.Source.train` and `check`.
         """
         check_crops(views)
         self.check(split)
@@ -224,7 +225,7 @@ class BagSource:
 
     def _order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns this host's records of an epoch and another member of the bag of each."""
-        generator = np.random.default_rng(contract.seed_words(seed, epoch))
+        generator = np.random.default_rng(seed_words(seed, epoch))
         if self._sampling == "clusters":
             anchors = self._bags.sampled(generator)
         else:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from disco_jax.data.seeds import seed_words
 from disco_jax.data.skips import Skipped, UnreadableNames, printable
 from disco_jax.errors import UserError
 
@@ -192,12 +193,6 @@ def next_position(epoch: int, offset: int, share: int, batch_size: int) -> Posit
       batch_size: batch size of this host.
     """
     return Position(epoch + 1, 0) if share - offset < batch_size else Position(epoch, offset)
-
-
-def seed_words(*numbers: int, words: int = 2) -> np.ndarray:
-    """Hashes integers to seed words u64[words]; the result is the same on every platform."""
-    entropy = [int(number) % 2**64 for number in numbers]
-    return np.random.SeedSequence(entropy).generate_state(words, np.uint64)
 
 
 def shuffled_share(count: int, seed: int, epoch: int, host: int, hosts: int) -> np.ndarray:

@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 
 class EncodedSource(abc.ABC):
-    """A `base.Source` whose records are encoded images."""
+    """A `contract.Source` whose records are encoded images."""
 
     name: str
     num_classes: int | None
@@ -79,7 +79,7 @@ class EncodedSource(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns a fingerprint of the images of a split; see `base.Source`."""
+        """Returns a fingerprint of the images of a split; see `contract.Source`."""
 
     @abc.abstractmethod
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
@@ -129,7 +129,7 @@ class EncodedSource(abc.ABC):
         start: contract.Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         check_crops(views)
         share = self.count(split) // self._hosts
         contract.check_batch_size(self.name, split, share, batch_size)
@@ -192,7 +192,7 @@ class EncodedSource(abc.ABC):
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
         contract.check_evaluation(size, resize)
         if interpolation not in decode.FILTERS:
             raise unknown("config.augment.interpolation", interpolation, decode.FILTERS)

@@ -24,7 +24,7 @@ class _Split(NamedTuple):
 
 
 class FolderSource(EncodedSource):
-    """A `base.Source` over the images of a folder, a pattern, a list or .tar archives."""
+    """A `contract.Source` over the images of a folder, a pattern, a list or .tar archives."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class FolderSource(EncodedSource):
         return len(self._split(split).files)
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the number of images and a checksum of names and sizes; see `base.Source`."""
+        """Returns the number of images and a checksum of names and sizes; see `contract.Source`."""
         files, _ = self._split(split)
         root = f"{self._root.rstrip(os.sep)}{os.sep}" if self._root else ""
         lines = (f"{_relative_name_and_size(file, root)}\n" for file in files)

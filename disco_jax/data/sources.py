@@ -16,6 +16,7 @@ from etils import epath
 from disco_jax.data import contract, crops, decode
 from disco_jax.data.encoded import EncodedSource, Record
 from disco_jax.data.records import Rows, tensorflow
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -92,7 +93,7 @@ def _not_prepared(name, root, names):
 
 
 class TfdsSource(EncodedSource):
-    """A `base.Source` over a prepared TFDS data set."""
+    """A `contract.Source` over a prepared TFDS data set."""
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class TfdsSource(EncodedSource):
         return self._rows_of(split).count
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns version, number of records and shard lengths; see `base.Source`."""
+        """Returns version, number of records and shard lengths; see `contract.Source`."""
         rows = self._rows_of(split)
         fingerprint = {
             "data set": str(self._builder.info.full_name),
@@ -234,7 +235,7 @@ class TfdsSource(EncodedSource):
 
     def _order(self, split: str, seed: int, epoch: int) -> np.ndarray:
         """Returns i64[share], a permutation of the cached records for an epoch."""
-        word = contract.seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
+        word = seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
         return np.random.default_rng(int(word)).permutation(self._share(split))
 
     def _in_memory(self, split: str) -> bool:
@@ -292,9 +293,7 @@ class TfdsSource(EncodedSource):
                 records = next_group.result()
                 if number + 1 < len(groups):
                     next_group = reader.submit(rows.mixed, groups[number + 1])
-                shuffled = np.random.default_rng(
-                    contract.seed_words(seed, epoch, self._host, number)
-                )
+                shuffled = np.random.default_rng(seed_words(seed, epoch, self._host, number))
                 order = shuffled.permutation(len(records))
                 yield from (records[i] for i in order[max(offset - int(begins[number]), 0) :])
 
@@ -307,7 +306,7 @@ class TfdsSource(EncodedSource):
         """
         share = rows.count // self._hosts
         first, last = self._host * share, (self._host + 1) * share
-        files = np.random.default_rng(contract.seed_words(seed, epoch)).permutation(len(rows.runs))
+        files = np.random.default_rng(seed_words(seed, epoch)).permutation(len(rows.runs))
         group, num_records, position = [], 0, 0
         for start, end in rows.runs[files].tolist():
             low, high = max(first - position, 0), min(last - position, end - start)

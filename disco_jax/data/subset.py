@@ -18,7 +18,7 @@ def read_labels(source: contract.Source, split: str) -> np.ndarray:
 
 
 class SubsetSource:
-    """A `base.Source` that restricts one split to selected records; other splits are unchanged."""
+    """A `contract.Source` that restricts one split to selected records, and no other split."""
 
     def __init__(
         self,
@@ -56,19 +56,19 @@ class SubsetSource:
         return self._of(split).count(split)
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns a fingerprint of the images of a split; see `base.Source`."""
+        """Returns a fingerprint of the images of a split; see `contract.Source`."""
         return self._of(split).fingerprint(split)
 
     def iter_images(self, split: str) -> Iterator[tuple[str, Any, int]]:
-        """Yields every record of a split; see `base.Source`."""
+        """Yields every record of a split; see `contract.Source`."""
         return self._of(split).iter_images(split)
 
     def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
-        """Yields selected records of a split in the order of `rows`; see `base.Source`."""
+        """Yields selected records of a split in the order of `rows`; see `contract.Source`."""
         return self._of(split).take(split, rows)
 
     def part(self, split: str, count: int, seed: int) -> str:
-        """Returns the split to sample from; see `base.Source`."""
+        """Returns the split to sample from; see `contract.Source`."""
         return self._of(split).part(split, count, seed)
 
     def train(
@@ -80,11 +80,11 @@ class SubsetSource:
         start: contract.Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         return self._of(split).train(split, views, batch_size, seed, start, max_unreadable)
 
     def evaluate(self, split: str, *args: Any) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
         return self._of(split).evaluate(split, *args)
 
     def _of(self, split: str) -> contract.Source:

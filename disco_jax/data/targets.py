@@ -172,7 +172,7 @@ class Targets:
 
 
 class ReplayedSource:
-    """A `base.Source` that repeats the epochs of `Targets` and adds the cached outputs.
+    """A `contract.Source` that repeats the epochs of `Targets` and adds the cached outputs.
 
     The outputs are in `HostBatch.aux["teacher"]`. Everything except `train` is delegated to the
     wrapped source.
@@ -193,7 +193,7 @@ class ReplayedSource:
         start: Position,
         max_unreadable: int,
     ) -> contract.Batches:
-        """Yields batches of random resized crops; see `base.Source`."""
+        """Yields batches of random resized crops; see `contract.Source`."""
         targets, epochs = self._targets, self._targets.epochs
         cycle, epoch = divmod(start.epoch, epochs)
         position = Position(epoch, start.offset)

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
-from disco_jax.ops.losses import l2_normalize, squared_distance
+from disco_jax.methods.rules import check_choice
+from disco_jax.ops.losses import squared_distance
+from disco_jax.ops.vectors import l2_normalize
 
 REDUCTIONS = ("mean", "sum")
 
@@ -39,6 +41,10 @@ class Distill(Objective):
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": self.views, "teacher": self.teacher_views or self.views}
+
+    def check_settings(self, setting: str, batch_size: int) -> None:
+        super().check_settings(setting, batch_size)
+        check_choice(f"{setting}.reduction", self.reduction, REDUCTIONS)
 
     def network_output(self, network: str) -> str:
         return self.teacher_output if network == "teacher" else "embedding"

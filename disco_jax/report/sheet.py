@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -13,6 +14,7 @@ from disco_jax.data.arrays import crop_all
 from disco_jax.data.contract import Source
 from disco_jax.errors import UserError
 from disco_jax.report import build
+from disco_jax.run.metrics import Logger
 
 IMAGES = 8
 _TILE = (64, 128)  # smallest and largest tile, px; views are scaled to fit
@@ -24,6 +26,13 @@ def draw(config: ConfigDict, workdir: str, source: Source) -> np.ndarray:
     image = sheet(config, source)
     build.keep_sheet(workdir, image)
     return image
+
+
+def show(config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int) -> None:
+    """Draws and logs the contact sheet of augmented views at a run's first start."""
+    if config.log.report and not step and jax.process_index() == 0:
+        with build.optional("contact sheet"):
+            logger.write_image(step, "views", draw(config, str(path), source))
 
 
 def sheet(config: ConfigDict, source: Source) -> np.ndarray:

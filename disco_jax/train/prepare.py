@@ -104,6 +104,7 @@ def _check_all(
 ) -> tuple[Source, Experiment] | None:
     """Returns the images and the experiment; None if `problems` received a mistake."""
     opened, steps_per_epoch = _open(config, source, problems)
+    problems.attempt(start.check, config.student, reads=("student",))
     experiment = experiments.check(
         config,
         problems,

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -12,8 +12,10 @@ from disco_jax import errors
 from disco_jax.data import targets
 from disco_jax.data.contract import Source
 from disco_jax.nested import flatten
-from disco_jax.train.experiment import Experiment
-from disco_jax.train.teacher import Teacher
+
+if TYPE_CHECKING:
+    from disco_jax.train.experiment import Experiment
+    from disco_jax.train.teacher import Teacher
 
 # Config fields that define the teacher and its inputs. Excluded are fields about where and how the
 # data are read, and fields that the checksum of the weights covers.
@@ -31,7 +33,7 @@ _EXCLUDED_FIELDS = (
 _ADDED_FIELDS = {"data.splits": "", "data.range": "full", "data.max_pixels": 178_956_970}
 
 
-def required_outputs(experiment: Experiment) -> dict[int, dict[str, int]]:
+def required_outputs(experiment: "Experiment") -> dict[int, dict[str, int]]:
     """Returns the teacher outputs that the objectives read: view -> output name -> width.
 
     Raises:
@@ -47,7 +49,7 @@ def required_outputs(experiment: Experiment) -> dict[int, dict[str, int]]:
     return experiment.method.teacher_outputs(experiment.record)
 
 
-def origin(experiment: Experiment, source: Source, loaded: Teacher) -> dict[str, Any]:
+def origin(experiment: "Experiment", source: Source, loaded: "Teacher") -> dict[str, Any]:
     """Returns everything that determines the outputs, as saved in targets.json.
 
     Args:
@@ -77,7 +79,7 @@ def origin(experiment: Experiment, source: Source, loaded: Teacher) -> dict[str,
     }
 
 
-def checksum(loaded: Teacher) -> int:
+def checksum(loaded: "Teacher") -> int:
     """Returns the CRC-32 of the teacher's parameters and batch statistics."""
     value = 0
     for leaf in jax.tree.leaves(loaded.variables):

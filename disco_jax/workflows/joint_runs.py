@@ -15,15 +15,14 @@ from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import monitor
 from disco_jax.nested import flatten
-from disco_jax.report import build
+from disco_jax.report import build, sheet
 from disco_jax.run import checkpoint, unreadable
 from disco_jax.run.goodput import Goodput
 from disco_jax.run.metrics import Logger
 from disco_jax.run.workdir import claim
-from disco_jax.train import health, joint, loop, state, step
+from disco_jax.train import health, joint, loop, session, state, step
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.prepare import Prepared, prepare, starting
-from disco_jax.workflows import pretrain
 
 # Config fields that may differ between students of one joint training.
 OWN = (
@@ -96,10 +95,10 @@ def run(
     ready = {name: starting(run, workdirs[name]) for name, run in prepared.items()}
     paths = {name: epath.Path(workdirs[name]) for name in ready}
     first = next(iter(ready))
-    pretrain.warn_if_dark(ready[first])
+    session.warn_if_dark(ready[first])
     with contextlib.ExitStack() as stack:
         for name, run in ready.items():
-            stack.enter_context(claim(str(paths[name]), run.config, (), pretrain.images_of(run)))
+            stack.enter_context(claim(str(paths[name]), run.config, (), session.images_of(run)))
         others = [str(path) for name, path in paths.items() if name != first]
         goodput = stack.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))
@@ -108,11 +107,11 @@ def run(
         checkpoints = stack.enter_context(
             contextlib.closing(joint.JointCheckpoints(_checkpoints(ready, paths)))
         )
-        start, position = pretrain.resume(
-            checkpoints, {name: pretrain.fresh(run) for name, run in ready.items()}
+        start, position = session.resume(
+            checkpoints, {name: session.fresh(run) for name, run in ready.items()}
         )
         for name, run in ready.items():
-            pretrain.describe(run, start[name])
+            session.describe(run, start[name])
         if _step(start) < ready[first].experiment.total_steps:
             _train(ready, paths, checkpoints, start, position, goodput)
     for name, run in ready.items():
@@ -173,22 +172,22 @@ def _train(
     )
     loggers = {
         name: Logger(
-            str(paths[name]), tensorboard=pretrain.tensorboard(run.config, paths[name]), step=start
+            str(paths[name]), tensorboard=session.tensorboard(run.config, paths[name]), step=start
         )
         for name, run in ready.items()
     }
     with (
         contextlib.closing(joint.JointLogger(loggers)) as logger,
-        pretrain.batches_of(first, position) as batches,
+        session.batches_of(first, position) as batches,
     ):
         for name, run in ready.items():
-            pretrain.show_views(run.config, run.source, paths[name], loggers[name], start)
+            sheet.show(run.config, run.source, paths[name], loggers[name], start)
         loop.run(
             step.parallel(joint_step),
             state.replicate(dict(begin)),
             state.replicate(first.frozen),
             batches,
-            pretrain.schedule(first, start, paths[next(iter(ready))]),
+            session.schedule(first, start, paths[next(iter(ready))]),
             logger,
             checkpoints,
             joint.watching({name: _watch(run) for name, run in ready.items()}),

@@ -11,7 +11,7 @@ from disco_jax.data.bags import Bags
 from disco_jax.errors import UserError
 from disco_jax.evaluate import knn
 from disco_jax.evaluate.kmeans import kmeans
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 from disco_jax.workflows import pretrain
 
 

@@ -17,7 +17,7 @@ from disco_jax.data.contract import Position
 from disco_jax.errors import UserError
 from disco_jax.plan import budget
 from disco_jax.run import hosts, lease
-from disco_jax.train import step, teacher
+from disco_jax.train import session, step, teacher
 from disco_jax.train.prepare import prepare
 from disco_jax.train.state import replicate
 from disco_jax.workflows import joint_runs, pretrain
@@ -77,7 +77,7 @@ def test_embeddings_are_those_of_the_teacher_to_bfloat16(cache_folder, source):
     saved = targets.Targets(str(cache_folder), 0, 1)
     assert len(saved) == 2 * STEPS
     start = saved.after[5]
-    with pretrain.batches_of(ready, start) as batches:
+    with session.batches_of(ready, start) as batches:
         batch, _ = next(batches)
     outputs = live(jnp.int32(6), replicate(ready.frozen), batch)
     for view in (0, 1):

@@ -14,8 +14,8 @@ from disco_jax.errors import NumericError
 from disco_jax.methods.base import Record
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 from disco_jax.train import health, teacher
 from disco_jax.workflows import pretrain
 

@@ -14,7 +14,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features, open_model
 from disco_jax.run import checkpoint
-from disco_jax.train import start
+from disco_jax.train import session, start
 from disco_jax.workflows import joint_runs, pretrain
 
 
@@ -53,7 +53,7 @@ def file(tmp_path_factory):
 
 
 def prepared(config, source, workdir):
-    return pretrain.fresh(pretrain.starting(pretrain.prepare(config, source), str(workdir)))
+    return session.fresh(pretrain.starting(pretrain.prepare(config, source), str(workdir)))
 
 
 def equal(actual, expected):
@@ -138,7 +138,7 @@ def test_students_that_train_together_start_each_from_its_own_weights(
         begun.update(fresh)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "resume", stop)
+    monkeypatch.setattr(session, "resume", stop)
     configs = {name: config_of(**{"student.hidden": 16}) for name in ("left", "right")}
     configs["left"].student.weights = run
     with pytest.raises(KeyboardInterrupt):
