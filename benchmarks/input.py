@@ -6,7 +6,8 @@
 All loaders run on one core, in turns, for five rounds. Prints the medians of images/s and of the
 ratios within a round, as a table and as one line of JSON, then the cost of each stage. Without
 --data the images are synthetic: smooth noise of 500 x 375 px, saved as JPEG of quality 92. With
---data, records are also read one by one through the index of TFRecord files.
+--data, prints the differences of the pixels of the two readers too, and the rates of reading single
+records through the index of TFRecord files.
 
   bare decode        decodes the whole JPEG to pixels, with the faster of Pillow and OpenCV
   two-crop Pillow    torchvision's MoCo-v2 loader on PIL images: decode, two random resized crops,
@@ -20,6 +21,7 @@ ratios within a round, as a table and as one line of JSON, then the cost of each
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -87,6 +89,7 @@ def main():
         report(measures, args.seconds)
         stages(encoded)
         if args.data:
+            differences(args)
             access(args, folder)
 
 
@@ -265,6 +268,36 @@ def stages(encoded, rounds=3):
         crops_per_image = 2 if "two crops" in name or name.startswith("put") else 1
         milliseconds = 1e3 * crops_per_image * statistics.median(times) / images_per_call
         print(f"{name:28} {milliseconds:7.3f} ms per image")
+
+
+def differences(args, batches=8, size=24):
+    """Prints the differences in grey levels of the crops of the readers "threads" and "tfdata"."""
+    kinds = list(itertools.product(("bilinear", "bicubic"), views.ANTIALIAS))
+    recipe = views.build(presets.PRESETS["moco_v2"])
+    large = [
+        dataclasses.replace(recipe.crops[0], interpolation=interpolation, antialias=antialias)
+        for interpolation, antialias in kinds
+    ]
+    small = [dataclasses.replace(crop, size=96, scale=(0.05, 0.4)) for crop in large]
+    shown = dict(enumerate([*large, *small]))
+    pixels = {}
+    for reader in ("threads", "tfdata"):
+        source = sources.TfdsSource(args.name, args.data, reader=reader)
+        split = max(source.splits, key=source.count)
+        read = source.train(split, shown, size, 0, Position.start(), 100)
+        pixels[reader] = list(itertools.islice(read, batches))
+    print(f"readers differ by grey levels, {batches * size} images:")
+    for view, crop in shown.items():
+        difference = np.abs(
+            np.concatenate([batch.views[view] for batch in pixels["threads"]]).astype(int)
+            - np.concatenate([batch.views[view] for batch in pixels["tfdata"]])
+        )
+        name = f"{crop.interpolation}, {crop.antialias}, {crop.size} px"
+        print(
+            f"{name:22} mean {difference.mean():.3f}, of the worst crop "
+            f"{difference.mean(axis=(1, 2, 3)).max():.2f}, 99.9th percentile "
+            f"{np.percentile(difference, 99.9):.0f}, maximum {difference.max()}"
+        )
 
 
 def access(args, folder, copies=20, rounds=5):

@@ -209,6 +209,8 @@ class Cropper:
         """
         self._views, self._rules, self._images = list(views.values()), rules, images
         self._crop_one, self._share, self._ahead = crop_one, share, ahead
+        tf, _ = tensorflow()
+        self._traced_crop = tf.function(self._crop, autograph=False)  # traced once
 
     def iterate(self, start: Position) -> Results:
         """Yields each record, without its file, after its position, and its crops."""
@@ -243,7 +245,8 @@ class Cropper:
                 num_read, num_failed = num_read + 1, num_failed + isinstance(views, list)
                 if num_failed == _CHUNK:
                     raise
-                _LOG.warning("TensorFlow cannot decode record %d: %s", record.row, error.message)
+                reason = error.message.partition("\n")[0].rpartition("}} ")[2]
+                _LOG.warning("TensorFlow cannot decode record %d: %s", record.row, reason)
                 yield (position.offset, [record]), [views]
                 position = self._after(position)
         return position
@@ -259,8 +262,7 @@ class Cropper:
         options.deterministic = True
         options.threading.private_threadpool_size = THREADS
         options.threading.max_intra_op_parallelism = 1
-        crop = tf.autograph.experimental.do_not_convert(self._crop)
-        cropped = self._images(start).map(crop, THREADS, deterministic=True)
+        cropped = self._images(start).map(self._traced_crop, THREADS, deterministic=True)
         ready = cropped.batch(chunk).prefetch(self._ahead).with_options(options)
         for rows, labels, errors, views in ready.as_numpy_iterator():
             for index, (row, label, error) in enumerate(zip(rows, labels, errors, strict=True)):
