@@ -7,6 +7,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from disco_jax import errors, flags
+from disco_jax import main as main_of_tasks
 from disco_jax.arguments import Parser
 from disco_jax.data.contract import Source
 from disco_jax.report import catalogue, paper, rows, runs
@@ -14,6 +15,7 @@ from disco_jax.report.rows import Row
 
 # Flags that train a cell; without them the command lists.
 _TRAINING = ("--workdir", "--dry_run", "--dry-run")
+TFDS = "tfds"  # the value of --labelled for TFDS's copy of the lists
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 _HELP = (
-    "A cell also takes --workdir=DIR, --teacher=WEIGHTS, --classifier=RUN/NAME, --dry-run, "
-    "--topology=SLICE, --smoke, and --config.FIELD=VALUE."
+    "A cell also takes --workdir=DIR, --teacher=WEIGHTS, --classifier=RUN/NAME, "
+    "--labelled=FILE, --dry-run, --topology=SLICE, --smoke, and --config.FIELD=VALUE."
 )
 
 
@@ -61,17 +63,21 @@ def _main_of_cell(name: str, argv: Sequence[str]) -> None:
         return
     if values.teacher:
         values.config.teacher.weights = values.teacher
+    evaluation = evaluation_of(row, values.classifier, values.labelled)
     if values.dry_run:
-        show(row, values.config, values.classifier, values.topology)
+        show(row, values.config, evaluation, values.topology)
         return
+    if smoke and "total_epochs" in evaluation:
+        evaluation.total_epochs = 1
     flags.prepare_jax(flags.distributed_options(values), values.workdir)
-    run(row, values.config, values.workdir, classifier=values.classifier, smoke=smoke)
+    run(row, values.config, evaluation, values.workdir)
 
 
 def _define(values: absl_flags.FlagValues) -> None:
     for name, text in (
         ("teacher", "the teacher's weights, as config.teacher.weights"),
         ("classifier", "RUN/NAME of the teacher's linear probe, for KD"),
+        ("labelled", "SimCLR's list of the labelled images, or tfds for imagenet2012_subset"),
         ("topology", "with --dry-run: estimate the hours on this TPU slice, e.g. v5e:2x4"),
     ):
         absl_flags.DEFINE_string(name, "", text, flag_values=values)
@@ -79,24 +85,38 @@ def _define(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool("smoke", False, "two steps on small images", flag_values=values)
 
 
+def evaluation_of(row: Row, classifier: str = "", labelled: str = "") -> ConfigDict:
+    """Returns the config of a cell's evaluation.
+
+    Args:
+      row: a cell that runs.
+      classifier: RUN/NAME of the teacher's linear probe, for cells that distil its classes.
+      labelled: for cells with few labels, a list of the images' file names, or "tfds" for the
+        data set imagenet2012_subset.
+    """
+    assert row.evaluation is not None
+    evaluation = row.evaluation.config()
+    if classifier:
+        evaluation.distill.teacher = classifier
+    if labelled:
+        subset = f"imagenet2012_subset/{evaluation.labelled.percent:.0f}pct"
+        tfds = labelled == TFDS
+        evaluation.data.update(name=subset if tfds else "", subset="" if tfds else labelled)
+        evaluation.labelled.percent = 0.0
+    return evaluation
+
+
 def run(
-    row: Row,
-    config: ConfigDict,
-    workdir: str,
-    source: Source | None = None,
-    *,
-    classifier: str = "",
-    smoke: bool = False,
+    row: Row, config: ConfigDict, evaluation: ConfigDict, workdir: str, source: Source | None = None
 ) -> dict[str, Any]:
     """Trains the student of a cell and evaluates it; skips what is finished.
 
     Args:
       row: the cell.
       config: its config, with weights and data.
+      evaluation: see `evaluation_of`.
       workdir: the run's directory.
       source: images; None opens `config.data`.
-      classifier: RUN/NAME of the teacher's linear probe, for cells that distil its classes.
-      smoke: train the evaluation for one epoch.
 
     Returns:
       {"row", "top1": measured top-1 or None, "printed": top-1 of the same experiment or None}.
@@ -106,72 +126,71 @@ def run(
     """
     from disco_jax.workflows import pretrain, scoring
 
-    _check_runs(row)
     _check_student(row, config)
-    assert row.evaluation is not None  # of every cell that runs
-    missing = needs(row, config, classifier)
+    missing = needs(row, config, evaluation)
     if missing:
-        raise errors.UserError(f"{row.id} needs more:\n  " + "\n  ".join(missing.values()))
+        raise errors.UserError(f"{row.id} needs more:\n  " + "\n  ".join(missing))
     pretrain.run(config, workdir, source)
-    evaluation = row.evaluation.config()
-    if classifier:
-        evaluation.distill.teacher = classifier
-    if smoke and "total_epochs" in evaluation:
-        evaluation.total_epochs = 1
+    assert row.evaluation is not None
     result = scoring.evaluate(workdir, row.evaluation.task, evaluation, source)
     return _report(row, workdir, evaluation.name, result)
 
 
-def needs(row: Row, config: ConfigDict, classifier: str = "") -> dict[str, str]:
-    """Returns flag -> sentence, of the weights and files that a cell still lacks."""
+def needs(row: Row, config: ConfigDict, evaluation: ConfigDict) -> list[str]:
+    """Returns a sentence for each of the weights and files that a cell still lacks."""
     from disco_jax import methods
     from disco_jax.train import experiment
 
-    missing, settings = {}, experiment.parse(config)
+    missing, settings = [], experiment.parse(config)
     if "teacher" in methods.plan(settings.method) and not config.teacher.weights:
-        teacher = row.teacher
-        text = f"{teacher.backbone} by {teacher.about}" if teacher else config.teacher.backbone
-        text = f"--teacher=WEIGHTS: a run or a checkpoint of {text}"
-        if teacher and teacher.file:
-            text += f" (published as {teacher.file})"
-        if teacher and teacher.row:
-            text += f"; `disco-jax reproduce {teacher.row}` trains it"
-        missing["--teacher"] = text + "."
+        missing.append(_teacher(row))
     reads_bags = any(config.objectives[name].weight for name in ("bags", "pseudo_labels"))
     if reads_bags and not config.bags.file:
-        missing["--config.bags.file"] = "--config.bags.file=FILE: see `disco-jax bags --help`."
-    if (
-        row.evaluation
-        and row.evaluation.config().get("distill", {}).get("weight")
-        and not classifier
-    ):
-        missing["--classifier"] = (
-            "--classifier=RUN/NAME: a linear probe of the teacher, by `disco-jax linear "
-            "--workdir TEACHER`."
+        missing.append("--config.bags.file=FILE: see `disco-jax bags --help`.")
+    distill = evaluation.get("distill", {})
+    if distill.get("weight") and not distill.teacher:
+        missing.append(
+            "--classifier=RUN/NAME: a linear probe of the teacher, by `disco-jax linear --workdir "
+            "TEACHER`."
+        )
+    labelled = evaluation.get("labelled", {})
+    if labelled.get("listed") and labelled.percent:
+        missing.append(
+            f"--labelled=FILE: SimCLR's list of {labelled.listed} images, "
+            f"imagenet_subsets/{labelled.percent:.0f}percent.txt; or --labelled=tfds."
         )
     return missing
 
 
-def show(row: Row, config: ConfigDict, classifier: str = "", topology: str = "") -> dict[str, str]:
-    """Prints the settings of a cell and what it needs; returns `needs`.
+def _teacher(row: Row) -> str:
+    """Returns the sentence about the weights of a cell's teacher."""
+    teacher = row.teacher
+    assert teacher is not None
+    text = f"--teacher=WEIGHTS: a run or a checkpoint of {teacher.backbone} by {teacher.about}"
+    text += f" (published as {teacher.file})" if teacher.file else ""
+    return text + (f"; `disco-jax reproduce {teacher.row}` trains it." if teacher.row else ".")
+
+
+def show(row: Row, config: ConfigDict, evaluation: ConfigDict, topology: str = "") -> None:
+    """Prints the settings of a cell and what it needs.
 
     Args:
       row: the cell.
       config: its config.
-      classifier: see `run`.
+      evaluation: see `evaluation_of`.
       topology: a TPU slice for which the step is compiled to estimate the hours, e.g. "v5e:2x4".
     """
     print("\n".join([row.id, *catalogue.settings(row)]))
-    missing = needs(row, config, classifier)
-    print("\n".join(f"needs: {text}" for text in missing.values()) or "needs: nothing more")
+    missing = needs(row, config, evaluation)
+    print("\n".join(f"needs: {text}" for text in missing) or "needs: nothing more")
     print(f"config: {config.to_json_best_effort(indent=2, sort_keys=True)}")
     if topology:
-        from disco_jax.commands import plan
+        import jax
 
+        jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs runs on the CPU
         config = config.copy_and_resolve_references()
         config.teacher.weights = config.teacher.weights or "random"
-        plan.run(config, topology)
-    return missing
+        main_of_tasks.module("plan").run(config, topology)
 
 
 def _check_runs(row: Row) -> None:

@@ -9,7 +9,7 @@ import helpers
 from disco_jax import flags, main, models
 from disco_jax.commands import linear, reproduce
 from disco_jax.evaluate import saved
-from disco_jax.report import rows
+from disco_jax.report import paper, rows
 from disco_jax.train import teacher
 from disco_jax.workflows import pretrain
 
@@ -46,6 +46,7 @@ def test_tables_and_cells_are_listed_with_their_states(capsys):
         (("disco/figure1/plot", "--dry-run"), "is drawn from other cells (runs of disco/table1)"),
         ((CELL, "--workdir=W"), "--teacher=WEIGHTS: a run or a checkpoint of resnet50 by MoCo-v2"),
         ((CELL, "--workdir=W"), "`disco-jax reproduce disco/teachers/resnet50` trains it"),
+        (("retro/table2/resnet18/moco_v2_none/10", "--workdir=W"), "list of 128116 images"),
         (("disco/table2/resnet18/kd", "--workdir=W"), "--classifier=RUN/NAME"),
         (("seed/table4/resnet18/kmeans_4096", "--workdir=W"), "--config.bags.file=FILE"),
         ((CELL, "--workdir=W", "--config.student.backbone=resnet34"), "is of resnet18"),
@@ -68,6 +69,18 @@ def test_a_dry_run_prints_settings_and_needs(capsys):
     assert (config["data"]["dir"], config["total_epochs"]) == ("gs://bucket", 200)
     _, out, _ = call(capsys, CELL, "--dry-run", "--teacher=runs/mine")
     assert "needs: nothing more" in out and '"weights": "runs/mine"' in out
+
+
+def test_cells_with_few_labels_read_the_papers_list():
+    row = rows.find("retro/table2/resnet18/moco_v2_none/10")
+    listed = reproduce.evaluation_of(row, labelled="10percent.txt")
+    assert (listed.data.subset, listed.labelled.percent, listed.labelled.listed) == (
+        "10percent.txt", 0.0, 128_116,
+    )  # fmt: skip
+    tfds = reproduce.evaluation_of(row, labelled="tfds")
+    assert (tfds.data.name, tfds.data.subset) == ("imagenet2012_subset/10pct", "")
+    expected = paper.evaluation_fields(row.evaluation.config(), paper=True)
+    assert paper.evaluation_fields(listed) == paper.evaluation_fields(tfds) == expected
 
 
 @pytest.mark.wiring  # compares which parts run, not scores
@@ -103,6 +116,6 @@ def test_the_papers_experiment_is_compared_with_its_value(capsys, monkeypatch, t
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
     (tmp_path / "linear_disco.json").write_text(json.dumps(result))
     monkeypatch.setattr(pretrain, "run", lambda *_: None)
-    summary = reproduce.run(row, config, str(tmp_path))
+    summary = reproduce.run(row, config, reproduce.evaluation_of(row), str(tmp_path))
     assert summary == {"row": CELL, "top1": 59.5, "printed": 60.6}
     assert f"{CELL}: top-1 59.50, printed 60.6 / 83.7\n" == capsys.readouterr().out
