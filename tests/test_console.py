@@ -155,7 +155,10 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
 
     score = "--workdir=run", "--config.report=false"
     assert "kNN (weighted, k = 20" in call("knn", *score)[0]
-    assert "Linear probe: top-1" in call("linear", *score, "--config.total_epochs=2")[0]
+    assert (
+        "Linear probe on cached features: top-1"
+        in call("linear", *score, "--config.total_epochs=2")[0]
+    )
     assert "Report: run/report.html" in call("report", "--workdir=run")[0]
     assert set(contents(run)) >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints",
