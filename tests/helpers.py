@@ -286,6 +286,12 @@ def only_cropped(config):
     return config
 
 
+def only_flipped(config):
+    """Disables photometric augmentation except flips, which show whether draws are the same."""
+    only_cropped(config).augment.flip_prob = 0.5
+    return config
+
+
 def compile_once(monkeypatch):
     """Lets all later runs reuse the first run's `Prepared`, and so its compiled step."""
     from disco_jax.tasks import pretrain

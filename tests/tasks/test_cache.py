@@ -21,6 +21,8 @@ from disco_jax.tasks.prepare import prepare
 from disco_jax.train import step, teacher
 from disco_jax.train.state import replicate
 
+pytestmark = pytest.mark.wiring  # compares cached outputs with live ones
+
 STEPS = 5  # per epoch: 1437 images in batches of 256
 
 
@@ -46,7 +48,7 @@ def config_of(recipe="disco", **changes):
     }
     if "objectives.contrast.queue_size" not in fields:
         fields["objectives.contrast.queue_size"] = 512
-    return helpers.smoke_config(recipe, **fields)
+    return helpers.only_flipped(helpers.smoke_config(recipe, **fields))
 
 
 def losses(folder, name="loss"):
