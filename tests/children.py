@@ -60,8 +60,8 @@ class Child:
         return (self._folder / "output").read_text(errors="replace")
 
 
-def start(function, *words, **variables):
-    """Starts a child that calls "module:function" with `words` as its arguments.
+def start(function, *words, cwd=".", **variables):
+    """Starts a child that calls "module:function" in `cwd` with `words` as its arguments.
 
     Its environment is this process's with `variables`; None removes one.
     """
@@ -72,6 +72,7 @@ def start(function, *words, **variables):
         "words": [str(word) for word in words],
         "environment": {name: x for name, x in environment.items() if x is not None},
         "folder": str(folder),
+        "cwd": str(pathlib.Path(cwd).absolute()),
     }
     parent = _parent()
     parent.stdin.write(json.dumps(request) + "\n")
@@ -129,6 +130,7 @@ def _wait_for_child(request):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = [request["function"], *request["words"]]

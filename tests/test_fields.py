@@ -1,13 +1,19 @@
 """Tests of field rules: a command with any value ends in a run or in one short message."""
 
+import functools
+
 import numpy as np
 import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
 import helpers
 from disco_jax import errors, fields, flags, main
 from disco_jax.configs import common
+from disco_jax.models import encoder
 from disco_jax.nested import flatten
 from disco_jax.tasks import pretrain
+from disco_jax.train import state
 
 MOST_CHARACTERS = 700  # longest message about one mistake
 # Values that a user may pass to a field of each type: other types, and extreme values.
@@ -32,15 +38,32 @@ COMMAND = (
 )  # fmt: skip
 
 
+# Functions whose outputs depend on their arguments alone.
+SHARED = (encoder.Encoder, "create"), (state, "_output_shape"), (flags, "recipes")
+
+
 class Reached(Exception):
     """Raised after all checks, before the run writes files and compiles."""
 
     exit_code = 0
 
 
+def set_default(flag, config):
+    absl_flags.Flag._set_default(flag, config)
+    flag.default_as_str = ""
+
+
 @pytest.fixture
 def command(tmp_path, capsys, monkeypatch):
-    """A function that runs `disco-jax pretrain` up to its first write: (exit code, message)."""
+    """A function that runs `disco-jax pretrain` up to its first write: (exit code, message).
+
+    Its calls share what equal networks have in common, and skip the text of the config that absl
+    writes for its own --help, which would take two thirds of the time.
+    """
+    for owner, name in SHARED:
+        monkeypatch.setattr(owner, name, functools.cache(getattr(owner, name)))
+    monkeypatch.setattr(config_flags._ConfigFlag, "_get_parsed_value_as_string", lambda *_: "")
+    monkeypatch.setattr(config_flags._ConfigFlag, "_set_default", set_default)
     np.savez(tmp_path / "digits.npz", **helpers.digits())
     monkeypatch.chdir(tmp_path)
 
