@@ -30,7 +30,7 @@ VALUES = {
 }  # fmt: skip
 PRETRAINING = flatten(common.pretrain())
 # Recipes of evaluations. The recipe of the demo contains three pretraining configs.
-OTHERS = [n for n in flags.recipes() if "objectives" not in str(flags.load(n))]
+OTHERS = [n for n in flags.recipes() if not any("objectives" in f for f in flatten(flags.load(n)))]
 SWEEPS = list(flags.recipes("sweeps"))
 COMMAND = (
     "--config=disco:student=tiny,teacher=tiny,data=digits,smoke=true",
