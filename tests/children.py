@@ -95,8 +95,14 @@ def _parent():
         [sys.executable, __file__],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    atexit.register(parent.communicate)
+    atexit.register(_stop, parent)
     return parent
+
+
+def _stop(parent):
+    parent.stdin.close()
+    parent.wait()
+    _folder().cleanup()
 
 
 def serve():
