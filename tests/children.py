@@ -53,7 +53,7 @@ class Child:
             if time.monotonic() > latest:
                 os.kill(self.pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(str(self.pid), timeout, self._output())
-            time.sleep(0.02)
+            time.sleep(0.05)
         return self._output(), None
 
     def _output(self):

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 from absl import flags as absl_flags
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 import helpers
 from disco_jax import errors, fields, flags, main
