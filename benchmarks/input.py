@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from disco_jax.data import decode, folders, presets, sources, views
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.crops import boxes, uniforms
 
 SIZE, BATCH = 224, 32

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax.ops.losses import info_nce, l2_normalize
+from disco_jax.ops.losses import info_nce
+from disco_jax.ops.vectors import l2_normalize
 
 SIZES = (65_536, 262_144, 1_048_576)
 BATCH, DIM, TEMPERATURE = 32, 128, 0.2

@@ -14,7 +14,7 @@ from jax import Array
 from disco_jax import models
 from disco_jax.ops import augment
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 
 TAPS = 11  # of the blur, on each side of a pixel
 

@@ -33,5 +33,5 @@ __all__ = ["__version__", *TASKS]
 
 def __getattr__(name: str):
     if name in TASKS:
-        return importlib.import_module(f"disco_jax.tasks.{name}").run
+        return importlib.import_module(f"disco_jax.commands.{name}").run
     raise AttributeError(f"module 'disco_jax' has no attribute {name!r}")

@@ -222,7 +222,9 @@ RULES = {
     "flip_prob": SHARE,
     # Networks.
     "backbone": BACKBONE,
-    **dict.fromkeys(("student.stem", "teacher.stem"), one_of("", "models.backbones.base:STEMS")),
+    **dict.fromkeys(
+        ("student.stem", "teacher.stem"), one_of("", "models.backbones.backbone:STEMS")
+    ),
     "head": one_of("auto", "models:HEADS"),
     "norm": one_of("models.layers.norm:MODES"),
     "width": whole(0, 4096),
@@ -263,7 +265,7 @@ RULES = {
     "keys_from": one_of("methods.base:NETWORKS"),
     "queue_size": whole(0, 2**28),
     "queue_init": one_of("teacher", "random"),
-    "objectives.distill.reduction": one_of("methods.distill:REDUCTIONS"),
+    "objectives.distill.reduction": one_of("methods.regression:REDUCTIONS"),
     "teacher_output": one_of("methods.base:OUTPUTS"),
     "attention.layers": one_of("methods.attention:LAYERS"),
     "attention.resize": one_of("methods.attention:RESIZES"),
@@ -303,7 +305,7 @@ RULES = {
     "blocks": whole(1, 64),
     "vote": one_of("evaluate.knn:VOTES"),
     "layers": one_of("evaluate.online:LAYERS"),
-    "augment": one_of("tasks.linear:AUGMENT"),
+    "augment": one_of("commands.linear:AUGMENT"),
     "init": one_of("evaluate.classifier:INITS"),
     "distill.reduction": one_of("evaluate.classifier:REDUCTIONS"),
     **dict.fromkeys(("percent", "held_out_percent"), PERCENT),
@@ -313,7 +315,7 @@ RULES = {
     **dict.fromkeys(("log_every_epochs", "checkpoint_every_epochs"), SOME_EPOCHS),
     "evaluate_every_epochs": EPOCHS,
     "shots": several(COUNT, 1),
-    "kind": one_of("tasks.bags:KINDS"),
+    "kind": one_of("commands.bags:KINDS"),
     **dict.fromkeys(("neighbours", "clusters", "repeats", "joint"), COUNT),
     "size": whole(0, 4096),
     **dict.fromkeys(("num_classes", "images_per_class"), COUNT),

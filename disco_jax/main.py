@@ -1,6 +1,6 @@
 """Entry point of the command line, `disco-jax TASK [flags]`: parses flags and calls one task.
 
-A task is a module in `tasks/` with a `run` function and an entry in `TASKS`.
+A task is a module in `commands/` with a `run` function and an entry in `TASKS`.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ class Task(NamedTuple):
       help: one line for `disco-jax --help`.
       config: the default of --config; "" if the flag is required; None if the task parses its
         flags itself.
-      module: name of the module in `tasks/`; "" for the task's name.
+      module: name of the module in `commands/`; "" for the task's name.
       flags: names of `flags.FURTHER`, passed to the task's `run` as keyword arguments.
-      check: name of a module in `tasks/` whose `check` records mistakes in the config.
+      check: name of a module in `commands/` whose `check` records mistakes in the config.
     """
 
     help: str
@@ -44,7 +44,7 @@ TASKS = {
         "pretrain or distil a student with any method, from one config",
         "",
         flags=("profile", "allow_change"),
-        check="prepare",
+        check="pretrain",
     ),
     "distill": Task("distil a student from your images and a teacher, with good defaults", None),
     "sweep": Task("train and score many runs from one config, and write their table", None),
@@ -217,14 +217,14 @@ def _start(name: str, argv: Sequence[str]) -> None:
     if name not in TASKS:
         raise errors.unknown("The task", name, TASKS)
     task = TASKS[name]
-    module = f"disco_jax.tasks.{task.module or name}"
+    module = f"disco_jax.commands.{task.module or name}"
     if task.config is None:
         importlib.import_module(module).main(argv)
         return
     from disco_jax import flags
 
     def check(config: Any, problems: errors.Problems) -> None:
-        importlib.import_module(f"disco_jax.tasks.{task.check}").check(config, problems)
+        importlib.import_module(f"disco_jax.commands.{task.check}").check(config, problems)
 
     values = flags.parse(
         name,

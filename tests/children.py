@@ -22,9 +22,9 @@ TESTS = pathlib.Path(__file__).parent
 FOLDERS = TESTS, TESTS / "parity", *(TESTS / name for name in ("evaluate", "run", "train"))
 PRELOADED = (
     "helpers",
-    "disco_jax.tasks.pretrain",
-    "disco_jax.tasks.knn",
-    "disco_jax.tasks.linear",
+    "disco_jax.workflows.pretrain",
+    "disco_jax.commands.knn",
+    "disco_jax.commands.linear",
 )
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import reference_weights
 from disco_jax import errors, flags, models
-from disco_jax.models.backbones.base import Backbone
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
@@ -300,7 +300,7 @@ def only_flipped(config):
 
 def compile_once(monkeypatch):
     """Lets all later runs reuse the first run's `Prepared`, and so its compiled step."""
-    from disco_jax.tasks import pretrain
+    from disco_jax.workflows import pretrain
 
     cache, prepare = [], pretrain.prepare
 

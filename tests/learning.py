@@ -20,13 +20,14 @@ import jax.numpy as jnp
 
 import helpers
 from disco_jax import flags
+from disco_jax.commands import bags
 from disco_jax.configs import demo
 from disco_jax.data.arrays import ArraySource
-from disco_jax.evaluate import features
+from disco_jax.evaluate import features, probe
 from disco_jax.evaluate.knn import leave_one_out
 from disco_jax.methods import swapped
-from disco_jax.tasks import bags, knn, pretrain
 from disco_jax.train import learner, step
+from disco_jax.workflows import pretrain
 
 EPOCHS = {
     "simreg": 40,
@@ -159,7 +160,7 @@ def scores_of(trained, source):
         features.of_split(trained, source, split, 256, ("features",)) for split in ("train", "test")
     ]
     left_out_top1 = leave_one_out(splits[0].features, splits[0].labels, 20)
-    return knn.accuracy(flags.load("knn"), *splits)["top1"], left_out_top1
+    return probe.knn_probe(flags.load("knn"), *splits)["top1"], left_out_top1
 
 
 def main(folder, name, variant, source):

@@ -1,7 +1,7 @@
 """Runs the command blocks of README.md and docs/*.md, on small networks and few images.
 
 `small` replaces arguments that would take hours or need networks or data sets that are missing
-here. Not run are `plan`, which is tested with the TPU compiler in tests/tasks/test_plan.py, and
+here. Not run are `plan`, which is tested with the TPU compiler in tests/commands/test_plan.py, and
 programs other than `disco-jax`. A pretraining that differs from an earlier one only in names of
 directories is not repeated; its run directory is copied.
 """
@@ -18,10 +18,10 @@ from test_docs import PAGES, commands
 
 import helpers
 from disco_jax import flags, main, models
+from disco_jax.commands import importing, linear
+from disco_jax.commands import list as listing
 from disco_jax.convert import save
 from disco_jax.plan import budget
-from disco_jax.tasks import importing, linear
-from disco_jax.tasks import list as listing
 
 BLOCKS = [
     (path, number, block)

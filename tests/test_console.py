@@ -1,6 +1,6 @@
 """Tests of the console script in child processes: environment, streams, exit codes, files.
 
-Parsing of command lines is tested in this process, in `tasks/test_cli.py`.
+Parsing of command lines is tested in this process, in `commands/test_cli.py`.
 """
 
 import json

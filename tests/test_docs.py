@@ -10,10 +10,11 @@ import pytest
 
 import disco_jax
 import helpers
-from disco_jax import convert, errors, flags, main, models
+from disco_jax import arguments, convert, errors, flags, main, models
+from disco_jax.commands import distill
+from disco_jax.commands import list as listing
 from disco_jax.nested import flatten
-from disco_jax.tasks import arguments, distill, settings
-from disco_jax.tasks import list as listing
+from disco_jax.report import settings_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,7 +119,7 @@ def test_links_lead_to_files():
 
 
 def test_the_settings_page_is_what_the_configs_say():
-    text = settings.markdown()
+    text = settings_page.markdown()
     stored = (ROOT / "docs" / "settings.md").read_text()
     assert stored == text, "disco-jax list --settings > docs/settings.md"
     rows = set(re.findall(r"^\| `([\w.]+)` \|", text, re.M))
@@ -128,14 +129,14 @@ def test_the_settings_page_is_what_the_configs_say():
 
 
 def test_settings_take_the_comments_beside_and_above_them():
-    notes = settings.comments()
+    notes = settings_page.comments()
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
     assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
     assert notes["pretrain"]["monitor"].startswith("kNN accuracy during training")
     assert "augment.count" not in notes["pretrain"]
     assert notes["classification"]["layers"] == "classifier | all"
-    page = settings.markdown()
+    page = settings_page.markdown()
     assert "| `objectives.contrast.keys_from` | `'momentum'` | the network that encodes" in page
 
 
@@ -163,7 +164,8 @@ def drawn():
 @pytest.mark.wiring  # names of files alone are compared
 def test_a_run_directory_is_as_it_is_drawn(tmp_path, monkeypatch):
     """Compares the files of a run and its evaluations with the tree."""
-    from disco_jax.tasks import knn, linear, pretrain
+    from disco_jax.commands import knn, linear
+    from disco_jax.workflows import pretrain
 
     digits = helpers.digits()
     few = {key: value[: 128 if key.startswith("train") else 40] for key, value in digits.items()}

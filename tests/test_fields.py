@@ -12,8 +12,8 @@ from disco_jax import errors, fields, flags, main
 from disco_jax.configs import common
 from disco_jax.models import encoder
 from disco_jax.nested import flatten
-from disco_jax.tasks import pretrain
 from disco_jax.train import state
+from disco_jax.workflows import pretrain
 
 MOST_CHARACTERS = 700  # longest message about one mistake
 # Values that a user may pass to a field of each type: other types, and extreme values.

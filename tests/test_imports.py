@@ -1,6 +1,7 @@
-"""Checks the direction of imports between packages, and that TensorFlow is imported lazily."""
+"""Checks the direction and depth of imports, and that TensorFlow is imported lazily."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -8,10 +9,20 @@ import pytest
 import disco_jax
 
 PACKAGE = pathlib.Path(disco_jax.__file__).parent
-ORDER = ["ops", "models", "methods", "train", "evaluate", "plan", "report", "sweeps", "tasks"]
+ORDER = [
+    "ops", "models", "methods", "train", "evaluate", "plan", "report", "workflows", "sweeps",
+    "commands",
+]  # fmt: skip
 # Packages outside this order, with the packages that they may import.
 BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(("disco_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in FILES
+}
+MAX_DEPTH = 12  # files in the longest chain of imports at the top of files
 
 
 def imports(path, *, top_level_only=False):
@@ -43,6 +54,34 @@ def test_no_arrow_points_up(path):
             assert not used & set(BESIDE)
     elif folder in BESIDE:
         assert used <= BESIDE[folder]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "commands").glob("*.py")), ids=lambda p: p.name)
+def test_no_command_imports_another(path):
+    assert not {name for name in imports(path) if name.startswith("disco_jax.commands")}
+
+
+def imported_modules(module):
+    """Returns the modules of this package that a module imports at the top of its file."""
+    names = set()
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            paths = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {path if path in MODULES else node.module for path in paths}
+    return (names & MODULES.keys()) - {module}
+
+
+@functools.cache
+def chain(module):
+    """Returns the longest chain of imports that starts at a module, the module first."""
+    return [module, *max(map(chain, imported_modules(module)), key=len, default=[])]
+
+
+def test_chains_of_imports_are_short():
+    longest = max(map(chain, MODULES), key=len)
+    assert len(longest) <= MAX_DEPTH, " <- ".join(longest)
 
 
 def test_ops_import_jax_and_chex_alone():

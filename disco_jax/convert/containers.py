@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from disco_jax import errors
+from disco_jax.convert.layouts import networks
 from disco_jax.convert.rebuild import Stub
-from disco_jax.convert.recognise import networks
 from disco_jax.convert.text import listed, shown
 from disco_jax.errors import UserError
 

@@ -9,10 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
 
-from disco_jax import models
 from disco_jax.convert.names import ModuleMap
 
 State = Mapping[str, np.ndarray]
@@ -97,17 +95,6 @@ class Family:
     refused: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     priority: int = 0
     translate: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
-
-
-def variants(cls: type[nn.Module], **fields: Any) -> list[str]:
-    """Returns the backbones of a class whose networks have these fields, in table order."""
-    names = []
-    for name, (kind, variant) in models.BACKBONES.items():
-        if kind is cls:
-            network = kind(**variant)
-            if all(getattr(network, field) == value for field, value in fields.items()):
-                names.append(name)
-    return names
 
 
 def count_children(state: Iterable[str], root: str) -> int:

@@ -7,9 +7,11 @@ import ml_dtypes
 import numpy as np
 
 import disco_jax.convert.heads as heads
+from disco_jax.convert.family import State
+from disco_jax.convert.keys import is_allowed, serves_training
+from disco_jax.convert.name_table import entries
 from disco_jax.convert.names import ParamMap
-from disco_jax.convert.recognise import Recognised, State, is_allowed, serves_training
-from disco_jax.convert.table import entries
+from disco_jax.convert.network import Recognised
 from disco_jax.convert.text import listed, shown
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Encoder, Variables

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from disco_jax.convert.family import State
+from disco_jax.convert.network import Head
 from disco_jax.models.heads import VARIANTS
-
-State = Mapping[str, np.ndarray]
 
 # Names of heads, relative to the network's prefix. Projectors precede names that may also be
 # classifiers.
@@ -34,27 +34,6 @@ _CLASSIFIER_ROOTS = ("fc", "classifier", "head", "head.fc")
 _WIDTH_MULTIPLE = 32
 # Kinds of layers: linear, BatchNorm, any other.
 _LINEAR, _NORM, _OTHER = "LN?"
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A projection head in a state dict.
-
-    Attributes:
-      root: the start of its keys, relative to the network's prefix.
-      linear: the names of its linear layers relative to the root, in order; ("",) for a single one.
-      norm: the names of its BatchNorm layers.
-      prototypes: the names of the prototype layers, relative to the network's prefix.
-      order: one letter per layer, in order: L linear, N BatchNorm, ? any other.
-      classifiers: the starts of the keys of classifiers, relative to the network's prefix.
-    """
-
-    root: str = ""
-    linear: tuple[str, ...] = ()
-    norm: tuple[str, ...] = ()
-    prototypes: tuple[str, ...] = ()
-    order: str = ""
-    classifiers: tuple[str, ...] = ()
 
 
 def find(network: State, backbone: str = "", own: Sequence[str] = ()) -> Head:

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 
 import disco_jax.convert.containers as containers
 import disco_jax.convert.safetensors_file as safetensors_file
-import disco_jax.convert.shards as shards
+import disco_jax.convert.sharded_weights as sharded_weights
 from disco_jax import models
 from disco_jax.convert.backbones import FAMILIES
+from disco_jax.convert.family import State
 from disco_jax.convert.fill import SIDE, check_numbers, fill
 from disco_jax.convert.pickles import read as read_pickle
-from disco_jax.convert.recognise import State, recognise
-from disco_jax.convert.shards import locate
+from disco_jax.convert.recognise import recognise
+from disco_jax.convert.sharded_weights import locate
 from disco_jax.convert.text import shown
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Encoder, Variables
@@ -164,12 +165,12 @@ def read(path: str, entry: str = "") -> tuple[dict[str, np.ndarray], str]:
         )
     if not file.is_file():
         raise UserError(f"{path} is not a regular file.")
-    if file.suffix != ".safetensors" and not shards.is_index(file):
+    if file.suffix != ".safetensors" and not sharded_weights.is_index(file):
         return containers.find(read_pickle(file), str(path), entry)
     if entry:
         raise UserError(f"{path} has no entries: leave out --entry={shown(entry)}.")
-    if shards.is_index(file):
-        return shards.read(file, lambda part: containers.arrays_of(read_pickle(part))), ""
+    if sharded_weights.is_index(file):
+        return sharded_weights.read(file, lambda part: containers.arrays_of(read_pickle(part))), ""
     return safetensors_file.read(file), ""
 
 
@@ -179,7 +180,7 @@ def size_and_digest(path: str) -> tuple[int, str]:
     For an index, both cover the index and the files that it lists, in order.
     """
     size, digest = 0, hashlib.sha256()
-    for part in shards.files(locate(epath.Path(path))):
+    for part in sharded_weights.files(locate(epath.Path(path))):
         with part.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)

@@ -1,38 +1,19 @@
 """Recognises the network in a state dict: its prefix, family, architecture and head."""
 
-import dataclasses
-import fnmatch
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 import disco_jax.convert.heads as heads
-from disco_jax import errors, models
+from disco_jax import errors
 from disco_jax.convert.backbones import FAMILIES as BACKBONE_FAMILIES
 from disco_jax.convert.backbones import LAYOUTS
 from disco_jax.convert.family import Layout, State
-from disco_jax.convert.heads import Head
+from disco_jax.convert.keys import entries_under, is_allowed
+from disco_jax.convert.layouts import layout_at, networks
+from disco_jax.convert.network import Head, Prefix, Recognised
 from disco_jax.convert.text import listed, shown
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """The prefixes of one network's keys in a state dict.
-
-    Attributes:
-      root: of all its keys.
-      backbone: of the backbone's keys, relative to `root`.
-      head: of the head's keys if they are not under `root` (SimReg's predictor).
-      family: the only family that uses these prefixes; "": several do.
-    """
-
-    root: str
-    backbone: str = ""
-    head: str = ""
-    family: str = ""
-
+from disco_jax.models.backbones import BACKBONES
 
 # In search order: the main network of a training checkpoint precedes its copies, and a prefix that
 # contains another precedes it. Matched from the start of the key, so that
@@ -54,12 +35,6 @@ PREFIXES = (
 )
 # Modules that hold copies of the network, such as momentum encoders.
 _COPIES = re.compile(r"momentum|ema(_|$)|(^|_)(target|k|key)(_|$)")
-# Modules beside a network, or in it, that only training needs: copies, predictors, online
-# classifiers, memories, losses (Barlow Twins' starts with a BatchNorm).
-_TRAINING_MODULES = re.compile(
-    r"bn|(\w+_)?(momentum|ema|target|teacher|student|online|predictor|prediction_head|encoder_[qk]"
-    r"|criterion|loss\w*|queue\w*|memory\w*|metrics?|data_preprocessor|normalizer)(_\w+)?"
-)
 # Families of checkpoints: the code bases that write them.
 FAMILIES = (
     "moco_v1",
@@ -86,13 +61,6 @@ FAMILIES = (
     "torchvision",
     "timm",
 )
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Input normalisation of the families that do not use ImageNet's.
-_NORMALISATION = {
-    "swav": (IMAGENET_MEAN, (0.228, 0.224, 0.225)),
-    "deepcluster_v2": (IMAGENET_MEAN, (0.228, 0.224, 0.225)),
-    "simclr": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
 # Other names of architectures.
 _ALIASES = {alias: name for family in BACKBONE_FAMILIES for alias, name in family.aliases.items()}
 # Backbone -> the one of equal shapes that `recognise` returns unless `arch` says otherwise.
@@ -118,30 +86,6 @@ _FAMILY_ALIASES = {
     "mmselfsup": "openmmlab",
     "mmpretrain": "openmmlab",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Recognised:
-    """A recognised network in a state dict.
-
-    Attributes:
-      family: one of `FAMILIES`.
-      prefix: of its keys.
-      layout: of its backbone's keys.
-      head: the names of its head's layers.
-      spec: the config fields that describe the network.
-    """
-
-    family: str
-    prefix: Prefix
-    layout: Layout
-    head: Head
-    spec: dict[str, Any]
-
-    @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel for images in [0, 1]."""
-        return _NORMALISATION.get(self.family, (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def recognise(
@@ -183,52 +127,10 @@ def recognise(
     return Recognised(family, where, layout, head, {**spec, **head_spec})
 
 
-def entries_under(state: State, prefix: str) -> dict[str, np.ndarray]:
-    """Returns the entries under `prefix`, which is removed, without BatchNorm's step counters."""
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix) and not key.endswith("num_batches_tracked")
-    }
-
-
-def networks(state: State) -> dict[str, str]:
-    """Returns prefix -> layout name of every network in a state dict, copies included."""
-    layouts: dict[str, str] = {}
-    for layout in LAYOUTS:
-        first = layout.signature[0]
-        for key in state:
-            if key == first or key.endswith("." + first):
-                prefix = key.removesuffix(first)
-                outer = prefix.removesuffix("encoder.")  # SSLight's layout contains Lightly's
-                if layouts.keys() & {prefix, outer}:
-                    continue
-                if _has_signature(state, prefix, layout):
-                    layouts[prefix] = layout.name
-    return layouts
-
-
-def serves_training(name: str) -> bool:
-    """Returns whether a module beside a network is known to serve only its training."""
-    return _TRAINING_MODULES.fullmatch(name) is not None
-
-
-def _layout(state: State, prefix: str) -> Layout | None:
-    return next((layout for layout in LAYOUTS if _has_signature(state, prefix, layout)), None)
-
-
-def _has_signature(state: State, prefix: str, layout: Layout) -> bool:
-    """Returns whether a layout's signature is present and starts with a convolution's weight."""
-    first = state.get(prefix + layout.signature[0])
-    if first is None or first.ndim != 4 or not first.size:
-        return False
-    return all(prefix + key in state for key in layout.signature)
-
-
 def _find_network(state: State, source: str, prefix: str | None) -> tuple[Prefix, Layout]:
     inside = ("backbone.", "net.", "")
     for where in PREFIXES if prefix is None else [Prefix(prefix, inner) for inner in inside]:
-        layout = _layout(state, where.root + where.backbone)
+        layout = layout_at(state, where.root + where.backbone)
         if layout:
             return where, layout
     layouts = networks(state)
@@ -236,7 +138,7 @@ def _find_network(state: State, source: str, prefix: str | None) -> tuple[Prefix
     main = main or [*layouts]
     if prefix is None and len(main) == 1:
         (only,) = main
-        layout = _layout(state, only)
+        layout = layout_at(state, only)
         assert layout is not None  # `networks` found it
         outer = only.removesuffix("backbone.")
         return Prefix(outer, only.removeprefix(outer)), layout
@@ -264,7 +166,7 @@ def _describe(state: State, layout: Layout, source: str) -> tuple[Layout, dict[s
             return candidate, {"width": 0, "stem": "", "grid": 0, **spec}
     raise errors.UserError(
         f"{source} holds a backbone in the layout {layout.name} that is none of "
-        f"{', '.join(models.BACKBONES)}."
+        f"{', '.join(BACKBONES)}."
     )
 
 
@@ -310,8 +212,8 @@ def _check_arch(arch: str, recognised: str, source: str) -> dict[str, str]:
         return {}
     name = arch.lower().replace("-", "_").removesuffix("_224").replace("_patch", "_p")
     name = _ALIASES.get(name, name)
-    if name not in models.BACKBONES:
-        raise errors.unknown("arch", arch, models.BACKBONES)
+    if name not in BACKBONES:
+        raise errors.unknown("arch", arch, BACKBONES)
     # Variants of one architecture differ in names, padding and epsilon, not in shapes.
     base = _VARIANT_OF.get(recognised, recognised)
     if _VARIANT_OF.get(name, name) != base:
@@ -357,8 +259,3 @@ def _leave_out(
         f"{source} has a head, {pattern}, that {reason}: leave it out with --allow '{pattern}' "
         "(an option of disco-jax import)."
     )
-
-
-def is_allowed(key: str, allow: Sequence[str]) -> bool:
-    """Returns whether a key matches one of several patterns."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in allow)

@@ -9,11 +9,11 @@ import numpy as np
 from etils import epath
 
 from disco_jax import errors
-from disco_jax.convert import pickles, table
+from disco_jax.convert import name_table, pickles
 from disco_jax.convert.backbones import FAMILIES
 from disco_jax.convert.family import Export
-from disco_jax.convert.heads import Head, is_class_count
-from disco_jax.convert.recognise import Prefix
+from disco_jax.convert.heads import is_class_count
+from disco_jax.convert.network import Head, Prefix
 from disco_jax.errors import UserError
 from disco_jax.files import whole
 from disco_jax.models import find
@@ -118,7 +118,7 @@ def _head(encoder: Encoder, export: Export) -> Head:
     """Returns the head's layers as a sequence under the name of the classifier."""
     if encoder.adapter is not None:
         raise UserError("A state dict cannot hold a head behind an adapter: leave out --with-head.")
-    linear, norm = table.head_layers(encoder)
+    linear, norm = name_table.head_layers(encoder)
     if not linear:
         return Head(prototypes=_prototypes(encoder))
     if isinstance(encoder.head, RegressionHead):
@@ -162,7 +162,7 @@ def _arrays(
     encoder: Encoder, variables: Variables, export: Export, prefix: Prefix, head: Head
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     arrays = {}
-    for entry in table.entries(encoder, export.modules, prefix, head):
+    for entry in name_table.entries(encoder, export.modules, prefix, head):
         value: Any = variables
         for part in entry.flax:
             value = value.get(part) if isinstance(value, Mapping) else None

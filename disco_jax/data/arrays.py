@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.data import base
+from disco_jax.data import contract
 from disco_jax.data.crops import boxes, uniforms
 from disco_jax.data.decode import evaluated, resize
 from disco_jax.data.encoded import check_crops
@@ -28,7 +28,7 @@ Images = np.ndarray | Sequence[np.ndarray]
 
 
 class ArraySource:
-    """A `base.Source` over arrays in memory."""
+    """A `contract.Source` over arrays in memory."""
 
     def __init__(
         self,
@@ -110,13 +110,13 @@ class ArraySource:
         return len(self._split(split)[0])
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the number of images and a checksum of all values; see `base.Source`."""
+        """Returns the number of images and a checksum of all values; see `contract.Source`."""
         images, labels = self._split(split)
         blocks = [images] if isinstance(images, np.ndarray) else images
         values = (np.ascontiguousarray(block).reshape(-1).data for block in (*blocks, labels))
         return {
             "images": len(images),
-            "pixels and labels (CRC-32)": base.checksum(
+            "pixels and labels (CRC-32)": contract.checksum(
                 memoryview(value).cast("B") for value in values
             ),
         }
@@ -140,22 +140,22 @@ class ArraySource:
         views: Mapping[int, Any],
         batch_size: int,
         seed: int,
-        start: base.Position,
+        start: contract.Position,
         max_unreadable: int,
-    ) -> base.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+    ) -> contract.Batches:
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         check_crops(views)
-        base.report_unreadable(self.name, self.unreadable, [], max_unreadable)
+        contract.report_unreadable(self.name, self.unreadable, [], max_unreadable)
         images, labels = self._split(split)
         share = len(images) // self._hosts
-        base.check_batch_size(self.name, split, share, batch_size)
+        contract.check_batch_size(self.name, split, share, batch_size)
         return self._train(images, labels, share, views, batch_size, seed, start)
 
     def _train(self, images, labels, share, views, batch_size, seed, start):
         offset = start.offset
         with _map_function(images, max(crop.size for crop in views.values())) as run:
             for epoch in itertools.count(start.epoch):
-                order = base.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
+                order = contract.shuffled_share(len(images), seed, epoch, self._host, self._hosts)
                 for first in range(offset, share - batch_size + 1, batch_size):
                     rows = order[first : first + batch_size]
                     batch_images = [images[i] for i in rows]
@@ -165,8 +165,8 @@ class ArraySource:
                         )
                         for view, crop in views.items()
                     }
-                    after = base.next_position(epoch, first + batch_size, share, batch_size)
-                    yield base.HostBatch(crops, {}, after, labels[rows], rows)
+                    after = contract.next_position(epoch, first + batch_size, share, batch_size)
+                    yield contract.HostBatch(crops, {}, after, labels[rows], rows)
                 offset = 0
 
     def evaluate(
@@ -178,16 +178,16 @@ class ArraySource:
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
-        base.check_evaluation(size, resize)
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
+        contract.check_evaluation(size, resize)
         images, labels = self._split(split)
         return self._evaluate(images, labels, size, resize, interpolation, batch_size, limit)
 
     def _evaluate(self, images, labels, size, resize, interpolation, batch_size, limit):
         first = self._host * len(images) // self._hosts
         share = (self._host + 1) * len(images) // self._hosts - first
-        last = first + base.share_of_limit(limit, share, self._host, self._hosts)
-        batches = base.evaluation_batches(len(images), limit, batch_size, self._hosts)
+        last = first + contract.share_of_limit(limit, share, self._host, self._hosts)
+        batches = contract.evaluation_batches(len(images), limit, batch_size, self._hosts)
 
         def crop_row(index):
             return evaluated(images[index], size, resize, interpolation)
@@ -199,7 +199,7 @@ class ArraySource:
                 cropped = run(crop_row, range(start, end))
                 for row, image in enumerate(cropped):
                     out[row] = image
-                yield base.padded(out, labels[start:end], batch_size)
+                yield contract.padded(out, labels[start:end], batch_size)
 
     def _split(self, split):
         if split not in self._splits:
@@ -283,9 +283,9 @@ def _labels(description: str, count: int, labels: Any) -> np.ndarray:
             f"{labels.shape}; labels must be integers, one per image."
         )
     low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= base.MAX_CLASSES:
+    if low < -1 or high >= contract.MAX_CLASSES:
         raise UserError(
             f"{description} has the label {low if low < -1 else high}; labels must lie in 0 to "
-            f"{base.MAX_CLASSES - 1}, or be -1 for unlabelled images."
+            f"{contract.MAX_CLASSES - 1}, or be -1 for unlabelled images."
         )
     return labels.astype(np.int32)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base, decode
+from disco_jax.data import contract, decode
 from disco_jax.data.arrays import crop_all
 from disco_jax.data.encoded import check_crops
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, unknown
 
 SAMPLING = ("images", "clusters")
@@ -119,7 +120,7 @@ class _Row(NamedTuple):
 
 
 class BagSource:
-    """A `base.Source` whose training batches also contain another member of each image's bag.
+    """A `contract.Source` whose training batches also contain another member of each image's bag.
 
     Everything except `train` is delegated to the wrapped source. The images of a batch are read
     when the batch is built, through `Source.take`, and are not cached, so any size of data set
@@ -128,7 +129,7 @@ class BagSource:
 
     def __init__(
         self,
-        source: base.Source,
+        source: contract.Source,
         bags: Bags,
         members: Sequence[int] = (),
         *,
@@ -167,7 +168,7 @@ class BagSource:
 
         Raises:
           UserError: the bags have another number of records than the split, or the source does
-            not support random access (see `base.Source.take`).
+            not support random access (see `contract.Source.take`).
         """
         count = self._source.count(split)
         if count != len(self._bags):
@@ -183,20 +184,20 @@ class BagSource:
         views: Mapping[int, Any],
         batch_size: int,
         seed: int,
-        start: base.Position,
+        start: contract.Position,
         max_unreadable: int,
-    ) -> base.Batches:
-        """Yields batches of random resized crops; see `base.Source`.
+    ) -> contract.Batches:
+        """Yields batches of random resized crops; see `contract.Source`.
 
         If the bags are clusters, `aux` has "cluster", i32[b].
 
         Raises:
-          UserError: see `base.Source.train` and `check`.
+          UserError: see `contract.Source.train` and `check`.
         """
         check_crops(views)
         self.check(split)
         share = len(self._bags) // self._hosts
-        base.check_batch_size(self._source.name, split, share, batch_size)
+        contract.check_batch_size(self._source.name, split, share, batch_size)
         return self._train(split, share, views, batch_size, seed, start, max_unreadable)
 
     def _train(self, split, share, views, batch_size, seed, start, limit):
@@ -213,18 +214,18 @@ class BagSource:
                     if len(rows) < batch_size:
                         break
                     any_batch = True
-                    after = base.next_position(epoch, offset, share, batch_size)
+                    after = contract.next_position(epoch, offset, share, batch_size)
                     labels = np.array([row.label for row in rows], np.int32)
                     records = np.array([row.record for row in rows], np.int64)
                     views_and_aux = self._batch(pool, views, rows, seeds, first)
-                    yield base.HostBatch(*views_and_aux, after, labels, records)
+                    yield contract.HostBatch(*views_and_aux, after, labels, records)
                 if not any_batch:  # too few readable records to fill a batch
-                    base.check_batch_size(self._source.name, split, 0, batch_size)
+                    contract.check_batch_size(self._source.name, split, 0, batch_size)
                 offset = 0
 
     def _order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns this host's records of an epoch and another member of the bag of each."""
-        generator = np.random.default_rng(base.seed_words(seed, epoch))
+        generator = np.random.default_rng(seed_words(seed, epoch))
         if self._sampling == "clusters":
             anchors = self._bags.sampled(generator)
         else:
@@ -246,7 +247,7 @@ class BagSource:
             stored = self._source.take(split, pairs.ravel().tolist())
             read = list(pool.map(_decoded, stored))
             bad = [name for name, image, _ in read if image is None]
-            base.report_unreadable(self._source.name, self._source.unreadable, bad, limit)
+            contract.report_unreadable(self._source.name, self._source.unreadable, bad, limit)
             read_pairs = zip(*[iter(read)] * pairs.shape[1], strict=True)
             for record, pair in zip(pairs[:, 0], read_pairs, strict=True):
                 if all(image is not None for _, image, _ in pair):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from disco_jax.data.base import seed_words
+from disco_jax.data.seeds import seed_words
 
 TRIES = 10
 # Uniform numbers consumed by a box, [TRIES + 2, 2]: (area, aspect) of each try, then (top, left).

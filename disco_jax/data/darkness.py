@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.data import base, decode
+from disco_jax.data import contract, decode
 from disco_jax.errors import UserError
 
 NEARLY_BLACK = 64  # of 255; warn if no image has a value this bright
 _NUM_SAMPLED = 16
 
 
-def brightest(source: base.Source, split: str, count: int = _NUM_SAMPLED) -> int | None:
+def brightest(source: contract.Source, split: str, count: int = _NUM_SAMPLED) -> int | None:
     """Returns the highest pixel value in a sample of a split, or None if all are unreadable.
 
     Args:

@@ -235,7 +235,7 @@ def crops_of(
 
 
 def evaluated(image: np.ndarray, size: int, height: int, interpolation: str) -> np.ndarray:
-    """Resizes and center-crops an image for evaluation; see `base.Source.evaluate`.
+    """Resizes and center-crops an image for evaluation; see `contract.Source.evaluate`.
 
     Equal to torchvision's Resize and CenterCrop on a PIL image.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disco_jax.data import base, decode
+from disco_jax.data import contract, decode
 from disco_jax.data.skips import Skipped, UnreadableNames
 from disco_jax.errors import unknown
 
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 
 class EncodedSource(abc.ABC):
-    """A `base.Source` whose records are encoded images."""
+    """A `contract.Source` whose records are encoded images."""
 
     name: str
     num_classes: int | None
@@ -79,7 +79,7 @@ class EncodedSource(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns a fingerprint of the images of a split; see `base.Source`."""
+        """Returns a fingerprint of the images of a split; see `contract.Source`."""
 
     @abc.abstractmethod
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
@@ -126,13 +126,13 @@ class EncodedSource(abc.ABC):
         views: Mapping[int, Any],
         batch_size: int,
         seed: int,
-        start: base.Position,
+        start: contract.Position,
         max_unreadable: int,
-    ) -> base.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+    ) -> contract.Batches:
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         check_crops(views)
         share = self.count(split) // self._hosts
-        base.check_batch_size(self.name, split, share, batch_size)
+        contract.check_batch_size(self.name, split, share, batch_size)
         return self._train(split, share, views, batch_size, seed, start, max_unreadable)
 
     def _train(self, split, share, views, batch_size, seed, start, limit):
@@ -158,12 +158,12 @@ class EncodedSource(abc.ABC):
                     stacked = {
                         view: np.stack(column) for view, column in zip(views, columns, strict=True)
                     }
-                    position = base.next_position(epoch, end, share, batch_size)
+                    position = contract.next_position(epoch, end, share, batch_size)
                     labels = np.array([record.label for record in records], np.int32)
                     rows = np.array([record.row for record in records], np.int64)
-                    yield base.HostBatch(stacked, {}, position, labels, rows)
+                    yield contract.HostBatch(stacked, {}, position, labels, rows)
                 if not any_batch:  # too few readable records to fill a batch
-                    base.check_batch_size(self.name, split, 0, batch_size)
+                    contract.check_batch_size(self.name, split, 0, batch_size)
                 offset = 0
 
     def _batches(self, split, chunk_crops, batch_size, limit):
@@ -192,8 +192,8 @@ class EncodedSource(abc.ABC):
         batch_size: int,
         limit: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
-        base.check_evaluation(size, resize)
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
+        contract.check_evaluation(size, resize)
         if interpolation not in decode.FILTERS:
             raise unknown("config.augment.interpolation", interpolation, decode.FILTERS)
         self.count(split)
@@ -203,8 +203,8 @@ class EncodedSource(abc.ABC):
         count = self.count(split)
         first = self._host * count // self._hosts
         share = (self._host + 1) * count // self._hosts - first
-        last = first + base.share_of_limit(limit, share, self._host, self._hosts)
-        batches = base.evaluation_batches(count, limit, batch_size, self._hosts)
+        last = first + contract.share_of_limit(limit, share, self._host, self._hosts)
+        batches = contract.evaluation_batches(count, limit, batch_size, self._hosts)
 
         def center_crops(chunk):
             return [_center_crop(decode.ruled(r.file, self._rules), options) for r in chunk[1]]
@@ -221,12 +221,12 @@ class EncodedSource(abc.ABC):
                 for i, (image, _) in enumerate(readable):
                     images[i] = image
                 labels = np.array([label for _, label in readable], np.int32)
-                yield base.padded(images, labels, batch_size)
+                yield contract.padded(images, labels, batch_size)
 
     def _readable_of(self, split, chunk_images):
         """Yields (image, label) of each record, or None if it cannot be decoded."""
         share = self.count(split) // self._hosts
-        limit = base.unreadable_limit(share, self._least, self._percent)
+        limit = contract.unreadable_limit(share, self._least, self._percent)
         for (_, records), images in chunk_images:
             for record, image in zip(records, images, strict=True):
                 if isinstance(image, decode.Unreadable):
@@ -237,7 +237,7 @@ class EncodedSource(abc.ABC):
 
     def _skip(self, split: str, record: Record, error: Exception, limit: int) -> None:
         name = f"{self._name(split, record.row)} ({error})"
-        base.report_unreadable(self.name, self.unreadable, [name], limit)
+        contract.report_unreadable(self.name, self.unreadable, [name], limit)
 
 
 def check_crops(views: Mapping[int, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disco_jax.data import base, decode, scan
+from disco_jax.data import contract, decode, scan
 from disco_jax.data.encoded import EncodedSource, Record
 from disco_jax.data.skips import printable
 from disco_jax.errors import UserError, unknown
@@ -24,7 +24,7 @@ class _Split(NamedTuple):
 
 
 class FolderSource(EncodedSource):
-    """A `base.Source` over the images of a folder, a pattern, a list or .tar archives."""
+    """A `contract.Source` over the images of a folder, a pattern, a list or .tar archives."""
 
     def __init__(
         self,
@@ -97,20 +97,20 @@ class FolderSource(EncodedSource):
         return len(self._split(split).files)
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the number of images and a checksum of names and sizes; see `base.Source`."""
+        """Returns the number of images and a checksum of names and sizes; see `contract.Source`."""
         files, _ = self._split(split)
         root = f"{self._root.rstrip(os.sep)}{os.sep}" if self._root else ""
         lines = (f"{_relative_name_and_size(file, root)}\n" for file in files)
         return {
             "pictures": len(files),
-            "names and sizes (CRC-32)": base.checksum(os.fsencode(text) for text in lines),
+            "names and sizes (CRC-32)": contract.checksum(os.fsencode(text) for text in lines),
         }
 
     def _stored(self, split: str, first: int, last: int) -> Iterator[Record]:
         return self._selected(split, range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterator[Record]:
-        share = base.shuffled_share(self.count(split), seed, epoch, self._host, self._hosts)
+        share = contract.shuffled_share(self.count(split), seed, epoch, self._host, self._hosts)
         return self._selected(split, share[offset:].tolist())
 
     def _selected(self, split: str, rows: Sequence[int]) -> Iterator[Record]:
@@ -154,7 +154,7 @@ def number_classes(entries: Sequence[scan.Entry]) -> tuple[dict[str, int], list[
             )
         names = sorted(listed)
         return {name: number for number, name in enumerate(names)}, names
-    limit = len(names) or base.MAX_CLASSES
+    limit = len(names) or contract.MAX_CLASSES
     for label in listed:
         if not -1 <= int(label) < limit:
             raise UserError(

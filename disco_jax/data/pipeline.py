@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from disco_jax.data import decode, lists
-from disco_jax.data.base import Source, contents
-from disco_jax.data.base import unreadable_limit as base_unreadable_limit
+from disco_jax.data.contract import Source, contents
+from disco_jax.data.contract import unreadable_limit as base_unreadable_limit
 from disco_jax.errors import UserError, unknown
 
 _LOG = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base, crops, decode
+from disco_jax.data import contract, crops, decode
 from disco_jax.data.encoded import EncodedSource, Record
 from disco_jax.data.records import Rows, tensorflow
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -92,7 +93,7 @@ def _not_prepared(name, root, names):
 
 
 class TfdsSource(EncodedSource):
-    """A `base.Source` over a prepared TFDS data set."""
+    """A `contract.Source` over a prepared TFDS data set."""
 
     def __init__(
         self,
@@ -160,16 +161,16 @@ class TfdsSource(EncodedSource):
         return self._rows_of(split).count
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns version, number of records and shard lengths; see `base.Source`."""
+        """Returns version, number of records and shard lengths; see `contract.Source`."""
         rows = self._rows_of(split)
         fingerprint = {
             "data set": str(self._builder.info.full_name),
             "records": self.count(split),
-            "lengths of shards (CRC-32)": base.checksum([rows.runs.astype("<i8").tobytes()]),
+            "lengths of shards (CRC-32)": contract.checksum([rows.runs.astype("<i8").tobytes()]),
         }
         if split in self._subset:
             names = "\n".join(sorted(self._subset[split]))
-            fingerprint["names of the subset (CRC-32)"] = base.checksum([os.fsencode(names)])
+            fingerprint["names of the subset (CRC-32)"] = contract.checksum([os.fsencode(names)])
         return fingerprint
 
     def part(self, split: str, count: int, seed: int) -> str:
@@ -208,7 +209,7 @@ class TfdsSource(EncodedSource):
             return (records[row] for row in self._order(split, seed, epoch)[offset:])
         rows = self._rows_of(split)
         if rows.random_access:
-            share = base.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
+            share = contract.shuffled_share(rows.count, seed, epoch, self._host, self._hosts)
             return rows.take(share[offset:])
         return self._stream(rows, seed, epoch, offset)
 
@@ -234,7 +235,7 @@ class TfdsSource(EncodedSource):
 
     def _order(self, split: str, seed: int, epoch: int) -> np.ndarray:
         """Returns i64[share], a permutation of the cached records for an epoch."""
-        word = base.seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
+        word = seed_words(seed, epoch, self._host)[0] >> np.uint64(1)
         return np.random.default_rng(int(word)).permutation(self._share(split))
 
     def _in_memory(self, split: str) -> bool:
@@ -292,7 +293,7 @@ class TfdsSource(EncodedSource):
                 records = next_group.result()
                 if number + 1 < len(groups):
                     next_group = reader.submit(rows.mixed, groups[number + 1])
-                shuffled = np.random.default_rng(base.seed_words(seed, epoch, self._host, number))
+                shuffled = np.random.default_rng(seed_words(seed, epoch, self._host, number))
                 order = shuffled.permutation(len(records))
                 yield from (records[i] for i in order[max(offset - int(begins[number]), 0) :])
 
@@ -305,7 +306,7 @@ class TfdsSource(EncodedSource):
         """
         share = rows.count // self._hosts
         first, last = self._host * share, (self._host + 1) * share
-        files = np.random.default_rng(base.seed_words(seed, epoch)).permutation(len(rows.runs))
+        files = np.random.default_rng(seed_words(seed, epoch)).permutation(len(rows.runs))
         group, num_records, position = [], 0, 0
         for start, end in rows.runs[files].tolist():
             low, high = max(first - position, 0), min(last - position, end - start)
@@ -348,11 +349,11 @@ class TfdsSource(EncodedSource):
                     )
                     for view, crop in views.items()
                 }
-                after = base.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
+                after = contract.next_position(epoch, int(batch[-1]) + 1, share, batch_size)
                 rows = self._host * share + order[batch]
-                yield base.HostBatch(cropped, {}, after, labels[order[batch]], rows)
+                yield contract.HostBatch(cropped, {}, after, labels[order[batch]], rows)
             if not offset and len(positions) < batch_size:
-                base.check_batch_size(self.name, split, 0, batch_size)
+                contract.check_batch_size(self.name, split, 0, batch_size)
 
     def _decode_share(self, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Decodes this host's share once; returns u8[n, H, W, 3 or 1] and the readable mask."""

@@ -5,24 +5,24 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax.data import base
+from disco_jax.data import contract
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.encoded import EncodedSource, Record
 
 _UNLIMITED = 2**31  # any number of unreadable records is tolerated
 
 
-def read_labels(source: base.Source, split: str) -> np.ndarray:
+def read_labels(source: contract.Source, split: str) -> np.ndarray:
     """Returns i32[N], the labels of a split in the stored order; reads every record once."""
     return np.array([label for _, _, label in source.iter_images(split)], np.int32)
 
 
 class SubsetSource:
-    """A `base.Source` that restricts one split to selected records; other splits are unchanged."""
+    """A `contract.Source` that restricts one split to selected records, and no other split."""
 
     def __init__(
         self,
-        source: base.Source,
+        source: contract.Source,
         split: str,
         rows: Sequence[int] | np.ndarray,
         *,
@@ -56,19 +56,19 @@ class SubsetSource:
         return self._of(split).count(split)
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns a fingerprint of the images of a split; see `base.Source`."""
+        """Returns a fingerprint of the images of a split; see `contract.Source`."""
         return self._of(split).fingerprint(split)
 
     def iter_images(self, split: str) -> Iterator[tuple[str, Any, int]]:
-        """Yields every record of a split; see `base.Source`."""
+        """Yields every record of a split; see `contract.Source`."""
         return self._of(split).iter_images(split)
 
     def take(self, split: str, rows: Sequence[int]) -> Iterator[tuple[str, Any, int]]:
-        """Yields selected records of a split in the order of `rows`; see `base.Source`."""
+        """Yields selected records of a split in the order of `rows`; see `contract.Source`."""
         return self._of(split).take(split, rows)
 
     def part(self, split: str, count: int, seed: int) -> str:
-        """Returns the split to sample from; see `base.Source`."""
+        """Returns the split to sample from; see `contract.Source`."""
         return self._of(split).part(split, count, seed)
 
     def train(
@@ -77,17 +77,17 @@ class SubsetSource:
         views: Mapping[int, Any],
         batch_size: int,
         seed: int,
-        start: base.Position,
+        start: contract.Position,
         max_unreadable: int,
-    ) -> base.Batches:
-        """Yields batches of random resized crops of shuffled images; see `base.Source`."""
+    ) -> contract.Batches:
+        """Yields batches of random resized crops of shuffled images; see `contract.Source`."""
         return self._of(split).train(split, views, batch_size, seed, start, max_unreadable)
 
     def evaluate(self, split: str, *args: Any) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the center crop of every image once, in order; see `base.Source`."""
+        """Yields the center crop of every image once, in order; see `contract.Source`."""
         return self._of(split).evaluate(split, *args)
 
-    def _of(self, split: str) -> base.Source:
+    def _of(self, split: str) -> contract.Source:
         return self._few if split == self._split else self._source
 
 
@@ -95,7 +95,7 @@ class _Records(EncodedSource):
     """Encoded images of one split held in memory."""
 
     def __init__(
-        self, split: str, records: list[tuple[str, Any, int]], source: base.Source, *hosts: int
+        self, split: str, records: list[tuple[str, Any, int]], source: contract.Source, *hosts: int
     ):
         super().__init__(_UNLIMITED, *hosts)
         self.name, self.num_classes = source.name, source.num_classes
@@ -113,14 +113,14 @@ class _Records(EncodedSource):
         names = "\n".join(name for name, _, _ in self._selected_records)
         return {
             "records": len(self._selected_records),
-            "names (CRC-32)": base.checksum([names.encode(errors="surrogateescape")]),
+            "names (CRC-32)": contract.checksum([names.encode(errors="surrogateescape")]),
         }
 
     def _stored(self, split: str, first: int, last: int) -> Iterable[Record]:
         return self._selected(split, range(first, last))
 
     def _shuffled(self, split: str, seed: int, epoch: int, offset: int) -> Iterable[Record]:
-        share = base.shuffled_share(
+        share = contract.shuffled_share(
             len(self._selected_records), seed, epoch, self._host, self._hosts
         )
         return self._selected(split, share[offset:].tolist())
@@ -136,7 +136,9 @@ class _Records(EncodedSource):
         return Record(row, file, label)
 
 
-def _few(split: str, records: list, source: base.Source, index: int, count: int) -> base.Source:
+def _few(
+    split: str, records: list, source: contract.Source, index: int, count: int
+) -> contract.Source:
     if records and isinstance(records[0][1], np.ndarray):
         _, images, labels = zip(*records, strict=True)
         return ArraySource(

@@ -3,7 +3,7 @@
 Crops and photometric operations are functions of the seed, the epoch and the position, so a later
 run recreates the same views and reads the teacher's outputs from the cache.
 
-targets.json                       metadata, see `tasks/cache.py`
+targets.json                       metadata, see `commands/cache.py`
 host_00000_of_00001/000000.npz     a few batches: their positions and bfloat16 outputs
 """
 
@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from disco_jax.data import base
-from disco_jax.data.base import Position
+from disco_jax.data import contract
+from disco_jax.data.contract import Position
 from disco_jax.errors import UserError
 from disco_jax.files import read_json, whole, write_arrays
 
@@ -172,13 +172,13 @@ class Targets:
 
 
 class ReplayedSource:
-    """A `base.Source` that repeats the epochs of `Targets` and adds the cached outputs.
+    """A `contract.Source` that repeats the epochs of `Targets` and adds the cached outputs.
 
     The outputs are in `HostBatch.aux["teacher"]`. Everything except `train` is delegated to the
     wrapped source.
     """
 
-    def __init__(self, source: base.Source, targets: Targets):
+    def __init__(self, source: contract.Source, targets: Targets):
         self._source, self._targets = source, targets
 
     def __getattr__(self, name: str) -> Any:
@@ -192,8 +192,8 @@ class ReplayedSource:
         seed: int,
         start: Position,
         max_unreadable: int,
-    ) -> base.Batches:
-        """Yields batches of random resized crops; see `base.Source`."""
+    ) -> contract.Batches:
+        """Yields batches of random resized crops; see `contract.Source`."""
         targets, epochs = self._targets, self._targets.epochs
         cycle, epoch = divmod(start.epoch, epochs)
         position = Position(epoch, start.offset)

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.ops.collectives import pmean
-from disco_jax.ops.losses import l2_normalize, softened_cross_entropy
+from disco_jax.ops.losses import softened_cross_entropy
+from disco_jax.ops.vectors import l2_normalize
 
 INITS = ("normal", "torch")
 REDUCTIONS = ("element", "batch")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, models
 from disco_jax.data import pipeline, views
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
 from disco_jax.run import checkpoint, workdir

@@ -11,8 +11,8 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from disco_jax.data import base
-from disco_jax.data.base import Source
+from disco_jax.data import contract
+from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
@@ -107,11 +107,7 @@ def train_online(
         start,
         {"feature_stats": feature_stats, "network": trained.variables},
     )
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    held_out_source = SubsetSource(source, split, np.flatnonzero(held_out), **hosts)
-    encoded = features.of_split(
-        trained, held_out_source, split, config.extract_batch_size, (config.output,), config.blocks
-    )
+    encoded = _encode_rows(config, trained, source, np.flatnonzero(held_out))
     classifiers = _heads(state)
     best_config, result = _select(
         config, classifiers, pairs, getattr(encoded, config.output), encoded.labels, feature_stats
@@ -120,6 +116,18 @@ def train_online(
         best_config, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
     )
     return layer, result
+
+
+def _encode_rows(
+    config: ConfigDict, trained: TrainedModel, source: Source, rows: np.ndarray
+) -> features.Features:
+    """Encodes some images of the training split, i64[N] by number, without augmentation."""
+    split = trained.config.data.train_split
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    chosen = SubsetSource(source, split, rows, **hosts)
+    return features.of_split(
+        trained, chosen, split, config.extract_batch_size, (config.output,), config.blocks
+    )
 
 
 class Marked:
@@ -132,8 +140,8 @@ class Marked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(self, split: str, *args: Any) -> base.Batches:
-        """Yields the batches of `base.Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
+    def train(self, split: str, *args: Any) -> contract.Batches:
+        """Yields the batches of `Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
         assert split == self._split
         for batch in self._source.train(split, *args):
             learned = (~self._held_out[batch.rows]).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from disco_jax import errors
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 
 
 def kmeans(

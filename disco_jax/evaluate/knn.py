@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from disco_jax import errors
 from disco_jax.evaluate.scores import top_k
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 
 VOTES = ("weighted", "majority")
 SPARE = 8  # candidates beyond k that are compared again in float64

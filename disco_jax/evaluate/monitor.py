@@ -7,38 +7,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from disco_jax import errors
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, knn, subsets
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.models.encoder import Encoder
+from disco_jax.train import monitored
 
 _POOL_FACTOR = 10  # a sample is drawn from this many times its size, not from a whole large split
-
-
-def check(config: ConfigDict, source: Source) -> None:
-    """Checks, before the run begins, that kNN can be computed on the split.
-
-    Raises:
-      UserError: if the split does not exist, is empty or unlabelled, or has too few images.
-    """
-    monitor = config.monitor
-    if not monitor.knn_every_steps:
-        return
-    split = _split(config)
-    count = min(source.count(split), monitor.images or source.count(split))
-    if source.num_classes is None:
-        raise errors.UserError(
-            f"config.monitor.knn_every_steps={monitor.knn_every_steps} needs labels, but "
-            f"{source.name} has none: set it to 0, or give labelled images (a folder needs one "
-            "sub-folder per class)."
-        )
-    if not monitor.k < count:
-        raise errors.UserError(
-            f"config.monitor.k={monitor.k} must be below the {count} images that are evaluated "
-            f"in the split {split!r} of {source.name} (config.monitor.images={monitor.images})."
-        )
 
 
 def sample(config: ConfigDict, source: Source) -> tuple[Source, str]:
@@ -55,7 +31,7 @@ def sample(config: ConfigDict, source: Source) -> tuple[Source, str]:
     Raises:
       UserError: if an image has no label.
     """
-    split, max_images = _split(config), config.monitor.images
+    split, max_images = monitored.split_of(config), config.monitor.images
     if not max_images or max_images >= source.count(split):
         return source, split
     split = source.part(split, _POOL_FACTOR * max_images, config.seed)
@@ -89,8 +65,3 @@ def knn_of(
         return {"knn/top1": knn.leave_one_out(encoded.features, encoded.labels, config.monitor.k)}
 
     return eval_fn
-
-
-def _split(config: ConfigDict) -> str:
-    """Returns the name of the evaluated split."""
-    return config.monitor.split or config.data.eval_split

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data import pipeline, views
-from disco_jax.data.base import Position, Source
+from disco_jax.data.contract import Position, Source
 from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState

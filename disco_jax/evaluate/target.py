@@ -8,7 +8,7 @@ import numpy as np
 
 from disco_jax import errors
 from disco_jax.data import pipeline
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import TrainedModel

@@ -1,6 +1,7 @@
 """Builds methods from configs: objectives with nonzero weight and the networks they need."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 
 from disco_jax import errors, models
 from disco_jax.methods import checks, registry
-from disco_jax.methods.base import Method, Objective, Record, Views
-from disco_jax.methods.checks import dim
+from disco_jax.methods.base import OUTPUTS, Method, Objective, Record, Views
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.memory import QueueSettings
 from disco_jax.ops.queues import QueueAccess
@@ -36,7 +36,7 @@ def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
     networks = {name: _network(name, config) for name in method.plan}
     if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
         networks["teacher"] = _unnormalized(networks["teacher"])
-    checks.check_widths(objectives, config)
+    _check_widths(objectives, config)
     return Method(networks, objectives, method.views, reuse, _queue_settings(config))
 
 
@@ -161,6 +161,46 @@ def _reused(config: Any, method: Method) -> tuple[str, ...]:
             f"{models.width(config.teacher)}, or call teacher.resolve, which sets them."
         )
     return tuple(config.student.reuse)
+
+
+def _check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
+    """Checks that the student's embedding is as wide as the teacher output it must match.
+
+    Raises:
+      UserError: if the widths differ, with the width to set.
+    """
+    for name, objective in objectives.items():
+        output = objective.match_width()
+        if output is None:
+            continue
+        if output not in OUTPUTS:
+            raise errors.unknown(f"config.objectives.{name}.teacher_output", output, OUTPUTS)
+        student_dim, teacher_dim = dim(config.student), dim(config.teacher, output)
+        if student_dim == teacher_dim:
+            continue
+        if output == "embedding" and config.teacher.head != "none":
+            target = (
+                f"config.teacher.dim={teacher_dim}: the student matches the teacher's embedding"
+            )
+        else:
+            target = f"the {teacher_dim} features of the teacher, which the student matches"
+        head = "--config.student.head=mlp " if config.student.head == "none" else ""
+        raise errors.UserError(
+            f"config.student.dim={student_dim} must equal {target} (config.objectives.{name}). "
+            f"Set {head}--config.student.dim={teacher_dim}."
+        )
+
+
+def dim(spec: Any, output: str = "embedding") -> int:
+    """Returns the width of a network's output.
+
+    Args:
+      spec: `config.student` or `config.teacher`.
+      output: an element of `OUTPUTS`.
+    """
+    if output == "features" or spec.head == "none":
+        return models.width(spec)
+    return spec.dim
 
 
 def _row(size: int) -> jax.ShapeDtypeStruct:

@@ -9,10 +9,11 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std, set_by_run
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, l2_normalize
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.mixing import cutmix, draw_box
 from disco_jax.ops.queues import queue_logsumexp_of_each
+from disco_jax.ops.vectors import l2_normalize
 
 # Views 0 and 1 are of the image, 2 and 3 of another member of its bag; 4 is the CutMix of 0 and 2.
 QUERY, KEY, MEMBER_QUERY, MEMBER_KEY, MIXED = range(5)

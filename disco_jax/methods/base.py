@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disco_jax.methods import rules
 from disco_jax.models.encoder import Encoded, Network
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import DEFAULT_SETTINGS, Queue, QueueSettings
@@ -125,6 +126,7 @@ class Objective(Protocol):
         (`config.fast.shard_queue`). It must push with `Queue.push_all` and pass `Queue.shared` on.
       bag_views: views that must show another image of the same bag; see `data/bags.py`.
       aux: keys of `Record.aux` that the objective uses.
+      positive: names of fields that must be above 0; those that the objective lacks are ignored.
     """
 
     # Objectives are dataclasses; `dataclasses.replace` changes their fields.
@@ -137,6 +139,7 @@ class Objective(Protocol):
     shard_queues: ClassVar[bool] = False
     bag_views: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = rules.POSITIVE
 
     @property
     def synthetic_views(self) -> tuple[int, ...]:
@@ -169,6 +172,41 @@ class Objective(Protocol):
     def network_output(self, network: str) -> str:
         """Returns the name of the output used from a network in `needs`, a field of `Encoded`."""
         return "embedding"
+
+    def check_settings(self, setting: str, batch_size: int) -> None:
+        """Checks values that would fail, or have another meaning, inside the step.
+
+        The default checks the fields `positive`, global_share and queue_init, and `check_queue`.
+        An objective with further rules extends it.
+
+        Args:
+          setting: path of the objective in the config, for messages.
+          batch_size: images of all devices in a step.
+
+        Raises:
+          UserError: a value is not allowed; names the setting and the allowed values.
+        """
+        values = {name: getattr(self, name) for name in config_fields(type(self))}
+        for name in self.positive:
+            rules.check_positive(f"{setting}.{name}", values.get(name, 1.0))
+        rules.check_share(f"{setting}.global_share", values.get("global_share", 0.0))
+        init = values.get("queue_init", "random")
+        rules.check_choice(f"{setting}.queue_init", init, rules.QUEUE_INITS)
+        if "queue_size" in values:
+            self.check_queue(f"{setting}.queue_size", values["queue_size"], batch_size)
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        """Checks the size of the objective's queue: by default one or more whole batches.
+
+        Args:
+          setting: path of the size in the config, for messages.
+          size: number of entries.
+          batch_size: images of all devices in a step.
+
+        Raises:
+          UserError: with the nearest sizes that are allowed.
+        """
+        rules.check_queue_size(setting, size, batch_size)
 
     def check(self, setting: str, record: Record) -> None:
         """Checks that the objective can compare the outputs of the networks.

@@ -7,8 +7,9 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather, pmean
-from disco_jax.ops.losses import binary_contrast, l2_normalize, mean_potential
+from disco_jax.ops.losses import binary_contrast, mean_potential
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ from jax import Array
 from disco_jax import errors
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import class_cross_entropy, l2_normalize
+from disco_jax.ops.losses import class_cross_entropy
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

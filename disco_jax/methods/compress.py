@@ -9,9 +9,9 @@ from jax import Array
 from disco_jax import errors
 from disco_jax.methods.base import OUTPUTS, Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_divergence
+from disco_jax.ops.vectors import l2_normalize
 
 BANKS = ("momentum", "student", "teacher")
 
@@ -48,6 +48,13 @@ class Compress(Objective):
 
     def match_width(self) -> str | None:
         return self.teacher_output if self.bank == "teacher" else None
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        if size < batch_size:  # pushes may wrap around the end of the queue
+            raise errors.UserError(
+                f"{setting}={size} is below config.batch_size={batch_size}. Set it to at least the "
+                "batch size."
+            )
 
     def check(self, setting: str, record: Record) -> None:
         if self.bank not in BANKS:

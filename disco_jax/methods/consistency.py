@@ -7,9 +7,9 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.ops.collectives import gather
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_cross_entropy
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, alpha, embedding_std
-from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, l2_normalize, rebalanced
+from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, rebalanced
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.queues import queue_logsumexp_of_each
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from jax import Array
 
 from disco_jax import errors
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
-from disco_jax.ops.losses import cross_correlation_loss, l2_normalize
+from disco_jax.ops.losses import cross_correlation_loss
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.relations import rkd_angle, rkd_distance
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

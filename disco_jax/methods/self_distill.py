@@ -19,8 +19,9 @@ from disco_jax.methods.base import (
 from disco_jax.methods.multicrop import pair_loss
 from disco_jax.ops import schedules
 from disco_jax.ops.collectives import pmean
-from disco_jax.ops.losses import l2_normalize, sharpened
+from disco_jax.ops.losses import sharpened
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

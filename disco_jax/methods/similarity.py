@@ -9,8 +9,9 @@ from jax import Array
 
 from disco_jax.methods.base import Objective, Record, Term, Views, embedding_std
 from disco_jax.methods.contrast import inherits
-from disco_jax.ops.losses import l2_normalize, soft_cross_entropy
+from disco_jax.ops.losses import soft_cross_entropy
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -41,6 +42,8 @@ class Similarity(Objective):
     """
 
     shard_queues: ClassVar[bool] = True
+    # At teacher_temperature 0 the target is one-hot.
+    positive: ClassVar[tuple[str, ...]] = ("student_temperature",)
 
     weight: float = 1.0
     groups: tuple[Pairs, ...] = (((0, 0),),)

@@ -18,9 +18,9 @@ from disco_jax.methods.base import (
 )
 from disco_jax.methods.multicrop import pair_loss
 from disco_jax.ops.collectives import gather, local_slice
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.sinkhorn import sinkhorn
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Swapped(Objective):
 
     def needs(self, views: Views) -> dict[str, tuple[int, ...]]:
         return {"student": tuple({*self.assign, *views.globals, *views.locals})}
+
+    def check_queue(self, setting: str, size: int, batch_size: int) -> None:
+        if size:  # the queue is optional
+            super().check_queue(setting, size, batch_size)
 
     def init(self, rng: Array, record: Record, inherited: Queue | None) -> dict[str, Queue]:
         if not self.queue_size:

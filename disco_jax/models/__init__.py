@@ -10,7 +10,7 @@ import jax
 from disco_jax import errors
 from disco_jax.models import heads
 from disco_jax.models.backbones import BACKBONES, find
-from disco_jax.models.backbones.base import STEMS, Backbone
+from disco_jax.models.backbones.backbone import STEMS, Backbone
 from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.norm import MODES

@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.feature_maps import COLLECTION, by_size
 from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import shuffle, unshuffle
+
+if TYPE_CHECKING:
+    from disco_jax.models.layers.compute import Compute
 
 Variables = Mapping[str, Any]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -138,11 +140,11 @@ class Encoder(nn.Module):
         return self.head.l2_normalized
 
     @property
-    def compute(self) -> Compute:
+    def compute(self) -> "Compute":
         """The `Compute` of the backbone."""
         return self.backbone.compute
 
-    def with_compute(self, compute: Compute) -> "Encoder":
+    def with_compute(self, compute: "Compute") -> "Encoder":
         """Returns the encoder with another `Compute` for the backbone."""
         return self.clone(backbone=self.backbone.clone(compute=compute))
 

@@ -18,7 +18,7 @@ from disco_jax.models.layers.initializers import (
     unit_columns,
     zeros,
 )
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 
 
 class ProjectionHead(nn.Module):

@@ -336,22 +336,6 @@ def rebalanced(
     return share * jnp.mean(losses[:count]) + (1 - share) * jnp.mean(losses[count:])
 
 
-def l2_normalize(rows: Array) -> Array:
-    """Scales rows to Euclidean length 1, in float32; a zero row stays zero.
-
-    Computes x / max(|x|, 1e-12) as PyTorch's `normalize` does. The gradient is finite everywhere.
-
-    Args:
-      rows: float[..., D].
-
-    Returns:
-      f32[..., D].
-    """
-    rows = rows.astype(jnp.float32)
-    square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
-    return rows * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
 def _standardize(rows: Array) -> Array:
     """Returns rows [B, D] with mean 0 and variance 1 per dimension over the global batch."""
     centred = rows - pmean(jnp.mean(rows, axis=0, keepdims=True))

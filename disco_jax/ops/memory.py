@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.ops.collectives import gather, replicas
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.queues import DEFAULT_ACCESS, QueueAccess
+from disco_jax.ops.vectors import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)

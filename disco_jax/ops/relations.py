@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Two rows count as equal if the squared length of their difference is at most this fraction of the

@@ -9,9 +9,8 @@ from etils import epath
 
 from disco_jax import files
 from disco_jax.errors import UserError
-from disco_jax.evaluate import saved
 from disco_jax.report import paper
-from disco_jax.run import checkpoint, goodput, workdir
+from disco_jax.run import checkpoint, goodput, metrics, workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,14 +88,17 @@ def read(path: str) -> Run:
         path=folder,
         config=config,
         starts=_json(folder / workdir.ENVIRONMENT) or [],
-        metrics=saved.metrics(path),
+        metrics=_metrics(folder),
         seconds=goodput_record.get("seconds", {}),
         results=results,
         pictures={file.stem: file for file in sorted(folder.glob("*.png"))},
-        trainings={
-            name: content for name in results if (content := saved.metrics(str(folder / name)))
-        },
+        trainings={name: content for name in results if (content := _metrics(folder / name))},
     )
+
+
+def _metrics(folder: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a training's metrics; skips damaged and incomplete ones."""
+    return metrics.read(folder / metrics.FILE)[0]
 
 
 def _json(file: epath.Path) -> Any:

@@ -5,17 +5,34 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
 from disco_jax.data import decode, views
 from disco_jax.data.arrays import crop_all
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 from disco_jax.errors import UserError
+from disco_jax.report import build
+from disco_jax.run.metrics import Logger
 
 IMAGES = 8
 _TILE = (64, 128)  # smallest and largest tile, px; views are scaled to fit
 GAP = 4  # px between tiles
+
+
+def draw(config: ConfigDict, workdir: str, source: Source) -> np.ndarray:
+    """Saves and returns the contact sheet of a run, u8[H, W, 3]; see `sheet`."""
+    image = sheet(config, source)
+    build.keep_sheet(workdir, image)
+    return image
+
+
+def show(config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int) -> None:
+    """Draws and logs the contact sheet of augmented views at a run's first start."""
+    if config.log.report and not step and jax.process_index() == 0:
+        with build.optional("contact sheet"):
+            logger.write_image(step, "views", draw(config, str(path), source))
 
 
 def sheet(config: ConfigDict, source: Source) -> np.ndarray:

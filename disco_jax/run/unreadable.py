@@ -3,7 +3,7 @@
 import jax
 from etils import epath
 
-from disco_jax.data.base import Source
+from disco_jax.data.contract import Source
 
 
 def keep(source: Source, workdir: epath.PathLike) -> None:

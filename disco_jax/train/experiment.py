@@ -19,7 +19,7 @@ from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Variables
 from disco_jax.models.layers import folding
 from disco_jax.ops.memory import Queue
-from disco_jax.train import optimizer, start, state, step, teacher
+from disco_jax.train import optimizer, state, step, teacher
 
 # Fields and groups of the config that `methods.build` reads.
 _METHOD = (
@@ -170,7 +170,6 @@ def check(
     problems.attempt(check_devices, config, devices, reads=("batch_size", *grouped))
     rates = "learning_rate", "optimizer", "momentum", "batch_size", "total_epochs"
     problems.attempt(_check_rates, config, reads=rates)
-    problems.attempt(start.check, config.student, reads=("student",))
     experiment = _build(config, steps_per_epoch, problems)
     if experiment is None:
         return None

@@ -13,9 +13,10 @@ from jax import Array
 from disco_jax import errors
 from disco_jax.methods.base import Record, embedding_std
 from disco_jax.ops.collectives import gather, pmean, replicas
-from disco_jax.ops.losses import l2_normalize, squared_distance
+from disco_jax.ops.losses import squared_distance
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.queues import nearest
+from disco_jax.ops.vectors import l2_normalize
 
 _LOG = logging.getLogger(__name__)
 

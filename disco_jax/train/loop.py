@@ -126,11 +126,25 @@ def run(
       Interrupted: the same after Ctrl-C.
     """
     progress = schedule.progress()
-    watchdog = hosts.Watchdog(schedule.hang_s)
     saver = _Saver(checkpoints, goodput, batches, check)
     window = _Window(summary_of, logger, progress if schedule.verbose else None)
+    actions = _Actions(schedule, logger, window, saver, progress, watch, evaluate)
+    return _take_steps(step_fn, state, frozen, batches, schedule, saver, actions, window)
+
+
+def _take_steps(
+    step_fn: Callable[[Any, Any, Any], tuple[Any, Any]],
+    state: Any,
+    frozen: Any,
+    batches: Any,
+    schedule: Schedule,
+    saver: "_Saver",
+    actions: "_Actions",
+    window: "_Window",
+) -> Any:
+    """Takes the steps of `run` with the periodic actions after each; returns the last state."""
     with (
-        contextlib.closing(watchdog),
+        contextlib.closing(hosts.Watchdog(schedule.hang_s)) as watchdog,
         contextlib.closing(_Profiler(schedule)) as profiler,
         hosts.stop_on_signals() as stop_requested,
     ):
@@ -144,25 +158,12 @@ def run(
             state, metrics = step_fn(state, frozen, batch)
             window.add(metrics)
             profiler.after(step, metrics)
-            last = step == schedule.total
             stopping = stop_requested(step)
-            save = checkpoints and (last or stopping or step % schedule.checkpoint_steps == 0)
-            if last or save or step % schedule.log_steps == 0:
-                rates = progress.measure(step, getattr(batches, "waited_s", 0.0))
-                summary = window.flush(step, rates | saver.measure())
-                watch(step, summary)
-            if _due(step, False, schedule.replica_check_steps):
-                replicas.check(state, step)
-            if _due(step, last, schedule.evaluate_steps):
-                assert evaluate is not None, "a schedule with evaluations needs one"
-                with progress.aside(), saver.aside():
-                    logger.write(step, evaluate(step, state))
-            if save:
-                saver.save(step, state, position, summary)
+            actions.take(step, state, position, stopping)
             watchdog.alive(step)
-            if stopping and not last:
+            if stopping and step < schedule.total:
                 saver.wait()
-                raise _stopped(step, bool(checkpoints), stop_requested.interrupted)
+                raise _stopped(step, saver.saves, stop_requested.interrupted)
         saver.wait()
     return state
 
@@ -213,6 +214,16 @@ class _Saver:
         self._checkpoints, self._goodput = checkpoints, goodput
         self._batches, self._check = batches, check
 
+    @property
+    def saves(self) -> bool:
+        """True if states are saved."""
+        return bool(self._checkpoints)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for batches since the start of the loop."""
+        return getattr(self._batches, "waited_s", 0.0)
+
     def begin(self) -> None:
         if self._goodput:
             self._goodput.begin()
@@ -221,7 +232,7 @@ class _Saver:
         """Records the time since the last call as steps; returns the account of the run so far."""
         if not self._goodput:
             return {}
-        self._goodput.step(getattr(self._batches, "waited_s", 0.0))
+        self._goodput.step(self.waited_s)
         self._goodput.write()
         return self._goodput.report()
 
@@ -252,6 +263,51 @@ class _Saver:
         if self._goodput:
             self._goodput.save()
             self._goodput.write()
+
+
+class _Actions:
+    """The actions after a step at the intervals of a schedule: log, compare, evaluate, save."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        logger: Log,
+        window: _Window,
+        saver: _Saver,
+        progress: Progress,
+        watch: Callable[[int, Mapping[str, float]], None],
+        evaluate: Callable[[int, Any], Mapping[str, float]] | None,
+    ):
+        """Stores the parts of a loop; see `run` for `watch` and `evaluate`."""
+        self._schedule, self._logger, self._window = schedule, logger, window
+        self._saver, self._progress = saver, progress
+        self._watch, self._evaluate = watch, evaluate
+
+    def take(self, step: int, state: Any, position: tuple[int, int], stopping: bool) -> None:
+        """Takes the actions that are due.
+
+        Args:
+          step: number of the last step.
+          state: after this step, on the devices.
+          position: data position of the next batch.
+          stopping: the loop ends after this step, so that it is logged and saved.
+        """
+        schedule, summary = self._schedule, {}
+        last = step == schedule.total
+        ending = last or stopping
+        save = self._saver.saves and (ending or step % schedule.checkpoint_steps == 0)
+        if last or save or step % schedule.log_steps == 0:
+            rates = self._progress.measure(step, self._saver.waited_s)
+            summary = self._window.flush(step, rates | self._saver.measure())
+            self._watch(step, summary)
+        if _due(step, False, schedule.replica_check_steps):
+            replicas.check(state, step)
+        if _due(step, last, schedule.evaluate_steps):
+            assert self._evaluate is not None, "a schedule with evaluations needs one"
+            with self._progress.aside(), self._saver.aside():
+                self._logger.write(step, self._evaluate(step, state))
+        if save:
+            self._saver.save(step, state, position, summary)
 
 
 def _due(step: int, last: bool, every: int) -> bool:

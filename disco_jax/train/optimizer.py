@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.ops import schedules
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.schedules import Schedule
+from disco_jax.ops.vectors import l2_normalize
 
 DECAYS = ("cosine", "cosine_after", "steps", "constant")
 NAMES = ("sgd", "larc", "lars", "adamw")

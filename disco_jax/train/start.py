@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from disco_jax import convert, errors, models
+from disco_jax import errors, models
+from disco_jax.convert.load import read_network
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.train import teacher
 
@@ -102,7 +103,7 @@ def _pretrained(spec: Any, size: int) -> _Pretrained:
     """Reads the network that `config.student.weights` contains."""
     path = teacher.place(spec.weights, "config.student.weights")
     if not path.is_dir():
-        imported = convert.read_network(path)
+        imported = read_network(path)
         mean, std = imported.normalisation
         return _Pretrained(
             imported.spec, imported.encoder, imported.variables, (tuple(mean), tuple(std))

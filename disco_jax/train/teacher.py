@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from disco_jax import convert, errors, methods, models
+from disco_jax import errors, methods, models
+from disco_jax.convert.load import locate, read_network
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.ops.memory import Queue
 from disco_jax.run import workdir
@@ -60,7 +61,7 @@ def describe(weights: str) -> dict[str, Any]:
     path = place(weights)
     if path.is_dir():
         return shape(read_config(path).student)
-    return shape(convert.read_network(path).spec)
+    return shape(read_network(path).spec)
 
 
 def shape(spec: Any) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if path.is_dir():
         augment = read_config(path).augment
         return tuple(augment.mean), tuple(augment.std)
-    mean, std = convert.read_network(path).normalisation
+    mean, std = read_network(path).normalisation
     return tuple(mean), tuple(std)
 
 
@@ -149,7 +150,7 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     path = place(spec.weights)
     if path.is_dir():
         return _from_run(path, spec, encoder, size)
-    imported = convert.read_network(path)
+    imported = read_network(path)
     _check(imported.spec, spec, imported.encoder, encoder, path)
     return Teacher(imported.variables, imported.queue)
 
@@ -183,7 +184,7 @@ def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
     path = epath.Path(weights)
     if not path.exists():
         raise errors.UserError(f"{setting}={weights!r} does not exist.")
-    return path if (path / workdir.ENVIRONMENT).exists() else convert.locate(path)
+    return path if (path / workdir.ENVIRONMENT).exists() else locate(path)
 
 
 def read_config(path: epath.Path) -> Any:

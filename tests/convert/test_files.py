@@ -14,7 +14,7 @@ from test_pickles import FLOATS, op, program, tensor, zipped
 from disco_jax import convert, main
 from disco_jax.convert import machine, pickles
 from disco_jax.errors import UserError
-from disco_jax.tasks import opening
+from disco_jax.evaluate import open_model
 from disco_jax.train import teacher
 
 STATE = {
@@ -138,7 +138,7 @@ def test_weights_in_several_files_are_read_by_their_index(sharded, tmp_path, cap
 def test_a_folder_of_several_files_is_a_teacher_and_can_be_deployed(sharded):
     """Ignores the folder's config.json, which is not a run's."""
     assert teacher.describe(str(sharded))["hidden"] == 24
-    opened = opening.open_network(str(sharded))
+    opened = open_model.open_model(str(sharded))
     np.testing.assert_array_equal(
         opened.variables["params"]["head"]["out"]["bias"], STATE["fc.2.bias"]
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import helpers
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 
 WHOLE = {
     0: types.SimpleNamespace(
@@ -76,7 +76,7 @@ sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import jax, numpy as np
 from ml_collections import ConfigDict
 from disco_jax.data import pipeline, presets, views
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 data = ConfigDict(dict(source="npz", dir="digits.npz", subset="", max_unreadable=0))
 source = pipeline.open_source(data)
 recipe = views.build({**presets.PRESETS["moco_v2"], "size": 12})

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from disco_jax.data import arrays, base, crops, decode
+from disco_jax.data import arrays, crops, decode
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
+from disco_jax.data.seeds import seed_words
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
 
@@ -278,7 +279,7 @@ sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import types, numpy as np
 from ml_collections import ConfigDict
 from disco_jax.data import pipeline
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 np.savez("ours.npz", train_images=np.zeros((8, 6, 6), np.uint8))
 source = pipeline.open_source(ConfigDict(dict(
     source="npz", dir="ours.npz", name="", subset="", max_unreadable=0)))
@@ -300,9 +301,9 @@ print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position
 
 
 def test_seeds_may_be_any_whole_numbers():
-    words = base.seed_words(-1, 2**70, 3, words=4)
+    words = seed_words(-1, 2**70, 3, words=4)
     assert words.shape == (4,) and words.dtype == np.uint64
-    assert (words == base.seed_words(-1, 2**70, 3, words=4)).all()
+    assert (words == seed_words(-1, 2**70, 3, words=4)).all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags, BagSource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.views import Crop
 from disco_jax.errors import UserError
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from disco_jax.data import encoded
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from disco_jax.data import base, decode, splits, tree
+from disco_jax.data import contract, decode, splits, tree
 from disco_jax.data.folders import FolderSource
 from disco_jax.data.skips import Skipped
 from disco_jax.errors import UserError
@@ -170,7 +170,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     source = FolderSource(tmp_path)
     assert source.skipped.lines() == ["1 unreadable: train/dog/"]
-    assert base.contents(source) == [
+    assert contract.contents(source) == [
         f"{source.name}: images: train 1; 1 classes (cat).",
         f"{source.name}: not used: 1 unreadable: train/dog/",
     ]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disco_jax.data import base, decode, digits, records, sources
+from disco_jax.data import contract, decode, digits, records, sources
 from disco_jax.data.bags import Bags, BagSource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
@@ -656,4 +656,4 @@ def test_prepared_data_sets_are_read(name):
     split = "test" if name == "fashion_mnist" else "validation"
     (batch,) = source.evaluate(split, 24, 28, "bilinear", 20, limit=20)
     assert batch["mask"].all() and (batch["label"] >= 0).all()
-    assert base.evaluation_batches(source.count(split), 20, 20, 1) == 1
+    assert contract.evaluation_batches(source.count(split), 20, 20, 1) == 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from disco_jax.data.arrays import ArraySource
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.data.views import Crop

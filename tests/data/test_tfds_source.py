@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from disco_jax.data import digits, sources
-from disco_jax.data.base import Position
+from disco_jax.data.contract import Position
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches

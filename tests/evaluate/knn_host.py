@@ -7,9 +7,9 @@ import numpy as np
 
 import helpers
 from disco_jax import flags
+from disco_jax.commands import knn as knn_task
+from disco_jax.commands import linear
 from disco_jax.evaluate import features, knn, target
-from disco_jax.tasks import knn as knn_task
-from disco_jax.tasks import linear
 
 
 def main():

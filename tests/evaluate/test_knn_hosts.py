@@ -36,9 +36,9 @@ def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
         output, _ = host.communicate(timeout=300)
         assert host.returncode == 0, output[-3000:]
     from disco_jax import flags
+    from disco_jax.commands import knn as knn_task
+    from disco_jax.commands import linear
     from disco_jax.evaluate import features, knn, target
-    from disco_jax.tasks import knn as knn_task
-    from disco_jax.tasks import linear
 
     trained, source = target.opened(features.load(run))
     test = features.of_split(trained, source, "test", 16)

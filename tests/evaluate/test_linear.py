@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression
 
 import helpers
 from disco_jax import flags
-from disco_jax.data import base, views
+from disco_jax.commands import linear as linear_task
+from disco_jax.data import contract, views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import grid, linear, scores
 from disco_jax.evaluate.features import Features
-from disco_jax.tasks import linear as linear_task
 
 
 def blobs(count, seed, spread=4.0):
@@ -144,7 +144,7 @@ def test_marked_batches_know_their_rows_in_every_epoch_and_after_a_restart():
         marked = grid.Marked(source, "train", out).train("train", crops, 8, 3, start, 0)
         return list(itertools.islice(marked, many))
 
-    whole = batches(base.Position.start(), 11)  # of three epochs
+    whole = batches(contract.Position.start(), 11)  # of three epochs
     for batch in whole:
         np.testing.assert_array_equal(batch.aux["learned"], ~out[batch.labels])
     assert {batch.aux["learned"].sum() for batch in whole} != {8.0}

@@ -11,7 +11,8 @@ import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features, knn, monitor, subsets
-from disco_jax.tasks import pretrain
+from disco_jax.train.monitored import check
+from disco_jax.workflows import pretrain
 
 
 def config(**changes):
@@ -118,7 +119,7 @@ def test_what_cannot_be_watched_is_told_at_the_start(changes, labelled, message)
     if not labelled:
         source = ArraySource({s: (x, None) for s, (x, _) in helpers.digits_splits().items()})
     with pytest.raises(UserError, match=message):
-        monitored = config(**{"monitor.knn_every_steps": 1})
-        monitored.update_from_flattened_dict(changes)
-        monitor.check(monitored, source)
-    monitor.check(config(), source)  # monitoring is off, so nothing is checked
+        with_monitor = config(**{"monitor.knn_every_steps": 1})
+        with_monitor.update_from_flattened_dict(changes)
+        check(with_monitor, source)
+    check(config(), source)  # monitoring is off, so nothing is checked

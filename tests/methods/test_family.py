@@ -15,15 +15,16 @@ from disco_jax.methods.clusters import Centroids, OnlineClusters
 from disco_jax.methods.compress import Compress
 from disco_jax.methods.consistency import Consistency
 from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.regression import Distill
 from disco_jax.methods.relations import Relations
 from disco_jax.methods.similarity import Similarity
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops import mixing
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, l2_normalize, squared_distance
+from disco_jax.ops.losses import info_nce, squared_distance
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.relations import bank_cross_entropy
+from disco_jax.ops.vectors import l2_normalize
 
 EXACT = 1e-5
 

@@ -8,13 +8,14 @@ import pytest
 import helpers
 from disco_jax.methods.base import Record, Views
 from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.regression import Distill
 from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.swapped import Swapped
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, l2_normalize, rebalanced
+from disco_jax.ops.losses import info_nce, rebalanced
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 LOSS, GRADIENT, MEMORY = 1e-5, 1e-5, 1e-5
 

@@ -111,6 +111,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from disco_jax.errors import UserError
 from disco_jax.methods.base import Objective, Term
 
 
@@ -122,6 +123,11 @@ class Decorrelated(Objective):
 
     def needs(self, views):
         return {"student": (self.view,)}
+
+    def check_settings(self, setting, batch_size):
+        super().check_settings(setting, batch_size)
+        if self.scale > batch_size:
+            raise UserError(f"{setting}.scale={self.scale} is above {batch_size}.")
 
     def __call__(self, record, memory, step):
         rows = record.embedding("student", self.view)
@@ -229,6 +235,13 @@ def test_an_objective_outside_the_package_trains(own_module):
         new, metrics = helpers.single(step, state, frozen, jax.tree.map(lambda x: x[0], batch))
     assert float(metrics["loss"]) > 0 and float(metrics["gradient_norm"]) > 0
     assert new.memory == {"mine": ()}
+
+
+def test_an_objective_outside_the_package_checks_its_own_settings(own_module):
+    config = common.pretrain()
+    config.objectives.mine = registry.section(f"{own_module}:Decorrelated", scale=1e6)
+    with pytest.raises(UserError, match=r"config\.objectives\.mine\.scale=1000000\.0 is above"):
+        methods.check(config)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import helpers
 from disco_jax.methods import base
 from disco_jax.ops import augment, losses, mixing, queues, relations, schedules, sinkhorn
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize
+from disco_jax.ops.vectors import l2_normalize
 from disco_jax.train import health
 
 B, D, K = 8, 16, 40

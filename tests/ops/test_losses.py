@@ -11,12 +11,12 @@ import helpers
 from disco_jax.ops.losses import (
     contrast_accuracy,
     info_nce,
-    l2_normalize,
     soft_cross_entropy,
     softened_cross_entropy,
     squared_distance,
 )
 from disco_jax.ops.queues import queue_logsumexp
+from disco_jax.ops.vectors import l2_normalize
 
 LOSS, GRADIENT = 1e-5, 1e-5  # relative to the largest value
 

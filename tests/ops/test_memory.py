@@ -8,8 +8,8 @@ import pytest
 
 import helpers
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import info_nce, l2_normalize, soft_cross_entropy
+from disco_jax.ops.losses import info_nce, soft_cross_entropy
 from disco_jax.ops.queues import (
     BLOCK,
     MIN_TEMPERATURE,
@@ -20,6 +20,7 @@ from disco_jax.ops.queues import (
     queue_logsumexp,
     queue_logsumexp_of_each,
 )
+from disco_jax.ops.vectors import l2_normalize
 
 B, D = 8, 32
 EXACT, HALF = 1e-5, 1e-3  # relative tolerances for float32 and bfloat16 factors

@@ -9,8 +9,8 @@ import pytest
 
 import helpers
 from disco_jax.ops import losses, relations
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
+from disco_jax.ops.vectors import l2_normalize
 
 EXACT = 1e-5  # relative tolerance of losses and gradients
 

@@ -7,8 +7,8 @@ import pytest
 
 import helpers
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.sinkhorn import sinkhorn
+from disco_jax.ops.vectors import l2_normalize
 
 
 def assign(scores, replicas=1, mask=None, **options):

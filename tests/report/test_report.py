@@ -15,13 +15,13 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 import helpers
 from disco_jax import flags, models
+from disco_jax.commands import compare, report
 from disco_jax.configs import common
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.report import build, page, paper, runs, sheet
 from disco_jax.run.metrics import Logger
-from disco_jax.tasks import compare, report
 
 _VOID = ("meta", "img", "br", "link", "input")
 

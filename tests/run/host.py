@@ -19,16 +19,16 @@ class Shared:
         return getattr(self._inner, name)
 
     def train(self, split, views, batch_size, seed, start, max_unreadable):
-        from disco_jax.data import base
+        from disco_jax.data import contract
 
-        begin = base.Position(start.epoch, start.offset * self._hosts)
+        begin = contract.Position(start.epoch, start.offset * self._hosts)
         whole = batch_size * self._hosts
         rows = slice(self._host * batch_size, (self._host + 1) * batch_size)
         for batch in self._inner.train(split, views, whole, seed, begin, max_unreadable):
             views_here = {view: images[rows] for view, images in batch.views.items()}
             epoch, offset = batch.position.epoch, batch.position.offset
-            after = base.Position(epoch, offset // self._hosts)
-            yield base.HostBatch(views_here, {}, after, batch.labels[rows], batch.rows[rows])
+            after = contract.Position(epoch, offset // self._hosts)
+            yield contract.HostBatch(views_here, {}, after, batch.labels[rows], batch.rows[rows])
 
 
 class Disturbed(Shared):
@@ -71,9 +71,10 @@ def work(task, workdir, settings):
 
     import helpers
     from disco_jax import flags
+    from disco_jax.commands import knn
     from disco_jax.data.arrays import ArraySource
-    from disco_jax.tasks import knn, pretrain
     from disco_jax.train import replicas, state
+    from disco_jax.workflows import pretrain
 
     here = jax.process_index(), jax.process_count()
     inner = ArraySource(helpers.digits_splits())

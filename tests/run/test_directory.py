@@ -17,7 +17,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.folders import FolderSource
 from disco_jax.errors import UserError
 from disco_jax.run import lease, upgrades, workdir
-from disco_jax.tasks import pretrain
+from disco_jax.workflows import pretrain
 
 # Written by version 0.1.0: a checkpoint of step 2 and metrics of steps 1 to 4.
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"

@@ -18,7 +18,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.run import goodput, metrics
-from disco_jax.tasks import pretrain
+from disco_jax.workflows import pretrain
 
 # When a write fails, Orbax's threads report it a second time, as an unhandled exception.
 pytestmark = [

@@ -19,7 +19,8 @@ import helpers
 from disco_jax import files
 from disco_jax.data.arrays import ArraySource
 from disco_jax.run import hosts
-from disco_jax.tasks import prepare, pretrain
+from disco_jax.train import prepare
+from disco_jax.workflows import pretrain
 
 pytestmark = pytest.mark.wiring  # compares numbers of processes with those of one
 

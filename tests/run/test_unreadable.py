@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import helpers
-from disco_jax.data import base, pipeline
-from disco_jax.data.base import Position
+from disco_jax.data import contract, pipeline
+from disco_jax.data.contract import Position
 from disco_jax.data.folders import FolderSource
 from disco_jax.data.skips import UnreadableNames
 from disco_jax.errors import UserError
 from disco_jax.run import unreadable
-from disco_jax.tasks import pretrain
+from disco_jax.workflows import pretrain
 from helpers import crop
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_file_of_names_is_read_as_far_as_it_can_be(tmp_path):
     [(1_281_167, 10, 1.0, 12_811), (500, 10, 1.0, 10), (500, 10, 50.0, 250), (9, 0, 1.0, 0)],
 )
 def test_the_limit_is_a_share_with_a_floor(count, least, percent, limit):
-    assert base.unreadable_limit(count, least, percent) == limit
+    assert contract.unreadable_limit(count, least, percent) == limit
 
 
 def test_evaluations_have_the_limit_of_their_split(tmp_path):

@@ -11,8 +11,8 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import NumericError
 from disco_jax.methods import OBJECTIVES
-from disco_jax.tasks import pretrain
 from disco_jax.train import joint, loop
+from disco_jax.workflows import pretrain
 
 
 def config_of(recipe, **changes):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import helpers
 from disco_jax.methods.base import Method, Views
 from disco_jax.methods.contrast import Contrast
-from disco_jax.methods.distill import Distill
+from disco_jax.methods.regression import Distill
 from disco_jax.methods.relations import Relations
 from disco_jax.methods.self_distill import SelfDistill
 from disco_jax.methods.swapped import Swapped

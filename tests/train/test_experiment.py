@@ -8,8 +8,8 @@ import helpers
 from disco_jax import errors
 from disco_jax.data.arrays import ArraySource
 from disco_jax.plan import program
-from disco_jax.tasks import pretrain
 from disco_jax.train import experiment
+from disco_jax.workflows import pretrain
 
 pytestmark = pytest.mark.wiring  # compares shapes and messages
 

@@ -14,10 +14,10 @@ from disco_jax.errors import NumericError
 from disco_jax.methods.base import Record
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
-from disco_jax.ops.losses import l2_normalize
 from disco_jax.ops.memory import Queue
-from disco_jax.tasks import pretrain
+from disco_jax.ops.vectors import l2_normalize
 from disco_jax.train import health, teacher
+from disco_jax.workflows import pretrain
 
 
 def measured(encoded, memory=None, step=0, replicas=1):

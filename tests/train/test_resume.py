@@ -17,8 +17,8 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features
-from disco_jax.tasks import pretrain
 from disco_jax.train import teacher
+from disco_jax.workflows import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,9 +12,9 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
-from disco_jax.tasks import pretrain
-from disco_jax.train import state, teacher
+from disco_jax.train import session, state, teacher
 from disco_jax.train.state import replicate
+from disco_jax.workflows import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,7 +254,7 @@ def test_the_plan_is_printed(recipe, says, capsys):
     config = helpers.smoke_config(recipe)
     ready = pretrain.prepare(config, ArraySource(helpers.digits_splits()))
     begin = ready.experiment.initial_state(ready.built, teacher=ready.teacher.variables)
-    pretrain.describe(ready, begin)
+    session.describe(ready, begin)
     out = capsys.readouterr().out
     assert says in out and ("M of it trainable" in out) == (recipe == "retro")
 

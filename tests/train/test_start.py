@@ -8,13 +8,14 @@ import pytest
 
 import helpers
 from disco_jax import models
+from disco_jax.commands import importing
 from disco_jax.convert import save
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features
+from disco_jax.evaluate import features, open_model
 from disco_jax.run import checkpoint
-from disco_jax.tasks import importing, joint, opening, pretrain
-from disco_jax.train import start
+from disco_jax.train import session, start
+from disco_jax.workflows import joint_runs, pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def file(tmp_path_factory):
 
 
 def prepared(config, source, workdir):
-    return pretrain.fresh(pretrain.starting(pretrain.prepare(config, source), str(workdir)))
+    return session.fresh(pretrain.starting(pretrain.prepare(config, source), str(workdir)))
 
 
 def equal(actual, expected):
@@ -95,7 +96,7 @@ def test_a_student_starts_from_a_file_and_from_its_import(imported, part, file, 
     )
     config.student.dim = 16
     begin = prepared(config, source, tmp_path / "run")
-    expected = opening.open_network(str(file)).variables
+    expected = open_model.open_model(str(file)).variables
     equal(begin.student["params"]["backbone"], expected["params"]["backbone"])
     assert differ(begin.student["params"]["head"], expected["params"]["head"]) == (part != "all")
 
@@ -138,11 +139,11 @@ def test_students_that_train_together_start_each_from_its_own_weights(
         begun.update(fresh)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "resume", stop)
+    monkeypatch.setattr(session, "resume", stop)
     configs = {name: config_of(**{"student.hidden": 16}) for name in ("left", "right")}
     configs["left"].student.weights = run
     with pytest.raises(KeyboardInterrupt):
-        joint.run(configs, {name: str(tmp_path / name) for name in configs}, source)
+        joint_runs.run(configs, {name: str(tmp_path / name) for name in configs}, source)
     expected = features.load(run).variables["params"]["backbone"]
     equal(begun["left"].student["params"]["backbone"], expected)
     assert differ(begun["right"].student["params"]["backbone"], expected)

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
+from disco_jax.convert.backbones.variants import variants
+from disco_jax.convert.family import Export, Family, Layout, State, count_children
 from disco_jax.convert.names import ModuleMap
 from disco_jax.models.backbones.convnext import VARIANTS, ConvNeXt
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from disco_jax import models
-from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
+from disco_jax.convert.backbones.variants import variants
+from disco_jax.convert.family import Export, Family, Layout, State, count_children
 from disco_jax.convert.names import ModuleMap
 from disco_jax.models.backbones.resnet import VARIANTS, ResNet
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from disco_jax import models
 from disco_jax.convert.backbones.transformer import attention_mlp
-from disco_jax.convert.family import Export, Family, Layout, State, count_children, variants
+from disco_jax.convert.backbones.variants import variants
+from disco_jax.convert.family import Export, Family, Layout, State, count_children
 from disco_jax.convert.names import ModuleMap
 from disco_jax.models.backbones.vit import VARIANTS, ViT
 

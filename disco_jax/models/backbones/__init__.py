@@ -5,7 +5,7 @@ import pkgutil
 from typing import Any
 
 from disco_jax import errors, plugins
-from disco_jax.models.backbones.base import Backbone
+from disco_jax.models.backbones.backbone import Backbone
 
 
 def _variants() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
@@ -36,7 +36,7 @@ def find(name: str, setting: str = "The backbone") -> tuple[type[Backbone], dict
       UserError: there is no backbone of this name.
     """
     if ":" in name:
-        requirement = "a subclass of disco_jax.models.backbones.base.Backbone"
+        requirement = "a subclass of disco_jax.models.backbones.backbone.Backbone"
         return plugins.load_class(setting, name, _is_backbone, requirement), {}
     if name not in BACKBONES:
         raise errors.unknown(setting, name, BACKBONES)

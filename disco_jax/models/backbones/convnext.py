@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from disco_jax.errors import UserError
-from disco_jax.models.backbones.base import Backbone
-from disco_jax.models.layers.attention import Mlp, layer_norm
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path
 from disco_jax.models.layers.feature_maps import FeatureMap, record_stage
 from disco_jax.models.layers.initializers import constant, narrow, zeros
+from disco_jax.models.layers.self_attention import Mlp, layer_norm
 
 _MIN_SIZE = 32  # the strides of stem and downsampling multiply to 32
 _NO_PADDING = ((0, 0), (0, 0))

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
-from disco_jax.models.backbones.base import Backbone
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.layers.activations import ACTIVATIONS, Activation
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path

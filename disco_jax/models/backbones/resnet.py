@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 from jax import Array
 
-from disco_jax.models.backbones.base import Backbone
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.feature_maps import FeatureMap, record_stage
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disco_jax.models.backbones.base import Backbone
-from disco_jax.models.layers.attention import Mlp, layer_norm, linear, split_heads
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path
 from disco_jax.models.layers.initializers import narrow, torch_bias, torch_kernel
+from disco_jax.models.layers.self_attention import Mlp, layer_norm, linear, split_heads
 
 
 class ViT(Backbone):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disco_jax.models.backbones.base import Backbone
-from disco_jax.models.layers.attention import Mlp, gelu, layer_norm, linear, split_heads
+from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.dropout import drop_path
 from disco_jax.models.layers.feature_maps import FeatureMap
 from disco_jax.models.layers.initializers import constant, narrow, ones, torch_bias, torch_kernel
+from disco_jax.models.layers.self_attention import Mlp, gelu, layer_norm, linear, split_heads
 
 # Fourier features of positions: frequencies per axis and the longest wavelength.
 _FREQUENCIES, _TEMPERATURE = 32, 10_000.0
