@@ -154,7 +154,7 @@ _CUT = {
     "resnet": dict(stage_sizes=(1, 1), width=8),
     "efficientnet": dict(repeats=(1, 2, 1, 0, 0, 0, 0)),
     "vit": dict(width=24, heads=3, patch=4, depth=2, grid=4),
-    "xcit": dict(width=32, heads=2, patch=4, depth=1, class_blocks=1),
+    "xcit": dict(width=32, heads=2, patch=8, depth=1, class_blocks=1),
 }
 
 

@@ -55,16 +55,12 @@ def test_unknown_names_are_refused_with_the_nearest():
         build("resnet18", stem="smal")
 
 
-# A bottleneck adds its input unchanged in the second block of a stage only.
-STAGES = {"basic": (1, 1), "bottleneck": (2, 1)}
-
-
 def small(block, optimized, dtype):
     """Returns two stages, with all or no optimizations."""
     compute = Compute(dtype).plain()
     if optimized:
         compute = Compute(dtype, width_packing=True, stats_from_input=True, shift_and_add=True)
-    return ResNet(STAGES[block], block, width=8, compute=compute)
+    return ResNet((2, 1), block, width=8, compute=compute)
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
