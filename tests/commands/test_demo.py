@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import helpers
 from disco_jax import flags
 from disco_jax.commands import demo
 
@@ -23,8 +22,6 @@ def finished(tmp_path_factory):
     for name in demo.RUNS:
         config[name].total_epochs = 3
         config[name].student.backbone = "resnet8"
-        helpers.only_cropped(config[name])
-        config[name].log.report = False
     return folder, demo.run(config, str(folder)), config
 
 
