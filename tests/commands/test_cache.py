@@ -22,8 +22,6 @@ from disco_jax.train.prepare import prepare
 from disco_jax.train.state import replicate
 from disco_jax.workflows import joint_runs, pretrain
 
-pytestmark = pytest.mark.wiring  # compares cached outputs with live ones
-
 STEPS = 5  # per epoch: 1437 images in batches of 256
 # Flips alone show whether draws are the same; other operations take long to compile.
 FLIPPED = {"augment.flip_prob": 0.5, "augment.jitter_prob": 0.0}

@@ -15,8 +15,6 @@ from disco_jax.train import joint as shared
 from disco_jax.train.experiment import assemble
 from disco_jax.workflows import joint_runs, pretrain
 
-pytestmark = pytest.mark.wiring  # compares runs with one another
-
 STEPS = 6
 # These tests do not depend on the backbone.
 TINY = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
@@ -178,6 +176,7 @@ def convolutions(names):
     return {"all": str(text).count("conv_general"), "teacher": str(alone).count("conv_general")}
 
 
+@pytest.mark.wiring  # checks the names in the error, not the numbers
 def test_students_that_diverge_are_named(tmp_path, source):
     changes = {"narrow": {}, "wide": {"learning_rate.base_lr": 1e30}}
     configs = {name: config_of("narrow", **changes[name]) for name in changes}

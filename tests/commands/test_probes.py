@@ -87,7 +87,6 @@ def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(ru
     assert linear.run(config, run) == result  # nothing is trained again
 
 
-@pytest.mark.wiring  # compares runs with one another
 def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
     config = quick("linear:protocol=grid_crops", **{"learning_rate.base_lr": 50.0})
     config.grid.update(rates=(1e-6, 50.0), weight_decays=(0.0,), held_out_percent=30.0)
@@ -105,7 +104,6 @@ def test_a_grid_on_crops_searches_then_trains_what_it_found(run):
     assert linear.run(config, run) == result  # nothing is trained again
 
 
-@pytest.mark.wiring  # compares numbers of devices with one another
 @pytest.mark.parametrize("recipe", ["linear:protocol=moco", "finetune"])
 def test_devices_do_not_change_what_is_learned(run, recipe):
     """Compares one device with four, with partial last batches of test images."""

@@ -81,7 +81,6 @@ def test_a_negative_redundancy_is_refused():
         method.check(shapes(method, (16,)))
 
 
-@pytest.mark.wiring  # compares numbers of devices with one another
 def test_a_few_steps_lower_the_loss_equally_on_one_and_on_four_devices():
     losses = {}
     with helpers.tiny_backbone():

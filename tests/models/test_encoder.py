@@ -58,7 +58,6 @@ def test_the_backbone_is_called_once_a_size_and_the_head_once(encoder, monkeypat
         assert len(calls) == 10  # backbone and head for each view
 
 
-@pytest.mark.wiring  # compares views with one another
 @pytest.mark.parametrize("norm", ["running", "sync", "shuffle"])
 def test_rows_come_back_to_their_views(encoder, norm):
     """Equal views get equal scores; with stored statistics, those of a call for one view."""
@@ -114,7 +113,6 @@ def test_statistics_are_those_of_a_size_and_of_everyone_in_the_head(encoder):
     )
 
 
-@pytest.mark.wiring  # compares numbers of devices with one another
 def test_dropout_of_grouped_views_does_not_depend_on_the_devices():
     backbone = vit.ViT(width=12, heads=3, depth=2, patch=4, grid=3, drop_path=0.5)
     encoder = Encoder(backbone, Identity())

@@ -1,9 +1,7 @@
 """Same weights, same images, same numbers as the official PyTorch code, for every layout."""
 
-import contextlib
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import helpers
 import reference_weights
 from disco_jax import convert
-from disco_jax.models.backbones import vit, xcit
 
 # {recorded network: eval cases}, each a program to compile. Tests in train mode cover 96 px; the
 # test of class tokens covers the ViT at 192 px. Every padding is tested at 224 px and a smaller
@@ -105,41 +102,6 @@ TRAIN = {
 }
 
 
-@contextlib.contextmanager
-def compiled_by_block(*kinds):
-    """Compiles blocks of some classes inside the context, and each of several equal ones once.
-
-    The other layers are computed operation by operation. Compiling the whole network, which
-    repeats its block twelve times, takes several times as long. `test_compiled.py` compares the
-    two.
-    """
-    nested = []
-
-    @functools.partial(jax.jit, static_argnums=(0, 3))
-    def run(block, variables, tokens, options):
-        rest, named = options
-        return block.apply(variables, tokens, *rest, **dict(named), mutable=["batch_stats"])
-
-    def compile_block(call, args, kwargs, context):
-        block = context.module
-        if nested or not isinstance(block, kinds) or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        nested.append(block)
-        alone = block.clone(parent=None, name=None)
-        options = args[1:], tuple(kwargs.items())
-        out, new = run(alone, block.variables, args[0], options)
-        nested.clear()
-        for name, stats in new.get("batch_stats", {}).items():
-            block.put_variable("batch_stats", name, stats)
-        return out
-
-    with nn.intercept_methods(compile_block):
-        yield
-
-
-REPEATED = {"xcit_tiny_12_p16": (xcit.ChannelBlock, xcit.ClassBlock)}
-
-
 @pytest.mark.parametrize("name", TRAIN)
 def test_outputs_statistics_and_gradients_in_train_mode(name):
     output, tolerance = TRAIN[name]
@@ -155,12 +117,9 @@ def test_outputs_statistics_and_gradients_in_train_mode(name):
         )
         return 0.5 * jnp.sum(jnp.square(getattr(out, output))), (out, new)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if name in REPEATED:
-        with compiled_by_block(*REPEATED[name]):
-            (value, (out, new)), grads = gradient(variables["params"])
-    else:
-        (value, (out, new)), grads = jax.jit(gradient)(variables["params"])
+    (value, (out, new)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        variables["params"]
+    )
     assert helpers.relative_error(value, arrays["train_96/loss"]) < tolerance
     assert helpers.relative_error(out.features, arrays["train_96/features"]) < tolerance
     paths = {key: path.split("/") for key, path in checkpoint.keys.items()}
@@ -202,8 +161,7 @@ def test_gradients_of_a_vit():
         out = checkpoint.encoder.apply({"params": params}, images, norm="running")
         return 0.5 * jnp.sum(jnp.square(out.features))
 
-    with compiled_by_block(vit.Block):
-        grads = jax.grad(loss)(checkpoint.variables["params"])
+    grads = jax.jit(jax.grad(loss))(checkpoint.variables["params"])
     row = expected.pop("pos_embed_row")
     assert helpers.relative_error(grads["backbone"]["pos_embed"][0, 57], row) < 1e-4
     for key, array in expected.items():

@@ -268,7 +268,6 @@ def assert_memory_was_used(whole, like):
             assert not after.ndim or (np.any(after != 0) and np.any(after != before)), name
 
 
-@pytest.mark.wiring  # compares states of equal programs
 @pytest.mark.parametrize("recipe", MEMORIES)
 def test_memories_resume_bit_for_bit(recipe, tmp_path, one_compilation):
     """Resumes a run from the checkpoint before the last one, and compares the final states."""
@@ -309,13 +308,11 @@ def shared_queue(tmp_path_factory):
     return run, run("first", 0, 4, SHARED)
 
 
-@pytest.mark.wiring  # compares states of equal programs
 def test_a_shared_queue_resumes_bit_for_bit(shared_queue):
     run, first = shared_queue
     chex.assert_trees_all_equal(run("again", 3, 4, SHARED), first)
 
 
-@pytest.mark.wiring  # compares numbers of devices with one another
 @pytest.mark.parametrize(
     "start, devices, changes",
     [(3, 1, SHARED), (0, 1, {})],

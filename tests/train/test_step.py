@@ -24,9 +24,6 @@ from disco_jax.train.state import (
 )
 from disco_jax.train.step import parallel
 
-# Compares steps with one another; `test_dynamics.py` compares steps with those of official code.
-pytestmark = pytest.mark.wiring
-
 FORWARDS = {  # recipe -> network -> views, with the papers' numbers of forward passes
     "moco_v2": {"student": (0,), "momentum": (1,)},
     "disco": {"student": (0, 1), "momentum": (1,), "teacher": (0, 1)},
