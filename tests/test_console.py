@@ -185,6 +185,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     assert "photos: no labels" in call("data", "photos", "--seconds=0")
     one = "--config.axes=(('student', ('resnet8',)), ('config.student.hidden', (8,)))"
     sweep = "--config=sweeps/hidden_width:smoke=true", one, "--config.recipe=seed", "--dry-run"
+    sweep = *sweep, "--costs"
     assert "GFLOP an image" in call("sweep", *sweep, "--config.joint=1", "--workdir=sweep")
     assert not (tmp_path / "sweep").exists()
 
