@@ -31,7 +31,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from disco_jax import files, programs
-from disco_jax.errors import UserError, did_you_mean
+from disco_jax.errors import StorageError, UserError, did_you_mean
 from disco_jax.files import is_free, whole
 from disco_jax.nested import flatten
 from disco_jax.run import checkpoint, hosts, lease, metrics, upgrades
@@ -100,12 +100,31 @@ def claim(
     Raises:
       UserError: the directory belongs to a run with another config or other images, contains
         something else, cannot be written, or is in use by another run.
+      StorageError: an error inside the context, after the directory was removed.
     """
     path = epath.Path(workdir)
     with contextlib.ExitStack() as lock:
         hosts.on_process_zero(lambda: _claim(path, config, allow_change, images, lock))
         programs.settle(path)
-        yield path
+        with _reported_if_removed(path):
+            yield path
+
+
+@contextlib.contextmanager
+def _reported_if_removed(path: epath.Path) -> Iterator[None]:
+    """Replaces an error inside the context by StorageError if the run's config.json is gone.
+
+    Every write to a removed directory fails in its own way, e.g. with a ValueError of TensorStore.
+    """
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code") or (path / CONFIG).exists():
+            raise
+        raise StorageError(
+            f"--workdir={path} was removed or moved while the run wrote to it. Restore the "
+            "directory to resume the run, or start again to train from step 1."
+        ) from error
 
 
 def begin_anew(path: epath.Path) -> None:

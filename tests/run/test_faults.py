@@ -17,7 +17,7 @@ from disco_jax import files, main
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
-from disco_jax.run import goodput, metrics
+from disco_jax.run import checkpoint, goodput, metrics
 from disco_jax.workflows import pretrain
 
 # When a write fails, Orbax's threads report it a second time, as an unhandled exception.
@@ -155,6 +155,19 @@ def test_a_disk_that_takes_no_metrics_keeps_those_that_it_has(run, ends):
     code, message = ends(lambda: metrics.Logger(str(run), tensorboard=False, step=2))
     assert code == 1 and "No space left on device. Files saved before are complete" in message
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_whose_directory_is_removed_says_so(run, ends, monkeypatch):
+    def removed(*_args, **_kwargs):
+        shutil.rmtree(run)
+        raise ValueError("NOT_FOUND: Error writing to a database of TensorStore")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", removed)
+    code, message = ends(
+        lambda: pretrain.run(config(6), str(run), source(), allow_change="total_steps")
+    )
+    assert code == 1 and f"--workdir={run} was removed or moved while the run" in message
+    assert "TensorStore" not in message
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
