@@ -1,5 +1,6 @@
 """`config.data.reader="tfdata"`: the order, the boxes and nearly the pixels of the threads."""
 
+import dataclasses
 import io
 import itertools
 import os
@@ -10,6 +11,7 @@ from PIL import Image
 
 from disco_jax.data import crops, digits, pipeline, sources, tfdata
 from disco_jax.data.contract import Position
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.sources import TfdsSource
 from disco_jax.errors import UserError
 from helpers import crop, same_batches
@@ -209,20 +211,14 @@ def test_a_failure_at_every_image_is_no_damage_of_the_images(data_dir, monkeypat
 
 
 def test_the_setting_reaches_the_source_and_is_for_tfds_alone(data_dir, tmp_path, monkeypatch):
-    from ml_collections import ConfigDict
-
-    from disco_jax.configs import data as defaults
-
-    config = ConfigDict({**defaults.source("plain"), "dir": data_dir, "reader": "tfdata"})
+    config = DataSettings(name="plain", dir=data_dir, reader="tfdata")
     monkeypatch.setattr(sources.TfdsSource, "_encoded_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(pipeline.open_source(config), 1, VIEWS)
-    config.reader = "tfdat"
     with pytest.raises(UserError, match=r"config\.data\.reader.*Did you mean 'tfdata'"):
-        pipeline.open_source(config)
-    config.update(source="folder", dir=str(tmp_path), reader="tfdata")
+        pipeline.open_source(dataclasses.replace(config, reader="tfdat"))
     with pytest.raises(UserError, match=r"config\.data\.reader='tfdata' has no effect"):
-        pipeline.open_source(config)
+        pipeline.open_source(dataclasses.replace(config, source="folder", dir=str(tmp_path)))
 
 
 # ---- photographs, if available
