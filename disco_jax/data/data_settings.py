@@ -24,8 +24,8 @@ class DataSettings:
         for the crops
       subset: a text file with one file name a line: training reads only these images
       shuffle_buffer: encoded records in the shuffle buffer of TFRecord files
-      reader: decoding and cropping of training images: threads (OpenCV, Pillow) | tfdata
-        (TensorFlow)
+      reader: Decoding and cropping of training images: threads (OpenCV, Pillow) | tfdata
+        (TensorFlow).
       cache: keep encoded records in memory; small data sets are always kept
       splits: Assigns splits explicitly: split=folder, as in "train=Training set,test=Holdout",
         where the right side is a folder, a pattern inside data.dir, a list, or "." for everything.

@@ -102,8 +102,8 @@ def _check_fields(data: DataSettings) -> None:
     percent = data.max_unreadable_percent
     if not 0 <= percent <= 100:
         raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
-    if (reader := data.reader) not in READERS:
-        raise unknown("config.data.reader", reader, READERS)
+    if data.reader not in READERS:
+        raise unknown("config.data.reader", data.reader, READERS)
     for field, default, kinds in _SOURCE_FIELDS:
         value = getattr(data, field)
         if value != default and data.source in SOURCES and data.source not in kinds:
