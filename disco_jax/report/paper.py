@@ -13,15 +13,13 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, files, methods, models
+from disco_jax import errors, files
 from disco_jax.configs import data as datasets
 from disco_jax.convert.manifest import MANIFEST
-from disco_jax.models import heads
 from disco_jax.nested import flatten
 from disco_jax.report import rows
 from disco_jax.report.rows import Row
 from disco_jax.run import upgrades, workdir
-from disco_jax.train import teacher as teachers
 
 # Fields about where and how a run computes, not about what it learns. Groups end in a dot.
 HOW = (
@@ -224,6 +222,8 @@ def defining(config: ConfigDict) -> dict[str, Any]:
     Raises:
       UserError: a network or an objective is unknown.
     """
+    from disco_jax import methods  # reports of other runs do without networks
+
     plan = methods.plan(config)
     active = {name for name, section in config.objectives.items() if section.weight}
     idle = [f"{network}." for network in ("momentum", "teacher") if network not in plan]
@@ -256,6 +256,9 @@ def _network(network: str, spec: Any, fields: Mapping[str, Any]) -> dict[str, An
       spec: its section of the config.
       fields: the flat config.
     """
+    from disco_jax import models
+    from disco_jax.models import heads
+
     options, backbone = models.options(spec.backbone), models.build_encoder(spec).backbone
     resolved: dict[str, Any] = {
         name: getattr(backbone, name) if name in options else _ABSENT
@@ -278,6 +281,8 @@ def _groups(names: Iterable[str]) -> tuple[str, ...]:
 @functools.cache
 def _expected(name: str) -> Mapping[str, Any]:
     """Returns the fields that define the cell with an id, with its teacher's network."""
+    from disco_jax.train import teacher as teachers
+
     row = rows.rows()[name]
     config = row.config()
     if row.teacher is not None:
@@ -312,6 +317,8 @@ class _Proof:
 
 def _teacher_differences(weights: str, row: Row) -> _Proof:
     """Compares the weights of a run's teacher with the teacher of a cell."""
+    from disco_jax.train import teacher as teachers
+
     expected = row.teacher
     assert expected is not None
     if weights in ("", teachers.RANDOM):

@@ -59,7 +59,10 @@ def test_a_teacher_from_a_file_is_compared_by_its_network():
 
 
 def test_a_smoke_run_with_a_random_teacher_has_no_value():
-    config = flags.load("seed:student=resnet18,smoke=true").to_dict()
+    config = teacher.resolve(flags.load("seed:student=resnet18,smoke=true"))
+    assert config.teacher.weights == "random"
+    config = json.loads(config.to_json_best_effort())
+    assert paper.against(rows.find("seed/table1/resnet18/resnet50"), config, {}).differences
     assert paper.beside(config, measured("linear:protocol=seed,student=resnet18")) is None
     assert paper.unmeasured(config) == []
 
