@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from disco_jax import errors, files
 from disco_jax.configs import data as datasets
-from disco_jax.convert.manifest import MANIFEST
 from disco_jax.nested import flatten
 from disco_jax.report import rows
 from disco_jax.report.rows import Row
@@ -344,6 +343,8 @@ def _teacher_differences(weights: str, row: Row) -> _Proof:
 
 def _read_config(weights: str) -> ConfigDict | None:
     """Returns the config of the run that trained a teacher; None for a file, or an import."""
+    from disco_jax.convert.manifest import MANIFEST
+
     path = epath.Path(weights)
     try:
         if not (path / workdir.CONFIG).exists() or (path / MANIFEST).exists():
@@ -357,6 +358,8 @@ def _read_config(weights: str) -> ConfigDict | None:
 
 def _file_of(weights: str) -> str:
     """Returns the name of the file with a teacher's weights, also of an imported one."""
+    from disco_jax.convert.manifest import MANIFEST
+
     path = epath.Path(weights)
     try:
         if (path / MANIFEST).exists():
