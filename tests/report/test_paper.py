@@ -117,7 +117,7 @@ def test_a_teacher_without_weights_has_no_value(weights, text):
 
 DIFFERENT = {
     "epochs": (dict(total_epochs=100), {}, "total_epochs: 100, paper 200"),
-    "width": ({"student.hidden": 1024}, {}, "student.hidden: 1024"),
+    "width": ({"student.hidden": 1000}, {}, "student.hidden: 1000"),
     "probe": ({}, {"learning_rate.base_lr": 3.0}, "evaluation's learning_rate.base_lr: 3.0"),
     "cached": ({}, {"augment": "none"}, "evaluation's augment: 'none', paper 'linear'"),
 }
