@@ -37,8 +37,15 @@ EPOCHS = {
     "swav_disco": 25,
     "sslight_swav": 25,
     "dino": 40,
+    "byol": 20,
 }  # default: 10, or 20 for multi-crop recipes
-RATES = {"pseudo_labels:clusters=64": 16, "compress": 16}  # factor on the learning rate; default 4
+RATES = {  # factor on the learning rate; default 4
+    "pseudo_labels:clusters=64": 16,
+    "compress": 16,
+    "simclr": 1,
+    "byol": 1,
+    "supervised": 1,
+}
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64", "simclr", "byol", "supervised")
 # Recipes with crops of two sizes, which keep their own views and rates.
 MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav")

@@ -133,7 +133,10 @@ class Queue:
         rows = rows.astype(self.vectors.dtype)
         size, dim = self.vectors.shape
         chex.assert_shape(rows, (None, dim))
-        rows = rows[max(rows.shape[0] - size, 0) :]
+        if rows.shape[0] >= size:
+            return dataclasses.replace(
+                self, vectors=rows[rows.shape[0] - size :], pointer=jnp.zeros((), jnp.int32)
+            )
         if size % rows.shape[0]:
             indices = (self.pointer + jnp.arange(rows.shape[0])) % size
             vectors = self.vectors.at[indices].set(rows)

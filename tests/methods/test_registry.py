@@ -65,6 +65,7 @@ RECORDED = {
         "queue_size": 65536,
         "queue_init": "random",
         "cutmix": True,
+        "cutmix_group": 32,
         "own_epochs": 11,
     },
     "consistency": {

@@ -11,6 +11,7 @@ from disco_jax import models
 from disco_jax.models.backbones import vit
 from disco_jax.models.encoder import Encoder, Network, encode
 from disco_jax.models.heads import Identity
+from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
 
 SIZES = {0: 12, 1: 12, 2: 8, 3: 8, 4: 8}
@@ -148,26 +149,26 @@ def test_groups_of_images_share_statistics_whatever_the_devices(encoder):
 
 def test_patches_in_one_pass_share_statistics_and_update_them_once(encoder):
     """As in SEED's code: one pass of the large views, one of all patches."""
-    variables, views = encoder.create(0, 12), images(4)
-    order = {v: views[v] for v in SIZES}
+    variables, network = encoder.create(0, 12), Network(encoder, "local", grouped=True)
 
-    def norm_inputs(next_fun, args, kwargs, context):
-        if type(context.module).__name__ == "BatchNorm" and context.module.path[0] == "backbone":
-            inputs.append(np.asarray(args[0], np.float64))
-        return next_fun(*args, **kwargs)
+    def norm_inputs_and_stats(views):
+        inputs = []
 
-    inputs = []
-    with nn.intercept_methods(norm_inputs), jax.disable_jit():
-        _, stats = encode(
-            Network(encoder, "local", grouped=True),
-            variables,
-            order,
-            tuple(SIZES),
-            jax.random.key(0),
-        )
+        def watch(call, args, kwargs, context):
+            is_norm = isinstance(context.module, BatchNorm) and context.method_name == "__call__"
+            if is_norm and context.module.path[0] == "backbone":
+                inputs.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(watch):
+            _, stats = encode(network, variables, views, tuple(SIZES), jax.random.key(0))
+        return inputs, stats
+
+    inputs, stats = jax.jit(norm_inputs_and_stats)(images(4))
     assert [len(x) for x in inputs] == [2 * 4, 3 * 4]
     mean, var = np.zeros(16), np.ones(16)
     for x in inputs:
+        x = np.asarray(x, np.float64)
         mean = 0.9 * mean + 0.1 * x.mean(0)
         var = 0.9 * var + 0.1 * x.var(0, ddof=1)
     (name,) = stats["backbone"]
