@@ -1,10 +1,13 @@
-r"""Claims of the papers in miniature: Fashion-MNIST, light students, three seeds.
+r"""Claims of the papers in miniature: Fashion-MNIST, light students, eight seeds.
 
     disco-jax sweep --config miniature/claims --workdir runs/claims
+    disco-jax sweep --config miniature/claims:data=fashion_photos.npz --workdir runs/claims_photos
 
 Runs on one accelerator; `miniature/claims:cut=cpu` is a smaller version, at 20 px, for two CPU
-cores. `data=FILE.npz` reads a copy of the data set without TensorFlow, which
-`disco-jax data fashion_mnist --npz FILE.npz` makes. docs/claims.md has the measured table.
+cores. `data=FILE.npz` reads the images from a file, without TensorFlow: a copy of Fashion-MNIST,
+which `disco-jax data fashion_mnist --npz FILE.npz` makes, or its variant in colour from
+`fashion_photos.py` beside this file, with the same settings. Runs have the seeds 0 to `seeds` - 1.
+docs/claims.md has the measured tables.
 
 Students are ResNet-8s of width 4 and 8 (16 and 32 features). The good teacher has width 16 and a
 long training; the poor one has the size and the training of the narrow student. Views, batch,
@@ -13,9 +16,11 @@ the features for MoCo-v2 and SEED, as wide as the teachers' for DisCo, the good 
 RETRO. DisCo also runs with the narrow head.
 """
 
+import pathlib
+
 from disco_jax.configs import common, small
 from disco_jax.configs.sweeps import common as sweeps
-from disco_jax.errors import unknown
+from disco_jax.errors import UserError, unknown
 
 WIDTH, HIDDEN, TEACHER = "config.student.width", "config.student.hidden", "teacher"
 NARROW, WIDER, LARGE = 4, 8, 16
@@ -34,11 +39,13 @@ CUTS = {
 
 
 def get_config(arg=None):
-    arg = common.parse(arg, data="", cut="accelerator", smoke=False)
+    arg = common.parse(arg, data="", cut="accelerator", seeds=8, smoke=False)
     if arg.cut not in CUTS:
         raise unknown("The recipe's argument cut", arg.cut, CUTS)
-    cut = CUTS[arg.cut]
-    config = sweeps.sweep(f"claims_{arg.cut}")
+    if arg.seeds < 1:
+        raise UserError(f"The recipe's argument seeds={arg.seeds} must be 1 or more.")
+    cut, dataset = CUTS[arg.cut], pathlib.Path(arg.data or "fashion_mnist").stem
+    config = sweeps.sweep(f"claims_{arg.cut}_{dataset}")
     config.arguments = (("data", "fashion_mnist"), ("student", "resnet8"))
     config.changes = _changes(**cut)
     config.teachers = {
@@ -62,7 +69,7 @@ def get_config(arg=None):
         (("recipe", ("seed",)), students, (TEACHER, ("good",))),
         (("recipe", ("disco",)), students, (HIDDEN, (HEAD,)), (TEACHER, ("poor",))),
     )
-    config.seeds = (0, 1, 2)
+    config.seeds = tuple(range(arg.seeds))
     config.claims = _claims()
     config.evaluate = (("linear:protocol=grid", PROBE),)
     config.figure.score = "linear_grid"
@@ -72,7 +79,7 @@ def get_config(arg=None):
         config.evaluate = ("knn",)
         config.figure.score = "knn"
     if arg.data:
-        config.changes += (("data.source", "npz"), ("data.dir", arg.data))
+        config.changes += (("data.source", "npz"), ("data.dir", arg.data), ("data.name", dataset))
     return config
 
 
