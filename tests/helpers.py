@@ -76,10 +76,16 @@ def relative_error(actual, reference):
     return np.max(np.abs(np.asarray(actual, np.float64) - reference)) / np.max(np.abs(reference))
 
 
+@functools.lru_cache(1)
+def _mapped(function):
+    """Returns a compiled function of replicas; calls in a loop share its program."""
+    return jax.jit(jax.vmap(function, axis_name=AXIS))
+
+
 def single(function, *args):
     """Calls a function that uses collectives, compiled, with a single replica."""
     add = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
-    out = jax.jit(jax.vmap(function, axis_name=AXIS))(*add)
+    out = _mapped(function)(*add)
     return jax.tree.map(lambda x: x[0], out)
 
 
@@ -286,6 +292,12 @@ def only_cropped(config):
     for part in (config.augment, config.local):
         with part.ignore_type():  # some recipes have a tuple with a number per view
             part.update({name: 0.0 for name in part if name.endswith("_prob")})
+    return config
+
+
+def only_flipped(config):
+    """Disables photometric augmentation except flips, which show whether draws are the same."""
+    only_cropped(config).augment.flip_prob = 0.5
     return config
 
 

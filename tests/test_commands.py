@@ -46,7 +46,9 @@ OF_DATA = ("--config.data.source=npz", "--config.data.dir=few.npz")
 TRAIN = (
     *OF_DATA, "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
     "--config.total_steps=2", "--config.batch_size=32", "--config.student.hidden=16",
-    "--config.objectives.contrast.queue_size=64", "--config.log.report=false",
+    "--config.objectives.contrast.queue_size=64", "--config.log.report=false", *(
+        f"--config.augment.{name}_prob=0" for name in ("jitter", "grey", "blur")
+    ),
 )  # fmt: skip
 PROBE = (
     "--config.total_epochs=1", "--config.batch_size=32", "--config.extract_batch_size=32",
@@ -148,6 +150,10 @@ def small(words):
     for word in rest:
         if word.startswith("--config.data.dir=gs:"):
             continue  # few.npz is used instead
+        if task == "semi":  # all digits replace the lists and parts of ImageNet
+            word = word.replace(",list=1percent.txt", "")
+            if "imagenet2012_subset" in word:
+                continue
         word = word.replace("gs://BUCKET/", "gs/")
         for name in NETWORKS:
             word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)

@@ -24,8 +24,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
-      {"classes", "images", "neighbours_top1": run -> percentage of images whose nearest point in
-      the plot has the same class}.
+      {"classes", "images", "metric", "neighbours_top1": run -> percentage of images whose nearest
+      point in the plot has the same class}.
 
     Raises:
       UserError: a setting, a run or the data is invalid, or scikit-learn is missing.
@@ -48,7 +48,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         for title, run_features in zip(titles, extracted, strict=True)
     }
     top1 = {title: _neighbour_top1(points, labels) for title, points in places.items()}
-    result = {"classes": classes.tolist(), "images": len(rows), "neighbours_top1": top1}
+    result = {"classes": classes.tolist(), "images": len(rows), "metric": config.metric}
+    result["neighbours_top1"] = top1
     arrays = {f"places_{i}": points for i, points in enumerate(places.values())}
     saved.write(workdir, config.name, result, labels=extracted[0].labels[rows], **arrays)
     if jax.process_index() == 0:

@@ -102,8 +102,9 @@ def _depends_on_backbone(protocol: str, backbone: str) -> bool:
     general, own = (
         linear.get_config(f"protocol={protocol},student={student}") for student in ("", backbone)
     )
-    names = general.keys() - {"student", "learning_rate"}
-    return any(general[name] != own[name] for name in names)
+    return any(
+        general[name] != own[name] for name in general if name not in ("student", "learning_rate")
+    )
 
 
 def _warn_of_other_paper(config: ConfigDict, run: ConfigDict) -> None:

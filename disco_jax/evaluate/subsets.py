@@ -24,8 +24,8 @@ def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
         if len(rows) < per_class:
             raise UserError(
                 f"Class {label} has {len(rows)} labelled images, fewer than the {per_class} "
-                "requested per class: reduce config.labelled.per_class, config.labelled.percent "
-                "or config.shots."
+                "requested per class: reduce config.labelled.per_class, config.labelled.percent, "
+                "config.held_out.per_class or config.shots."
             )
         order = np.random.default_rng([seed, int(label)]).permutation(rows)
         selected.append(order[:per_class])

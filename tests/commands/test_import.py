@@ -13,7 +13,7 @@ import pytest
 import helpers
 from disco_jax import main, models
 from disco_jax.commands import importing
-from disco_jax.convert import pickles
+from disco_jax.convert import pickles, save
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.run.workdir import read_config
@@ -160,8 +160,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "at, place", [("claim", "there"), ("save", "new"), ("wait", "there"), ("describe", "new")]
 )
-def test_an_import_that_was_killed_can_be_repeated(tmp_path, file, at, place, monkeypatch):
-    workdir = tmp_path / "run"
+def test_an_import_that_was_killed_can_be_repeated(tmp_path, at, place, monkeypatch):
+    workdir, file = tmp_path / "run", tmp_path / "small.pth"
+    encoder = models.build_encoder(helpers.encoder_spec("resnet8", width=4, hidden=8, dim=16))
+    state = save.state_dict("resnet8", encoder, encoder.create(0, 32), "moco", with_head=True)
+    save.write(file, state, "moco")
     if place == "there":
         workdir.mkdir()
 

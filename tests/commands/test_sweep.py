@@ -54,6 +54,7 @@ def small(digits_file, **changes):
         ("data.dir", str(digits_file)),
         ("log.report", False),
         ("checkpoint.every_steps", 1),
+        *((f"augment.{name}_prob", 0.0) for name in ("jitter", "grey", "blur")),
     )
     config.evaluate = (("knn", (("report", False),)),)
     config.figure.score = "knn"

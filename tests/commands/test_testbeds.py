@@ -32,12 +32,16 @@ def runs(source, tmp_path_factory):
     """Directories of a short SwAV and a short DINO run."""
     root = tmp_path_factory.mktemp("teachers")
     for recipe in ("swav", "dino"):
-        pretrain.run(helpers.smoke_config(recipe), str(root / recipe), source)
+        pretrain.run(cropped(recipe), str(root / recipe), source)
     return root
 
 
+def cropped(recipe, **changes):
+    return helpers.only_cropped(helpers.smoke_config(recipe, **changes))
+
+
 def student_of(run, recipe, **changes):
-    config = helpers.smoke_config(recipe, **{"teacher.weights": str(run), **changes})
+    config = cropped(recipe, **{"teacher.weights": str(run), **changes})
     config.teacher.head = "auto"
     return config
 
@@ -121,7 +125,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
         return parallel(counted)
 
     monkeypatch.setattr(step, "parallel", count)
-    pretrain.run(helpers.smoke_config(recipe, total_steps=3), str(tmp_path), source)
+    pretrain.run(cropped(recipe, total_steps=3), str(tmp_path), source)
     assert len(traced) == 1  # one step for both sizes of views
     ready = pretrain.prepare(student_of(tmp_path, student), source)
     assert_same(ready.teacher.variables, features.load(str(tmp_path), network).variables)

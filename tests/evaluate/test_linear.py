@@ -10,11 +10,10 @@ from sklearn.linear_model import LogisticRegression
 
 import helpers
 from disco_jax import flags
-from disco_jax.commands import linear as linear_task
 from disco_jax.data import contract, views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import grid, held_out, linear, scores, subsets
+from disco_jax.evaluate import grid, held_out, linear, probe, scores, subsets
 from disco_jax.evaluate.features import Features
 
 
@@ -107,7 +106,7 @@ def test_a_grid_chooses_by_training_images_alone():
     train = blobs(300, 1)
     strange = Features(train.features, train.embedding, (train.labels + 1) % 5)
     _, one = grid.train(grid_config(), train.features, train.labels, 5)
-    _, two = linear_task.probe(grid_config(), train, strange)
+    _, two = probe.linear_probe(grid_config(), train, strange)
     assert two["grid"] == one["grid"] and two["top1"] < 50
 
 

@@ -17,7 +17,7 @@ from disco_jax.workflows import pretrain
 
 def config(**changes):
     tiny = {"student.backbone": "tiny", "total_steps": 4}
-    smoke = helpers.smoke_config("moco_v2", **{**tiny, **changes})
+    smoke = helpers.only_cropped(helpers.smoke_config("moco_v2", **{**tiny, **changes}))
     smoke.monitor.update(images=70, k=5)
     return smoke
 

@@ -32,9 +32,10 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
         source = ArraySource(splits)
         return online.train(config, trained, source, str(tmp_path / folder), **options)
 
-    whole, layer = train("whole")
-    with pytest.raises(BrokenOff):
-        train("broken", eval_fn=broken_off, eval_every_steps=1)
-    again, same = train("broken")
+    with helpers.programs_kept(tmp_path / "programs"):
+        whole, layer = train("whole")
+        with pytest.raises(BrokenOff):
+            train("broken", eval_fn=broken_off, eval_every_steps=1)
+        again, same = train("broken")
     jax.tree.map(np.testing.assert_array_equal, whole.variables, again.variables)
     np.testing.assert_array_equal(layer.kernel, same.kernel)

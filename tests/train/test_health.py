@@ -136,6 +136,7 @@ def run(tmp_path, name, stop, recipe="squared_distance", monkeypatch=None):
         return pretrain.run(config, str(tmp_path / name), ArraySource(helpers.digits_splits()))
 
 
+@pytest.mark.wiring  # checks how the run ends
 def test_a_collapsing_run_is_stopped_or_warned_of(tmp_path, monkeypatch, caplog):
     """A teacher with equal outputs for all images makes the student collapse."""
     with pytest.raises(NumericError, match="The embedding has collapsed"):
@@ -145,6 +146,7 @@ def test_a_collapsing_run_is_stopped_or_warned_of(tmp_path, monkeypatch, caplog)
     assert any("has collapsed" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.wiring  # checks how the run ends and what it logs
 def test_a_healthy_run_is_left_alone_and_logs_its_signals(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="disco_jax"):
         assert run(tmp_path, "healthy", True, "moco_v2")["step"] == 40

@@ -34,6 +34,7 @@ def steps(config, count=2):
     return jax.device_get((first, last, frozen, metrics))
 
 
+@pytest.mark.wiring  # shows which arrays move
 def test_retro_learns_backbone_and_adapter_and_leaves_the_teachers_head_alone():
     first, last, frozen, _ = steps(helpers.tiny_config("retro"))
     head = frozen["teacher"]["params"]["head"]
@@ -50,6 +51,7 @@ def test_retro_learns_backbone_and_adapter_and_leaves_the_teachers_head_alone():
     assert sorted(buffers) == sorted(x.shape for x in jax.tree.leaves(learned))
 
 
+@pytest.mark.wiring  # shows which statistics move
 def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
     """Covers disagreement R2, with a head like SwAV's."""
     changes = {"teacher.head": "swav", "teacher.norm": "running"}
@@ -100,6 +102,7 @@ def convolutions(recipe):
     return compiled.as_text().count(" convolution(")
 
 
+@pytest.mark.wiring  # counts operations
 def test_the_compiled_steps_hold_no_network_that_nobody_reads():
     """A ResNet-8 has 9 convolutions; its backward pass has twice as many, minus the image's."""
     forward, backward = 9, 17
@@ -129,6 +132,7 @@ def test_the_students_of_the_papers_have_every_map_of_a_resnet_50(backbone, size
     assert [x.shape[1] for x in shape.maps] == sizes
 
 
+@pytest.mark.wiring  # compares a sum with its terms
 def test_maps_of_other_sizes_need_a_resize_rule():
     """Checks too that with `resize` the loss of a step sums over all sizes."""
     changes = {"student.stem": "imagenet", "augment.size": 32, "fast.shifts": "off"}
@@ -182,6 +186,7 @@ def test_a_network_sees_the_normalisation_that_it_was_trained_with():
     assert rescaling((MEAN, STD), (MEAN, STD)) is None
 
 
+@pytest.mark.wiring  # compares settings
 def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
     """A student with another normalisation rescales the images for the teacher of a run."""
     source = ArraySource(helpers.digits_splits())

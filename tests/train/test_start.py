@@ -107,6 +107,7 @@ def test_a_distilled_student_starts_from_weights_beside_its_teacher(run, source,
     equal(begin.student["params"]["backbone"], features.load(run).variables["params"]["backbone"])
 
 
+@pytest.mark.wiring  # compares arrays that must not change
 def test_a_run_goes_on_without_the_weights_that_it_started_from(
     run, source, tmp_path, monkeypatch, capsys
 ):

@@ -10,6 +10,9 @@ from disco_jax import flags, models
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import teacher
 
+# Shows that settings arrive; `test_dynamics.py` and `test_optimizer.py` compare their numbers.
+pytestmark = pytest.mark.wiring
+
 TEACHERS = {"vit_tiny_p16": "vit_small_p16", "xcit_tiny_12_p16": "xcit_small_12_p16"}
 
 
