@@ -7,7 +7,15 @@ from disco_jax import typed
 # Recipe or family of an import (`config.name`) -> protocol of `linear.py` with which its paper
 # evaluates it. All others are evaluated as in DisCo and RETRO, whose tables contain MoCo-v2 and the
 # combinations with DisCo.
+_VIEWS = ("baseline", "crop_scale", "pixel_scale")  # of SSLight's recipes, beside ours
 TESTBEDS = {
+    **{f"sslight_{m}_{v}": "sslight" for m in ("dino", "moco", "swav") for v in _VIEWS},
+    "sslight_moco_two": "sslight",
+    # SEED's own ablations.
+    **dict.fromkeys(
+        ("squared_distance", "online_clusters", "binary_contrast", "pseudo_labels", "seed_moco"),
+        "seed",
+    ),
     "seed": "seed",
     "seed_cross": "seed",
     "seed_to_large": "seed",

@@ -337,6 +337,7 @@ RULES = {
     "further": several(AXES),
     **dict.fromkeys(("arguments", "changes", "fields", "better", "worse"), CHANGES),
     "evaluate": several(either(TEXT, pair(TEXT, CHANGES))),
+    "curves": NAMES,
     "most": either(several(VALUE, 0, 0), pair(TEXT, VALUE)),
 }
 

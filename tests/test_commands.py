@@ -150,6 +150,10 @@ def small(words):
     for word in rest:
         if word.startswith("--config.data.dir=gs:"):
             continue  # few.npz is used instead
+        if task == "semi":  # all digits replace the lists and parts of ImageNet
+            word = word.replace(",list=1percent.txt", "")
+            if "imagenet2012_subset" in word:
+                continue
         word = word.replace("gs://BUCKET/", "gs/")
         for name in NETWORKS:
             word = re.sub(rf"(student|teacher)={name}\b", r"\1=resnet8", word)

@@ -8,22 +8,20 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, files, methods, models, typed
+from disco_jax import errors, files
 from disco_jax.configs import data as datasets
-from disco_jax.convert.manifest import MANIFEST
-from disco_jax.models import heads
 from disco_jax.nested import flatten
 from disco_jax.report import rows
 from disco_jax.report.rows import Row
 from disco_jax.run import upgrades, workdir
-from disco_jax.train import experiment
-from disco_jax.train import teacher as teachers
-from disco_jax.train.run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from disco_jax.models import NetworkSpec
 
 # Fields about where and how a run computes, not about what it learns. Groups end in a dot.
 HOW = (
@@ -226,6 +224,9 @@ def defining(config: ConfigDict) -> dict[str, Any]:
     Raises:
       UserError: a network or an objective is unknown.
     """
+    from disco_jax import methods, typed  # reports of other runs do without networks
+    from disco_jax.train.run_settings import RunSettings
+
     settings = typed.parse(RunSettings, config, stored=True)
     plan = methods.plan(settings.method)
     active = {name for name, section in config.objectives.items() if section.weight}
@@ -251,7 +252,7 @@ def defining(config: ConfigDict) -> dict[str, Any]:
 _ABSENT = object()
 
 
-def _network(network: str, spec: models.NetworkSpec, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _network(network: str, spec: "NetworkSpec", fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a network with defaults replaced; `_ABSENT` where it has no such field.
 
     Args:
@@ -259,6 +260,9 @@ def _network(network: str, spec: models.NetworkSpec, fields: Mapping[str, Any]) 
       spec: its description.
       fields: the flat config.
     """
+    from disco_jax import models
+    from disco_jax.models import heads
+
     options, backbone = models.options(spec.backbone), models.build_encoder(spec).backbone
     resolved: dict[str, Any] = {
         name: getattr(backbone, name) if name in options else _ABSENT
@@ -281,6 +285,11 @@ def _groups(names: Iterable[str]) -> tuple[str, ...]:
 @functools.cache
 def _expected(name: str) -> Mapping[str, Any]:
     """Returns the fields that define the cell with an id, with its teacher's network."""
+    from disco_jax import typed
+    from disco_jax.train import experiment
+    from disco_jax.train import teacher as teachers
+    from disco_jax.train.run_settings import RunSettings
+
     row = rows.rows()[name]
     config = row.config()
     if row.teacher is not None:
@@ -316,6 +325,8 @@ class _Proof:
 
 def _teacher_differences(weights: str, row: Row) -> _Proof:
     """Compares the weights of a run's teacher with the teacher of a cell."""
+    from disco_jax.train import teacher as teachers
+
     expected = row.teacher
     assert expected is not None
     if weights in ("", teachers.RANDOM):
@@ -341,6 +352,8 @@ def _teacher_differences(weights: str, row: Row) -> _Proof:
 
 def _read_config(weights: str) -> ConfigDict | None:
     """Returns the config of the run that trained a teacher; None for a file, or an import."""
+    from disco_jax.convert.manifest import MANIFEST
+
     path = epath.Path(weights)
     try:
         if not (path / workdir.CONFIG).exists() or (path / MANIFEST).exists():
@@ -354,6 +367,8 @@ def _read_config(weights: str) -> ConfigDict | None:
 
 def _file_of(weights: str) -> str:
     """Returns the name of the file with a teacher's weights, also of an imported one."""
+    from disco_jax.convert.manifest import MANIFEST
+
     path = epath.Path(weights)
     try:
         if (path / MANIFEST).exists():

@@ -88,21 +88,25 @@ def test_a_cell_is_trained_and_scored_once(capsys, monkeypatch, tmp_path):
     digits = {key: value[:48] for key, value in helpers.digits().items()}
     np.savez(tmp_path / "few.npz", **digits)
     monkeypatch.setitem(models.BACKBONES, "resnet18", (helpers.TinyBackbone, {}))
-    words = (
-        "disco/table1/resnet18/none", f"--workdir={tmp_path / 'cell'}", "--smoke",
-        "--config.data.source=npz", f"--config.data.dir={tmp_path / 'few.npz'}",
-        "--config.data.eval_split=test", "--config.log.report=false", "--config.augment.size=16",
-    )  # fmt: skip
-    monkeypatch.setattr(flags, "prepare_jax", lambda *_: None)
-    code, out, err = call(capsys, *words)
-    assert code == 0, err
+    row = rows.find("disco/table1/resnet18/none")
+    config = helpers.only_cropped(row.config(smoke=True))
+    config.augment.size = 16
+    config.data.update(source="npz", dir=str(tmp_path / "few.npz"), eval_split="test")
+    config.log.update(report=False, tensorboard=False)
+    evaluation = reproduce.evaluation_of(row)
+    evaluation.update(total_epochs=1, report=False, batch_size=16)
+    workdir = str(tmp_path / "cell")
+    summary = reproduce.run(row, config, evaluation, workdir)
+    out = capsys.readouterr().out
     assert "Not the paper's experiment: " in out and "total_steps: 2, paper 0" in out
     result = json.loads((tmp_path / "cell" / "linear_disco.json").read_text())
     assert result["settings"]["learning_rate"]["base_lr"] == 30.0
     monkeypatch.setattr(linear, "run", lambda *_: pytest.fail("evaluated again"))
-    code, out, _ = call(capsys, *words)
-    assert code == 0 and "is finished: 2 of 2 steps" in out
+    assert reproduce.run(row, config, evaluation, workdir) == summary
+    out = capsys.readouterr().out
+    assert "is finished: 2 of 2 steps" in out
     assert f"top-1 {result['top1']:.2f}, printed 52.2 / 77.6" in out
+    assert summary == {"row": row.id, "top1": result["top1"], "printed": None}
 
 
 def test_the_papers_experiment_is_compared_with_its_value(capsys, monkeypatch, tmp_path):

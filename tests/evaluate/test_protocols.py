@@ -8,6 +8,7 @@ import pytest
 import helpers
 from disco_jax import flags, models
 from disco_jax.configs import probes, seed
+from disco_jax.configs.sslight_dino import VIEWS
 from disco_jax.errors import UserError
 from disco_jax.evaluate import protocols
 from disco_jax.evaluate.features import TrainedModel
@@ -156,8 +157,10 @@ def test_the_protocol_of_another_paper_is_warned_about(probe, recipe, warns, cap
 
 
 def test_the_table_of_testbeds_names_recipes_and_knows_those_with_own_probes():
-    views = [f"seed:views={name}" for name in seed.GROUPS]
-    recipes = [flags.load(name) for name in (*helpers.RECIPES, *views)]
+    variants = [f"sslight_{m}:views={v}" for m in ("dino", "moco", "swav") for v in VIEWS]
+    variants += [f"seed:views={name}" for name in seed.GROUPS]
+    variants += ["sslight_moco:views=two", "seed:moco=true"]
+    recipes = [flags.load(name) for name in (*helpers.RECIPES, *variants)]
     families = {"sslight", "compress"}  # of imports
     assert set(probes.TESTBEDS) - families <= {config.name for config in recipes}
     for config in recipes:

@@ -60,7 +60,10 @@ def test_a_teacher_from_a_file_is_compared_by_its_network():
 
 
 def test_a_smoke_run_with_a_random_teacher_has_no_value():
-    config = flags.load("seed:student=resnet18,smoke=true").to_dict()
+    config = teacher.resolve(flags.load("seed:student=resnet18,smoke=true"))
+    assert config.teacher.weights == "random"
+    config = json.loads(config.to_json_best_effort())
+    assert paper.against(rows.find("seed/table1/resnet18/resnet50"), config, {}).differences
     assert paper.beside(config, measured("linear:protocol=seed,student=resnet18")) is None
     assert paper.unmeasured(config) == []
 
@@ -115,7 +118,7 @@ def test_a_teacher_without_weights_has_no_value(weights, text):
 
 DIFFERENT = {
     "epochs": (dict(total_epochs=100), {}, "total_epochs: 100, paper 200"),
-    "width": ({"student.hidden": 1024}, {}, "student.hidden: 1024"),
+    "width": ({"student.hidden": 1000}, {}, "student.hidden: 1000"),
     "probe": ({}, {"learning_rate.base_lr": 3.0}, "evaluation's learning_rate.base_lr: 3.0"),
     "cached": ({}, {"augment": "none"}, "evaluation's augment: 'none', paper 'linear'"),
 }
