@@ -79,7 +79,7 @@ def _exit_unconnected(address: Mapping[str, Any], connect_timeout_s: float) -> N
         **{"process_id": "?", "num_processes": "?", "coordinator_address": "?", **address}
     )
     print(
-        f"disco-jax: The processes of this run could not connect: {name} waited for "
+        f"disco-jax: The processes of this run did not find one another: {name} waited for "
         f"{connect_timeout_s:.0f} s (three times --peer_timeout_s). Start all processes, each with "
         "the same --coordinator=HOST:PORT, an address of process 0 that the others can reach, and "
         "its own --process=I.",
