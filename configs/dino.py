@@ -7,8 +7,9 @@ Linear top-1: ViT-tiny 63.2, XCiT-tiny 67.0 (DisCo, appendix, Table 3, 100 epoch
 (official code, 100 epochs); ours not measured yet.
 
 Convolutional networks train as in SSLight's baseline (arXiv:2210.02808, Table 4): MobileNetV2 66.2,
-ResNet-18 62.2. SSLight's own views and its baselines of ViTs are in `sslight_dino.py`. `knn` and
-`linear` score the student; `--config.network=momentum` scores the EMA copy, as DINO reports.
+ResNet-18 62.2. SSLight's own views and its baselines of ViTs are in `sslight_dino.py`. `linear`
+scores the EMA copy, as DINO reports, and `knn` the student; `--config.network=momentum` scores the
+EMA copy there, too.
 """
 
 from disco_jax.configs import common, small, sslight_dino

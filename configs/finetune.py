@@ -39,7 +39,7 @@ def get_config(arg=None):
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     config = probes.classification("finetune" if arg.protocol == "all" else "linear_kd")
-    config.student = arg.student
+    config.protocol, config.student = f"finetune:{arg.protocol}", arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol == "kd":
         config.learning_rate.base_lr = probes.base_rate(arg.student)

@@ -1,12 +1,15 @@
 r"""Linear probe of a run on frozen features.
 
-    disco-jax linear --workdir RUN [--config.learning_rate.base_lr=3.0]
+    disco-jax linear --workdir RUN
+    disco-jax linear --workdir RUN --config configs/linear.py:protocol=cached
     disco-jax linear --workdir RUN --config configs/linear.py:protocol=disco,student=resnet18
 
-`cached`, the default, extracts the features of the centre crops once, which takes minutes instead
-of hours. The other protocols are the papers', with random crops and flips. With `student` they take
-the rate of that backbone, and the run must have it. `grid` tries many rates and weight decays at
-once; `grid_crops` does so with random crops and flips.
+Without a protocol, a run on ImageNet has the one of its paper (`probes.protocol_for`), with random
+crops and flips, and a run on other images `cached`. That extracts the features of the centre crops
+once, which takes minutes instead of hours, and no paper reports it. Rates, transformer blocks and
+the optimizer follow from the run's backbone, which `student` states: a run of another backbone is
+refused. `grid` tries many rates and weight decays at once; `grid_crops` does so with random crops
+and flips.
 """
 
 from typing import Any
@@ -20,7 +23,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "cached": dict(augment="none"),
     # Rate 30, divided by 10 at 60 and 80 of 100 epochs (main_lincls.py).
     "moco": {},
-    # DisCo and RETRO: 30 for ResNets, 3 for EfficientNets and MobileNets (disagreement D7).
+    # DisCo and RETRO: the rate of the student's family, 30 or 3 (disagreement D7).
     "disco": {},
     # Defaults of DisCo's official code (disagreement D6).
     "disco_code": {
@@ -36,13 +39,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "optimizer.weight_decay": 1e-6,
         "evaluate_every_epochs": 1,  # SwAV reports the best epoch
     },
-    # Official code (eval_linear.py): the EMA copy, bilinear crops.
+    # Official code (eval_linear.py): the EMA copy, bilinear crops, tests resized bicubically.
     "dino": {
         "batch_size": 1024,
         "network": "momentum",
         "learning_rate.base_lr": 0.001,
         "learning_rate.decay": "cosine",
         "data.interpolation": "bilinear",
+        "data.eval_interpolation": "bicubic",
     },
     # Table 8; the code resizes bicubically and scores the student (disagreement L6).
     "sslight": {
@@ -64,6 +68,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "learning_rate.milestones": (15, 30),
         "optimizer.weight_decay": 1e-4,
     },
+    # Official code (main_lincls.py, scripts/lincls): 120 epochs, the rate ends at a 3000th.
+    "bingo": {"total_epochs": 120, "learning_rate.decay": "cosine_after"},
+    # Official code (R-50).
+    "ressl": {
+        "learning_rate.base_lr": 0.3,
+        "learning_rate.decay": "cosine",
+        "learning_rate.every": "step",
+    },
     "grid": {
         "augment": "none",
         "learning_rate.decay": "cosine",
@@ -75,26 +87,40 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 # The same search, with new crops and flips in each epoch.
 PROTOCOLS["grid_crops"] = {**PROTOCOLS["grid"], "augment": "linear"}
+# Protocols with the rate of the student's family.
+BY_FAMILY = ("cached", "disco", "seed", "bingo")
+# Protocols with which a paper evaluates its own runs; see `probes.TESTBEDS`.
+OF_PAPERS = ("disco", "seed", "swav", "dino", "sslight", "compress", "bingo", "ressl")
+
+
+def follow_rate(config):
+    """Sets the rates that are fractions of `config.learning_rate.base_lr`, in place."""
+    rate = config.learning_rate
+    if config.protocol in ("linear:seed", "semi:seed"):  # constant in the warm-up: disagreement S2
+        rate.warmup_from = rate.base_lr
+    if config.protocol == "linear:bingo":  # 30 -> 0.01, 3 -> 0.001
+        rate.minimum = rate.base_lr / 3000
 
 
 def get_config(arg=None):
-    arg = common.parse(arg, protocol="cached", student="")
+    arg = common.parse(arg, protocol="cached", student="", network="")
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     config = probes.classification("linear")
     if arg.protocol != "cached":
         config.name = f"linear_{arg.protocol}"
-    config.student = arg.student
+    config.protocol, config.student = f"linear:{arg.protocol}", arg.student
     for field, value in PROTOCOLS[arg.protocol].items():
         if field == "optimizer":
             config.optimizer = value
         else:
             config.update_from_flattened_dict({field: value})
-    if arg.protocol in ("disco", "seed", "cached"):
+    if arg.network:
+        config.network = arg.network
+    if arg.protocol in BY_FAMILY:
         config.learning_rate.base_lr = probes.base_rate(arg.student)
-    if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.base_lr
-    if arg.protocol in ("dino", "sslight") and arg.student.startswith("vit"):
+    follow_rate(config)
+    if arg.protocol in ("dino", "sslight") and common.readable_blocks(arg.student) > 1:
         config.blocks = 4
     if arg.protocol == "sslight" and common.is_transformer(arg.student):
         config.batch_size = 1024

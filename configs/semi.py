@@ -1,15 +1,17 @@
 r"""Semi-supervised evaluation of a run: 1 % or 10 % of the labels.
 
-    disco-jax semi --workdir RUN --config configs/semi.py:protocol=disco,percent=1
+    disco-jax semi --workdir RUN --config configs/semi.py:protocol=disco,percent=1,list=1percent.txt
     disco-jax semi --workdir RUN --config configs/semi.py:protocol=sslight,percent=10 \
-        --config.data.subset=10percent.txt --config.labelled.percent=0
+        --config.data.name=imagenet2012_subset/10pct --config.labelled.percent=0
 
-`labelled.seed` draws the labelled images, equally many from each class; `data.subset` takes a list
-of file names instead, such as those released with SimCLR. DisCo, SEED and RETRO train a linear
-classifier; SSLight and SwAV train all layers, and SSLight keeps the head's hidden layers.
+The papers train on the images in the lists that SimCLR released (imagenet_subsets/1percent.txt and
+10percent.txt, of 12,811 and 128,116 file names): `list` reads them, and TFDS has the same images as
+imagenet2012_subset. Without either, `labelled.seed` draws equally many images from each class,
+which are not those of the papers. DisCo, SEED, RETRO and `bingo` (as RETRO describes it) train a
+linear classifier; SSLight and SwAV train all layers, and SSLight keeps the head's hidden layers.
 """
 
-from disco_jax.configs import common, probes
+from disco_jax.configs import common, linear, probes
 from disco_jax.errors import UserError, unknown
 
 PROTOCOLS = {
@@ -19,6 +21,8 @@ PROTOCOLS = {
     "seed": {"augment": "flip", "learning_rate.warmup_epochs": 5},
     # Section 4.2: as SEED and DisCo; rates by backbone, divided by 10.
     "retro": {},
+    # RETRO, section 4.2: BINGO's classifier has rate 10 (disagreement R9).
+    "bingo": {"learning_rate.base_lr": 10.0},
     # Appendix B and the official code.
     "sslight": {
         "layers": "all",
@@ -42,6 +46,8 @@ PROTOCOLS = {
         "evaluate_every_epochs": 1,
     },
 }
+# Percent of labels -> images in SimCLR's list.
+LISTED = {1: 12_811, 10: 128_116}
 # Percent of labels -> SSLight's epochs.
 SSLIGHT_EPOCHS = {1: 60, 10: 30}
 # Percent of labels -> SwAV's rates for the network and for the classifier.
@@ -49,7 +55,7 @@ SWAV_RATES = {1: (0.02, 5.0), 10: (0.01, 0.2)}
 
 
 def get_config(arg=None):
-    arg = common.parse(arg, protocol="disco", percent=1, student="")
+    arg = common.parse(arg, protocol="disco", percent=1, student="", list="")
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
     if arg.percent not in SSLIGHT_EPOCHS:
@@ -58,13 +64,14 @@ def get_config(arg=None):
             "--config.labelled.percent takes any other share."
         )
     config = probes.classification(f"semi_{arg.protocol}_{arg.percent}")
-    config.labelled.percent = float(arg.percent)
-    config.student = arg.student
+    config.labelled.update(percent=float(arg.percent), listed=LISTED[arg.percent])
+    if arg.list:
+        config.data.subset, config.labelled.percent = arg.list, 0.0
+    config.protocol, config.student = f"semi:{arg.protocol}", arg.student
     config.update_from_flattened_dict(PROTOCOLS[arg.protocol])
     if arg.protocol in ("seed", "retro"):
         config.learning_rate.base_lr = probes.base_rate(arg.student)
-    if arg.protocol == "seed":
-        config.learning_rate.warmup_from = config.learning_rate.base_lr
+    linear.follow_rate(config)
     if arg.protocol == "sslight":
         config.total_epochs = SSLIGHT_EPOCHS[arg.percent]
     if arg.protocol == "swav":

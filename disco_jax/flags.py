@@ -45,6 +45,7 @@ def parse(
     needs_workdir: bool = True,
     like: str = PRETRAINING,
     check: Callable[[ConfigDict, errors.Problems], object] | None = None,
+    choose: Callable[[str, str], str] | None = None,
 ) -> absl_flags.FlagValues | None:
     """Parses the flags of a task.
 
@@ -59,6 +60,7 @@ def parse(
       like: a recipe of the task; the config must have all its top-level fields.
       check: records further mistakes in a config. It is called only if a mistake was found
         already, to report all in one error; otherwise the task makes the same checks later.
+      choose: completes a recipe's reference by the run in --workdir: (reference, run) -> reference.
 
     Returns:
       The flag values, including `config` and `workdir`; None if help was printed.
@@ -80,7 +82,9 @@ def parse(
         return None
     argv = _joined(argv)
     if config is None:
-        config = load(_take_config(argv, default_config))
+        reference = _take_config(argv, default_config)
+        run = next((w.partition("=")[2] for w in argv if w.startswith("--workdir=")), "")
+        config = load(choose(reference, run) if choose and run else reference)
     fields.check_complete(config, load(default_config or like), task)
     problems = errors.Problems()
     argv = _known_overrides(config, argv, problems)
@@ -170,6 +174,20 @@ def load(reference: str) -> ConfigDict:
     if "objectives" in config and path != _locate(PRETRAINING):
         fields.check_known(config, _get_config(_locate(PRETRAINING), ""), str(path))
     return config
+
+
+def shipped_name(reference: str) -> str:
+    """Returns the name of the shipped recipe that a reference selects, "" for another file."""
+    path = _locate(reference.partition(":")[0]).resolve()
+    shipped = {file.resolve(): name for name, file in recipes().items()}
+    return shipped.get(path, "")
+
+
+def with_arguments(reference: str, arguments: str) -> str:
+    """Returns the reference of a recipe with further arguments ("key=value,..."); the last wins."""
+    name, _, first = reference.partition(":")
+    combined = ",".join(filter(None, (first, arguments)))
+    return f"{name}:{combined}" if combined else name
 
 
 def _get_config(path: pathlib.Path, argument: str) -> Any:

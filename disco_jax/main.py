@@ -29,6 +29,7 @@ class Task(NamedTuple):
       module: name of the module in `commands/`; "" for the task's name.
       flags: names of `flags.FURTHER`, passed to the task's `run` as keyword arguments.
       check: name of a module in `commands/` whose `check` records mistakes in the config.
+      choose: whether the run completes --config, see `evaluate.protocols.choose`.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Task(NamedTuple):
     module: str = ""
     flags: tuple[str, ...] = ()
     check: str = ""
+    choose: bool = False
 
 
 # Declared here so that --help and flag errors do not import any task.
@@ -51,13 +53,19 @@ TASKS = {
     "cache": Task("save a teacher's outputs for later students", None),
     "plan": Task("estimate memory, speed and hours of a config on a TPU slice", None),
     "knn": Task("classify held-out images by a run's nearest neighbours", "configs/knn.py"),
-    "linear": Task("train and test a linear classifier on frozen features", "configs/linear.py"),
+    "linear": Task(
+        "train and test a linear classifier on frozen features",
+        "configs/linear.py",
+        choose=True,
+    ),
     "bags": Task("find similar images with a teacher: neighbours, clusters", "configs/bags.py"),
-    "semi": Task("classify with 1 % or 10 % of the labels", "configs/semi.py", "linear"),
+    "semi": Task(
+        "classify with 1 % or 10 % of the labels", "configs/semi.py", "linear", choose=True
+    ),
     "transfer": Task(
         "train a linear classifier on another data set", "configs/transfer.py", "linear"
     ),
-    "finetune": Task("train all layers with labels", "configs/finetune.py", "linear"),
+    "finetune": Task("train all layers with labels", "configs/finetune.py", "linear", choose=True),
     "fewshot": Task("ridge regression on a few images of every class", "configs/fewshot.py"),
     "plane": Task("trace a fine-tuning in the information plane", "configs/plane.py"),
     "tsne": Task("plot ten classes in the feature spaces of runs", "configs/tsne.py"),
@@ -226,6 +234,11 @@ def _start(name: str, argv: Sequence[str]) -> None:
     def check(config: Any, problems: errors.Problems) -> None:
         importlib.import_module(f"disco_jax.commands.{task.check}").check(config, problems)
 
+    def choose(reference: str, run: str) -> str:
+        from disco_jax.evaluate import protocols
+
+        return protocols.choose(reference, run)
+
     values = flags.parse(
         name,
         argv,
@@ -233,6 +246,7 @@ def _start(name: str, argv: Sequence[str]) -> None:
         help_line=task.help,
         extra=lambda values: flags.define_further(values, task.flags),
         check=check if task.check else None,
+        choose=choose if task.choose else None,
     )
     if values is not None:
         flags.prepare_jax(flags.distributed_options(values), values.workdir)

@@ -46,7 +46,9 @@ OF_DATA = ("--config.data.source=npz", "--config.data.dir=few.npz")
 TRAIN = (
     *OF_DATA, "--config.student.width=4", "--config.teacher.width=4", "--config.augment.size=16",
     "--config.total_steps=2", "--config.batch_size=32", "--config.student.hidden=16",
-    "--config.objectives.contrast.queue_size=64", "--config.log.report=false",
+    "--config.objectives.contrast.queue_size=64", "--config.log.report=false", *(
+        f"--config.augment.{name}_prob=0" for name in ("jitter", "grey", "blur")
+    ),
 )  # fmt: skip
 PROBE = (
     "--config.total_epochs=1", "--config.batch_size=32", "--config.extract_batch_size=32",

@@ -11,6 +11,7 @@ from disco_jax.configs import common, small
 from disco_jax.errors import UserError
 from disco_jax.nested import flatten
 from disco_jax.train import optimizer
+from disco_jax.train.experiment import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAINING = [name for name in flags.recipes() if "objectives" in flags.load(name)]
@@ -45,7 +46,7 @@ def unusual(value):
 def test_a_recipe_states_what_defines_its_experiment(recipe, monkeypatch):
     """No setting of the experiment comes from the defaults: all of them are spoilt here."""
     expected = flatten(flags.load(recipe))
-    method = methods.plan(flags.load(recipe))
+    method = methods.plan(parse(flags.load(recipe)).method)
     fields = [*TRAINING, *(field for network in method for field in NETWORKS[network])]
     active = {name.split(".")[1] for name, x in expected.items() if name.endswith(".weight") and x}
     fields += [
@@ -314,7 +315,7 @@ def test_dinos_convolutional_baseline_is_sslights():
 
 def test_ressls_cosine_starts_after_the_warm_up():
     config = flags.load("ressl")
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 100, 200)
+    rate = optimizer.learning_rate(parse(config).learning_rate, config.batch_size, 100, 200)
     assert rate(0) == 0 and rate(500) == pytest.approx(0.05)
     middle = 500 + (20_000 - 500) // 2
     assert rate(middle) == pytest.approx(0.025) and rate(20_000) == pytest.approx(0, abs=1e-9)
@@ -341,14 +342,14 @@ def test_only_seeds_queue_may_be_shorter_than_the_batch():
     for size, fits in ((128, True), (200, True), (384, False)):
         config.objectives.similarity.queue_size = size
         if fits:
-            methods.check(config)
+            methods.check(parse(config).method)
         else:
             with pytest.raises(UserError, match="multiple of the global batch"):
-                methods.check(config)
+                methods.check(parse(config).method)
     config = flags.load("moco_v2")
     config.objectives.contrast.queue_size = 128
     with pytest.raises(UserError, match="multiple of the global batch"):
-        methods.check(config)
+        methods.check(parse(config).method)
 
 
 def test_modules_that_recipes_share_are_no_recipes():

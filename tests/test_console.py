@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 
+import children
 import jax
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,6 +51,16 @@ def console(*words, cwd, expected=0):
     for noise in ("Traceback", "Exception ignored", "Failed to find host bounds"):
         assert noise not in process.stderr, process.stderr
     return process.stdout, process.stderr
+
+
+def forked(*words, cwd, expected=0):
+    """Runs `disco-jax WORDS` in a child that has imported the package; returns its output."""
+    variables = {**environment(cwd), "MPLCONFIGDIR": matplotlib.get_configdir(), "XLA_FLAGS": None}
+    child = children.start("disco_jax.main:console", *words, cwd=cwd, **variables)
+    output, _ = child.communicate(timeout=300)
+    assert child.returncode == expected, f"{words}\n{output[-4000:]}"
+    assert "Traceback" not in output and "Exception ignored" not in output, output
+    return output
 
 
 def shell(line, cwd):
@@ -114,7 +126,10 @@ def test_a_stream_that_is_closed_or_full_changes_no_file_and_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
-    """Takes one small run through most commands, each in a separate process."""
+    """Takes one small run through most commands, each in a separate process.
+
+    Takes 40 s: fourteen processes, of which three are started as a user does.
+    """
     digits = helpers.digits()
     few = {key: x[: 128 if key.startswith("train") else 60] for key, x in digits.items()}
     np.savez(tmp_path / "few.npz", **few)
@@ -122,19 +137,20 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     for i in range(3):
         Image.fromarray(few["train_images"][i].squeeze()).save(tmp_path / "photos" / f"{i}.png")
 
-    def call(*words, expected=0):
-        return console(*words, cwd=tmp_path, expected=expected)
+    def call(*words):
+        return forked(*words, cwd=tmp_path)
 
     # A cache in a new folder, and one in a folder of the user, which must stay unchanged.
-    assert "2 epochs, 32 steps" in call("cache", *TINY, "--workdir=kept", "--epochs=2")[0]
+    assert "2 epochs, 32 steps" in call("cache", *TINY, "--workdir=kept", "--epochs=2")
     assert {"host_00000_of_00001", "targets.json"} <= set(contents(tmp_path / "kept"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
-    _, error = call("cache", *TINY, "--workdir=thesis", expected=2)
-    assert "--workdir=thesis is not empty" in error
+    output = forked("cache", *TINY, "--workdir=thesis", cwd=tmp_path, expected=2)
+    assert "--workdir=thesis is not empty" in output
     assert contents(tmp_path / "thesis") == ["thesis.tex"]
-    _, error = call("pretrain", *TINY, "--config.teacher.cache=none", "--workdir=new", expected=2)
-    assert "has no targets.json" in error and not (tmp_path / "new").exists()
+    words = "pretrain", *TINY, "--config.teacher.cache=none", "--workdir=new"
+    output = forked(*words, cwd=tmp_path, expected=2)
+    assert "has no targets.json" in output and not (tmp_path / "new").exists()
 
     # A training whose output is closed after the first line.
     train = "pretrain", *TINY, "--config.teacher.cache=kept", "--workdir=run"
@@ -147,29 +163,29 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     # The next start finds its compiled programs.
     first_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"]
     (run / "checkpoints").rename(tmp_path / "checkpoints")
-    out, _ = call(*train, "--allow-change=checkpoints")
+    out, _ = console(*train, "--allow-change=checkpoints", cwd=tmp_path)
     assert "2 forward passes per step: student [0], teacher [0]" in out
     assert "step 2/2" in out and "images/s" in out and "eta" in out
     second_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"] - first_s
     assert first_s > 1 and second_s < 0.5 * first_s
 
     score = "--workdir=run", "--config.report=false"
-    assert "kNN (weighted, k = 20" in call("knn", *score)[0]
-    assert "Linear probe: top-1" in call("linear", *score, "--config.total_epochs=2")[0]
-    assert "Report: run/report.html" in call("report", "--workdir=run")[0]
+    assert "kNN (weighted, k = 20" in console("knn", *score, cwd=tmp_path)[0]
+    printed = call("linear", *score, "--config.total_epochs=2")
+    assert "Linear probe on cached features: top-1" in printed
+    assert "Report: run/report.html" in call("report", "--workdir=run")
     assert set(contents(run)) >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints",
         "knn.json", "linear.json", "linear.npz", "report.html", "figures", "xla_cache",
     }  # fmt: skip
-    assert (
-        "model card" in call("export", "run", "--format=safetensors", "--output=a.safetensors")[0]
-    )
-    assert "45 arrays imported" in call("import", "a.safetensors", "--workdir=imported")[0]
-    assert "3 images" in call("embed", "imported", "--images=photos", "--output=e.npz")[0]
-    assert "photos: no labels" in call("data", "photos", "--seconds=0")[0]
+    export = "export", "run", "--format=safetensors", "--output=a.safetensors"
+    assert "model card" in call(*export)
+    assert "45 arrays imported" in call("import", "a.safetensors", "--workdir=imported")
+    assert "3 images" in call("embed", "imported", "--images=photos", "--output=e.npz")
+    assert "photos: no labels" in call("data", "photos", "--seconds=0")
     one = "--config.axes=(('student', ('resnet8',)), ('config.student.hidden', (8,)))"
     sweep = "--config=sweeps/hidden_width:smoke=true", one, "--config.recipe=seed", "--dry-run"
-    assert "GFLOP an image" in call("sweep", *sweep, "--config.joint=1", "--workdir=sweep")[0]
+    assert "GFLOP an image" in call("sweep", *sweep, "--config.joint=1", "--workdir=sweep")
     assert not (tmp_path / "sweep").exists()
 
 

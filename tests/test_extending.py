@@ -13,6 +13,8 @@ from disco_jax import main
 from disco_jax.evaluate import features
 from disco_jax.run import workdir
 
+pytestmark = pytest.mark.wiring  # compares names and settings
+
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax import errors
+from disco_jax import errors, typed
 from disco_jax.arguments import Parser
 from disco_jax.configs import common
 from disco_jax.data import darkness, decode, paths, pipeline, views
 from disco_jax.data.contract import Position, Source
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.skips import Skipped, printable
 from disco_jax.files import whole, write_arrays
 
@@ -55,6 +56,9 @@ def main(argv: Sequence[str]) -> None:
         "--labels", default="", help="value for config.data.labels: a list with classes"
     )
     parser.add_argument(
+        "--subset", default="", help="value for config.data.subset: a list of training images"
+    )
+    parser.add_argument(
         "--range",
         default="full",
         dest="values",
@@ -81,6 +85,7 @@ def run(
     npz: str = "",
     splits: str = "",
     labels: str = "",
+    subset: str = "",
     values: str = "full",
     max_pixels: int = decode.MAX_PIXELS,
 ) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def run(
       output: a .json file to write the returned report to.
       npz: an .npz file to copy the images to, for `config.data.source=npz`; they must have one
         size.
-      splits, labels, max_pixels: fields of `config.data`.
+      splits, labels, subset, max_pixels: fields of `config.data`.
       values: value of `config.data.range`.
 
     Returns:
@@ -109,7 +114,7 @@ def run(
         which files to place where.
     """
     _check(output, npz, limit, seconds)
-    fields = dict(splits=splits, labels=labels, range=values, max_pixels=max_pixels)
+    fields = dict(splits=splits, labels=labels, subset=subset, range=values, max_pixels=max_pixels)
     source = _open(data, data_dir, fields)
     splits_report = {split: _inspect(source, split, limit) for split in source.splits}
     brightest = [split_report.pop("brightest") for split_report in splits_report.values()]
@@ -178,7 +183,8 @@ def _open(data: str, data_dir: str, fields: dict[str, Any]) -> Source:
     else:
         config.update(source="tfds", name=data, dir=data_dir)
     config.update(max_unreadable=2**31, **fields)
-    return pipeline.open_source(config, shared=False, tell=False)
+    settings = typed.parse(DataSettings, config, "config.data")
+    return pipeline.open_source(settings, shared=False, tell=False)
 
 
 def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:

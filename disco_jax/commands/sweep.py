@@ -17,11 +17,11 @@ from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import runs
-from disco_jax.run import hosts, lease, workdir
+from disco_jax.run import hosts, lease
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
-from disco_jax.train import experiment, teacher
+from disco_jax.train import experiment, stored_settings, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
 from disco_jax.workflows import joint_runs, pretrain
@@ -156,10 +156,10 @@ def _set_teachers(
 
 def _set_teacher(config: ConfigDict, run_config: ConfigDict, run: str) -> None:
     """Sets the teacher of a cell to a run of the sweep, which may not exist yet."""
+    settings = experiment.parse(run_config)
+    mean, std = settings.augment.normalization
     config.teacher.update(
-        {**teacher.shape(run_config.student), "weights": run},
-        mean=tuple(run_config.augment.mean),
-        std=tuple(run_config.augment.std),
+        {**teacher.shape(settings.student), "weights": run, "mean": mean, "std": std}
     )
 
 
@@ -191,14 +191,14 @@ def _show(
     from disco_jax.plan import budget
 
     for name, config in teachers.items():
-        print(f"teacher {name}: {budget.told(teacher.resolve(config), topology)}", flush=True)
+        print(f"teacher {name}: {budget.told(experiment.assemble(config), topology)}", flush=True)
     for number, names in enumerate(groups):
         print(f"group {number}: {len(names)} in one step", flush=True)
         for name in names:
-            print(f"  {name}: {budget.told(experiments[name].config, topology)}", flush=True)
+            print(f"  {name}: {budget.told(experiments[name], topology)}", flush=True)
         if len(names) > 1:
-            configs = {name: experiments[name].config for name in names}
-            print(f"  together: {budget.told_together(configs)}", flush=True)
+            together = {name: experiments[name] for name in names}
+            print(f"  together: {budget.told_together(together)}", flush=True)
     return {"cells": len(experiments), "done": 0, "failed": {}, "groups": [list(g) for g in groups]}
 
 
@@ -256,7 +256,7 @@ def _evaluate(run: epath.Path, evaluations: Mapping[str, Any], source: Source | 
     failed = (_read(run.parent.parent / STATUS / f"{run.name}.json") or {}).get("failed")
     if failed:
         return
-    data = workdir.read_config(str(run)).data
+    data = stored_settings.read(run).data
     for name, (task, config) in evaluations.items():
         if not (run / f"{name}.json").exists():
             opened = source or pipeline.open_source(data)
@@ -298,8 +298,8 @@ def _write_table(
 
 def _parameters(cell: Experiment) -> int:
     """Counts the parameters of a cell's student with its head."""
-    encoder = models.build_encoder(cell.config.student)
-    variables = jax.eval_shape(lambda: encoder.create(0, cell.config.augment.size))
+    encoder = models.build_encoder(cell.settings.student)
+    variables = jax.eval_shape(lambda: encoder.create(0, cell.settings.augment.size))
     return sum(x.size for x in jax.tree.leaves(variables["params"]))
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, plots, saved, target
+from disco_jax.evaluate.probe_settings import eval_data
 from disco_jax.report import build
 
 
@@ -24,8 +25,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       source: images; None opens the data of the run, changed by `config.data`.
 
     Returns:
-      {"classes", "images", "neighbours_top1": run -> percentage of images whose nearest point in
-      the plot has the same class}.
+      {"classes", "images", "metric", "neighbours_top1": run -> percentage of images whose nearest
+      point in the plot has the same class}.
 
     Raises:
       UserError: a setting, a run or the data is invalid, or scikit-learn is missing.
@@ -34,12 +35,13 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     runs = [workdir, *config.beside]
     titles = _titles(config, runs)
     networks = [
-        target.with_eval_data(features.load(run, config.network), config.data) for run in runs
+        target.with_eval_data(features.load(run, config.network), eval_data(config.data))
+        for run in runs
     ]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
-    split = config.split or first.config.data.eval_split
+    split = config.split or first.settings.data.eval_split
     extracted = [_extract(config, trained, source, split) for trained in networks]
     classes, rows = _select(config, extracted[0].labels)
     labels = np.searchsorted(classes, extracted[0].labels[rows])
@@ -48,7 +50,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         for title, run_features in zip(titles, extracted, strict=True)
     }
     top1 = {title: _neighbour_top1(points, labels) for title, points in places.items()}
-    result = {"classes": classes.tolist(), "images": len(rows), "neighbours_top1": top1}
+    result = {"classes": classes.tolist(), "images": len(rows), "metric": config.metric}
+    result["neighbours_top1"] = top1
     arrays = {f"places_{i}": points for i, points in enumerate(places.values())}
     saved.write(workdir, config.name, result, labels=extracted[0].labels[rows], **arrays)
     if jax.process_index() == 0:
@@ -108,7 +111,7 @@ def _neighbour_top1(points: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _tsne(config: ConfigDict):
-    """Returns a function that maps f32[N, F] to f32[N, 2] by t-SNE with cosine distances."""
+    """Returns a function that maps f32[N, F] to f32[N, 2] by t-SNE."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -123,7 +126,7 @@ def _tsne(config: ConfigDict):
 
     def reduce(rows: np.ndarray) -> np.ndarray:
         points = TSNE(
-            metric="cosine",
+            metric=config.metric,
             init="pca",
             perplexity=min(config.perplexity, (len(rows) - 1) / 3),
             random_state=config.seed,

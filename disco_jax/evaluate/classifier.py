@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
 from disco_jax import errors
+from disco_jax.evaluate.probe_settings import DistillSettings
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.losses import softened_cross_entropy
 from disco_jax.ops.vectors import l2_normalize
@@ -130,7 +130,7 @@ def make_step(
     forward: Forward,
     *,
     head_rate: float = 1.0,
-    distill: ConfigDict | None = None,
+    distill: DistillSettings | None = None,
     teach: Callable[[ProbeState, Any, Any], Array] | None = None,
 ):
     """Builds the training step of one replica, with the loop's signature (state, frozen, batch).
@@ -139,11 +139,12 @@ def make_step(
       tx: the optimizer.
       forward: see `Forward`.
       head_rate: learning rate of the classifier divided by that of the network.
-      distill: fields weight, temperature and reduction; see `softened_cross_entropy`.
+      distill: weight, temperature and reduction; see `softened_cross_entropy`.
       teach: (state, frozen, batch) -> logits f32[B, C] of the teacher; None trains on labels only.
 
     Returns:
-      A function (state, frozen, batch) -> (`ProbeState`, {"loss", "accuracy" in percent}).
+      A function (state, frozen, batch) -> (`ProbeState`, {"loss", "accuracy" in percent}). Images
+      with a `batch["learned"]` f32[B] of 0 are left out, e.g. held-out ones.
     """
 
     def step(state: ProbeState, frozen: Any, batch: Mapping[str, Array]):
@@ -152,8 +153,8 @@ def make_step(
         def loss_fn(params):
             scores, stats = forward(params, state, frozen, batch)
             losses = _losses(scores, batch["labels"], target, distill)
-            correct = jnp.argmax(scores, axis=-1) == batch["labels"]
-            return jnp.mean(losses), (stats, jnp.mean(correct.astype(jnp.float32)))
+            correct = (jnp.argmax(scores, axis=-1) == batch["labels"]).astype(jnp.float32)
+            return _mean(losses, batch), (stats, _mean(correct, batch))
 
         (loss, (stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads, stats, loss, correct = pmean((grads, stats, loss, correct))
@@ -168,7 +169,20 @@ def make_step(
     return step
 
 
-def check_distill(distill: ConfigDict) -> None:
+def _mean(values: Array, batch: Mapping[str, Array]) -> Array:
+    """Returns a replica's share of the mean over the learned images of all replicas.
+
+    Args:
+      values: f32[B].
+      batch: may have "learned", f32[B]: 0 for images that do not count.
+    """
+    if "learned" not in batch:
+        return jnp.mean(values)
+    count = jnp.maximum(pmean(jnp.sum(batch["learned"])), 1e-6)  # all may be held out
+    return jnp.sum(values * batch["learned"]) / count
+
+
+def check_distill(distill: DistillSettings) -> None:
     """Checks the distillation settings.
 
     Raises:
@@ -188,7 +202,7 @@ def check_distill(distill: ConfigDict) -> None:
 
 
 def _losses(
-    scores: Array, labels: Array, target: Array | None, distill: ConfigDict | None
+    scores: Array, labels: Array, target: Array | None, distill: DistillSettings | None
 ) -> Array:
     """Computes the loss of each image, f32[B]."""
     if target is None or distill is None:

@@ -1,5 +1,6 @@
 """Linear probes for a grid of learning rates and weight decays, all trained in one pass."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,30 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
-from disco_jax.data import contract
 from disco_jax.data.contract import Source
-from disco_jax.data.subset import SubsetSource, read_labels
+from disco_jax.data.subset import read_labels
 from disco_jax.errors import UserError
-from disco_jax.evaluate import classifier, features, linear, online, scores, subsets
+from disco_jax.evaluate import (
+    classifier,
+    features,
+    held_out,
+    linear,
+    online,
+    scores,
+    subsets,
+)
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.ops.collectives import pmean
 from disco_jax.run.metrics import Logger
 
 
 def train(
-    config: ConfigDict, rows: np.ndarray, labels: np.ndarray, num_classes: int
+    settings: ProbeSettings, rows: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[Classifier, dict[str, Any]]:
     """Trains one classifier per learning rate and weight decay in parallel and selects the best.
 
     All classifiers have the same initial weights and read the same batches. The selected pair has
-    the highest top-1 on held-out training images (ties: the first); test images are not used. A
-    classifier with that pair is then trained again, on all training images.
+    the highest top-1 on held-out training images (ties: the first); test images are not used. With
+    `grid.folds`, each of so many parts of the training images is held out once, and the mean top-1
+    counts. A classifier with that pair is then trained again, on all training images.
 
     Args:
-      config: see `probes.classification`; `grid` has the learning rates (for a batch of 256, in
+      settings: of the training; `grid` has the learning rates (for a batch of 256, in
         place of `learning_rate.base_lr`), the weight decays and the held-out percentage.
       rows: f32[N, F], features of the training images.
       labels: i32[N].
@@ -44,22 +53,17 @@ def train(
     Raises:
       UserError: if the grid is empty, or no image can be held out.
     """
-    pairs = _pairs(config)
-    held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    feature_stats = classifier.feature_stats(rows[~held_out]) if config.normalise else {}
-    classifiers = side_by_side(
-        config, rows[~held_out], labels[~held_out], num_classes, pairs, feature_stats
-    )
-    best_config, result = _select(
-        config, classifiers, pairs, rows[held_out], labels[held_out], feature_stats
-    )
-    best_config.evaluate_every_epochs = 0
-    layer, _ = linear.train(best_config, rows, labels, num_classes)
+    pairs = _pairs(settings)
+    masks = _held_out_masks(settings, labels)
+    top1s = [_held_out_top1s(settings, rows, labels, num_classes, pairs, mask) for mask in masks]
+    best_settings, result = _select(settings, pairs, np.mean(top1s, axis=0).tolist())
+    best_settings = dataclasses.replace(best_settings, evaluate_every_epochs=0)
+    layer, _ = linear.train(best_settings, rows, labels, num_classes)
     return layer, result
 
 
 def train_online(
-    config: ConfigDict,
+    settings: ProbeSettings,
     trained: TrainedModel,
     source: Source,
     folder: str | None,
@@ -73,8 +77,8 @@ def train_online(
     checkpoints to `folder`_search, the training of the selected pair to `folder`.
 
     Args:
-      config: see `train`.
-      trained: the frozen network; its config defines how images are read.
+      settings: see `train`.
+      trained: the frozen network; its settings define how images are read.
       source: labelled images; the held-out ones are kept in memory, encoded as they are stored.
       folder: see `online.train`.
       eval_fn: see `online.train`; applied to the training of the selected pair.
@@ -86,114 +90,107 @@ def train_online(
     Raises:
       UserError: see `train` and `online.train`.
     """
-    pairs, split = _pairs(config), trained.config.data.train_split
+    pairs, split = _pairs(settings), trained.settings.data.train_split
     labels = read_labels(source, split)
-    held_out = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    feature_stats = online.feature_stats_of(config, trained, source)
-    unit_config = _with_unit_rate(config)
+    mask = subsets.held_out(labels, settings.grid.held_out_percent, settings.seed)
+    feature_stats = online.feature_stats_of(settings, trained, source)
+    unit_settings = settings.with_rate(1.0)  # which each pair's rate multiplies
     step, start = _parallel_step(
-        unit_config,
-        online.plan(unit_config, trained, source),
+        unit_settings,
+        online.plan(unit_settings, trained, source),
         pairs,
-        (online.width(config, trained), features.classes(source, split)),
-        online.rows_of(config, trained),
+        (online.width(settings, trained), features.classes(source, split)),
+        online.rows_of(settings, trained),
     )
     state = online.fit(
-        unit_config,
+        unit_settings,
         trained,
-        Marked(source, split, held_out),
+        held_out.Marked(source, split, mask),
         folder and f"{folder}_search",
         step,
         start,
         {"feature_stats": feature_stats, "network": trained.variables},
     )
-    encoded = _encode_rows(config, trained, source, np.flatnonzero(held_out))
-    classifiers = _heads(state)
-    best_config, result = _select(
-        config, classifiers, pairs, getattr(encoded, config.output), encoded.labels, feature_stats
+    few = held_out.subset(source, split, mask)
+    encoded = features.of_split(
+        trained, few, split, settings.extract_batch_size, (settings.output,), settings.blocks
     )
+    top1s = _top1s(_heads(state), getattr(encoded, settings.output), encoded.labels, feature_stats)
+    best_settings, result = _select(settings, pairs, top1s)
     _, layer = online.train(
-        best_config, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
+        best_settings, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
     )
     return layer, result
 
 
-def _encode_rows(
-    config: ConfigDict, trained: TrainedModel, source: Source, rows: np.ndarray
-) -> features.Features:
-    """Encodes some images of the training split, i64[N] by number, without augmentation."""
-    split = trained.config.data.train_split
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    chosen = SubsetSource(source, split, rows, **hosts)
-    return features.of_split(
-        trained, chosen, split, config.extract_batch_size, (config.output,), config.blocks
-    )
+def _held_out_masks(settings: ProbeSettings, labels: np.ndarray) -> list[np.ndarray]:
+    """Returns a mask bool[N] of held-out rows; one for each fold of a cross-validation."""
+    if not settings.grid.folds:
+        return [subsets.held_out(labels, settings.grid.held_out_percent, settings.seed)]
+    parts = subsets.folds(labels, settings.grid.folds, settings.seed)
+    return [parts == part for part in range(settings.grid.folds)]
 
 
-class Marked:
-    """Source whose training batches mark held-out images."""
-
-    def __init__(self, source: Source, split: str, held_out: np.ndarray):
-        """Wraps `source`; rows with a true `held_out`, bool[N], of `split` are held out."""
-        self._source, self._split, self._held_out = source, split, held_out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def train(self, split: str, *args: Any) -> contract.Batches:
-        """Yields the batches of `Source.train`; `aux["learned"]` is f32[b], 0 if held out."""
-        assert split == self._split
-        for batch in self._source.train(split, *args):
-            learned = (~self._held_out[batch.rows]).astype(np.float32)
-            yield batch._replace(aux={**batch.aux, "learned": learned})
-
-
-def _select(
-    config: ConfigDict,
-    classifiers: list[tuple[np.ndarray, np.ndarray]],
+def _held_out_top1s(
+    settings: ProbeSettings,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
     pairs: list[tuple[float, float]],
+    mask: np.ndarray,
+) -> list[float]:
+    """Trains a classifier per pair on rows without a `mask`; returns the top-1 on the others."""
+    feature_stats = classifier.feature_stats(rows[~mask]) if settings.normalise else {}
+    classifiers = side_by_side(
+        settings, rows[~mask], labels[~mask], num_classes, pairs, feature_stats
+    )
+    return _top1s(classifiers, rows[mask], labels[mask], feature_stats)
+
+
+def _top1s(
+    classifiers: list[tuple[np.ndarray, np.ndarray]],
     rows: np.ndarray,
     labels: np.ndarray,
     feature_stats: Mapping[str, np.ndarray],
-) -> tuple[ConfigDict, dict[str, Any]]:
-    """Returns the config with the pair of highest held-out top-1, and the results of all pairs."""
-    top1s = [
+) -> list[float]:
+    """Returns the top-1 of each classifier in percent."""
+    return [
         scores.top_k(Classifier(*head, feature_stats).scores(rows), labels, 1)
         for head in classifiers
     ]
+
+
+def _select(
+    settings: ProbeSettings, pairs: list[tuple[float, float]], top1s: list[float]
+) -> tuple[ProbeSettings, dict[str, Any]]:
+    """Returns the settings with the best pair on held-out images, and the results of all pairs."""
     best = int(np.argmax(top1s))
-    best_config = config.copy_and_resolve_references()
-    best_config.learning_rate.base_lr, best_config.optimizer.weight_decay = pairs[best]
+    rate, decay = pairs[best]
     table = [
         {"rate": rate, "weight_decay": decay, "held_out_top1": top}
         for (rate, decay), top in zip(pairs, top1s, strict=True)
     ]
-    return best_config, {**table[best], "grid": table}
+    best_settings = settings.with_rate(rate).with_weight_decay(decay)
+    return best_settings, {**table[best], "grid": table}
 
 
-def _with_unit_rate(config: ConfigDict) -> ConfigDict:
-    """Returns the config with learning rate 1, which each pair's rate multiplies."""
-    unit_config = config.copy_and_resolve_references()
-    unit_config.learning_rate.base_lr = 1.0
-    return unit_config
-
-
-def _pairs(config: ConfigDict) -> list[tuple[float, float]]:
-    if not config.grid.weight_decays or min(config.grid.rates) <= 0:
+def _pairs(settings: ProbeSettings) -> list[tuple[float, float]]:
+    if not settings.grid.weight_decays or min(settings.grid.rates) <= 0:
         raise UserError(
-            f"config.grid.rates={config.grid.rates} and config.grid.weight_decays="
-            f"{config.grid.weight_decays}: rates must be positive, with at least one weight decay."
+            f"config.grid.rates={settings.grid.rates} and config.grid.weight_decays="
+            f"{settings.grid.weight_decays}: rates must be positive, with at least one weight "
+            "decay."
         )
-    if config.optimizer.name != "sgd":
+    if settings.optimizer.name != "sgd":
         raise UserError(
-            f"config.grid trains with sgd, not {config.optimizer.name!r}: set "
+            f"config.grid trains with sgd, not {settings.optimizer.name!r}: set "
             "config.optimizer.name=sgd."
         )
-    return list(itertools.product(config.grid.rates, config.grid.weight_decays))
+    return list(itertools.product(settings.grid.rates, settings.grid.weight_decays))
 
 
 def side_by_side(
-    config: ConfigDict,
+    settings: ProbeSettings,
     rows: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
@@ -201,26 +198,32 @@ def side_by_side(
     feature_stats: dict[str, np.ndarray],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Trains a classifier per pair in one pass; returns (kernel f32[F, C], bias f32[C]) of each."""
-    unit_config = _with_unit_rate(config)
-    probe_plan = linear.plan(unit_config, len(labels))
+    unit_settings = settings.with_rate(1.0)  # which each pair's rate multiplies
+    probe_plan = linear.plan(unit_settings, len(labels))
     step, start = _parallel_step(
-        unit_config,
+        unit_settings,
         probe_plan,
         pairs,
         (rows.shape[1], num_classes),
         lambda _, __, batch: batch["features"],
     )
-    batches = linear.batches([rows], labels, probe_plan.batch_size, config.seed)
+    batches = linear.batches([rows], labels, probe_plan.batch_size, settings.seed)
     logger = Logger(None, tensorboard=False)
     return _heads(
         linear.fit(
-            unit_config, probe_plan, step, start, {"feature_stats": feature_stats}, batches, logger
+            unit_settings,
+            probe_plan,
+            step,
+            start,
+            {"feature_stats": feature_stats},
+            batches,
+            logger,
         )
     )
 
 
 def _parallel_step(
-    config: ConfigDict,
+    settings: ProbeSettings,
     probe_plan: linear.Plan,
     pairs: list[tuple[float, float]],
     shape: tuple[int, int],
@@ -229,16 +232,16 @@ def _parallel_step(
     """Returns the training step of all classifiers in parallel, and its initial state.
 
     Args:
-      config: see `train`.
+      settings: see `train`.
       probe_plan: provides the learning rate schedule.
       pairs: learning rate and weight decay of each classifier.
       shape: (F, C) of a classifier.
       read: (state, frozen, batch) -> f32[B, F].
     """
     rates, decays = (jnp.asarray(x, jnp.float32) for x in zip(*pairs, strict=True))
-    head = classifier.init(config.init, *shape, config.seed)
+    head = classifier.init(settings.init, *shape, settings.seed)
     stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(pairs), *x.shape)), head)
-    tx = optax.trace(config.optimizer.momentum, nesterov=config.optimizer.nesterov)
+    tx = optax.trace(settings.optimizer.momentum, nesterov=settings.optimizer.nesterov)
 
     def summed_loss(params, rows, batch, feature_stats):
         """Sums losses, so that shards count in proportion to their images that are not held out."""

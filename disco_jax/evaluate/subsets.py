@@ -24,8 +24,8 @@ def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
         if len(rows) < per_class:
             raise UserError(
                 f"Class {label} has {len(rows)} labelled images, fewer than the {per_class} "
-                "requested per class: reduce config.labelled.per_class, config.labelled.percent "
-                "or config.shots."
+                "requested per class: reduce config.labelled.per_class, config.labelled.percent, "
+                "config.held_out.per_class or config.shots."
             )
         order = np.random.default_rng([seed, int(label)]).permutation(rows)
         selected.append(order[:per_class])
@@ -75,6 +75,34 @@ def even(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         for label, n in zip(classes, per_class, strict=True)
     ]
     return np.sort(np.concatenate(selected))
+
+
+def folds(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Divides rows into parts of equal size, class by class, for a cross-validation.
+
+    Args:
+      labels: i32[N].
+      count: number of parts, at least 2.
+      seed: seed of the division.
+
+    Returns:
+      i64[N], the part of each row in 0..count - 1.
+
+    Raises:
+      UserError: if there are fewer than 2 parts, or a class has fewer rows than parts.
+    """
+    if count < 2:
+        raise UserError(f"config.grid.folds={count}: a cross-validation needs 2 parts or more.")
+    parts = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < count:
+            raise UserError(
+                f"config.grid.folds={count}: class {label} has only {len(rows)} training images."
+            )
+        order = np.random.default_rng([seed, int(label)]).permutation(rows)
+        parts[order] = np.arange(len(rows)) % count
+    return parts
 
 
 def held_out(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:

@@ -7,89 +7,132 @@ import jax
 import numpy as np
 
 from disco_jax import errors
+from disco_jax.configs import data as datasets
 from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import (
+    EvalDataSettings,
+    HeldOutSettings,
+    LabelledSettings,
+)
 
 _TEST_SPLITS = ("validation", "test", "val")
 
 
-def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
+def with_eval_data(trained: TrainedModel, data: EvalDataSettings) -> TrainedModel:
     """Replaces the run's data by the data that an evaluation's config specifies.
 
     Args:
       trained: network of a run.
-      data: fields source, name, dir, train_split, eval_split, interpolation, subset, splits,
-        labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the run's; for
-        another data set or size it defaults to the size, so that the shorter side is cropped to a
-        square).
+      data: texts may be "" for the run's, `size` 0 for the run's and `eval_resize` -1 for the run's
+        (for another data set or size that of the data set at its own size, else the size, so that
+        the shorter side is cropped to a square).
 
     Returns:
-      The same network; its `config.data` and `config.augment` define how images are read.
+      The same network; its `data` and `augment` define how images are read.
     """
-    config = trained.config.copy_and_resolve_references()
+    settings = trained.settings
+    changes: dict[str, Any] = {}
     is_other = bool(data.source or data.name or data.dir)
     if is_other:
         kind = "npz" if str(data.dir).endswith(".npz") else "folder" if data.dir else "tfds"
         kind = data.source or ("tfds" if data.name else kind)
-        config.data.update(
+        changes = dict(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-        config.data.update(splits="", labels="", range="full")
+        changes |= dict(splits="", labels="", range="full")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
-        if value := data.get(field):
-            config.data[field] = value
+        if value := getattr(data, field):
+            changes[field] = value
+    augment = settings.augment
     if data.size:
-        config.augment.size = data.size
+        augment = dataclasses.replace(augment, size=data.size)
     if data.interpolation:
-        config.augment.interpolation = data.interpolation
+        augment = dataclasses.replace(augment, interpolation=data.interpolation)
+    if data.interpolation or data.eval_interpolation:
+        changes["eval_interpolation"] = data.eval_interpolation
     if data.eval_resize >= 0:
-        config.data.eval_resize = data.eval_resize
+        changes["eval_resize"] = data.eval_resize
     elif is_other or data.size:
-        config.data.eval_resize = config.augment.size
-    return dataclasses.replace(trained, config=config)
+        changes["eval_resize"] = _eval_resize(data.name, augment.size)
+    images = dataclasses.replace(settings.data, **changes)
+    settings = dataclasses.replace(settings, data=images, augment=augment)
+    return dataclasses.replace(trained, settings=settings)
+
+
+def _eval_resize(name: str, size: int) -> int:
+    """Returns the shorter side in px before the centre crop of `size` px is evaluated.
+
+    Args:
+      name: TFDS name of the data set, or "".
+      size: side of the crop in px.
+    """
+    own = datasets.DATA.get(datasets.family(name), {})
+    resize: int = own["eval_resize"] if own.get("size") == size else size
+    return resize
+
+
+def with_eval_split(trained: TrainedModel, split: str) -> TrainedModel:
+    """Returns the network with another split to test on."""
+    data = dataclasses.replace(trained.settings.data, eval_split=split)
+    settings = dataclasses.replace(trained.settings, data=data)
+    return dataclasses.replace(trained, settings=settings)
 
 
 def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
-    """Opens the data of `trained.config`, and fills in the test split of the config.
+    """Opens the data of a network's settings, and fills in the test split there.
 
     Checks everything that needs no images to be read.
 
     Raises:
       UserError: if the data or a split does not exist, a split is empty, or nothing is labelled.
     """
-    config = trained.config
-    source = source or pipeline.open_source(config.data)
-    if not config.data.eval_split:
-        config.data.eval_split = _test_split(source)
-    for split in (config.data.train_split, config.data.eval_split):
+    data = trained.settings.data
+    source = source or pipeline.open_source(data)
+    if not data.eval_split:
+        trained = with_eval_split(trained, _test_split(source))
+        data = trained.settings.data
+    for split in (data.train_split, data.eval_split):
         if not source.count(split):
             raise errors.UserError(f"Split {split!r} of {source.name} is empty.")
     if source.num_classes is None:
-        raise features.unlabelled(source, config.data.train_split)
+        raise features.unlabelled(source, data.train_split)
     return trained, source
 
 
-def few_labels(source: Source, split: str, labelled: Any) -> Source:
-    """Returns the source with a class-balanced subset of `split`, if `config.labelled` is set.
+def few_labels(
+    source: Source, data: DataSettings, labelled: LabelledSettings
+) -> tuple[Source, dict[str, Any]]:
+    """Restricts the training split to the labelled images of `config.labelled`, and names them.
 
     Args:
       source: images.
-      split: split to train on.
-      labelled: fields percent and per_class (0: all images), and seed.
+      data: `config.data` of the run, as changed for the evaluation; a list in `subset` has already
+        selected images.
+      labelled: see `_check_list` for `listed`.
+
+    Returns:
+      The source with a class-balanced subset of the split, or `source` itself; and {"images": their
+      number, "selection": e.g. "12 of each class, drawn with seed 0"}.
 
     Raises:
-      UserError: if both are set, or a class has too few images.
+      UserError: if both percent and per_class are set, a class has too few images, or the list has
+        another length than the papers'.
     """
     if labelled.percent and labelled.per_class:
         raise errors.UserError(
             f"config.labelled.percent={labelled.percent} and config.labelled.per_class="
             f"{labelled.per_class} are both set: set one of them to 0."
         )
+    split = data.train_split
+    _check_list(source.count(split), data, labelled)
     if not labelled.percent and not labelled.per_class:
-        return source
+        selection = f"the list {data.subset}" if data.subset else f"all of {source.name}"
+        return source, {"images": source.count(split), "selection": selection}
     labels = read_labels(source, split)
     if (labels < 0).any():
         raise features.unlabelled(source, split)
@@ -98,7 +141,68 @@ def few_labels(source: Source, split: str, labelled: Any) -> Source:
     else:
         rows = subsets.balanced(labels, labelled.per_class, labelled.seed)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return SubsetSource(source, split, rows, **hosts)
+    each = len(rows) // len(np.unique(labels))
+    selection = f"{each} of each class, drawn with seed {labelled.seed}"
+    if labelled.listed and datasets.is_imagenet(data.name):
+        selection += f"; the papers' list has {labelled.listed} images"
+    return SubsetSource(source, split, rows, **hosts), {
+        "images": len(rows),
+        "selection": selection,
+    }
+
+
+def held_out(source: Source, split: str, settings: HeldOutSettings) -> np.ndarray | None:
+    """Draws the training images on which an evaluation tests instead of the test images.
+
+    Args:
+      source: labelled images; the split is read once.
+      split: split to train on.
+      settings: number of images and seed.
+
+    Returns:
+      bool[N], true for the held-out images in the stored order; None without any.
+
+    Raises:
+      UserError: a label is missing, or a class has too few images.
+    """
+    if not settings.per_class:
+        return None
+    labels = read_labels(source, split)
+    if (labels < 0).any():
+        raise features.unlabelled(source, split)
+    mask = np.zeros(len(labels), bool)
+    mask[subsets.balanced(labels, settings.per_class, settings.seed)] = True
+    match(source, labels[~mask], labels[mask])
+    return mask
+
+
+def _check_list(count: int, data: DataSettings, labelled: LabelledSettings) -> None:
+    """Checks that a list of ImageNet's labelled images is as long as the papers'.
+
+    Args:
+      count: number of images in the training split.
+      data: `config.data`; other data sets have other lists.
+      labelled: `listed` is the length of the papers' list, 0 for any length.
+
+    Raises:
+      UserError: the list is shorter or longer, or labelled images would be drawn from it.
+    """
+    listed = data.subset or datasets.is_part(data.name)
+    if not listed or not labelled.listed or not datasets.is_imagenet(data.name):
+        return
+    where = f"config.data.subset={data.subset!r}" if data.subset else f"{data.name}"
+    if labelled.percent or labelled.per_class:
+        raise errors.UserError(
+            f"{where} has the labelled images only, and "
+            f"config.labelled.percent={labelled.percent:g} would draw some of them: set "
+            "--config.labelled.percent=0, or --config.labelled.listed=0 to draw from them."
+        )
+    if count != labelled.listed:
+        raise errors.UserError(
+            f"{where} has {count} images, the papers' list of "
+            f"ImageNet {labelled.listed}: take the whole list (DisCo's script drops its first "
+            "line), or set --config.labelled.listed=0 for a list of your own."
+        )
 
 
 def check_labels(source: Source, train_split: str, eval_split: str, thorough: bool) -> None:

@@ -101,7 +101,7 @@ def results(rows: Sequence[Row], run_name: str | None = None) -> list[list[Any]]
         lines.append(
             [
                 *([] if run_name is None else [run_name]),
-                row.name,
+                row.title,
                 row.data,
                 row.step,
                 row.top1,

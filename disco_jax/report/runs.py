@@ -23,6 +23,7 @@ _NOT_RESULTS = (
     files.LEASE,
 )
 FIGURES = "figures"
+CACHED = "cached features"  # label of classifiers whose features were extracted only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Row:
       spread: "(low to high)" at 95 %, or "+- deviation" over seeds, or "".
       step: training step of the checkpoint.
       printed: the paper's result; None if there is none.
+      cached: whether features were extracted once, without new crops in every epoch.
     """
 
     name: str
@@ -133,6 +135,12 @@ class Row:
     spread: str = ""
     step: int | None = None
     printed: paper.Value | None = None
+    cached: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of the evaluation, with the label of cached features."""
+        return f"{self.name} ({CACHED})" if self.cached else self.name
 
 
 def rows(run: Run) -> list[Row]:
@@ -176,5 +184,6 @@ def _of_result(
             "" if low is None else f"({low:.2f} to {high:.2f})",
             step,
             printed.get(paper.kind(name)) if data == paper.DATA else None,
+            bool(result.get("cached")),
         )
     ]

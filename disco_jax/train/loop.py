@@ -32,6 +32,7 @@ class Schedule:
       log_steps: steps between two log lines.
       checkpoint_steps: steps between two checkpoints.
       evaluate_steps: steps between two evaluations; 0: none.
+      evaluate_first: number of first steps that are also followed by an evaluation each.
       verbose: whether process 0 prints the progress line.
       replica_check_steps: steps between two comparisons of all replicas; 0: none.
       hang_s: seconds without a completed step after which the process ends, including the time
@@ -47,6 +48,7 @@ class Schedule:
     log_steps: int = 50
     checkpoint_steps: int = 1000
     evaluate_steps: int = 0
+    evaluate_first: int = 0
     verbose: bool = True
     replica_check_steps: int = 0
     hang_s: float = 0.0
@@ -302,7 +304,7 @@ class _Actions:
             self._watch(step, summary)
         if _due(step, False, schedule.replica_check_steps):
             replicas.check(state, step)
-        if _due(step, last, schedule.evaluate_steps):
+        if step <= schedule.evaluate_first or _due(step, last, schedule.evaluate_steps):
             assert self._evaluate is not None, "a schedule with evaluations needs one"
             with self._progress.aside(), self._saver.aside():
                 self._logger.write(step, self._evaluate(step, state))

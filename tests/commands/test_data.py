@@ -49,6 +49,16 @@ def test_a_folder_is_counted_and_measured(photos, tmp_path, capsys):
         assert part in out, part
 
 
+def test_a_list_of_training_images_is_checked(photos, tmp_path, capsys):
+    listed = tmp_path / "few.txt"
+    listed.write_text("1.png\n2.png\n")
+    report = data.run(str(photos), subset=str(listed), seconds=0)
+    assert report["splits"]["train"]["per_class"] == [2, 2]
+    listed.write_text("1.png\nnone.png\n")
+    assert main.main(["data", str(photos), f"--subset={listed}"]) == 2
+    assert "1 of 2 file names of config.data.subset" in capsys.readouterr().err
+
+
 def test_a_prepared_data_set_and_an_npz_file_are_read_too(tmp_path):
     digits.write(str(tmp_path))
     report = data.run("digits", data_dir=str(tmp_path), limit=100, seconds=0)

@@ -53,7 +53,7 @@ def config_of(cell, recipe="disco", **changes):
         **CELLS[cell],
         **changes,
     }
-    return helpers.smoke_config(recipe, **fields)
+    return helpers.only_flipped(helpers.smoke_config(recipe, **fields))
 
 
 def together(folder, source, names=tuple(CELLS), **changes):

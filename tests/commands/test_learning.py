@@ -6,13 +6,11 @@ points above that of the untrained student. The held-out digits were not used to
 """
 
 import fcntl
-import os
-import subprocess
-import sys
 
+import children
 import pytest
+from conftest import QUICK
 
-import helpers
 from disco_jax import flags, methods
 
 # Leave-one-out accuracy on the training digits with initial weights.
@@ -52,20 +50,20 @@ def learning(test):
     return pytest.mark.learning(pytest.mark.slow(test))
 
 
-def scores(folder, *runs):
-    """Returns the scores that `learning.py` prints for each run, on one device."""
-    script = helpers.PARITY.parent / "learning.py"
-    paths = os.pathsep.join([str(script.parent), str(helpers.PARITY)])
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": paths}
-    process = subprocess.run(
-        [sys.executable, str(script), str(folder), *runs],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    lines = [line for line in process.stdout.splitlines() if line.startswith("score ")]
-    print(*lines, sep="\n")
-    assert [line.split()[1] for line in lines] == list(runs)
-    return [float(line.split()[2]) for line in lines]
+def score(folder, run, compiler=""):
+    """Returns the score that `learning.py` prints for a run, on one device."""
+    child = children.start("learning:print_scores", folder, run, XLA_FLAGS=compiler)
+    output, _ = child.communicate(timeout=900)
+    assert child.returncode == 0, output
+    (line,) = (line for line in output.splitlines() if line.startswith("score "))
+    print(line)
+    assert line.split()[1] == run
+    return float(line.split()[2])
+
+
+def score_of_broken(folder, run):
+    """Returns the score of a run that must not learn, whose compiler may be the quick one."""
+    return score(folder, run, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +75,7 @@ def folder(tmp_path_factory, worker_id):
     with open(path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (path / "score").exists():
-            (score,) = scores(path, "teacher")
-            (path / "score").write_text(str(score))
+            (path / "score").write_text(str(score(path, "teacher")))
     assert float((path / "score").read_text()) > 90
     return path
 
@@ -105,7 +102,7 @@ def test_every_objective_and_every_pretraining_recipe_has_a_test_here():
 @learning
 @pytest.mark.parametrize("name", SHUFFLED)
 def test_a_student_learns_and_not_from_what_is_so_of_other_images(name, folder):
-    learned, broken = scores(folder, name, f"{name}/shuffled")
+    learned, broken = score(folder, name), score_of_broken(folder, f"{name}/shuffled")
     assert broken < floor(name) < learned
 
 
@@ -113,5 +110,5 @@ def test_a_student_learns_and_not_from_what_is_so_of_other_images(name, folder):
 @pytest.mark.parametrize("name", [name for name in AMONG if name not in SHUFFLED])
 def test_a_student_learns_and_not_from_a_loss_without_weight(name, folder):
     """Tests the methods that learn from shuffled targets too, by spreading queries among keys."""
-    learned, broken = scores(folder, name, f"{name}/weightless")
+    learned, broken = score(folder, name), score_of_broken(folder, f"{name}/weightless")
     assert broken < floor(name) < learned

@@ -90,6 +90,21 @@ def test_a_way_through_the_plane(runs):
     assert is_drawn(pathlib.Path(runs[1], "plane.png"))
 
 
+def test_the_plane_of_the_official_code_follows_a_probe_on_training_images(runs):
+    """cifar_main_lincls.py: each step of the first epoch, then the end of each epoch."""
+    config = flags.load("plane:protocol=code")
+    plane_fields = config.information_plane
+    assert (config.layers, config.norm, config.total_epochs) == ("classifier", "running", 200)
+    assert (config.learning_rate.base_lr, config.learning_rate.decay) == (3.0, "constant")
+    assert (plane_fields.split, plane_fields.images) == ("train", 1000)
+    config.update(total_epochs=3, batch_size=32, report=False)
+    plane_fields.images = 100
+    result = plane.run(config, runs[0])
+    assert result["name"] == "plane_code"
+    assert [point["step"] for point in result["path"]] == [1, 2, 3, 4, 8, 12]
+    assert {point["most_bits"] for point in result["path"]} == {np.log2(100)}
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -126,6 +141,26 @@ def test_pictures_of_several_runs_side_by_side(runs):
         wrong[field] = value
         with pytest.raises(UserError, match=says):
             tsne.run(wrong, runs[0])
+
+
+def test_the_distance_of_a_map_is_scikit_learns_default_or_the_cosine(runs, monkeypatch):
+    sklearn, metrics = pytest.importorskip("sklearn.manifold"), []
+
+    class Recorded:
+        def __init__(self, metric, **_):
+            metrics.append(metric)
+
+        def fit_transform(self, rows):
+            return rows[:, :2]
+
+    assert sklearn.TSNE().metric == flags.load("tsne").metric == "euclidean"
+    monkeypatch.setattr(sklearn, "TSNE", Recorded)
+    config = flags.load("tsne:protocol=disco")
+    assert (config.classes, config.images_per_class) == (tuple(range(5, 15)), 50)
+    config.update(name="tsne_metric", classes=(1, 4), images_per_class=8, perplexity=5.0)
+    for config.metric in ("euclidean", "cosine"):
+        tsne.run(config, runs[0])
+    assert metrics == ["euclidean", "cosine"]
 
 
 def test_costs_stand_beside_accuracies(runs, tmp_path):

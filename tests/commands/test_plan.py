@@ -23,7 +23,7 @@ def tiny():
 
 
 def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
-    config = helpers.smoke_config("moco_v2", batch_size=32)
+    config = helpers.only_cropped(helpers.smoke_config("moco_v2", batch_size=32))
     file = tmp_path / "plan.json"
     report = plan.run(config, "v5e:4x4", images=1437, output=str(file))
     assert json.loads(file.read_text())["step_s"] == report["step_s"]
@@ -50,7 +50,8 @@ def test_a_plan_tells_memory_speed_and_hours(tmp_path, capsys):
     "name, chips, hosts", [("v4:2x2x4", 16, 4), ("v5p:2x2x2", 8, 2), ("v6e:2x4", 8, 1)]
 )
 def test_every_kind_of_chip_has_its_compiler(tiny, name, chips, hosts):
-    report = plan.run(helpers.smoke_config("moco_v2", batch_size=32), name, images=1437)
+    config = helpers.only_cropped(helpers.smoke_config("moco_v2", batch_size=32))
+    report = plan.run(config, name, images=1437)
     assert (report["chips"], report["hosts"], report["fits"]) == (chips, hosts, True)
     assert report["memory"]["limit"] == plan.topology.parse(name)[0].hbm_bytes
     assert report["step_s"] >= report["compute_s"] > report["floor_s"] > 0
@@ -74,6 +75,7 @@ def test_a_step_that_does_not_fit_names_its_largest_parts(tiny, capsys):
 
 def test_a_queue_that_chips_share_is_divided_by_them(tiny):
     config = helpers.smoke_config("moco_v2", batch_size=32, **{"fast.shard_queue": True})
+    helpers.only_cropped(config)
     config.fast.half_queue = True
     report = plan.run(config, "v5e:2x4", images=1437)
     assert report["fits"] and report["memory"]["queues"] == 64 // 8 * 16 * 2 + 4
@@ -83,7 +85,7 @@ def test_a_queue_that_chips_share_is_divided_by_them(tiny):
 
 def test_the_largest_batch_is_found(tiny, monkeypatch):
     monkeypatch.setattr(plan.program, "compile_step", limited(plan.program.compile_step, 4))
-    config = helpers.smoke_config("moco_v2", batch_size=8)
+    config = helpers.only_cropped(helpers.smoke_config("moco_v2", batch_size=8))
     report = plan.run(config, "v5e:2x2", images=1437, fit=True)
     assert report["largest_batch_size"] == 16  # the queue would allow 64
 
@@ -91,9 +93,9 @@ def test_the_largest_batch_is_found(tiny, monkeypatch):
 def limited(compile_step, most):
     """Wraps `compile_step` such that steps of more than `most` images per chip do not fit."""
 
-    def compile_limited(config, slice_, steps):
-        compiled = compile_step(config, slice_, steps)
-        small = config.batch_size // len(slice_.devices) <= most
+    def compile_limited(experiment, slice_):
+        compiled = compile_step(experiment, slice_)
+        small = experiment.settings.batch_size // len(slice_.devices) <= most
         return compiled if small else plan.program.Program(compiled.parts, compiled.limit)
 
     return compile_limited

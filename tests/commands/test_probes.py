@@ -1,5 +1,6 @@
 """Tests of probes, few labels, transfer and fine-tuning, from config to result files."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -14,7 +15,7 @@ from disco_jax.convert import pickles
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, online, saved, target
+from disco_jax.evaluate import features, online, probe_settings, saved, subsets, target
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +61,7 @@ def metrics(run, name):
 
 def test_a_cached_probe_leaves_what_it_found(run):
     result = linear.run(quick("linear", total_epochs=20, evaluate_every_epochs=5), run)
+    assert (result["protocol"], result["cached"]) == ("linear:cached", True)
     written = json.loads(pathlib.Path(run, "linear.json").read_text())
     assert written == result
     assert result["images"] == 60 and len(result["class_top1"]) == 10
@@ -73,6 +75,7 @@ def test_a_cached_probe_leaves_what_it_found(run):
 def test_crops_and_flips_go_through_the_same_loop_and_leave_the_network_alone(run):
     config = quick("linear:protocol=moco", evaluate_every_epochs=1)
     result = linear.run(config, run)
+    assert (result["protocol"], result["cached"]) == ("linear:moco", False)
     lines = metrics(run, "linear_moco")
     assert [line["step"] for line in lines if "test/top1" in line] == [3, 6]
     assert result["best_top1"] == max(line.get("test/top1", 0) for line in lines)
@@ -110,10 +113,10 @@ def test_devices_do_not_change_what_is_learned(run, recipe):
     trained = features.load(run)
     # Small rates, at which rounding errors do not grow from step to step.
     config = quick(recipe, **{"learning_rate.base_lr": 0.05, "head_rate": 2.0})
-    outputs = []
+    settings, outputs = helpers.probe_settings(config), []
     for devices in (1, 4):
         with helpers.devices(devices):
-            network, layer = online.train(config, trained, ArraySource(splits()), None)
+            network, layer = online.train(settings, trained, ArraySource(splits()), None)
             test = features.of_split(network, ArraySource(splits()), "test", 24)
             outputs.append((layer.scores(test.features), test.labels))
     np.testing.assert_array_equal(outputs[0][1], few()["test_labels"])
@@ -137,6 +140,28 @@ def test_the_same_few_of_every_class_are_read(run):
         quick("semi:protocol=seed,percent=10", **{"labelled.percent": 50.0, "batch_size": 8}), run
     )
     assert result["name"] == "semi_seed_10" and result["images"] == 60
+    assert result["trained_on"] == {"images": 40, "selection": "4 of each class, drawn with seed 0"}
+
+
+@pytest.mark.parametrize("recipe", ["linear", "linear:protocol=moco"])
+def test_held_out_training_images_are_tested_on_and_not_learned(run, recipe):
+    """SSLight chooses its settings on 50 training images of each class."""
+    (images, labels), tests = splits()["train"], splits()["test"]
+    rows = subsets.balanced(labels, 2, seed=3)
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    spoilt = np.where(np.isin(np.arange(len(images)), rows)[:, None, None], noise, images)
+    kernels = []
+    for i, pixels in enumerate((images, spoilt)):
+        config = quick(recipe, name=f"held_{recipe[-4:]}_{i}")
+        config.held_out.update(per_class=2, seed=3)
+        source = ArraySource({"train": (pixels, labels), "test": tests})
+        result = linear.run(config, run, source)
+        assert result["images"] == 20
+        assert result["tested_on"] == "2 training images of each class, drawn with seed 3"
+        with np.load(f"{run}/{config.name}.npz") as arrays:
+            kernels.append(arrays["kernel"])
+            assert arrays["confusion"].sum(1).tolist() == [2] * 10
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_path, data_file):
@@ -155,7 +180,7 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     test = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
     correct = fine.classifier.scores(test.hidden).argmax(1) == test.labels
     assert 100 * correct.mean() == pytest.approx(result["top1"])
-    assert trained.config.student.backbone == "tiny"
+    assert trained.settings.student.backbone == "tiny"
 
     other = helpers.network_run(tmp_path / "student", data_file, seed=5)
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})
@@ -183,7 +208,8 @@ def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
     with np.load(run / "linear_dino.npz") as arrays:
         assert arrays["kernel"].shape == (4 * 192, 10)
         kernel, bias = arrays["kernel"], arrays["bias"]
-    trained, source = target.opened(target.with_eval_data(features.load(str(run)), config.data))
+    data = probe_settings.eval_data(config.data)
+    trained, source = target.opened(target.with_eval_data(features.load(str(run)), data))
     rows = {
         blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
         for blocks in (1, 4)
@@ -221,6 +247,9 @@ def test_transfer_reads_another_data_set_at_its_own_size(run, tmp_path):
         ("linear:protocol=grid_crops", {"layers": "all"}, "layers to classifier"),
         ("linear:protocol=grid", {"optimizer.name": "lars"}, "trains with sgd"),
         ("finetune", {"augment": "none"}, "--config.augment=linear"),
+        ("finetune", {"held_out.per_class": 1}, "config.layers=classifier"),
+        ("linear:protocol=grid_crops", {"grid.folds": 3}, "--config.augment=none"),
+        ("linear", {"held_out.per_class": 50}, "fewer than the 50"),
         ("finetune", {"normalise": True}, "Set it to False"),
         ("finetune", {"norm": "shuffle"}, "config.norm='shuffle'"),
         ("finetune", {"layers": "some"}, "config.layers='some'"),
@@ -254,14 +283,19 @@ def test_data_that_will_not_do(run):
     empty.count = lambda split: 0
     with pytest.raises(UserError, match="is empty"):
         linear.run(quick("linear", name="wrong"), run, empty)
-    headless = features.load(run)
-    headless.config.student.head = "none"
     with pytest.raises(UserError, match="without a head"):
-        features.check_outputs(headless, ("embedding",))
-    headless.config.student.update(head="mlp", hidden=0)
+        features.check_outputs(with_student(run, head="none"), ("embedding",))
     with pytest.raises(UserError, match="no hidden layer"):
-        features.check_outputs(headless, ("hidden",))
+        features.check_outputs(with_student(run, head="mlp", hidden=0), ("hidden",))
     assert not pathlib.Path(run, "wrong").exists()
+
+
+def with_student(run, **changes):
+    """Returns the network of a run whose settings state another head."""
+    loaded = features.load(run)
+    student = dataclasses.replace(loaded.settings.student, **changes)
+    settings = dataclasses.replace(loaded.settings, student=student)
+    return dataclasses.replace(loaded, settings=settings)
 
 
 def test_a_teacher_of_other_classes_is_refused(run, tmp_path, data_file):

@@ -49,6 +49,7 @@ def small(digits_file, **changes):
         ("data.dir", str(digits_file)),
         ("log.report", False),
         ("checkpoint.every_steps", 1),
+        *((f"augment.{name}_prob", 0.0) for name in ("jitter", "grey", "blur")),
     )
     config.evaluate = (("knn", (("report", False),)),)
     config.figure.score = "knn"
@@ -287,7 +288,7 @@ def test_a_dry_run_for_a_slice_tells_memory_and_speed(digits_file, tmp_path, cap
     config.axes = (("config.student.hidden", (8,)),)
     compiled = budget.program.Program({"student": 2**30}, 2**34, cycles=1.0)
     monkeypatch.setattr(budget.topology, "open_slice", lambda name: name)
-    monkeypatch.setattr(budget.program, "compile_step", lambda config, where, steps: compiled)
+    monkeypatch.setattr(budget.program, "compile_step", lambda experiment, where: compiled)
     monkeypatch.setattr(budget.estimate, "times", lambda *_: budget.estimate.Times(2.0, 1.0, 0.0))
     sweep.run(config, str(tmp_path / "none"), dry_run=True, topology="v5e:2x4")
     assert "1.00 of 16 GiB a chip, 4 images/s on v5e:2x4" in capsys.readouterr().out

@@ -32,12 +32,16 @@ def runs(source, tmp_path_factory):
     """Directories of a short SwAV and a short DINO run."""
     root = tmp_path_factory.mktemp("teachers")
     for recipe in ("swav", "dino"):
-        pretrain.run(helpers.smoke_config(recipe), str(root / recipe), source)
+        pretrain.run(cropped(recipe), str(root / recipe), source)
     return root
 
 
+def cropped(recipe, **changes):
+    return helpers.only_cropped(helpers.smoke_config(recipe, **changes))
+
+
 def student_of(run, recipe, **changes):
-    config = helpers.smoke_config(recipe, **{"teacher.weights": str(run), **changes})
+    config = cropped(recipe, **{"teacher.weights": str(run), **changes})
     config.teacher.head = "auto"
     return config
 
@@ -50,7 +54,7 @@ def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsy
     """Checks disagreement W1: the teacher's embedding is not normalised unless requested."""
     config = student_of(runs / "swav", "swav_disco")
     ready = pretrain.prepare(config, source)
-    assert ready.config.teacher.head == "swav" and ready.config.teacher.prototypes == (16,)
+    assert ready.settings.teacher.head == "swav" and ready.settings.teacher.prototypes == (16,)
     encoder = ready.method.networks["teacher"].encoder
     trained = features.load(str(runs / "swav"))
     assert_same(ready.teacher.variables, trained.variables)
@@ -97,7 +101,7 @@ def test_a_run_without_an_ema_copy_teaches_with_its_student(runs, source, caplog
 
 def test_a_swav_teacher_serves_the_moco_testbed_too(runs, source):
     ready = pretrain.prepare(student_of(runs / "swav", "disco"), source)
-    assert ready.config.teacher.head == "swav" and ready.teacher.queue is None
+    assert ready.settings.teacher.head == "swav" and ready.teacher.queue is None
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_a_run_with_sslights_views_teaches_and_compiles_one_step(
         return parallel(counted)
 
     monkeypatch.setattr(step, "parallel", count)
-    pretrain.run(helpers.smoke_config(recipe, total_steps=3), str(tmp_path), source)
+    pretrain.run(cropped(recipe, total_steps=3), str(tmp_path), source)
     assert len(traced) == 1  # one step for both sizes of views
     ready = pretrain.prepare(student_of(tmp_path, student), source)
     assert_same(ready.teacher.variables, features.load(str(tmp_path), network).variables)

@@ -4,6 +4,7 @@ Files that cannot be read are refused in one sentence that names a helpful flag,
 traceback.
 """
 
+import functools
 import pickle
 import re
 import warnings
@@ -356,24 +357,32 @@ def damaged(state, data):
     return state
 
 
+DAMAGED = LAYOUTS | {
+    "vit": lambda: (arrays("vit_tiny_p16", vit.dino),),
+    "queue": lambda: (
+        small("module.encoder_q.")
+        | two_layers("module.encoder_q.fc.")
+        | {"module.queue": np.ones((32, 8), np.float32), "module.queue_ptr": np.zeros(1, int)},
+    ),
+    "xcit": lambda: (xcit.to_timm(arrays("xcit_tiny_12_p16", xcit.original)),),
+    "prototypes": lambda: (
+        small("module.")
+        | two_layers("module.projection_head.", (0, 3), (1,))
+        | linear("module.prototypes", 30, 32, bias=False),
+    ),
+}
+
+
+@functools.cache
+def whole(name):
+    """Returns the state dict of a layout, which all examples share."""
+    return DAMAGED[name]()[0]
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_damaged_state_dict_gives_a_network_or_a_clear_error(data):
-    layouts = LAYOUTS | {
-        "vit": lambda: (arrays("vit_tiny_p16", vit.dino),),
-        "queue": lambda: (
-            small("module.encoder_q.")
-            | two_layers("module.encoder_q.fc.")
-            | {"module.queue": np.ones((32, 8), np.float32), "module.queue_ptr": np.zeros(1, int)},
-        ),
-        "xcit": lambda: (xcit.to_timm(arrays("xcit_tiny_12_p16", xcit.original)),),
-        "prototypes": lambda: (
-            small("module.")
-            | two_layers("module.projection_head.", (0, 3), (1,))
-            | linear("module.prototypes", 30, 32, bias=False),
-        ),
-    }
-    state = damaged(layouts[data.draw(st.sampled_from(sorted(layouts)))]()[0], data)
+    state = damaged(whole(data.draw(st.sampled_from(sorted(DAMAGED)))), data)
     try:
         imported = convert.from_mapping(state)
     except UserError:

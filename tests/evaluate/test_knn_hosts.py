@@ -1,12 +1,10 @@
 """Two hosts give the results of one: every image once, same neighbours, same classifier."""
 
 import json
-import os
 import pathlib
 import socket
-import subprocess
-import sys
 
+import children
 import numpy as np
 import pytest
 
@@ -14,36 +12,6 @@ import helpers
 from disco_jax import models
 
 KNN = "knn", "two_knn"
-FOLDERS = [str(pathlib.Path(helpers.__file__).parent), str(helpers.PARITY)]
-CHILD = """
-import sys
-sys.path[:0] = sys.argv[5:]
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-jax.config.update("jax_default_matmul_precision", "highest")
-import helpers
-from disco_jax import flags, models
-from disco_jax.evaluate import features, knn, target
-from disco_jax.commands import knn as knn_task, linear
-import numpy as np
-models.BACKBONES["tiny"] = helpers.TinyBackbone, {}
-results = []
-for recipe in ("linear", "linear:protocol=moco"):
-    config = flags.load(recipe)
-    config.update(total_epochs=2, batch_size=32, name=f"two_{len(results)}")
-    config.learning_rate.base_lr = 0.5
-    results.append(linear.run(config, sys.argv[3]))
-assert results[1]["images"] == results[0]["images"] == 61
-config = flags.load("knn")
-config.name = "two_knn"
-knn_task.run(config, sys.argv[3])
-trained, source = target.opened(features.load(sys.argv[3]))
-test = features.of_split(trained, source, "test", 16)
-near = knn.neighbours(test.features, test.features, 5, 16, leave_out=True)[1]
-if jax.process_index() == 0:
-    np.savez(sys.argv[4], features=test.features, labels=test.labels, near=near,
-             top1=results[0]["top1"])
-"""
 
 
 @pytest.mark.slow
@@ -57,14 +25,13 @@ def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
+    arguments = run, tmp_path / "out.npz"
     hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, address, str(i), run, tmp_path / "out.npz", *FOLDERS],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        children.start(
+            "knn_host:main", address, i, *arguments, XLA_FLAGS=helpers.one_device_flags()
         )
         for i in (0, 1)
-    ]  # fmt: skip
+    ]
     for host in hosts:
         output, _ = host.communicate(timeout=300)
         assert host.returncode == 0, output[-3000:]

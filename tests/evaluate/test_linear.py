@@ -10,11 +10,10 @@ from sklearn.linear_model import LogisticRegression
 
 import helpers
 from disco_jax import flags
-from disco_jax.commands import linear as linear_task
 from disco_jax.data import contract, views
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import grid, linear, scores
+from disco_jax.evaluate import grid, held_out, linear, probe, scores, subsets
 from disco_jax.evaluate.features import Features
 
 
@@ -36,7 +35,9 @@ def config(rate=0.05, epochs=30):
 
 
 def fit(config, train, **options):
-    return linear.train(config, train.features, train.labels, 5, **options)[0]
+    return linear.train(helpers.probe_settings(config), train.features, train.labels, 5, **options)[
+        0
+    ]
 
 
 def accuracy(config, train, test):
@@ -72,6 +73,11 @@ def test_too_few_images_for_the_devices():
         fit(config(), blobs(3, 1))
 
 
+def search(config, train):
+    """Returns the results of `grid.train`."""
+    return grid.train(helpers.probe_settings(config), train.features, train.labels, 5)
+
+
 def grid_config(**changes):
     recipe = flags.load("linear:protocol=grid")
     recipe.grid.update(rates=(1e-5, 0.05, 1e6), weight_decays=(0.0, 1e-3))
@@ -81,7 +87,7 @@ def grid_config(**changes):
 
 def test_a_grid_finds_a_rate_that_works_and_survives_those_that_do_not():
     train, test = blobs(1500, 1), blobs(1500, 2)
-    layer, result = grid.train(grid_config(total_epochs=30), train.features, train.labels, 5)
+    layer, result = search(grid_config(total_epochs=30), train)
     assert result["rate"] == 0.05 and len(result["grid"]) == 6
     assert result["held_out_top1"] == max(row["held_out_top1"] for row in result["grid"])
     reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
@@ -95,7 +101,8 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
     train = blobs(300, 1)
     probe_config = grid_config(total_epochs=3)
     pairs = [(0.02, 0.0), (0.05, 1e-2)]
-    heads = grid.side_by_side(probe_config, train.features, train.labels, 5, pairs, {})
+    settings = helpers.probe_settings(probe_config)
+    heads = grid.side_by_side(settings, train.features, train.labels, 5, pairs, {})
     for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
         probe_config.learning_rate.base_lr, probe_config.optimizer.weight_decay = rate, decay
         expected = fit(probe_config, train)
@@ -106,9 +113,27 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
 def test_a_grid_chooses_by_training_images_alone():
     train = blobs(300, 1)
     strange = Features(train.features, train.embedding, (train.labels + 1) % 5)
-    _, one = grid.train(grid_config(), train.features, train.labels, 5)
-    _, two = linear_task.probe(grid_config(), train, strange)
+    _, one = search(grid_config(), train)
+    _, two = probe.linear_probe(helpers.probe_settings(grid_config()), train, strange)
     assert two["grid"] == one["grid"] and two["top1"] < 50
+
+
+def test_a_cross_validation_holds_every_image_out_once():
+    """SEED searches its transfer's rate by 10-fold cross-validation on the training images."""
+    train = blobs(300, 1)
+    cross = grid_config(total_epochs=5, **{"grid.folds": 3, "grid.weight_decays": (0.0,)})
+    layer, result = search(cross, train)
+    parts, top1s = subsets.folds(train.labels, 3, cross.seed), []
+    for part in range(3):
+        alone = grid_config(total_epochs=5)
+        alone.learning_rate.base_lr, alone.grid.rates = 0.05, ()
+        scored = fit(alone, train.rows(parts != part)).scores(train.features[parts == part])
+        top1s.append(scores.top_k(scored, train.labels[parts == part], 1))
+    assert result["rate"] == 0.05
+    assert result["held_out_top1"] == pytest.approx(np.mean(top1s), abs=0.5)
+    alone = grid_config(total_epochs=5)  # trained again on all images
+    alone.learning_rate.base_lr, alone.optimizer.weight_decay = 0.05, 0.0
+    np.testing.assert_allclose(layer.kernel, fit(alone, train).kernel, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_held_out_weighs_nothing_in_a_batch():
@@ -116,11 +141,11 @@ def test_what_is_held_out_weighs_nothing_in_a_batch():
     rng = np.random.default_rng(0)
     rows, labels = rng.normal(size=(8, 3)).astype("f"), np.arange(8, dtype=np.int32) % 4
     learned = np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)
-    probe_config = grid_config()
+    settings = helpers.probe_settings(grid_config())
     pairs = [(0.5, 0.0), (0.1, 1e-3)]
-    probe_plan = linear.plan(probe_config, 64)
+    probe_plan = linear.plan(settings, 64)
     step, state = grid._parallel_step(
-        probe_config, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
+        settings, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
     )
     batch = {"features": rows, "labels": labels, "learned": learned}
     remaining = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}
@@ -141,7 +166,7 @@ def test_marked_batches_know_their_rows_in_every_epoch_and_after_a_restart():
     crops = dict(enumerate(views.build(helpers.smoke_config("moco_v2").augment, 1).crops))
 
     def batches(start, many):
-        marked = grid.Marked(source, "train", out).train("train", crops, 8, 3, start, 0)
+        marked = held_out.Marked(source, "train", out).train("train", crops, 8, 3, start, 0)
         return list(itertools.islice(marked, many))
 
     whole = batches(contract.Position.start(), 11)  # of three epochs
@@ -183,7 +208,7 @@ def test_mirror_images_are_drawn_half_of_the_time():
 @pytest.mark.parametrize(
     "recipe, expected",
     [
-        ("linear", dict(rate=30, epochs=100, steps=(60, 80), factor=0.1, augment="none")),
+        ("linear", dict(rate=0, epochs=100, steps=(60, 80), factor=0.1, augment="none")),
         ("linear:protocol=disco,student=efficientnet_b0", dict(rate=3, steps=(60, 80))),
         ("linear:protocol=disco,student=resnet34", dict(rate=30, batch=256, decay=0)),
         ("linear:protocol=disco_code", dict(factor=0.5, milestones=11)),
@@ -193,15 +218,27 @@ def test_mirror_images_are_drawn_half_of_the_time():
         ("linear:protocol=dino,student=resnet50", dict(blocks=1)),
         ("linear:protocol=sslight,student=mobilenetv2", dict(rate=0.05, batch=4096, name="lars")),
         ("linear:protocol=sslight,student=vit_tiny_p16", dict(rate=0.01, blocks=4, name="sgd")),
+        ("linear:protocol=bingo,student=resnet18", dict(rate=30, epochs=120, minimum=0.01)),
+        (
+            "linear:protocol=bingo,student=efficientnet_b0",
+            dict(rate=3, minimum=0.001, schedule="cosine_after"),
+        ),
+        ("linear:protocol=ressl", dict(rate=0.3, schedule="cosine", every="step")),
         ("linear:protocol=compress", dict(rate=0.01, epochs=40, steps=(15, 30), decay=1e-4)),
         ("semi:protocol=disco,percent=10", dict(rate=3, factor=0.5, labelled=10)),
         ("semi:protocol=seed,student=resnet18", dict(rate=30, augment="flip", labelled=1)),
         ("semi:protocol=retro,student=efficientnet_b1", dict(rate=3, factor=0.1)),
+        ("semi:protocol=bingo", dict(rate=10, layers="classifier", augment="linear")),
         ("semi:protocol=sslight,percent=1", dict(rate=0.03, batch=1024, epochs=60, layers="all")),
         ("semi:protocol=sslight,percent=10", dict(epochs=30)),
         ("semi:protocol=swav,percent=1", dict(rate=0.02, head=250, steps=(12, 16), factor=0.2)),
         ("transfer:data=cifar100", dict(rate=3, batch=256, epochs=100)),
-        ("transfer:protocol=seed", dict(rate=0.001, epochs=120, schedule="constant")),
+        ("transfer:protocol=seed", dict(rate=0.001, epochs=120, schedule="constant", folds=0)),
+        ("transfer:protocol=seed_search", dict(epochs=120, schedule="constant", folds=10)),
+        (
+            "transfer:protocol=seed_search,data=sun397",
+            dict(data="sun397/standard-part1-120k", folds=0, held_out=20),
+        ),
         ("finetune:protocol=kd,student=mobilenetv2", dict(rate=3, layers="classifier")),
     ],
 )
@@ -213,7 +250,8 @@ def test_protocols_hold_the_papers_settings(recipe, expected):
         milestones=len(rate.milestones), warmup=rate.warmup_from, schedule=rate.decay,
         batch=probe.batch_size, decay=probe.optimizer.weight_decay, name=probe.optimizer.name,
         blocks=probe.blocks, augment=probe.augment, labelled=probe.labelled.percent,
-        layers=probe.layers, head=probe.head_rate,
+        layers=probe.layers, head=probe.head_rate, minimum=rate.minimum, every=rate.every,
+        folds=probe.grid.folds, held_out=probe.grid.held_out_percent, data=probe.data.name,
     )  # fmt: skip
     assert {key: settings[key] for key in expected} == expected
     with pytest.raises(UserError, match="protocol"):

@@ -36,6 +36,18 @@ def test_what_is_held_out_leaves_something_of_every_class():
         subsets.held_out(np.arange(4), 10, 0)
 
 
+def test_folds_divide_every_class_into_equal_parts():
+    parts = subsets.folds(LABELS, 10, 0)
+    for label in range(5):
+        sizes = np.bincount(parts[label == LABELS], minlength=10)
+        assert sizes.sum() == (label == LABELS).sum() and np.ptp(sizes) <= 1
+    assert (parts != subsets.folds(LABELS, 10, 1)).any()
+    with pytest.raises(UserError, match="class 0 has only 20 training images"):
+        subsets.folds(LABELS, 21, 0)
+    with pytest.raises(UserError, match="needs 2 parts or more"):
+        subsets.folds(LABELS, 1, 0)
+
+
 def test_rows_are_drawn_evenly_and_small_classes_give_all():
     for count, most in ((25, 5), (140, 33), (150, 38), (200, 85)):
         rows = subsets.even(LABELS, count, 0)

@@ -204,8 +204,9 @@ def test_local_views_are_queries_for_the_one_global_key(share, weights):
     assert objective.needs(views) == {"student": (1, 2, 3), "momentum": (0, 0, 0)}
     record = Record(encoded, {}, views)
     memory = objective.init(jax.random.key(0), record, None)
-    run = jax.vmap(lambda _: objective(record, memory, jnp.int32(0)), axis_name=AXIS)
-    term = jax.tree.map(lambda x: x[0], run(jnp.zeros(1)))
+    run = jax.vmap(lambda memory: objective(record, memory, jnp.int32(0)), axis_name=AXIS)
+    memory_of_replica = jax.tree.map(lambda x: x[None], memory)
+    term = jax.tree.map(lambda x: x[0], jax.jit(run)(memory_of_replica))
     queue = memory["view_0"].vectors
     losses = [jnp.mean(info_nce(rows[v], rows[0], queue, temperature=0.2)) for v in (1, 2, 3)]
     np.testing.assert_allclose(term.loss, np.dot(weights, losses), rtol=1e-6)

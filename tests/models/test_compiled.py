@@ -19,7 +19,7 @@ from disco_jax.models import Compute
 NETWORKS = {
     "resnet18": {},
     "efficientnet_b0": {"repeats": (0, 2, 0, 0, 0, 0, 0)},
-    "vit_tiny_p16": {},
+    "vit_tiny_p16": {"depth": 1},
     "xcit_tiny_12_p16": {},
 }
 

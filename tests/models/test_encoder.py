@@ -41,6 +41,7 @@ def encoder():
         return models.build_encoder(spec)
 
 
+@pytest.mark.wiring  # counts calls
 def test_the_backbone_is_called_once_a_size_and_the_head_once(encoder, monkeypatch):
     calls = []
 

@@ -198,9 +198,9 @@ def test_adapters_have_the_options_that_the_paper_leaves_open():
 def dropped(replicas, dropout=True):
     """Returns features of 8 images, computed with dropout and stochastic depth on replicas."""
     backbone = efficientnet.EfficientNet(
-        repeats=(1, 1, 1, 2, 0, 0, 0), drop_path=0.2, dropout=0.2, stem="small"
+        repeats=(0, 2, 0, 0, 0, 0, 0), drop_path=0.2, dropout=0.2, stem="small"
     )
-    encoder = models.Encoder(backbone, heads.ProjectionHead(0, 4))
+    encoder = models.Encoder(backbone, heads.Identity())
     variables = encoder.create(0, 16)
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     network = Network(encoder, "running")

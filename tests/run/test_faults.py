@@ -21,10 +21,13 @@ from disco_jax.run import goodput, metrics
 from disco_jax.workflows import pretrain
 
 # When a write fails, Orbax's threads report it a second time, as an unhandled exception.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning",
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning",
+        "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+    ),
+    pytest.mark.wiring,  # compares files, messages, and states of equal programs
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
 """Runs of several processes on one machine: they have equal losses and end together."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -10,18 +9,21 @@ import subprocess
 import sys
 import time
 
+import children
 import host
 import jax
 import numpy as np
 import pytest
 
 import helpers
+from disco_jax import files
 from disco_jax.data.arrays import ArraySource
 from disco_jax.run import hosts
 from disco_jax.train import prepare
 from disco_jax.workflows import pretrain
 
-TESTS = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.wiring  # compares numbers of processes with those of one
+
 DEVICES = 4  # total over all processes
 STEPS = 10
 CONFIG = {
@@ -70,15 +72,13 @@ def config_of(recipe, processes):
 
 
 def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_s=100, **settings):
-    """Starts the processes of a run on `DEVICES` devices; returns a list of Popen."""
+    """Starts the processes of a run on `DEVICES` devices; returns a list of `Child`."""
     port = free_port()
     config = {**config_of(recipe, processes), **(changes or {})}
     words = json.dumps({"recipe": recipe, "config": config, **settings})
     environment = {
-        **os.environ,
         "XLA_FLAGS": helpers.one_device_flags()
         + f" --xla_force_host_platform_device_count={DEVICES // processes}",
-        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'parity'}",
         "PEER_TIMEOUT_S": str(peer_timeout_s),
     }
     started = []
@@ -90,15 +90,7 @@ def launch(task, workdir, processes, recipe="disco", changes=None, peer_timeout_
                 "DISCO_JAX_PROCESSES": str(processes),
                 "DISCO_JAX_PROCESS": str(i),
             }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, TESTS / "run" / "host.py", task, workdir, words],
-                env={**environment, **place},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        started.append(children.start("host:main", task, workdir, words, **environment, **place))
     return started
 
 
@@ -233,9 +225,10 @@ def test_a_mistake_is_told_by_every_process(tmp_path):
 def test_two_processes_end_together_in_every_way_and_the_next_start_changes_no_bit(runs, tmp_path):
     """Resumes a run after SIGTERM, a hang, a SIGKILL and a full disk, each in one process.
 
-    Takes about 60 s: ten processes, of which the first two compile and the others reuse that.
+    Takes about 60 s: ten processes, and two waits of 15 s. They reuse the programs of another run.
     """
     workdir = tmp_path / "run"
+    shutil.copytree(runs("disco", 2) / files.PROGRAMS, workdir / files.PROGRAMS)
 
     def start(event, at, peer_timeout_s=20, **changes):
         event = {"event": event, "at": at, "process": 1}

@@ -2,6 +2,18 @@
 
 import os
 import signal
+import sys
+
+import helpers
+from disco_jax import main as command
+
+
+def main():
+    """Runs the command line of a run that trains `TinyBackbone`; see `amid` for the first words."""
+    amid(sys.argv[1], int(sys.argv[2]))
+    del sys.argv[1:3]
+    with helpers.tiny_backbone():
+        command.console()
 
 
 def amid(what, at):

@@ -42,7 +42,7 @@ def test_objectives_know_the_length_of_an_epoch():
 @pytest.mark.parametrize("recipe", ["moco_v2", "swav_disco", "pseudo_labels", "retro"])
 def test_a_plan_has_the_shapes_of_a_step(recipe):
     config = helpers.smoke_config(recipe)
-    _, (state, frozen, batch) = program.abstract(config, 4, 10)
+    _, (state, frozen, batch) = program.abstract(experiment.assemble(config, steps_per_epoch=10), 4)
     _, expected_state, expected_frozen, expected_batch = helpers.smoke(config, 4)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: expected_state))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, jax.eval_shape(lambda: expected_batch))
@@ -62,10 +62,10 @@ def test_groups_of_synchronized_statistics_fit_the_devices():
     for group, devices, valid in ((8, 1, True), (8, 8, True), (12, 8, False), (5, 4, False)):
         config.student.norm_group = group
         if valid:
-            experiment.check_devices(config, devices)
+            experiment.check_devices(experiment.parse(config), devices)
         else:
             with pytest.raises(errors.UserError, match=rf"norm_group={group} .*valid: 1, 2, 4, 8"):
-                experiment.check_devices(config, devices)
+                experiment.check_devices(experiment.parse(config), devices)
     config.student.norm = "local"
     with pytest.raises(errors.UserError, match="images per device"):
-        experiment.check_devices(config, 8)
+        experiment.check_devices(experiment.parse(config), 8)

@@ -1,16 +1,13 @@
 """Resuming: runs that are killed and restarted end bit-identical to uninterrupted runs."""
 
 import json
-import os
-import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import chex
+import children
 import jax
 import numpy as np
 import pytest
@@ -20,7 +17,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features
-from disco_jax.train import teacher
+from disco_jax.train import experiment
 from disco_jax.workflows import pretrain
 
 
@@ -39,18 +36,6 @@ def digits_file(tmp_path_factory):
 
 
 STEPS = 60
-# A user's command line with a backbone that compiles quickly. The first two arguments say when to
-# kill the process, see `kills.amid`.
-COMMAND = """
-import sys
-import helpers, kills
-from disco_jax import main
-kills.amid(sys.argv[1], int(sys.argv[2]))
-del sys.argv[1:3]
-with helpers.tiny_backbone():
-    main.console()
-"""
-TESTS = pathlib.Path(__file__).parents[1]
 
 
 def arguments(digits_file, workdir):
@@ -68,24 +53,16 @@ def arguments(digits_file, workdir):
 
 
 def start(digits_file, workdir, amid=("", 0)):
-    words = [*map(str, amid), *arguments(digits_file, workdir)]
-    environment = {**os.environ, "XLA_FLAGS": helpers.one_device_flags()}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        map(str, (TESTS, TESTS / "parity", TESTS / "train"))
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    """Starts a user's command line; `amid` says when it is killed, see `kills.amid`."""
+    words = [*amid, *arguments(digits_file, workdir)]
+    return children.start(
+        "kills:main", *words, XLA_FLAGS=helpers.one_device_flags(), JAX_COMPILATION_CACHE_DIR=None
     )
 
 
 def final(workdir, digits_file):
     """Returns the last checkpoint: all arrays and the metadata."""
-    config = teacher.resolve(helpers.flags_config(arguments(digits_file, workdir)))
+    config = experiment.resolve(helpers.flags_config(arguments(digits_file, workdir)))
     _, state, _, _ = helpers.smoke(config, 1)
     return helpers.restore(workdir, state)
 
@@ -201,6 +178,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
         pass
 
 
+@pytest.mark.wiring  # checks how the run ends
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     from disco_jax.errors import NumericError
 

@@ -20,6 +20,8 @@ class Backbone(nn.Module, kw_only=True):
     """
 
     is_transformer: ClassVar[bool] = False
+    # Learning rate of the linear probes of DisCo, SEED and RETRO, for a batch of 256.
+    probe_rate: ClassVar[float] = 30.0
     compute: Compute = Compute()
 
     @property

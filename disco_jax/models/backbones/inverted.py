@@ -6,7 +6,7 @@ padding of convolutions and BatchNorm's epsilon are fields of `Style`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 from jax import Array
@@ -220,6 +220,7 @@ class InvertedNetwork(Backbone):
     style: Style = Style()
     dropout: float = 0.0
     stem: str = "imagenet"
+    probe_rate: ClassVar[float] = 3.0
 
     def blocks(self) -> list[list[Block]]:
         """Returns the blocks of each stage."""
