@@ -15,7 +15,7 @@ class NetworkSpec:
       grid: patches a side in a ViT's position embedding; 0: the backbone's default
       patch: side of a ViT's or XCiT's patches in px; 0: the backbone's default
       drop_path: stochastic depth rate of a ViT or XCiT during training
-      norm_group: Images that share BatchNorm statistics. 0: all of a device, or with norm="sync" of
+      norm_group: images that share BatchNorm statistics. 0: all of a device, or with norm="sync" of
         all devices. Only with "sync" may a group span devices.
       adapter: width of a linear layer between backbone and head; 0: none
       head: mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn
@@ -23,8 +23,8 @@ class NetworkSpec:
       hidden: width of the head; 0: one linear layer, -1: the width of the features
       layers: linear layers of the head; 0: its default, which is three for DINO, else two
       dim: width of the embedding
-      predictor: width of BYOL's predictor behind the head; 0: none
       prototypes: prototypes in each set of prototypes behind the head
+      predictor: width of BYOL's predictor behind the head; 0: none
     """
 
     backbone: str = "resnet18"
@@ -40,5 +40,5 @@ class NetworkSpec:
     hidden: int = 2048
     layers: int = 0
     dim: int = 128
-    predictor: int = 0
     prototypes: tuple[int, ...] = ()
+    predictor: int = 0
