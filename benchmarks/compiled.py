@@ -32,8 +32,8 @@ from disco_jax.models.encoder import encode
 from disco_jax.models.layers import folding
 from disco_jax.ops.collectives import AXIS, shuffle
 from disco_jax.ops.memory import Queue
-from disco_jax.plan import hlo, program, topology
-from disco_jax.train.experiment import assemble
+from disco_jax.plan import hlo, topology
+from disco_jax.train.experiment import assemble, resolve_auto
 from disco_jax.train.state import axes
 
 
@@ -100,7 +100,7 @@ def main() -> None:
 
 def changed(config: Any, changes: list[str]) -> Any:
     """Returns a recipe's config as on TPUs, with a teacher's head and the given changes."""
-    program.as_on_tpus(config)
+    resolve_auto(config, "tpu")
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     for change in changes:

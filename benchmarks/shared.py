@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from disco_jax import flags
 from disco_jax.plan import hlo, program, topology
 from disco_jax.train import state, step
-from disco_jax.train.experiment import assemble
+from disco_jax.train.experiment import assemble, resolve_auto
 
 WIDTHS = 512, 1024, 1280, 2048, 4096
 NETWORKS = "student=resnet18,teacher=resnet50"
@@ -108,11 +108,11 @@ def joint(args):
         f"hidden {width}": load(f"disco:{NETWORKS}", args, {"student.hidden": width, **norm})
         for width in WIDTHS
     }
-    abstract_steps = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
-    first = next(iter(configs.values()))
-    recipe = assemble(first).views
+    experiments = {name: assemble(config, steps_per_epoch=1) for name, config in configs.items()}
+    abstract_steps = {name: program.abstract(run, 1) for name, run in experiments.items()}
+    first = next(iter(experiments.values()))
     learners = {name: built.learner for name, (built, _) in abstract_steps.items()}
-    together = step.make_joint_step(learners, recipe, first.seed)
+    together = step.make_joint_step(learners, first.views, first.settings.seed)
     separate = {
         name: (built.train_step, arguments) for name, (built, arguments) in abstract_steps.items()
     }
@@ -131,7 +131,10 @@ def cached(args):
         "SEED, cached": load(f"seed:{NETWORKS}", args, {**CACHED, "student.hidden": 2048}),
         "DisCo, live teacher": load(f"disco:{NETWORKS}", args, {}),
     }
-    abstract_steps = {name: program.abstract(config, 1, 1) for name, config in configs.items()}
+    abstract_steps = {
+        name: program.abstract(assemble(config, steps_per_epoch=1), 1)
+        for name, config in configs.items()
+    }
     return {
         name: (built.train_step, arguments) for name, (built, arguments) in abstract_steps.items()
     }
@@ -144,7 +147,7 @@ def load(recipe, args, changes):
     )
     if args.tpu:
         config.dtype = "auto"
-        program.as_on_tpus(config)
+        resolve_auto(config, "tpu")
     if config.teacher.head == "auto":
         config.teacher.head = "mlp"
     return config

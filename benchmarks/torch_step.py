@@ -86,6 +86,7 @@ def disco_jax_step(args):
     from disco_jax import flags
     from disco_jax.plan import program
     from disco_jax.train import state, step
+    from disco_jax.train.experiment import assemble
 
     if jax.default_backend() != args.device:
         sys.exit(f"--device={args.device}, but JAX uses {jax.default_backend()}.")
@@ -97,7 +98,7 @@ def disco_jax_step(args):
         config.fast.shifts = "off"
     norm = "local" if args.method == "disco" else "running"
     config.teacher.update(head="mlp", hidden=HIDDEN, norm=norm)
-    built, shapes = program.abstract(config, 1, 100)
+    built, shapes = program.abstract(assemble(config, steps_per_epoch=100), 1)
     rng = np.random.default_rng(0)
 
     def filled(x):

@@ -4,7 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from disco_jax.configs import data, networks, training
+from disco_jax import typed
+from disco_jax.configs import data
 from disco_jax.data import presets
 from disco_jax.errors import UserError, unknown
 
@@ -45,66 +46,32 @@ def _convert(pair: str, text: str, kind: type) -> Any:
 def pretrain(name: str = "", dataset: str = "imagenet2012") -> ConfigDict:
     """Returns every field of a pretraining config; each objective has weight 0.
 
+    `disco_jax/train/run_settings.py` declares the fields, and `docs/settings.md` lists them.
+
     Args:
       name: the recipe.
       dataset: a name of `data.DATA` or any other TFDS name.
     """
     from disco_jax.methods import registry  # imports JAX
+    from disco_jax.train.run_settings import RunSettings
 
-    config = ConfigDict()
-    config.name = name  # the recipe, as tables and figures show it
-    config.seed = 0
-    config.batch_size = 256  # images a step over all devices of all hosts
-    config.total_epochs = 200
-    config.total_steps = 0  # length of the run in steps; 0: total_epochs decides
-    config.dtype = "auto"  # compute dtype: float32 | bfloat16 | auto (float32 on CPUs only)
-    config.data = data.source(dataset)
-    _views(config, dataset)
-    _networks(config, dataset)
-    config.objectives = registry.sections()
-    _training(config)
+    properties = data.properties(dataset)
+    config = ConfigDict(
+        typed.section(
+            RunSettings,
+            name=name,
+            augment={**presets.PRESETS["moco_v2"], "size": properties["size"]},
+            local=dict(presets.NO_LOCALS),
+            objectives=registry.sections(),
+        )
+    )
+    config.data.update(
+        name=dataset,
+        eval_split=properties["eval_split"],
+        eval_resize=properties["eval_resize"],
+    )
+    config.student.stem = config.teacher.stem = properties["stem"]
     return config
-
-
-def _views(config: ConfigDict, dataset: str) -> None:
-    """Sets the fields for the views of an image: MoCo-v2's two."""
-    size = data.properties(dataset)["size"]
-    config.views = 2  # global crops of an image; objectives number them from 0
-    config.augment = {**presets.PRESETS["moco_v2"], "size": size}
-    # Additional smaller crops, numbered after the global ones. Fields that `local` does not have
-    # are those of `augment`.
-    config.local = dict(presets.NO_LOCALS)
-    # true: views of one size go through a network in one pass and share batch statistics (SwAV,
-    # DINO, SSLight); false: one pass a view (MoCo, DisCo, SEED).
-    config.group_views = False
-    # Groups of similar images from `disco-jax bags`. sampling: images | clusters (each cluster
-    # equally often).
-    config.bags = dict(file="", sampling="images")
-
-
-def _networks(config: ConfigDict, dataset: str) -> None:
-    """Sets the sections of the three networks."""
-    stem = data.properties(dataset)["stem"]
-    # dim=0: as wide as the teacher output it is compared with.
-    config.student = networks.student(stem)
-    config.momentum = networks.momentum()
-    config.teacher = networks.teacher(stem)
-
-
-def _training(config: ConfigDict) -> None:
-    """Sets the sections for speed, optimizer, logs and checkpoints."""
-    # Speed: these options change what is learned only by rounding.
-    config.fast = training.fast()
-    config.optimizer = training.optimizer()
-    config.learning_rate = training.learning_rate()
-    # Detects collapse: health/std below min_std in `patience` consecutive log lines. min_std=0
-    # disables it; stop=true ends the run.
-    config.health = dict(min_std=0.01, patience=10, stop=False)
-    config.log = training.log()
-    # kNN accuracy during training, logged as knn/top1: classifies each image of a labelled split by
-    # the student's features of the others. Each time costs a forward pass over `images`.
-    config.monitor = training.monitor()
-    config.checkpoint = training.checkpoint()
 
 
 def augment(config: ConfigDict, preset: str) -> None:

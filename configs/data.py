@@ -1,4 +1,4 @@
-"""Data sets of pretraining configs."""
+"""Properties of the data sets of pretraining configs."""
 
 from typing import Any
 
@@ -47,38 +47,3 @@ def is_imagenet(dataset: str) -> bool:
 def properties(dataset: str) -> dict[str, Any]:
     """Returns the entry of `DATA`; data sets without one are treated like ImageNet."""
     return DATA.get(family(dataset), DATA["imagenet2012"])
-
-
-def source(dataset: str) -> dict[str, Any]:
-    """Returns the section `config.data`.
-
-    Args:
-      dataset: a name of `DATA` or any other TFDS name.
-    """
-    return dict(
-        source="tfds",  # tfds | folder | npz
-        name=dataset,  # TFDS name of the data set; for other sources, its name in tables
-        # "": $TFDS_DATA_DIR or ~/tensorflow_datasets. Otherwise a folder of images or .tar
-        # archives, a glob pattern of image files, a list of files, or an .npz file.
-        dir="",
-        train_split="train",
-        eval_split=properties(dataset)["eval_split"],
-        # shorter side in px before evaluations crop the centre; 0: resize straight to the size
-        eval_resize=properties(dataset)["eval_resize"],
-        # filter of that resize: bilinear | bicubic; "": augment.interpolation, as for the crops
-        eval_interpolation="",
-        subset="",  # a text file with one file name a line: training reads only these images
-        shuffle_buffer=16_384,  # encoded records in the shuffle buffer of TFRecord files
-        cache=False,  # keep encoded records in memory; small data sets are always kept
-        # Assigns splits explicitly: split=folder, as in "train=Training set,test=Holdout", where
-        # the right side is a folder, a pattern inside data.dir, a list, or "." for everything.
-        # "": the names of the folders decide.
-        splits="",
-        labels="",  # a file with lines "FILE,CLASS" (comma or tab) for images without labels
-        # Pixel values that map to 0..255 for images with more than 8 bits a channel: full (all 16
-        # bits) | image (from each image's minimum to its maximum) | two numbers, as in "0,4095".
-        range="full",
-        max_pixels=178_956_970,  # images with more pixels count as unreadable
-        max_unreadable=10,  # unreadable images that a run may skip whatever the data set's size
-        max_unreadable_percent=1.0,  # the same in percent of the images; the larger limit applies
-    )

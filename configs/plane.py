@@ -14,6 +14,7 @@ epochs and estimates `points` times on the test images. `code` is that of the of
 images after each step of the first epoch and after each later epoch.
 """
 
+from disco_jax import typed
 from disco_jax.configs import common, finetune, transfer
 from disco_jax.errors import unknown
 
@@ -24,6 +25,8 @@ PROTOCOLS = {
 
 
 def get_config(arg=None):
+    from disco_jax.evaluate.probe_settings import InformationPlaneSettings  # imports JAX
+
     arg = common.parse(arg, protocol="paper", data="")
     if arg.protocol not in PROTOCOLS:
         raise unknown("The recipe's argument protocol", arg.protocol, PROTOCOLS)
@@ -36,14 +39,6 @@ def get_config(arg=None):
     config.protocol = f"plane:{arg.protocol}"
     if arg.data:
         config.data.update(name=arg.data, size=224, eval_resize=224, interpolation="bicubic")
-    config.information_plane = dict(
-        split="",  # the split whose images are used; "": the test images
-        images=0,  # largest number of images; 0: all
-        points=40,  # estimates during the training; 0: one at the end of each epoch
-        first_steps=False,  # also estimates after each step of the first epoch
-        bins=30,
-        grouping="rows",  # rows | official (reproduces an error in the estimator's code)
-        beside=(),  # directories of runs that have a plane already
-    )
+    config.information_plane = typed.section(InformationPlaneSettings)
     config.information_plane.update(PROTOCOLS[arg.protocol])
     return config

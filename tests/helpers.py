@@ -1,6 +1,7 @@
 """Helpers shared by several test modules."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -15,15 +16,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 import reference_weights
-from disco_jax import errors, flags, models
+from disco_jax import errors, flags, methods, models, typed
+from disco_jax.evaluate.probe_settings import ProbeSettings
+from disco_jax.methods.method_settings import TeacherSpec
 from disco_jax.models.backbones.backbone import Backbone
 from disco_jax.models.encoder import Encoded
 from disco_jax.models.layers.norm import BatchNorm
 from disco_jax.ops.collectives import AXIS
 from disco_jax.run.checkpoint import Checkpoints
 from disco_jax.run.workdir import claim
-from disco_jax.train import state, teacher
-from disco_jax.train.experiment import assemble
+from disco_jax.train import experiment, state
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 
@@ -52,22 +54,19 @@ def recorded_images(case):
 
 
 def encoder_spec(backbone, **fields):
-    """Returns the config section of a network."""
-    spec = dict(
-        width=0,
-        stem="",
-        grid=0,
-        patch=0,
-        drop_path=0.0,
-        zero_init_residual=False,
-        norm_group=0,
-        adapter=0,
-        head="mlp",
-        hidden=-1,
-        dim=128,
-        prototypes=(),
-    )
-    return ConfigDict({**spec, "backbone": backbone, **fields})
+    """Returns the description of a network."""
+    return models.NetworkSpec(**{"backbone": backbone, "hidden": -1, **fields})
+
+
+def teacher_spec(backbone, **fields):
+    """Returns the description of a teacher, by default with a head."""
+    return TeacherSpec(**{"backbone": backbone, "hidden": -1, "head": "mlp", **fields})
+
+
+def build_method(config, views=2, local_views=0):
+    """Builds the method of a pretraining config, for the given numbers of views."""
+    settings = experiment.parse(config).method
+    return methods.build(dataclasses.replace(settings, views=views, local_views=local_views))
 
 
 def relative_error(actual, reference):
@@ -276,7 +275,17 @@ def smoke_config(recipe, **changes):
         config.bags.file = "bags.npz"  # not read before a run starts
     config.log.report = False  # reports are tested in tests/report
     config.update_from_flattened_dict({**QUIET, **changes})
-    return teacher.resolve(config)
+    return experiment.resolve(config)
+
+
+def smoke_settings(recipe, **changes):
+    """Returns the typed settings of a `smoke_config`."""
+    return experiment.parse(smoke_config(recipe, **changes))
+
+
+def probe_settings(config):
+    """Returns the typed settings of a config of a training with labels."""
+    return typed.parse(ProbeSettings, config, defaults=True)
 
 
 def tiny_config(recipe, **changes):
@@ -320,7 +329,7 @@ def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):
     """Creates a run directory with an untrained student, on the images of an .npz file."""
     config = smoke_config(recipe, **changes)
     config.data.source, config.data.dir, config.seed = "npz", str(data_file), seed
-    encoder = models.build_encoder(config.student)
+    encoder = models.build_encoder(experiment.parse(config).student)
     student = encoder.create(seed, config.augment.size)
     initial = state.TrainState(np.int32(0), student, {}, {}, ())
     with claim(str(folder), config), contextlib.closing(Checkpoints(folder)) as checkpoints:
@@ -332,15 +341,15 @@ def network_run(folder, data_file, recipe="moco_v2", seed=0, **changes):
 def smoke(config, replicas):
     """Returns (single-replica step, state, frozen, batch with a leading replica axis)."""
     config = ConfigDict({**config.to_dict(), "total_epochs": 5})
-    experiment = assemble(config, steps_per_epoch=10)
-    built = experiment.build_step()
+    assembled = experiment.assemble(config, steps_per_epoch=10)
+    built = assembled.build_step()
     frozen = {}
-    if "teacher" in experiment.needs:
-        encoder = experiment.method.networks["teacher"].encoder
+    if "teacher" in assembled.needs:
+        encoder = assembled.method.networks["teacher"].encoder
         frozen["teacher"] = encoder.create(1, config.augment.size)
-    train_state = experiment.initial_state(built, teacher=frozen.get("teacher"))
+    train_state = assembled.initial_state(built, teacher=frozen.get("teacher"))
     rng = np.random.default_rng(0)
-    shapes = experiment.batch_shapes(replicas)
+    shapes = assembled.batch_shapes(replicas)
     crops = {v: rng.integers(0, 256, x.shape, np.uint8) for v, x in shapes["views"].items()}
     aux = {name: rng.integers(0, 16, x.shape, np.int32) for name, x in shapes["aux"].items()}
     return built.train_step, train_state, frozen, {"views": crops, "aux": aux}

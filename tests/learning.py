@@ -27,6 +27,7 @@ from disco_jax.evaluate import features, probe
 from disco_jax.evaluate.knn import leave_one_out
 from disco_jax.methods import swapped
 from disco_jax.train import learner, step
+from disco_jax.train.experiment import parse
 from disco_jax.workflows import pretrain
 
 EPOCHS = {
@@ -166,8 +167,10 @@ def scores_of(trained, source):
     splits = [
         features.of_split(trained, source, split, 256, ("features",)) for split in ("train", "test")
     ]
+    config = flags.load("knn")
+    voting = {name: config[name] for name in probe.KNN_FIELDS}
     left_out_top1 = leave_one_out(splits[0].features, splits[0].labels, 20)
-    return probe.knn_probe(flags.load("knn"), *splits)["top1"], left_out_top1
+    return probe.knn_probe(*splits, **voting)["top1"], left_out_top1
 
 
 def main(folder, name, variant, source):
@@ -175,7 +178,7 @@ def main(folder, name, variant, source):
         return make_teacher(folder, source)
     config = recipe(name, folder)
     if variant == "untrained":
-        return scores_of(features.untrained(config), source)
+        return scores_of(features.untrained(parse(config)), source)
     if variant == "weightless":
         take_weights(config)
     run = f"{folder}/{name.replace(':', '_')}{variant}"

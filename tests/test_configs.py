@@ -11,6 +11,7 @@ from disco_jax.configs import common, small
 from disco_jax.errors import UserError
 from disco_jax.nested import flatten
 from disco_jax.train import optimizer
+from disco_jax.train.experiment import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRETRAINING = [name for name in flags.recipes() if "objectives" in flags.load(name)]
@@ -45,7 +46,7 @@ def unusual(value):
 def test_a_recipe_states_what_defines_its_experiment(recipe, monkeypatch):
     """No setting of the experiment comes from the defaults: all of them are spoilt here."""
     expected = flatten(flags.load(recipe))
-    method = methods.plan(flags.load(recipe))
+    method = methods.plan(parse(flags.load(recipe)).method)
     fields = [*TRAINING, *(field for network in method for field in NETWORKS[network])]
     active = {name.split(".")[1] for name, x in expected.items() if name.endswith(".weight") and x}
     fields += [

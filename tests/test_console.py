@@ -171,8 +171,8 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
 
     score = "--workdir=run", "--config.report=false"
     assert "kNN (weighted, k = 20" in console("knn", *score, cwd=tmp_path)[0]
-    out = call("linear", *score, "--config.total_epochs=2")
-    assert "Linear probe on cached features: top-1" in out
+    printed = call("linear", *score, "--config.total_epochs=2")
+    assert "Linear probe on cached features: top-1" in printed
     assert "Report: run/report.html" in call("report", "--workdir=run")
     assert set(contents(run)) >= {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints",

@@ -128,14 +128,14 @@ def test_the_settings_page_is_what_the_configs_say():
             assert flatten(flags.load(name)).keys() <= rows, name
 
 
-def test_settings_take_the_comments_beside_and_above_them():
-    notes = settings_page.comments()
+def test_settings_take_docstrings_and_the_comments_beside_and_above_fields():
+    notes = settings_page.descriptions()
     assert notes["pretrain"]["student.head"].startswith("mlp | mlp_bn")
     assert notes["pretrain"]["teacher.hidden"] == notes["pretrain"]["student.hidden"]
     assert notes["pretrain"]["momentum.follow"].endswith("after the optimizer's step")
     assert notes["pretrain"]["monitor"].startswith("kNN accuracy during training")
     assert "augment.count" not in notes["pretrain"]
-    assert notes["classification"]["layers"] == "classifier | all"
+    assert notes["evaluation"]["layers"] == "classifier | all"
     page = settings_page.markdown()
     assert "| `objectives.contrast.keys_from` | `'momentum'` | the network that encodes" in page
 

@@ -15,6 +15,15 @@ ORDER = [
 ]  # fmt: skip
 # Packages outside this order, with the packages that they may import.
 BESIDE = {"data": {"ops"}, "run": {"data"}, "convert": {"ops", "models"}}
+# Packages whose settings are dataclasses, and their files that handle whole configs.
+TYPED = ["ops", "models", "methods", "train", "data", "run", "evaluate", "plan"]
+WITH_CONFIG = {
+    "train/experiment.py": "converts a config to settings, and completes it for config.json",
+    "evaluate/protocols.py": "completes the config of an evaluation from the run's settings",
+    "train/prepare.py": "passes a config to `fields.check` and to `experiment`",
+    "run/workdir.py": "writes, reads and compares config.json",
+    "run/upgrades.py": "upgrades a config.json of an earlier version",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {
     ".".join(("disco_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
@@ -59,6 +68,17 @@ def test_no_arrow_points_up(path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "commands").glob("*.py")), ids=lambda p: p.name)
 def test_no_command_imports_another(path):
     assert not {name for name in imports(path) if name.startswith("disco_jax.commands")}
+
+
+@pytest.mark.parametrize("room", TYPED)
+def test_settings_are_typed_below_the_commands(room):
+    """Parameters named `config`, and imports of ml_collections, are those of `WITH_CONFIG`."""
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        name = str(path.relative_to(PACKAGE))
+        tree = ast.parse(path.read_text())
+        arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        reads = any(used.startswith("ml_collections") for used in imports(path))
+        assert (reads or "config" in arguments) == (name in WITH_CONFIG), name
 
 
 def imported_modules(module):

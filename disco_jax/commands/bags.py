@@ -8,10 +8,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors
-from disco_jax.data import pipeline, views
+from disco_jax import errors, typed
+from disco_jax.data import pipeline
 from disco_jax.data.bags import Bags
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import DataSettings, build_views
 from disco_jax.evaluate import features, kmeans, knn
 from disco_jax.evaluate.open_model import open_model
 from disco_jax.files import whole
@@ -43,7 +44,8 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
         raise errors.UserError(
             "config.teacher is empty: give the directory of a run or an import, or a checkpoint."
         )
-    source = source or pipeline.open_source(config.data, shared=False)
+    data = typed.parse(DataSettings, config.data, "config.data", defaults=True)
+    source = source or pipeline.open_source(data, shared=False)
     source.take(config.data.train_split, ())  # raises if a run could not read images by number
     rows = _encode(config, source)
     if config.kind == "knn":
@@ -73,17 +75,18 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 def _encode(config: ConfigDict, source: Source) -> np.ndarray:
     """Returns the teacher's output f32[N, F] for all training images, in stored order."""
     opened = open_model(config.teacher)
-    augment = opened.config.augment
+    augment = opened.settings.augment
     size, devices = config.size or augment.size, jax.local_device_count()
     batches = source.evaluate(
         config.data.train_split,
         size,
         config.data.eval_resize,
-        features.eval_interpolation(opened.config),
+        features.eval_interpolation(opened.settings),
         -(-config.batch_size // devices) * devices,
     )
-    recipe = views.build(augment, opened.config.views, opened.config.local)
-    encoder = opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config))
+    recipe = build_views(augment, opened.settings.views, opened.settings.local)
+    compute = opened.encoder.compute.for_inference(opened.settings.fast)
+    encoder = opened.encoder.with_compute(compute)
     extracted = features.extract(encoder, opened.variables, batches, recipe)
     rows = getattr(extracted, config.output)
     if len(rows) != source.count(config.data.train_split):

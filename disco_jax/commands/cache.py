@@ -119,10 +119,10 @@ def _fill(ready: Prepared, path: epath.Path, steps: int) -> None:
     writer = targets.Writer(path, jax.process_index(), jax.process_count())
     names = tuple(next(iter(ready.method.teacher_outputs(ready.experiment.record).values())))
     encode = step.parallel_targets(
-        step.make_targets(ready.method, ready.experiment.views, ready.config.seed, names)
+        step.make_targets(ready.method, ready.experiment.views, ready.settings.seed, names)
     )
     frozen = state.replicate(ready.frozen)
-    rows = ready.config.batch_size // jax.process_count()
+    rows = ready.settings.batch_size // jax.process_count()
     with session.batches_of(ready, writer.position) as batches:
         for number in range(writer.steps, steps):
             batch, after = next(batches)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors, files, models
 from disco_jax.evaluate import cost, plots
 from disco_jax.models.encoder import Encoder
-from disco_jax.run import workdir as directory
+from disco_jax.train import stored_settings
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -65,17 +65,17 @@ def _backbones(config: ConfigDict) -> list[tuple[dict[str, Any], Encoder]]:
 
 
 def _network_of(run: str, result: str) -> tuple[dict[str, Any], Encoder]:
-    config = directory.read_config(run)
+    settings = stored_settings.read(run)
     file = epath.Path(run) / f"{result}.json"
     top1 = files.read_json(file)["top1"] if file.exists() else None
     row = {
-        "backbone": config.student.backbone,
-        "method": config.name or epath.Path(run).name,
-        "size": config.augment.size,
+        "backbone": settings.student.backbone,
+        "method": settings.name or epath.Path(run).name,
+        "size": settings.augment.size,
         "top1": top1,
         "run": str(run),
     }
-    return row, models.build_encoder(config.student)
+    return row, models.build_encoder(settings.student)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from disco_jax import errors
+from disco_jax import errors, typed
 from disco_jax.arguments import Parser
 from disco_jax.configs import common
 from disco_jax.data import darkness, decode, paths, pipeline, views
 from disco_jax.data.contract import Position, Source
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.skips import Skipped, printable
 from disco_jax.files import whole, write_arrays
 
@@ -182,7 +183,8 @@ def _open(data: str, data_dir: str, fields: dict[str, Any]) -> Source:
     else:
         config.update(source="tfds", name=data, dir=data_dir)
     config.update(max_unreadable=2**31, **fields)
-    return pipeline.open_source(config, shared=False, tell=False)
+    settings = typed.parse(DataSettings, config, "config.data")
+    return pipeline.open_source(settings, shared=False, tell=False)
 
 
 def _inspect(source: Source, split: str, limit: int) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import programs
+from disco_jax import programs, typed
 from disco_jax.data import digits, pipeline
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, probe
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.run import metrics
+from disco_jax.train.experiment import parse
 from disco_jax.workflows import pretrain
 
 RUNS = ("teacher", "moco_v2", "disco")
@@ -72,22 +74,25 @@ def _run_seed(
         if name == "disco":
             run_config.teacher.weights = str(folder / "teacher")
         print(f"\n== {TITLES[name]}, seed {seed}", flush=True)
-        source = pipeline.open_source(run_config.data)
+        settings = parse(run_config)
+        source = pipeline.open_source(settings.data)
         pretrain.run(run_config, str(folder / name), source)
         scores[name] = _score(config, features.load(str(folder / name)), source)
-    scores["untrained"] = _score(config, features.untrained(run_config), source)
+    scores["untrained"] = _score(config, features.untrained(settings), source)
     return scores
 
 
 def _score(config: ConfigDict, trained: features.TrainedModel, source: Source) -> Scores:
     """Returns linear and kNN top-1 on the held-out images, in percent."""
-    data, batch = trained.config.data, config.knn.batch_size
+    data, batch = trained.settings.data, config.knn.batch_size
     train = features.of_split(trained, source, data.train_split, batch)
     test = features.of_split(trained, source, data.eval_split, batch)
-    _, probed = probe.linear_probe(config.linear, train, test)
+    linear = typed.parse(ProbeSettings, config.linear, "config.linear", defaults=True)
+    _, probed = probe.linear_probe(linear, train, test)
+    voting = {name: config.knn[name] for name in probe.KNN_FIELDS}
     return {
         "linear_top1": round(probed["top1"], 2),
-        "knn_top1": round(probe.knn_probe(config.knn, train, test)["top1"], 2),
+        "knn_top1": round(probe.knn_probe(train, test, **voting)["top1"], 2),
     }
 
 

@@ -8,10 +8,12 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from disco_jax import convert, errors, flags, models
+from disco_jax import convert, errors, flags, models, typed
 from disco_jax.configs import disco
 from disco_jax.data import paths, pipeline
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import DataSettings
+from disco_jax.train import stored_settings
 from disco_jax.train import teacher as teachers
 from disco_jax.workflows import pretrain
 
@@ -91,7 +93,7 @@ def resolve(
     config.data.update(paths.data_fields(data))
     config.data.update(opening or {})
     _follow_teacher(config, teacher)
-    source = pipeline.open_source(config.data)
+    source = pipeline.open_source(typed.parse(DataSettings, config.data, "config.data"))
     _fit_data(config, source)
     return config, source
 
@@ -112,14 +114,13 @@ def _follow_teacher(config: ConfigDict, teacher: str) -> None:
     config.teacher.weights = str(path)
     if teachers.place(str(path)).is_file():
         imported = convert.read_network(str(path))
-        config.teacher.update(teachers.shape(imported.spec))
+        config.teacher.update(teachers.shape(teachers.spec_of(imported)))
         config.augment.mean, config.augment.std = imported.normalisation
     else:
-        run = teachers.read_config(path)
+        run = stored_settings.read(path)
         config.teacher.update(teachers.shape(run.student))
         for field in ("size", "mean", "std", "interpolation"):
-            value = run.augment[field]
-            config.augment[field] = tuple(value) if isinstance(value, list | tuple) else value
+            config.augment[field] = getattr(run.augment, field)
         config.data.eval_resize = run.data.eval_resize
     config.student.dim = config.teacher.dim
     config.student.stem = "small" if config.augment.size < SMALL_PX else "imagenet"

@@ -12,7 +12,8 @@ import numpy as np
 
 from disco_jax import errors, flags
 from disco_jax.arguments import Parser
-from disco_jax.data import decode, skips, tree, views
+from disco_jax.data import decode, skips, tree
+from disco_jax.data.data_settings import build_views
 from disco_jax.data.decode import evaluated
 from disco_jax.evaluate import features
 from disco_jax.evaluate.open_model import OpenedModel, open_model
@@ -73,10 +74,10 @@ def run(
     unreadable: list[str] = []
     crops = _batches(opened, files, size, batch_size, unreadable)
     extracted = features.extract(
-        opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.config)),
+        opened.encoder.with_compute(opened.encoder.compute.for_inference(opened.settings.fast)),
         opened.variables,
         crops,
-        views.build(opened.config.augment, opened.config.views),
+        build_views(opened.settings.augment, opened.settings.views),
     )
     if not len(extracted.features):
         raise errors.UserError(f"None of the {len(files)} images in {images} can be read.")
@@ -139,15 +140,13 @@ def _batches(
 
     Appends the names of unreadable images to `unreadable`.
     """
-    config = opened.config
-    side = size or config.augment.size
-    resize = config.data.eval_resize and round(config.data.eval_resize * side / config.augment.size)
+    data, augment = opened.settings.data, opened.settings.augment
+    side = size or augment.size
+    resize = data.eval_resize and round(data.eval_resize * side / augment.size)
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
 
-    rules = decode.Rules.parse(
-        config.data.get("range", "full"), config.data.get("max_pixels", decode.MAX_PIXELS)
-    )
+    rules = decode.Rules.parse(data.range, data.max_pixels)
 
     def read(file: pathlib.Path) -> np.ndarray | None:
         try:

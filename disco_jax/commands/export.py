@@ -96,7 +96,7 @@ def run(
         raise errors.UserError(f"--size={size} is below 0.")
     opened = open_model(checkpoint, network)
     path = _output(checkpoint, output, format, opened)
-    size = size or opened.config.augment.size
+    size = size or opened.settings.augment.size
     with _replaced_on_success(path) as unchecked:
         if FORMATS[format].naming:
             deviations, facts = _state_dict(
@@ -223,7 +223,7 @@ def _runtime(format: str) -> tuple[Callable[..., None], Callable[..., np.ndarray
 def _images(size: int, opened: OpenedModel, count: int = 2) -> np.ndarray:
     """Returns noise, normalised like the network's images."""
     noise = np.random.default_rng(0).random((count, size, size, 3), np.float32)
-    augment = opened.config.augment
+    augment = opened.settings.augment
     return ((noise - np.array(augment.mean)) / np.array(augment.std)).astype(np.float32)
 
 

@@ -10,6 +10,7 @@ from disco_jax import errors
 from disco_jax.data.contract import Source
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, ridge, saved, scores, subsets, target
+from disco_jax.evaluate.probe_settings import eval_data
 from disco_jax.report import build
 
 
@@ -29,10 +30,10 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
       UserError: a setting, the run or the data is invalid, or a class has too few images.
     """
     _check(config)
-    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), eval_data(config.data))
     features.check_outputs(trained, (config.output,), config.blocks)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     labels = read_labels(source, data.train_split)
     if (labels < 0).any():
         raise features.unlabelled(source, data.train_split)

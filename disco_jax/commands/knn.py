@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, knn, probe, saved, scores, target
+from disco_jax.evaluate.probe_settings import eval_data
 from disco_jax.report import build
 
 
@@ -22,7 +23,7 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Returns:
       {"top1", "top5", "top1_interval", "class_top1", "step", ...}, accuracies in percent.
     """
-    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
+    trained = target.with_eval_data(features.load(workdir, config.network), eval_data(config.data))
     result = {"step": trained.step, **evaluate(config, trained, source), **saved.settings(config)}
     saved.write(workdir, config.name, result)
     if jax.process_index() == 0:
@@ -40,7 +41,7 @@ def evaluate(
     if config.vote not in knn.VOTES:
         raise errors.unknown("config.vote", config.vote, knn.VOTES)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     train, test = (
         features.of_split(
             trained, source, split, config.batch_size, (config.output,), config.blocks
@@ -48,4 +49,5 @@ def evaluate(
         for split in (data.train_split, data.eval_split)
     )
     target.match(source, train.labels, test.labels)
-    return {"data": source.name, **probe.knn_probe(config, train, test)}
+    fields = {name: config[name] for name in probe.KNN_FIELDS}
+    return {"data": source.name, **probe.knn_probe(train, test, **fields)}

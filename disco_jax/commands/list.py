@@ -66,7 +66,7 @@ def run(sizes: bool = False) -> dict[str, dict[str, str]]:
 
 def _needs(recipe: str) -> str:
     """Describes the views, networks and memory of a pretraining recipe; "" for other recipes."""
-    from disco_jax import methods, models
+    from disco_jax import methods
     from disco_jax.methods.base import LABEL
     from disco_jax.train import experiment
 
@@ -74,10 +74,11 @@ def _needs(recipe: str) -> str:
     if "objectives" not in config:
         return ""
     config.bags.file = config.bags.file or "bags.npz"  # not read here
-    models.resolve_config(config, "cpu")  # "auto" would initialize accelerators
+    experiment.resolve_auto(config, "cpu")  # "auto" would initialize accelerators
     assembled = experiment.assemble(config)
-    config, method = assembled.config, assembled.method
-    crops = f"{config.views}" + (f" + {config.local.count} small" if config.local.count else "")
+    settings, method = assembled.settings, assembled.method
+    count = settings.local.count
+    crops = f"{settings.views}" + (f" + {count} small" if count else "")
     networks = ", ".join(f"{name} {len(views)}" for name, views in method.plan.items())
     also = ["the teacher's weights"] if "teacher" in method.plan else []
     if any(o.reads_bags for o in method.objectives.values()):
@@ -86,7 +87,7 @@ def _needs(recipe: str) -> str:
         also.append("labels")
     also += ["the teacher's head"] if method.reuse else []
     needs = f"; needs {', '.join(also)}" if also else ""
-    memory = methods.memory_bytes(method, config) / 2**20
+    memory = methods.memory_bytes(method, settings.method) / 2**20
     return f"{crops} crop{'s' if crops != '1' else ''}; {networks}; {memory:.0f} MiB{needs}"
 
 

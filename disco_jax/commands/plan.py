@@ -61,20 +61,21 @@ def run(
     """
     from disco_jax import methods
     from disco_jax.data import pipeline
-    from disco_jax.train import experiment, teacher
+    from disco_jax.train import experiment
 
     if output and not output.endswith(".json"):
         raise errors.UserError(f"--output={output} should end in .json.")
-    config = teacher.resolve(config)
-    program.as_on_tpus(config)
+    config = experiment.resolve(config)
+    experiment.resolve_auto(config, "tpu")
+    settings = experiment.parse(config)
     slice_ = topology.open_slice(name)
-    experiment.check_devices(config, len(slice_.devices))
-    data = config.data
+    experiment.check_devices(settings, len(slice_.devices))
+    data = settings.data
     images = images or (IMAGES.get(data.name, 0) if data.source == "tfds" else 0)
     images = images or pipeline.open_source(data).count(data.train_split)
-    compiled = program.compile_step(config, slice_, max(1, images // config.batch_size))
+    compiled = _compile(config, slice_, images)
     report = _report(config, slice_, compiled, images)
-    report["forward_passes"] = methods.plan(config)
+    report["forward_passes"] = methods.plan(settings.method)
     print(describe_passes(report["forward_passes"]))
     _print(report)
     if fit:
@@ -195,6 +196,14 @@ def _print(report: dict[str, Any]) -> None:
     print(f"  compiled in {report['compile_s']:.0f} s")
 
 
+def _compile(config: ConfigDict, slice_: topology.Slice, images: int) -> program.Program:
+    """Compiles the step of a run on `images` images."""
+    from disco_jax.train.experiment import assemble
+
+    steps_per_epoch = max(1, images // config.batch_size)
+    return program.compile_step(assemble(config, steps_per_epoch=steps_per_epoch), slice_)
+
+
 def _fit(config: ConfigDict, slice_: topology.Slice, images: int, compiled: program.Program) -> int:
     """Returns the largest global batch size whose step fits, or 0.
 
@@ -216,7 +225,7 @@ def _fit(config: ConfigDict, slice_: topology.Slice, images: int, compiled: prog
             return compiled.fits
         trial = config.copy_and_resolve_references()
         trial.batch_size = batch * chips
-        step = program.compile_step(trial, slice_, max(1, images // trial.batch_size))
+        step = _compile(trial, slice_, images)
         print(f"    {batch} per chip: {_mib(step.bytes)} of {_mib(step.limit)}", flush=True)
         return step.fits
 

@@ -8,11 +8,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from disco_jax import errors, files
+from disco_jax import errors, files, typed
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, information, linear, online, plots, saved, scores, target
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import InformationPlaneSettings, PlaneSettings
 from disco_jax.report import build
 
 _METRICS = ("input_bits", "label_bits", "top1", "most_bits")
@@ -37,28 +38,30 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     Raises:
       UserError: a setting, the run, the data, or a run in `information_plane.beside` is invalid.
     """
-    _check(config.information_plane)
-    beside = {label: _read_path(label, config.name) for label in config.information_plane.beside}
-    trained = target.with_eval_data(features.load(workdir, config.network), config.data)
-    online.check(config, trained)
+    settings = typed.parse(PlaneSettings, config, defaults=True)
+    _check(settings.information_plane)
+    plane = settings.information_plane
+    beside = {label: _read_path(label, settings.name) for label in plane.beside}
+    trained = target.with_eval_data(features.load(workdir, settings.network), settings.data)
+    online.check(settings, trained)
     trained, source = target.opened(trained, source)
-    data = trained.config.data
+    data = trained.settings.data
     target.check_labels(source, data.train_split, data.eval_split, data.source != "tfds")
-    plan = linear.plan(config, source.count(data.train_split), jax.process_count())
-    path = _trace(config, trained, source, workdir, plan)
+    plan = linear.plan(settings, source.count(data.train_split), jax.process_count())
+    path = _trace(settings, trained, source, workdir, plan)
     transition = information.turning_point(np.array([point["input_bits"] for point in path]))
     result = {
         "step": trained.step,
-        "name": config.name,
+        "name": settings.name,
         "data": source.name,
         "path": path,
         "transition": transition,
         "top1": path[-1]["top1"],
         **saved.settings(config),
     }
-    saved.write(workdir, config.name, result)
+    saved.write(workdir, settings.name, result)
     if jax.process_index() == 0:
-        file = epath.Path(workdir) / f"{config.name}.png"
+        file = epath.Path(workdir) / f"{settings.name}.png"
         plots.plane({epath.Path(workdir).name: path, **beside}, file)
         last = path[-1]
         print(
@@ -76,24 +79,24 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
 
 
 def _trace(
-    config: ConfigDict, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
+    settings: PlaneSettings, trained: TrainedModel, source: Source, workdir: str, plan: linear.Plan
 ) -> list[dict[str, float]]:
     """Trains and returns the points of the path, including those before a restart."""
-    data, plane = trained.config.data, config.information_plane
-    total = config.total_epochs * plan.steps_per_epoch
-    folder = epath.Path(workdir) / config.name
+    data, plane = trained.settings.data, settings.information_plane
+    total = settings.total_epochs * plan.steps_per_epoch
+    folder = epath.Path(workdir) / settings.name
 
     def evaluate(step: int, network: TrainedModel, layer: Classifier) -> Mapping[str, float]:
         extracted = features.of_split(
             network,
             source,
             plane.split or data.eval_split,
-            config.extract_batch_size,
-            (config.output,),
-            config.blocks,
+            settings.extract_batch_size,
+            (settings.output,),
+            settings.blocks,
             plane.images,
         )
-        outputs = layer.scores(getattr(extracted, config.output))
+        outputs = layer.scores(getattr(extracted, settings.output))
         rows = information.binned(outputs, plane.bins)
         input_bits, label_bits = information.mutual_information(
             rows, extracted.labels, plane.grouping
@@ -107,7 +110,7 @@ def _trace(
         }
 
     online.train(
-        config,
+        settings,
         trained,
         source,
         str(folder),
@@ -124,16 +127,14 @@ def _trace(
     return [points[step] for step in sorted(points)]
 
 
-def _check(plane: ConfigDict) -> None:
+def _check(plane: InformationPlaneSettings) -> None:
     if plane.points == 1:
         raise errors.UserError(
             "config.information_plane.points=1 draws no path: give 2 or more, or 0 for each epoch."
         )
     for name, least in _MINIMA.items():
-        if plane[name] < least:
-            raise errors.UserError(
-                f"config.information_plane.{name}={plane[name]} is below {least}."
-            )
+        if (value := getattr(plane, name)) < least:
+            raise errors.UserError(f"config.information_plane.{name}={value} is below {least}.")
     if plane.grouping not in information.GROUPINGS:
         raise errors.unknown(
             "config.information_plane.grouping", plane.grouping, information.GROUPINGS

@@ -11,6 +11,7 @@ from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
 from disco_jax.report import build, runs, sheet
 from disco_jax.run import workdir as directory
+from disco_jax.train import stored_settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def run(workdir: str, source: Source | None = None) -> str:
     config = directory.read_config(workdir)
     if "objectives" in config and not _has_sheet(workdir):
         try:
-            sheet.draw(config, workdir, source or pipeline.open_source(config.data))
+            settings = stored_settings.read(workdir)
+            sheet.draw(settings, workdir, source or pipeline.open_source(settings.data))
         except (errors.UserError, OSError) as error:
             _LOG.warning("No contact sheet: %s", error)
     return str(build.write(workdir))

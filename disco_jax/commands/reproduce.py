@@ -139,9 +139,10 @@ def run(
 def needs(row: Row, config: ConfigDict, evaluation: ConfigDict) -> list[str]:
     """Returns a sentence for each of the weights and files that a cell still lacks."""
     from disco_jax import methods
+    from disco_jax.train import experiment
 
     missing = []
-    if "teacher" in methods.plan(config) and not config.teacher.weights:
+    if "teacher" in methods.plan(experiment.parse(config).method) and not config.teacher.weights:
         missing.append(_teacher(row))
     reads_bags = any(config.objectives[name].weight for name in ("bags", "pseudo_labels"))
     if reads_bags and not config.bags.file:

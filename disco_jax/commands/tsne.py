@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from disco_jax import errors
 from disco_jax.data.contract import Source
 from disco_jax.evaluate import features, plots, saved, target
+from disco_jax.evaluate.probe_settings import eval_data
 from disco_jax.report import build
 
 
@@ -34,12 +35,13 @@ def run(config: ConfigDict, workdir: str, source: Source | None = None) -> dict[
     runs = [workdir, *config.beside]
     titles = _titles(config, runs)
     networks = [
-        target.with_eval_data(features.load(run, config.network), config.data) for run in runs
+        target.with_eval_data(features.load(run, config.network), eval_data(config.data))
+        for run in runs
     ]
     for trained in networks:
         features.check_outputs(trained, (config.output,), config.blocks)
     first, source = target.opened(networks[0], source)
-    split = config.split or first.config.data.eval_split
+    split = config.split or first.settings.data.eval_split
     extracted = [_extract(config, trained, source, split) for trained in networks]
     classes, rows = _select(config, extracted[0].labels)
     labels = np.searchsorted(classes, extracted[0].labels[rows])

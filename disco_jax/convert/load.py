@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 import disco_jax.convert.containers as containers
 import disco_jax.convert.safetensors_file as safetensors_file
 import disco_jax.convert.sharded_weights as sharded_weights
-from disco_jax import models
+from disco_jax import models, typed
 from disco_jax.convert.backbones import FAMILIES
 from disco_jax.convert.family import State
 from disco_jax.convert.fill import SIDE, check_numbers, fill
@@ -189,8 +188,8 @@ def size_and_digest(path: str) -> tuple[int, str]:
 
 
 def _build(spec: Mapping[str, Any]) -> Encoder:
-    fields = {"zero_init_residual": False, "norm_group": 0, **spec}
-    return models.build_encoder(ConfigDict(fields), setting="the checkpoint's")
+    network = typed.parse(models.NetworkSpec, spec, "the checkpoint's", defaults=True)
+    return models.build_encoder(network, setting="the checkpoint's")
 
 
 def _embedding_width(encoder: Encoder, variables: Variables) -> int:

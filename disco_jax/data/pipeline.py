@@ -14,6 +14,7 @@ import numpy as np
 from disco_jax.data import decode, lists
 from disco_jax.data.contract import Source, contents
 from disco_jax.data.contract import unreadable_limit as base_unreadable_limit
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.errors import UserError, unknown
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _SOURCE_FIELDS = (
 )
 
 
-def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
+def open_source(data: DataSettings, *, shared: bool = True, tell: bool = True) -> Source:
     """Opens the source that `config.data` describes.
 
     Args:
@@ -45,20 +46,18 @@ def open_source(data: Any, *, shared: bool = True, tell: bool = True) -> Source:
     return source
 
 
-def _create(data: Any, shared: bool) -> Source:
+def _create(data: DataSettings, shared: bool) -> Source:
     """Opens the source without logging its contents."""
     _check_fields(data)
     hosts = dict(
         process_index=jax.process_index() if shared else 0,
         process_count=jax.process_count() if shared else 1,
     )
-    common = dict(
+    common: dict[str, Any] = dict(
         **hosts,
         max_unreadable=data.max_unreadable,
-        max_unreadable_percent=data.get("max_unreadable_percent", 0.0),
-        rules=decode.Rules.parse(
-            data.get("range", "full"), data.get("max_pixels", decode.MAX_PIXELS)
-        ),
+        max_unreadable_percent=data.max_unreadable_percent,
+        rules=decode.Rules.parse(data.range, data.max_pixels),
     )
     if data.source == "tfds":
         from disco_jax.data.sources import TfdsSource
@@ -81,8 +80,8 @@ def _create(data: Any, shared: bool) -> Source:
         return FolderSource(
             data.dir,
             subset=_subset(data),
-            splits=data.get("splits", ""),
-            labels=data.get("labels", ""),
+            splits=data.splits,
+            labels=data.labels,
             **common,
         )
     if data.subset:
@@ -95,13 +94,13 @@ def _create(data: Any, shared: bool) -> Source:
     return ArraySource.from_npz(data.dir, **hosts)
 
 
-def _check_fields(data: Any) -> None:
+def _check_fields(data: DataSettings) -> None:
     """Raises UserError for fields that are invalid or have no effect on this kind of source."""
-    percent = data.get("max_unreadable_percent", 0.0)
+    percent = data.max_unreadable_percent
     if not 0 <= percent <= 100:
         raise UserError(f"config.data.max_unreadable_percent={percent} must lie in 0..100.")
     for field, default, kinds in _SOURCE_FIELDS:
-        value = data.get(field, default)
+        value = getattr(data, field)
         if value != default and data.source in SOURCES and data.source not in kinds:
             raise UserError(
                 f"config.data.{field}={value!r} has no effect with config.data.source="
@@ -109,7 +108,7 @@ def _check_fields(data: Any) -> None:
             )
 
 
-def unreadable_limit(data: Any, source: Source, split: str) -> int:
+def unreadable_limit(data: DataSettings, source: Source, split: str) -> int:
     """Returns the number of unreadable records of a split that this host tolerates.
 
     Args:
@@ -118,11 +117,11 @@ def unreadable_limit(data: Any, source: Source, split: str) -> int:
       split: name of the split, e.g. "train".
     """
     share = source.count(split) // jax.process_count()
-    percent = data.get("max_unreadable_percent", 0.0)
+    percent = data.max_unreadable_percent
     return base_unreadable_limit(share, data.max_unreadable, percent)
 
 
-def _subset(data: Any) -> dict[str, frozenset[str]]:
+def _subset(data: DataSettings) -> dict[str, frozenset[str]]:
     """Reads the list `config.data.subset` as split -> file names; {} if it is not set."""
     if not data.subset:
         return {}

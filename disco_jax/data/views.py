@@ -270,7 +270,7 @@ def build(
     """Builds the recipe of global and local views from config settings.
 
     Args:
-      augment: a mapping or ConfigDict with all fields of a preset in `presets.py`. The fields in
+      augment: a mapping with all fields of a preset in `presets.py`. The fields in
         `PER_VIEW` may be tuples with a number for each global view.
       count: number of global views, at least 1.
       local: fields of `presets.LOCALS`, the number of local views and the settings in which they

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
 from disco_jax import errors
+from disco_jax.evaluate.probe_settings import DistillSettings
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.losses import softened_cross_entropy
 from disco_jax.ops.vectors import l2_normalize
@@ -130,7 +130,7 @@ def make_step(
     forward: Forward,
     *,
     head_rate: float = 1.0,
-    distill: ConfigDict | None = None,
+    distill: DistillSettings | None = None,
     teach: Callable[[ProbeState, Any, Any], Array] | None = None,
 ):
     """Builds the training step of one replica, with the loop's signature (state, frozen, batch).
@@ -139,7 +139,7 @@ def make_step(
       tx: the optimizer.
       forward: see `Forward`.
       head_rate: learning rate of the classifier divided by that of the network.
-      distill: fields weight, temperature and reduction; see `softened_cross_entropy`.
+      distill: weight, temperature and reduction; see `softened_cross_entropy`.
       teach: (state, frozen, batch) -> logits f32[B, C] of the teacher; None trains on labels only.
 
     Returns:
@@ -182,7 +182,7 @@ def _mean(values: Array, batch: Mapping[str, Array]) -> Array:
     return jnp.sum(values * batch["learned"]) / count
 
 
-def check_distill(distill: ConfigDict) -> None:
+def check_distill(distill: DistillSettings) -> None:
     """Checks the distillation settings.
 
     Raises:
@@ -202,7 +202,7 @@ def check_distill(distill: ConfigDict) -> None:
 
 
 def _losses(
-    scores: Array, labels: Array, target: Array | None, distill: ConfigDict | None
+    scores: Array, labels: Array, target: Array | None, distill: DistillSettings | None
 ) -> Array:
     """Computes the loss of each image, f32[B]."""
     if target is None or distill is None:

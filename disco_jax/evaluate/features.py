@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from disco_jax import errors, models
 from disco_jax.data import pipeline, views
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import build_views
 from disco_jax.models.encoder import OUTPUTS, Encoder, Variables
 from disco_jax.ops.collectives import AXIS
-from disco_jax.run import checkpoint, workdir
+from disco_jax.run import checkpoint
+from disco_jax.train import stored_settings
+from disco_jax.train.run_settings import RunSettings
 from disco_jax.train.state import replicate
 
 
@@ -54,13 +56,13 @@ class TrainedModel:
     Attributes:
       encoder: the network.
       variables: its weights and BatchNorm statistics.
-      config: config of the run; `data` and `augment` define how images are read.
+      settings: settings of the run; `data` and `augment` define how images are read.
       step: training step of the checkpoint.
     """
 
     encoder: Encoder
     variables: Variables
-    config: ConfigDict
+    settings: RunSettings
     step: int
 
 
@@ -79,9 +81,9 @@ def load(run: str, network: str = "student") -> TrainedModel:
     """
     if network not in NETWORKS:
         raise errors.unknown("config.network", network, NETWORKS)
-    config = workdir.read_config(run)
-    encoder = _encoder(config)
-    like = jax.eval_shape(lambda: encoder.create(0, config.augment.size))
+    settings = stored_settings.read(run)
+    encoder = _encoder(settings)
+    like = jax.eval_shape(lambda: encoder.create(0, settings.augment.size))
     if not checkpoint.has(run, network):
         raise errors.UserError(
             f"config.network={network!r}, but the checkpoints of {run} contain no such network "
@@ -89,18 +91,19 @@ def load(run: str, network: str = "student") -> TrainedModel:
             "--config.network=student."
         )
     variables, step = checkpoint.load(run, network, like)
-    return TrainedModel(encoder, variables, config, step)
+    return TrainedModel(encoder, variables, settings, step)
 
 
-def untrained(config: ConfigDict) -> TrainedModel:
-    """Returns the student of a config with its initial weights, as a baseline for probes."""
-    encoder = _encoder(config)
-    return TrainedModel(encoder, encoder.create(config.seed, config.augment.size), config, 0)
+def untrained(settings: RunSettings) -> TrainedModel:
+    """Returns the student of a run with its initial weights, as a baseline for probes."""
+    encoder = _encoder(settings)
+    variables = encoder.create(settings.seed, settings.augment.size)
+    return TrainedModel(encoder, variables, settings, 0)
 
 
-def _encoder(config: ConfigDict) -> Encoder:
-    compute = models.Compute(models.compute_dtype(config.dtype)).for_inference(config)
-    return models.build_encoder(config.student, compute)
+def _encoder(settings: RunSettings) -> Encoder:
+    compute = models.Compute(models.compute_dtype(settings.dtype)).for_inference(settings.fast)
+    return models.build_encoder(settings.student, compute)
 
 
 def extract(
@@ -190,10 +193,10 @@ def of_split(
     limit: int = 0,
     mirrored: bool = False,
 ) -> Features:
-    """Runs `extract` on a split, with images resized and cropped as the run's config says.
+    """Runs `extract` on a split, with images resized and cropped as the run's settings say.
 
     Args:
-      trained: a network and its config, whose `data` and `augment` define how images are read.
+      trained: a network and its settings, whose `data` and `augment` define how images are read.
       source: images, sharded across hosts.
       split: name of the split.
       batch_size: images that each host encodes at once.
@@ -205,7 +208,7 @@ def of_split(
     Raises:
       UserError: if the network has no such output, a label is missing, or the split is empty.
     """
-    data, augment = trained.config.data, trained.config.augment
+    data, augment = trained.settings.data, trained.settings.augment
     check_outputs(trained, outputs, blocks)
     if not source.count(split):
         raise errors.UserError(f"Split {split!r} of {source.name} is empty.")
@@ -214,11 +217,11 @@ def of_split(
         split,
         augment.size,
         data.eval_resize,
-        eval_interpolation(trained.config),
+        eval_interpolation(trained.settings),
         -(-batch_size // devices) * devices,
         limit,
     )
-    recipe = views.build(augment, trained.config.views)
+    recipe = build_views(augment, trained.settings.views)
     extracted = extract(
         trained.encoder, trained.variables, batches, recipe, outputs, blocks, mirrored
     )
@@ -227,13 +230,9 @@ def of_split(
     return extracted
 
 
-def eval_interpolation(config: ConfigDict) -> str:
-    """Returns the filter with which evaluations resize images: "bilinear" or "bicubic".
-
-    Args:
-      config: config of a run.
-    """
-    return config.data.get("eval_interpolation", "") or config.augment.interpolation
+def eval_interpolation(settings: RunSettings) -> str:
+    """Returns the filter with which evaluations of a run resize images: "bilinear" or "bicubic"."""
+    return settings.data.eval_interpolation or settings.augment.interpolation
 
 
 def classes(source: Source, split: str) -> int:
@@ -262,7 +261,7 @@ def check_outputs(trained: TrainedModel, outputs: Sequence[str], blocks: int = 1
       UserError: if an output is unknown, needs a head or hidden layer that the network lacks, or
         `blocks` exceeds the number of transformer blocks.
     """
-    spec = trained.config.student
+    spec = trained.settings.student
     for output in outputs:
         if output not in OUTPUTS:
             raise errors.unknown("config.output", output, OUTPUTS)

@@ -1,5 +1,6 @@
 """Linear probes for a grid of learning rates and weight decays, all trained in one pass."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
 from disco_jax.data.contract import Source
 from disco_jax.data.subset import read_labels
@@ -25,12 +25,13 @@ from disco_jax.evaluate import (
 )
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.ops.collectives import pmean
 from disco_jax.run.metrics import Logger
 
 
 def train(
-    config: ConfigDict, rows: np.ndarray, labels: np.ndarray, num_classes: int
+    settings: ProbeSettings, rows: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[Classifier, dict[str, Any]]:
     """Trains one classifier per learning rate and weight decay in parallel and selects the best.
 
@@ -40,7 +41,7 @@ def train(
     counts. A classifier with that pair is then trained again, on all training images.
 
     Args:
-      config: see `probes.classification`; `grid` has the learning rates (for a batch of 256, in
+      settings: of the training; `grid` has the learning rates (for a batch of 256, in
         place of `learning_rate.base_lr`), the weight decays and the held-out percentage.
       rows: f32[N, F], features of the training images.
       labels: i32[N].
@@ -52,17 +53,17 @@ def train(
     Raises:
       UserError: if the grid is empty, or no image can be held out.
     """
-    pairs = _pairs(config)
-    masks = _held_out_masks(config, labels)
-    top1s = [_held_out_top1s(config, rows, labels, num_classes, pairs, mask) for mask in masks]
-    best_config, result = _select(config, pairs, np.mean(top1s, axis=0).tolist())
-    best_config.evaluate_every_epochs = 0
-    layer, _ = linear.train(best_config, rows, labels, num_classes)
+    pairs = _pairs(settings)
+    masks = _held_out_masks(settings, labels)
+    top1s = [_held_out_top1s(settings, rows, labels, num_classes, pairs, mask) for mask in masks]
+    best_settings, result = _select(settings, pairs, np.mean(top1s, axis=0).tolist())
+    best_settings = dataclasses.replace(best_settings, evaluate_every_epochs=0)
+    layer, _ = linear.train(best_settings, rows, labels, num_classes)
     return layer, result
 
 
 def train_online(
-    config: ConfigDict,
+    settings: ProbeSettings,
     trained: TrainedModel,
     source: Source,
     folder: str | None,
@@ -76,8 +77,8 @@ def train_online(
     checkpoints to `folder`_search, the training of the selected pair to `folder`.
 
     Args:
-      config: see `train`.
-      trained: the frozen network; its config defines how images are read.
+      settings: see `train`.
+      trained: the frozen network; its settings define how images are read.
       source: labelled images; the held-out ones are kept in memory, encoded as they are stored.
       folder: see `online.train`.
       eval_fn: see `online.train`; applied to the training of the selected pair.
@@ -89,20 +90,20 @@ def train_online(
     Raises:
       UserError: see `train` and `online.train`.
     """
-    pairs, split = _pairs(config), trained.config.data.train_split
+    pairs, split = _pairs(settings), trained.settings.data.train_split
     labels = read_labels(source, split)
-    mask = subsets.held_out(labels, config.grid.held_out_percent, config.seed)
-    feature_stats = online.feature_stats_of(config, trained, source)
-    unit_config = _with_unit_rate(config)
+    mask = subsets.held_out(labels, settings.grid.held_out_percent, settings.seed)
+    feature_stats = online.feature_stats_of(settings, trained, source)
+    unit_settings = settings.with_rate(1.0)  # which each pair's rate multiplies
     step, start = _parallel_step(
-        unit_config,
-        online.plan(unit_config, trained, source),
+        unit_settings,
+        online.plan(unit_settings, trained, source),
         pairs,
-        (online.width(config, trained), features.classes(source, split)),
-        online.rows_of(config, trained),
+        (online.width(settings, trained), features.classes(source, split)),
+        online.rows_of(settings, trained),
     )
     state = online.fit(
-        unit_config,
+        unit_settings,
         trained,
         held_out.Marked(source, split, mask),
         folder and f"{folder}_search",
@@ -112,26 +113,26 @@ def train_online(
     )
     few = held_out.subset(source, split, mask)
     encoded = features.of_split(
-        trained, few, split, config.extract_batch_size, (config.output,), config.blocks
+        trained, few, split, settings.extract_batch_size, (settings.output,), settings.blocks
     )
-    top1s = _top1s(_heads(state), getattr(encoded, config.output), encoded.labels, feature_stats)
-    best_config, result = _select(config, pairs, top1s)
+    top1s = _top1s(_heads(state), getattr(encoded, settings.output), encoded.labels, feature_stats)
+    best_settings, result = _select(settings, pairs, top1s)
     _, layer = online.train(
-        best_config, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
+        best_settings, trained, source, folder, eval_fn=eval_fn, eval_every_steps=eval_every_steps
     )
     return layer, result
 
 
-def _held_out_masks(config: ConfigDict, labels: np.ndarray) -> list[np.ndarray]:
+def _held_out_masks(settings: ProbeSettings, labels: np.ndarray) -> list[np.ndarray]:
     """Returns a mask bool[N] of held-out rows; one for each fold of a cross-validation."""
-    if not config.grid.folds:
-        return [subsets.held_out(labels, config.grid.held_out_percent, config.seed)]
-    parts = subsets.folds(labels, config.grid.folds, config.seed)
-    return [parts == part for part in range(config.grid.folds)]
+    if not settings.grid.folds:
+        return [subsets.held_out(labels, settings.grid.held_out_percent, settings.seed)]
+    parts = subsets.folds(labels, settings.grid.folds, settings.seed)
+    return [parts == part for part in range(settings.grid.folds)]
 
 
 def _held_out_top1s(
-    config: ConfigDict,
+    settings: ProbeSettings,
     rows: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
@@ -139,9 +140,9 @@ def _held_out_top1s(
     mask: np.ndarray,
 ) -> list[float]:
     """Trains a classifier per pair on rows without a `mask`; returns the top-1 on the others."""
-    feature_stats = classifier.feature_stats(rows[~mask]) if config.normalise else {}
+    feature_stats = classifier.feature_stats(rows[~mask]) if settings.normalise else {}
     classifiers = side_by_side(
-        config, rows[~mask], labels[~mask], num_classes, pairs, feature_stats
+        settings, rows[~mask], labels[~mask], num_classes, pairs, feature_stats
     )
     return _top1s(classifiers, rows[mask], labels[mask], feature_stats)
 
@@ -160,42 +161,36 @@ def _top1s(
 
 
 def _select(
-    config: ConfigDict, pairs: list[tuple[float, float]], top1s: list[float]
-) -> tuple[ConfigDict, dict[str, Any]]:
-    """Returns the config with the pair of highest held-out top-1, and the results of all pairs."""
+    settings: ProbeSettings, pairs: list[tuple[float, float]], top1s: list[float]
+) -> tuple[ProbeSettings, dict[str, Any]]:
+    """Returns the settings with the best pair on held-out images, and the results of all pairs."""
     best = int(np.argmax(top1s))
-    best_config = config.copy_and_resolve_references()
-    best_config.learning_rate.base_lr, best_config.optimizer.weight_decay = pairs[best]
+    rate, decay = pairs[best]
     table = [
         {"rate": rate, "weight_decay": decay, "held_out_top1": top}
         for (rate, decay), top in zip(pairs, top1s, strict=True)
     ]
-    return best_config, {**table[best], "grid": table}
+    best_settings = settings.with_rate(rate).with_weight_decay(decay)
+    return best_settings, {**table[best], "grid": table}
 
 
-def _with_unit_rate(config: ConfigDict) -> ConfigDict:
-    """Returns the config with learning rate 1, which each pair's rate multiplies."""
-    unit_config = config.copy_and_resolve_references()
-    unit_config.learning_rate.base_lr = 1.0
-    return unit_config
-
-
-def _pairs(config: ConfigDict) -> list[tuple[float, float]]:
-    if not config.grid.weight_decays or min(config.grid.rates) <= 0:
+def _pairs(settings: ProbeSettings) -> list[tuple[float, float]]:
+    if not settings.grid.weight_decays or min(settings.grid.rates) <= 0:
         raise UserError(
-            f"config.grid.rates={config.grid.rates} and config.grid.weight_decays="
-            f"{config.grid.weight_decays}: rates must be positive, with at least one weight decay."
+            f"config.grid.rates={settings.grid.rates} and config.grid.weight_decays="
+            f"{settings.grid.weight_decays}: rates must be positive, with at least one weight "
+            "decay."
         )
-    if config.optimizer.name != "sgd":
+    if settings.optimizer.name != "sgd":
         raise UserError(
-            f"config.grid trains with sgd, not {config.optimizer.name!r}: set "
+            f"config.grid trains with sgd, not {settings.optimizer.name!r}: set "
             "config.optimizer.name=sgd."
         )
-    return list(itertools.product(config.grid.rates, config.grid.weight_decays))
+    return list(itertools.product(settings.grid.rates, settings.grid.weight_decays))
 
 
 def side_by_side(
-    config: ConfigDict,
+    settings: ProbeSettings,
     rows: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
@@ -203,26 +198,32 @@ def side_by_side(
     feature_stats: dict[str, np.ndarray],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Trains a classifier per pair in one pass; returns (kernel f32[F, C], bias f32[C]) of each."""
-    unit_config = _with_unit_rate(config)
-    probe_plan = linear.plan(unit_config, len(labels))
+    unit_settings = settings.with_rate(1.0)  # which each pair's rate multiplies
+    probe_plan = linear.plan(unit_settings, len(labels))
     step, start = _parallel_step(
-        unit_config,
+        unit_settings,
         probe_plan,
         pairs,
         (rows.shape[1], num_classes),
         lambda _, __, batch: batch["features"],
     )
-    batches = linear.batches([rows], labels, probe_plan.batch_size, config.seed)
+    batches = linear.batches([rows], labels, probe_plan.batch_size, settings.seed)
     logger = Logger(None, tensorboard=False)
     return _heads(
         linear.fit(
-            unit_config, probe_plan, step, start, {"feature_stats": feature_stats}, batches, logger
+            unit_settings,
+            probe_plan,
+            step,
+            start,
+            {"feature_stats": feature_stats},
+            batches,
+            logger,
         )
     )
 
 
 def _parallel_step(
-    config: ConfigDict,
+    settings: ProbeSettings,
     probe_plan: linear.Plan,
     pairs: list[tuple[float, float]],
     shape: tuple[int, int],
@@ -231,16 +232,16 @@ def _parallel_step(
     """Returns the training step of all classifiers in parallel, and its initial state.
 
     Args:
-      config: see `train`.
+      settings: see `train`.
       probe_plan: provides the learning rate schedule.
       pairs: learning rate and weight decay of each classifier.
       shape: (F, C) of a classifier.
       read: (state, frozen, batch) -> f32[B, F].
     """
     rates, decays = (jnp.asarray(x, jnp.float32) for x in zip(*pairs, strict=True))
-    head = classifier.init(config.init, *shape, config.seed)
+    head = classifier.init(settings.init, *shape, settings.seed)
     stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(pairs), *x.shape)), head)
-    tx = optax.trace(config.optimizer.momentum, nesterov=config.optimizer.nesterov)
+    tx = optax.trace(settings.optimizer.momentum, nesterov=settings.optimizer.nesterov)
 
     def summed_loss(params, rows, batch, feature_stats):
         """Sums losses, so that shards count in proportion to their images that are not held out."""

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from disco_jax.data.pipeline import to_devices
 from disco_jax.errors import UserError
 from disco_jax.evaluate import classifier, scores
 from disco_jax.evaluate.classifier import Classifier, ProbeState
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.ops.schedules import Schedule
 from disco_jax.run.checkpoint import Checkpoints
 from disco_jax.run.metrics import Logger
@@ -39,33 +39,33 @@ class Plan:
     rate: Schedule
 
 
-def plan(config: ConfigDict, count: int, hosts: int = 1) -> Plan:
+def plan(settings: ProbeSettings, count: int, hosts: int = 1) -> Plan:
     """Computes the batch size and the learning rate schedule of a probe.
 
     Args:
-      config: see `probes.classification`.
+      settings: of the training.
       count: number of training images.
       hosts: number of hosts that read disjoint shards; the smallest shard limits the batch size.
 
     Raises:
       UserError: if there are fewer images than devices, or no rate.
     """
-    if not config.learning_rate.base_lr:
+    if not settings.learning_rate.base_lr:
         raise UserError(
             "config.learning_rate.base_lr=0 stands for the rate of a run's backbone, and there is "
             "no run here: set a rate."
         )
     devices = jax.device_count()
-    batch_size = min(config.batch_size, count // hosts * hosts) // devices * devices
+    batch_size = min(settings.batch_size, count // hosts * hosts) // devices * devices
     if not batch_size:
         raise UserError(f"{count} labelled images are fewer than the {devices} devices.")
     steps = (count // hosts) // (batch_size // hosts)
-    rate = optimizer.learning_rate(config.learning_rate, batch_size, steps, config.total_epochs)
+    rate = optimizer.learning_rate(settings.learning_rate, batch_size, steps, settings.total_epochs)
     return Plan(batch_size, steps, rate)
 
 
 def train(
-    config: ConfigDict,
+    settings: ProbeSettings,
     variants: np.ndarray | Sequence[np.ndarray],
     labels: np.ndarray,
     num_classes: int,
@@ -79,7 +79,7 @@ def train(
     decay, learning rate divided by 10 at epochs 60 and 80 of 100, weights from N(0, 0.01), bias 0.
 
     Args:
-      config: see `configs/linear.py`.
+      settings: of the training.
       variants: f32[N, F], or several such arrays, e.g. features of the images and of their mirror
         images. Each read of an image draws one of its variants.
       labels: i32[N].
@@ -91,10 +91,10 @@ def train(
       The classifier after the last step, and `Best.result` of the evaluations on `test`.
     """
     variants = [variants] if isinstance(variants, np.ndarray) else list(variants)
-    probe_plan = plan(config, len(labels))
-    tx = optimizer.build(config.optimizer, probe_plan.rate)
-    feature_stats = classifier.feature_stats(variants[0]) if config.normalise else {}
-    head = classifier.init(config.init, variants[0].shape[1], num_classes, config.seed)
+    probe_plan = plan(settings, len(labels))
+    tx = optimizer.build(settings.optimizer, probe_plan.rate)
+    feature_stats = classifier.feature_stats(variants[0]) if settings.normalise else {}
+    head = classifier.init(settings.init, variants[0].shape[1], num_classes, settings.seed)
     params = {"classifier": head}
     start = ProbeState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     best = Best(probe_plan.steps_per_epoch)
@@ -107,15 +107,15 @@ def train(
         return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), state.stats
 
     state = fit(
-        config,
+        settings,
         probe_plan,
         classifier.make_step(tx, forward),
         start,
         {"feature_stats": feature_stats},
-        batches(variants, labels, probe_plan.batch_size, config.seed),
+        batches(variants, labels, probe_plan.batch_size, settings.seed),
         Logger(workdir, tensorboard=False),
         evaluate=eval_fn if test else None,
-        evaluate_steps=config.evaluate_every_epochs * probe_plan.steps_per_epoch,
+        evaluate_steps=settings.evaluate_every_epochs * probe_plan.steps_per_epoch,
     )
     return layer(state, feature_stats), best.result
 
@@ -153,7 +153,7 @@ def layer(state: ProbeState, feature_stats: Mapping[str, np.ndarray]) -> Classif
 
 
 def fit(
-    config: ConfigDict,
+    settings: ProbeSettings,
     probe_plan: Plan,
     step: Any,
     start: ProbeState,
@@ -167,10 +167,10 @@ def fit(
     checkpoints: Checkpoints | None = None,
     verbose: bool = False,
 ) -> ProbeState:
-    """Runs the training loop with the durations of an evaluation's config.
+    """Runs the training loop with the durations of an evaluation.
 
     Args:
-      config: see `probes.classification`.
+      settings: of the training.
       probe_plan: see `plan`.
       step: step of one replica.
       start: the initial state.
@@ -191,11 +191,11 @@ def fit(
         batches,
         loop.Schedule(
             start=int(start.step),
-            total=config.total_epochs * steps,
+            total=settings.total_epochs * steps,
             steps_per_epoch=steps,
             batch_size=probe_plan.batch_size,
-            log_steps=config.log_every_epochs * steps,
-            checkpoint_steps=config.checkpoint_every_epochs * steps,
+            log_steps=settings.log_every_epochs * steps,
+            checkpoint_steps=settings.checkpoint_every_epochs * steps,
             evaluate_steps=evaluate_steps if evaluate else 0,
             evaluate_first=evaluate_first if evaluate else 0,
             verbose=verbose,

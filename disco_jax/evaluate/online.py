@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.data import pipeline, views
@@ -19,6 +18,7 @@ from disco_jax.data.presets import PRESETS
 from disco_jax.evaluate import classifier, features, linear
 from disco_jax.evaluate.classifier import Classifier, ProbeState
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import ProbeSettings
 from disco_jax.models.layers.norm import MODES
 from disco_jax.ops.collectives import positions
 from disco_jax.run import unreadable, workdir
@@ -63,32 +63,32 @@ class Teacher:
 EvalFn = Callable[[int, TrainedModel, Classifier], Mapping[str, float]]
 
 
-def check(config: ConfigDict, trained: TrainedModel) -> None:
+def check(settings: ProbeSettings, trained: TrainedModel) -> None:
     """Checks settings that would fail, or have no effect, only after hours of training.
 
     Raises:
       UserError: names the invalid setting.
     """
-    if config.layers not in LAYERS:
-        raise errors.unknown("config.layers", config.layers, LAYERS)
-    if config.norm not in MODES[:2] + MODES[3:]:
-        raise errors.unknown("config.norm", config.norm, ("running", "sync", "local"))
-    if config.layers == "classifier" and config.norm != "running":
+    if settings.layers not in LAYERS:
+        raise errors.unknown("config.layers", settings.layers, LAYERS)
+    if settings.norm not in MODES[:2] + MODES[3:]:
+        raise errors.unknown("config.norm", settings.norm, ("running", "sync", "local"))
+    if settings.layers == "classifier" and settings.norm != "running":
         raise errors.UserError(
-            f"config.norm={config.norm!r} updates the network's statistics, but the network is "
+            f"config.norm={settings.norm!r} updates the network's statistics, but the network is "
             "frozen: set config.norm=running or config.layers=all."
         )
-    if config.layers == "all" and config.normalise:
+    if settings.layers == "all" and settings.normalise:
         raise errors.UserError(
             "config.normalise needs fixed features, but config.layers=all changes them. Set "
             "it to False."
         )
-    classifier.check_distill(config.distill)
-    features.check_outputs(trained, (config.output,), config.blocks)
+    classifier.check_distill(settings.distill)
+    features.check_outputs(trained, (settings.output,), settings.blocks)
 
 
 def train(
-    config: ConfigDict,
+    settings: ProbeSettings,
     trained: TrainedModel,
     source: Source,
     folder: str | None,
@@ -103,8 +103,8 @@ def train(
     An interrupted training resumes if it is started again with the same `folder`.
 
     Args:
-      config: see `probes.classification`.
-      trained: the network; its config defines how images are read.
+      settings: of the training.
+      trained: the network; its settings define how images are read.
       source: labelled images.
       folder: directory for config, metrics and checkpoints; None writes nothing.
       teacher: distilled in addition to the labels, if `config.distill.weight` is set.
@@ -119,30 +119,30 @@ def train(
       UserError: if an image has no label, or `folder` belongs to other settings.
       NumericError, Preempted: see `loop.run`.
     """
-    tx = optimizer.build(config.optimizer, plan(config, trained, source).rate)
+    tx = optimizer.build(settings.optimizer, plan(settings, trained, source).rate)
     recipe = views_of(trained)
-    feature_stats = feature_stats_of(config, trained, source)
+    feature_stats = feature_stats_of(settings, trained, source)
     step = classifier.make_step(
         tx,
-        _forward(config, trained, recipe),
-        head_rate=config.head_rate,
-        distill=config.distill,
-        teach=_teach(config, teacher, recipe),
+        _forward(settings, trained, recipe),
+        head_rate=settings.head_rate,
+        distill=settings.distill,
+        teach=_teach(settings, teacher, recipe),
     )
     frozen: dict[str, Any] = {"feature_stats": feature_stats, "teacher": _teacher_arrays(teacher)}
-    if config.layers == "classifier":
+    if settings.layers == "classifier":
         frozen["network"] = trained.variables
 
     def evaluate(step, state):
         return eval_fn(step, network(trained, state), linear.layer(state, feature_stats))
 
     state = fit(
-        config,
+        settings,
         trained,
         source,
         folder,
         step,
-        _start(config, trained, features.classes(source, trained.config.data.train_split), tx),
+        _start(settings, trained, features.classes(source, trained.settings.data.train_split), tx),
         frozen,
         evaluate=evaluate if eval_fn else None,
         evaluate_steps=eval_every_steps,
@@ -152,7 +152,7 @@ def train(
 
 
 def fit(
-    config: ConfigDict,
+    settings: ProbeSettings,
     trained: TrainedModel,
     source: Source,
     folder: str | None,
@@ -167,8 +167,8 @@ def fit(
     """Runs `linear.fit` on labelled crops as they are read; resumes an interrupted training.
 
     Args:
-      config: see `probes.classification`.
-      trained: its config defines how images are read.
+      settings: of the training.
+      trained: its settings define how images are read.
       source: labelled images.
       folder: see `train`.
       step: step of one replica, on {"images", "labels", and further arrays from the source}.
@@ -178,24 +178,24 @@ def fit(
       evaluate_steps: see `linear.fit`.
       evaluate_first: see `linear.fit`.
     """
-    probe_plan = plan(config, trained, source)
+    probe_plan = plan(settings, trained, source)
     recipe = views_of(trained)
-    with _claimed_checkpoints(folder, config, trained, source) as checkpoints:
+    with _claimed_checkpoints(folder, settings, trained, source) as checkpoints:
         if folder is not None:
             unreadable.keep(source, folder)
         state, position = _resume_or_start(checkpoints, start)
-        if int(state.step) >= config.total_epochs * probe_plan.steps_per_epoch:
+        if int(state.step) >= settings.total_epochs * probe_plan.steps_per_epoch:
             return state
         with (
             contextlib.closing(
                 Logger(folder, tensorboard=_tensorboard(trained, folder), step=int(state.step))
             ) as logger,
             _prefetched_crops(
-                source, trained, recipe, probe_plan, config.seed, position
+                source, trained, recipe, probe_plan, settings.seed, position
             ) as batches,
         ):
             return linear.fit(
-                config,
+                settings,
                 probe_plan,
                 step,
                 state,
@@ -212,13 +212,13 @@ def fit(
 
 def _tensorboard(trained: TrainedModel, folder: str | None) -> bool:
     """Returns the run's setting, but False in a bucket, where TensorBoard needs TensorFlow."""
-    return trained.config.log.tensorboard and "://" not in str(folder)
+    return trained.settings.log.tensorboard and "://" not in str(folder)
 
 
-def plan(config: ConfigDict, trained: TrainedModel, source: Source) -> linear.Plan:
+def plan(settings: ProbeSettings, trained: TrainedModel, source: Source) -> linear.Plan:
     """Calls `linear.plan` for the run's training split."""
-    count = source.count(trained.config.data.train_split)
-    return linear.plan(config, count, jax.process_count())
+    count = source.count(trained.settings.data.train_split)
+    return linear.plan(settings, count, jax.process_count())
 
 
 def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
@@ -231,27 +231,27 @@ def network(trained: TrainedModel, state: ProbeState) -> TrainedModel:
 
 def views_of(trained: TrainedModel) -> views.Recipe:
     """Builds the recipe of random crops and flips, with the network's normalization."""
-    augment = trained.config.augment
-    settings = {**PRESETS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
-    return views.build(settings, 1)
+    augment = dataclasses.asdict(trained.settings.augment)
+    preset = {**PRESETS["linear"], **{field: augment[field] for field in _RUN_FIELDS}}
+    return views.build(preset, 1)
 
 
-def _start(config: ConfigDict, trained: TrainedModel, classes: int, tx: Any) -> ProbeState:
+def _start(settings: ProbeSettings, trained: TrainedModel, classes: int, tx: Any) -> ProbeState:
     """Creates the state at step 0, on the host."""
-    head = classifier.init(config.init, width(config, trained), classes, config.seed)
+    head = classifier.init(settings.init, width(settings, trained), classes, settings.seed)
     params: dict[str, Any] = {"classifier": head}
     stats: Any = {}
-    if config.layers == "all":
+    if settings.layers == "all":
         params["network"] = trained.variables["params"]
         stats = trained.variables["batch_stats"]
     return ProbeState(jnp.zeros((), jnp.int32), params, stats, jax.device_get(tx.init(params)))
 
 
-def width(config: ConfigDict, trained: TrainedModel) -> int:
+def width(settings: ProbeSettings, trained: TrainedModel) -> int:
     """Returns F, the width of the network output that `config.output` selects."""
-    size = trained.config.augment.size
+    size = trained.settings.augment.size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    read = _reader(trained, config.output, config.blocks)
+    read = _reader(trained, settings.output, settings.blocks)
     return jax.eval_shape(lambda v, x: read(v, x)[0], trained.variables, images).shape[-1]
 
 
@@ -274,28 +274,30 @@ def _reader(trained: TrainedModel, output: str, blocks: int) -> Callable[..., tu
     return read
 
 
-def rows_of(config: ConfigDict, trained: TrainedModel) -> Callable[..., Array]:
+def rows_of(settings: ProbeSettings, trained: TrainedModel) -> Callable[..., Array]:
     """Builds (state, frozen, batch) -> f32[B, F], the frozen network's output for this step."""
-    read, recipe = _reader(trained, config.output, config.blocks), views_of(trained)
+    read, recipe = _reader(trained, settings.output, settings.blocks), views_of(trained)
 
     def rows(state, frozen, batch):
-        images = _augment(recipe, state, batch, config.seed)
+        images = _augment(recipe, state, batch, settings.seed)
         return jax.lax.stop_gradient(read(frozen["network"], images)[0])
 
     return rows
 
 
-def _forward(config: ConfigDict, trained: TrainedModel, recipe: views.Recipe) -> classifier.Forward:
+def _forward(
+    settings: ProbeSettings, trained: TrainedModel, recipe: views.Recipe
+) -> classifier.Forward:
     """Builds the function images -> logits, with the network frozen or trained."""
-    read = _reader(trained, config.output, config.blocks)
-    frozen_rows = rows_of(config, trained)
+    read = _reader(trained, settings.output, settings.blocks)
+    frozen_rows = rows_of(settings, trained)
 
     def forward(params, state, frozen, batch):
         if "network" in params:
-            images = _augment(recipe, state, batch, config.seed)
+            images = _augment(recipe, state, batch, settings.seed)
             variables = {"params": params["network"], "batch_stats": state.stats}
-            drops = {"dropout": jax.random.fold_in(jax.random.key(config.seed + 1), state.step)}
-            rows, stats = read(variables, images, config.norm, drops)
+            drops = {"dropout": jax.random.fold_in(jax.random.key(settings.seed + 1), state.step)}
+            rows, stats = read(variables, images, settings.norm, drops)
         else:
             rows, stats = frozen_rows(state, frozen, batch), state.stats
         return classifier.logits(params["classifier"], rows, frozen["feature_stats"]), stats
@@ -303,7 +305,7 @@ def _forward(config: ConfigDict, trained: TrainedModel, recipe: views.Recipe) ->
     return forward
 
 
-def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) -> Any:
+def _teach(settings: ProbeSettings, teacher: Teacher | None, recipe: views.Recipe) -> Any:
     """Builds the function that computes the teacher's logits, or returns None without a teacher.
 
     The teacher sees the same crops as the student, with its own normalization.
@@ -311,13 +313,13 @@ def _teach(config: ConfigDict, teacher: Teacher | None, recipe: views.Recipe) ->
     if teacher is None:
         return None
     read = _reader(teacher.trained, teacher.output, teacher.blocks)
-    mean, std = (tuple(teacher.trained.config.augment[name]) for name in ("mean", "std"))
+    mean, std = teacher.trained.settings.augment.normalization
     operations = dataclasses.replace(recipe.photometric_ops[0], mean=mean, std=std)
     recipe = views.Recipe(recipe.crops, (operations,))
 
     def teach(state, frozen, batch):
         teacher_arrays = frozen["teacher"]
-        rows, _ = read(teacher_arrays["network"], _augment(recipe, state, batch, config.seed))
+        rows, _ = read(teacher_arrays["network"], _augment(recipe, state, batch, settings.seed))
         return classifier.logits(
             teacher_arrays["classifier"], rows, teacher_arrays["feature_stats"]
         )
@@ -349,14 +351,14 @@ def _augment(
 
 
 def feature_stats_of(
-    config: ConfigDict, trained: TrainedModel, source: Source
+    settings: ProbeSettings, trained: TrainedModel, source: Source
 ) -> dict[str, np.ndarray]:
     """Returns `classifier.feature_stats` of the training images, {} without `config.normalise`."""
-    if not config.normalise:
+    if not settings.normalise:
         return {}
-    split, output = trained.config.data.train_split, config.output
+    split, output = trained.settings.data.train_split, settings.output
     extracted = features.of_split(
-        trained, source, split, config.extract_batch_size, (output,), config.blocks
+        trained, source, split, settings.extract_batch_size, (output,), settings.blocks
     )
     return classifier.feature_stats(getattr(extracted, output))
 
@@ -364,7 +366,7 @@ def feature_stats_of(
 @contextlib.contextmanager
 def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
     """Yields an iterator over batches of labelled crops on the devices, prefetched."""
-    data, devices = trained.config.data, jax.local_device_count()
+    data, devices = trained.settings.data, jax.local_device_count()
 
     def lay_out(batch):
         if (batch.labels < 0).any():
@@ -387,19 +389,22 @@ def _prefetched_crops(source, trained, recipe, probe_plan, seed, position):
 
 @contextlib.contextmanager
 def _claimed_checkpoints(
-    folder: str | None, config: ConfigDict, trained: TrainedModel, source: Source
+    folder: str | None, settings: ProbeSettings, trained: TrainedModel, source: Source
 ):
     """Claims `folder` for these settings of this network; yields its `Checkpoints`, or None."""
     if folder is None:
         yield None
         return
-    settings = ConfigDict({name: config[name] for name in config if name not in _CHANGEABLE})
-    data = trained.config.data
-    claimed = ConfigDict({"evaluation": settings, "step": trained.step, "data": data})
+    values = dataclasses.asdict(settings)
+    fixed = {name: value for name, value in values.items() if name not in _CHANGEABLE}
+    data = trained.settings.data
+    sections = {"evaluation": fixed, "step": trained.step, "data": dataclasses.asdict(data)}
     images = functools.partial(source.fingerprint, data.train_split)
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(workdir.claim(folder, claimed, images=images))
+            path = stack.enter_context(
+                workdir.claim(folder, workdir.record(sections), images=images)
+            )
         except errors.UserError as error:
             hint = "Set another --config.name to use another directory."
             raise errors.UserError(f"{error} {hint}") from None

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from disco_jax import convert, errors, files, models
 from disco_jax.convert import manifest as manifests
@@ -14,6 +13,8 @@ from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder, Variables
 from disco_jax.run.workdir import ENVIRONMENT
 from disco_jax.train import teacher
+from disco_jax.train.experiment import parse
+from disco_jax.train.run_settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,14 @@ class OpenedModel:
       backbone: name in `models.BACKBONES`.
       encoder: the network, computing in float32.
       variables: {"params", "batch_stats"}.
-      config: pretraining config of the run.
+      settings: settings of the pretraining run.
       provenance: name -> value, for the model card.
     """
 
     backbone: str
     encoder: Encoder
     variables: Variables
-    config: ConfigDict
+    settings: RunSettings
     provenance: dict[str, Any]
 
     def __call__(self, images: np.ndarray | jax.Array, output: str = "features") -> jax.Array:
@@ -42,13 +43,13 @@ class OpenedModel:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """Resize, crop and normalisation of evaluations, for the model card."""
-        config = self.config
+        data, augment = self.settings.data, self.settings.augment
         return {
-            "resize": config.data.eval_resize or config.augment.size,
-            "crop": config.augment.size,
-            "interpolation": features.eval_interpolation(config),
-            "mean": list(config.augment.mean),
-            "std": list(config.augment.std),
+            "resize": data.eval_resize or augment.size,
+            "crop": augment.size,
+            "interpolation": features.eval_interpolation(self.settings),
+            "mean": list(augment.mean),
+            "std": list(augment.std),
         }
 
 
@@ -67,15 +68,15 @@ def open_model(path: str, network: str = "student") -> OpenedModel:
     place = teacher.place(path)
     if not place.is_dir():
         imported = convert.read_network(path)
-        config = manifests.config_of(imported)
+        settings = parse(manifests.config_of(imported))
         encoder, variables = imported.encoder, imported.variables
         provenance = _file_provenance(manifests.describe(imported, path))
     else:
         trained = features.load(path, network)
-        config, variables = trained.config, trained.variables
-        encoder = models.build_encoder(config.student)
+        settings, variables = trained.settings, trained.variables
+        encoder = models.build_encoder(settings.student)
         provenance = _run_provenance(place, network, trained)
-    return OpenedModel(config.student.backbone, encoder, variables, config, provenance)
+    return OpenedModel(settings.student.backbone, encoder, variables, settings, provenance)
 
 
 def _file_provenance(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +89,11 @@ def _run_provenance(
     manifest = path / manifests.MANIFEST
     if manifest.exists():
         return _file_provenance(files.read_json(manifest))
-    config = trained.config
-    facts = {"run": str(path), "network": network, "step": trained.step, "recipe": config.name}
-    if config.teacher.weights:
-        facts["teacher"] = config.teacher.weights
-    if weights := config.student.get("weights", ""):
+    settings = trained.settings
+    facts = {"run": str(path), "network": network, "step": trained.step, "recipe": settings.name}
+    if settings.teacher.weights:
+        facts["teacher"] = settings.teacher.weights
+    if weights := settings.student.weights:
         facts["student started from"] = weights
     environment = path / ENVIRONMENT
     if environment.exists():

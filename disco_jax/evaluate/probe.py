@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from disco_jax.evaluate import grid, knn, linear, scores
 from disco_jax.evaluate.classifier import Classifier
 from disco_jax.evaluate.features import Features
+from disco_jax.evaluate.probe_settings import ProbeSettings
 
 
 def linear_probe(
-    config: ConfigDict,
+    settings: ProbeSettings,
     train: Features | list[Features],
     test: Features,
     num_classes: int | None = None,
@@ -18,38 +17,45 @@ def linear_probe(
     """Trains a linear classifier on extracted features and returns it with its results.
 
     Args:
-      config: see `probes.classification`.
+      settings: of the training.
       train: features of the training images, or a list that adds those of their mirror images.
       test: features of the test images.
       num_classes: number of classes; None for one more than the largest label.
     """
     variants = [train] if isinstance(train, Features) else train
-    rows = [getattr(variant, config.output) for variant in variants]
-    labels, test_rows = variants[0].labels, getattr(test, config.output)
+    rows = [getattr(variant, settings.output) for variant in variants]
+    labels, test_rows = variants[0].labels, getattr(test, settings.output)
     classes = num_classes or int(max(labels.max(), test.labels.max())) + 1
-    if config.grid.rates:
-        layer, result = grid.train(config, rows[0], labels, classes)
+    if settings.grid.rates:
+        layer, result = grid.train(settings, rows[0], labels, classes)
     else:
-        eval_set = (test_rows, test.labels) if config.evaluate_every_epochs else None
-        layer, result = linear.train(config, rows, labels, classes, test=eval_set)
+        eval_set = (test_rows, test.labels) if settings.evaluate_every_epochs else None
+        layer, result = linear.train(settings, rows, labels, classes, test=eval_set)
     summary = scores.summary(layer.scores(test_rows), test.labels)
     train_top1 = scores.top_k(layer.scores(rows[0]), labels, 1)
     return layer, {**summary, **result, "train_top1": train_top1}
 
 
-def knn_probe(config: ConfigDict, train: Features, test: Features) -> dict[str, Any]:
+# Fields of `configs/knn.py` that `knn_probe` takes.
+KNN_FIELDS = ("output", "k", "vote", "temperature")
+
+
+def knn_probe(
+    train: Features, test: Features, *, output: str, k: int, vote: str, temperature: float
+) -> dict[str, Any]:
     """Classifies extracted features and returns their `scores.summary`.
 
     Args:
-      config: see `configs/knn.py`.
       train: features of the training images.
       test: features of the test images.
+      output: network output to compare, see `encoder.OUTPUTS`.
+      k: number of neighbours.
+      vote: a name in `knn.VOTES`.
+      temperature: of weighted votes, see `knn.scores`.
     """
-    similarities, rows = knn.neighbours(
-        getattr(train, config.output), getattr(test, config.output), config.k
-    )
+    similarities, rows = knn.neighbours(getattr(train, output), getattr(test, output), k)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     votes = knn.scores(
-        similarities, train.labels[rows], classes, vote=config.vote, temperature=config.temperature
+        similarities, train.labels[rows], classes, vote=vote, temperature=temperature
     )
     return scores.summary(votes, test.labels)

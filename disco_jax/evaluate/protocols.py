@@ -9,6 +9,8 @@ from disco_jax import errors, flags
 from disco_jax.configs import data, linear, probes
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.run import workdir
+from disco_jax.train import stored_settings
+from disco_jax.train.run_settings import RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,13 +29,13 @@ def choose(reference: str, run: str) -> str:
         return reference
     if not (epath.Path(run) / workdir.CONFIG).exists():
         return reference
-    completed = complete(reference, workdir.read_config(run))
+    completed = complete(reference, stored_settings.read(run))
     if completed != reference:
         _LOG.info("Protocol by the run's config: --config=%s", completed)
     return completed
 
 
-def complete(reference: str, config: ConfigDict) -> str:
+def complete(reference: str, settings: RunSettings) -> str:
     """Completes the reference of an evaluation's recipe by the config of a run.
 
     A run on ImageNet is probed by its paper's protocol unless the reference names another one; a
@@ -41,16 +43,16 @@ def complete(reference: str, config: ConfigDict) -> str:
 
     Args:
       reference: e.g. "linear", "semi:percent=10".
-      config: config of a pretraining run or an import.
+      settings: of a pretraining run or an import.
     """
     name = flags.shipped_name(reference)
     if name not in _BY_STUDENT:
         return reference
     stated = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
-    if name == "linear" and "protocol" not in stated and data.is_imagenet(config.data.name):
-        return flags.with_arguments(probes.protocol_for(config), reference.partition(":")[2])
+    if name == "linear" and "protocol" not in stated and data.is_imagenet(settings.data.name):
+        return flags.with_arguments(_protocol_for(settings), reference.partition(":")[2])
     if "student" not in stated:
-        return flags.with_arguments(reference, f"student={config.student.backbone}")
+        return flags.with_arguments(reference, f"student={settings.student.backbone}")
     return reference
 
 
@@ -67,7 +69,7 @@ def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
       UserError: the config is made for another backbone, or has other settings for this one.
     """
     _check_student(config, trained)
-    _warn_of_other_paper(config, trained.config)
+    _warn_of_other_paper(config, trained.settings)
     config = config.copy_and_resolve_references()
     rate = config.learning_rate
     if not rate.base_lr:
@@ -76,8 +78,15 @@ def fit(config: ConfigDict, trained: TrainedModel) -> ConfigDict:
     return config
 
 
+def _protocol_for(run: RunSettings) -> str:
+    """Returns the linear probe of a run's paper; see `probes.protocol_for`."""
+    self_distills = bool(run.objectives["self_distill"]["weight"])
+    reference: str = probes.protocol_for(run.name, run.student.backbone, self_distills)
+    return reference
+
+
 def _check_student(config: ConfigDict, trained: TrainedModel) -> None:
-    backbone = trained.config.student.backbone
+    backbone = trained.settings.student.backbone
     if config.student not in ("", backbone):
         raise errors.UserError(
             f"The settings are for config.student={config.student!r}, but the run's backbone is "
@@ -107,7 +116,7 @@ def _depends_on_backbone(protocol: str, backbone: str) -> bool:
     )
 
 
-def _warn_of_other_paper(config: ConfigDict, run: ConfigDict) -> None:
+def _warn_of_other_paper(config: ConfigDict, run: RunSettings) -> None:
     """Logs a warning if the paper of the run has another linear probe than the config's."""
     protocol = _of_linear(config)
     if protocol and protocol != probes.testbed(run.name):
@@ -115,5 +124,5 @@ def _warn_of_other_paper(config: ConfigDict, run: ConfigDict) -> None:
             "The protocol %s is not that of the paper of %s, which is --config=%s.",
             protocol,
             run.name or "this run",
-            probes.protocol_for(run),
+            _protocol_for(run),
         )

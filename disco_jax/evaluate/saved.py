@@ -94,4 +94,4 @@ def _fine_tuned(
     if jax.tree.leaves(stats):
         stats, _ = checkpoint.load(folder, "stats", stats)
     variables = {"params": params["network"], "batch_stats": stats}
-    return features.TrainedModel(trained.encoder, variables, trained.config, trained.step)
+    return features.TrainedModel(trained.encoder, variables, trained.settings, trained.step)

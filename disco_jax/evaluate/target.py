@@ -10,49 +10,58 @@ from disco_jax import errors
 from disco_jax.configs import data as datasets
 from disco_jax.data import pipeline
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.subset import SubsetSource, read_labels
 from disco_jax.evaluate import features, subsets
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.evaluate.probe_settings import (
+    EvalDataSettings,
+    HeldOutSettings,
+    LabelledSettings,
+)
 
 _TEST_SPLITS = ("validation", "test", "val")
 
 
-def with_eval_data(trained: TrainedModel, data: Any) -> TrainedModel:
+def with_eval_data(trained: TrainedModel, data: EvalDataSettings) -> TrainedModel:
     """Replaces the run's data by the data that an evaluation's config specifies.
 
     Args:
       trained: network of a run.
-      data: fields source, name, dir, train_split, eval_split, interpolation, eval_interpolation,
-        subset, splits, labels, range ("": the run's), size (0: the run's) and eval_resize (-1: the
-        run's; for another data set or size that of the data set at its own size, else the size, so
-        that the shorter side is cropped to a square).
+      data: texts may be "" for the run's, `size` 0 for the run's and `eval_resize` -1 for the run's
+        (for another data set or size that of the data set at its own size, else the size, so that
+        the shorter side is cropped to a square).
 
     Returns:
-      The same network; its `config.data` and `config.augment` define how images are read.
+      The same network; its `data` and `augment` define how images are read.
     """
-    config = trained.config.copy_and_resolve_references()
+    settings = trained.settings
+    changes: dict[str, Any] = {}
     is_other = bool(data.source or data.name or data.dir)
     if is_other:
         kind = "npz" if str(data.dir).endswith(".npz") else "folder" if data.dir else "tfds"
         kind = data.source or ("tfds" if data.name else kind)
-        config.data.update(
+        changes = dict(
             source=kind, name=data.name, dir=data.dir, train_split="train", eval_split="", subset=""
         )
-        config.data.update(splits="", labels="", range="full")
+        changes |= dict(splits="", labels="", range="full")
     for field in ("train_split", "eval_split", "subset", "splits", "labels", "range"):
-        if value := data.get(field):
-            config.data[field] = value
+        if value := getattr(data, field):
+            changes[field] = value
+    augment = settings.augment
     if data.size:
-        config.augment.size = data.size
+        augment = dataclasses.replace(augment, size=data.size)
     if data.interpolation:
-        config.augment.interpolation = data.interpolation
+        augment = dataclasses.replace(augment, interpolation=data.interpolation)
     if data.interpolation or data.eval_interpolation:
-        config.data.eval_interpolation = data.eval_interpolation
+        changes["eval_interpolation"] = data.eval_interpolation
     if data.eval_resize >= 0:
-        config.data.eval_resize = data.eval_resize
+        changes["eval_resize"] = data.eval_resize
     elif is_other or data.size:
-        config.data.eval_resize = _eval_resize(data.name, config.augment.size)
-    return dataclasses.replace(trained, config=config)
+        changes["eval_resize"] = _eval_resize(data.name, augment.size)
+    images = dataclasses.replace(settings.data, **changes)
+    settings = dataclasses.replace(settings, data=images, augment=augment)
+    return dataclasses.replace(trained, settings=settings)
 
 
 def _eval_resize(name: str, size: int) -> int:
@@ -67,34 +76,44 @@ def _eval_resize(name: str, size: int) -> int:
     return resize
 
 
+def with_eval_split(trained: TrainedModel, split: str) -> TrainedModel:
+    """Returns the network with another split to test on."""
+    data = dataclasses.replace(trained.settings.data, eval_split=split)
+    settings = dataclasses.replace(trained.settings, data=data)
+    return dataclasses.replace(trained, settings=settings)
+
+
 def opened(trained: TrainedModel, source: Source | None = None) -> tuple[TrainedModel, Source]:
-    """Opens the data of `trained.config`, and fills in the test split of the config.
+    """Opens the data of a network's settings, and fills in the test split there.
 
     Checks everything that needs no images to be read.
 
     Raises:
       UserError: if the data or a split does not exist, a split is empty, or nothing is labelled.
     """
-    config = trained.config
-    source = source or pipeline.open_source(config.data)
-    if not config.data.eval_split:
-        config.data.eval_split = _test_split(source)
-    for split in (config.data.train_split, config.data.eval_split):
+    data = trained.settings.data
+    source = source or pipeline.open_source(data)
+    if not data.eval_split:
+        trained = with_eval_split(trained, _test_split(source))
+        data = trained.settings.data
+    for split in (data.train_split, data.eval_split):
         if not source.count(split):
             raise errors.UserError(f"Split {split!r} of {source.name} is empty.")
     if source.num_classes is None:
-        raise features.unlabelled(source, config.data.train_split)
+        raise features.unlabelled(source, data.train_split)
     return trained, source
 
 
-def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[str, Any]]:
+def few_labels(
+    source: Source, data: DataSettings, labelled: LabelledSettings
+) -> tuple[Source, dict[str, Any]]:
     """Restricts the training split to the labelled images of `config.labelled`, and names them.
 
     Args:
       source: images.
       data: `config.data` of the run, as changed for the evaluation; a list in `subset` has already
         selected images.
-      labelled: fields percent and per_class (0: all images), seed, and listed (see `_check_list`).
+      labelled: see `_check_list` for `listed`.
 
     Returns:
       The source with a class-balanced subset of the split, or `source` itself; and {"images": their
@@ -132,13 +151,13 @@ def few_labels(source: Source, data: Any, labelled: Any) -> tuple[Source, dict[s
     }
 
 
-def held_out(source: Source, split: str, settings: Any) -> np.ndarray | None:
+def held_out(source: Source, split: str, settings: HeldOutSettings) -> np.ndarray | None:
     """Draws the training images on which an evaluation tests instead of the test images.
 
     Args:
       source: labelled images; the split is read once.
       split: split to train on.
-      settings: fields per_class (0: none) and seed.
+      settings: number of images and seed.
 
     Returns:
       bool[N], true for the held-out images in the stored order; None without any.
@@ -157,7 +176,7 @@ def held_out(source: Source, split: str, settings: Any) -> np.ndarray | None:
     return mask
 
 
-def _check_list(count: int, data: Any, labelled: Any) -> None:
+def _check_list(count: int, data: DataSettings, labelled: LabelledSettings) -> None:
     """Checks that a list of ImageNet's labelled images is as long as the papers'.
 
     Args:

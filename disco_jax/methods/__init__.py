@@ -1,8 +1,7 @@
-"""Builds methods from configs: objectives with nonzero weight and the networks they need."""
+"""Builds methods from settings: objectives with nonzero weight and the networks they need."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from disco_jax import errors, models
 from disco_jax.methods import checks, registry
 from disco_jax.methods.base import OUTPUTS, Method, Objective, Record, Views
+from disco_jax.methods.method_settings import MethodSettings
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.memory import QueueSettings
 from disco_jax.ops.queues import QueueAccess
@@ -18,91 +18,73 @@ OBJECTIVES = registry.objectives()
 REUSABLE = ("head",)
 
 
-def build(config: Any, views: int = 2, local_views: int = 0) -> Method:
-    """Builds the method of a config's `objectives`, `student`, `momentum` and `teacher`.
-
-    Args:
-      config: a pretraining config; see `configs/common.py`.
-      views: number of global views, numbered from 0.
-      local_views: number of local views, numbered after the global ones.
+def build(settings: MethodSettings) -> Method:
+    """Builds the method of a run's objectives and networks.
 
     Raises:
       UserError: if all objectives have weight 0 or settings contradict each other.
     """
-    method = _without_networks(config, views, local_views)
+    method = _without_networks(settings)
     objectives = method.objectives
-    checks.check(method, config)
-    reuse = _reused(config, method)
-    networks = {name: _network(name, config) for name in method.plan}
+    checks.check(method, settings)
+    reuse = _reused(settings, method)
+    networks = {name: _network(name, settings) for name in method.plan}
     if "teacher" in networks and not getattr(objectives.get("distill"), "teacher_unit", True):
         networks["teacher"] = _unnormalized(networks["teacher"])
-    _check_widths(objectives, config)
-    return Method(networks, objectives, method.views, reuse, _queue_settings(config))
+    _check_widths(objectives, settings)
+    return Method(networks, objectives, method.views, reuse, _queue_settings(settings))
 
 
-def check(config: Any) -> None:
+def check(settings: MethodSettings) -> None:
     """Validates the objectives without building networks.
 
     Raises:
       UserError: see `build`.
     """
-    checks.check(_without_networks(config, config.views, config.local.count), config)
+    checks.check(_without_networks(settings), settings)
 
 
-def _without_networks(config: Any, views: int, local_views: int) -> Method:
+def _without_networks(settings: MethodSettings) -> Method:
     """Builds the method with its objectives and views only."""
-    objectives = _objectives(config)
+    objectives = _objectives(settings)
     if not objectives:
         raise errors.UserError(
             "All objectives have weight 0. Set at least one of "
-            + ", ".join(f"config.objectives.{name}.weight" for name in config.objectives)
+            + ", ".join(f"config.objectives.{name}.weight" for name in settings.objectives)
             + "."
         )
-    numbers = tuple(range(views + local_views))
-    return Method({}, objectives, Views(numbers[:views], numbers[views:]))
+    return Method({}, objectives, _views(settings))
 
 
-def plan(config: Any) -> dict[str, tuple[int, ...]]:
-    """Returns `Method.plan` of a config, which may still lack the widths of networks."""
-    views = tuple(range(config.views + config.local.count))
-    split = Views(views[: config.views], views[config.views :])
-    return Method({}, _objectives(config), split).plan
+def plan(settings: MethodSettings) -> dict[str, tuple[int, ...]]:
+    """Returns `Method.plan` of settings, which may still lack the widths of networks."""
+    return Method({}, _objectives(settings), _views(settings)).plan
 
 
-def _objectives(config: Any) -> dict[str, Objective]:
+def _views(settings: MethodSettings) -> Views:
+    numbers = tuple(range(settings.views + settings.local_views))
+    return Views(numbers[: settings.views], numbers[settings.views :])
+
+
+def _objectives(settings: MethodSettings) -> dict[str, Objective]:
     objectives, problems = {}, errors.Problems()
-    for name, section in config.objectives.items():
-        objective = problems.attempt(registry.build, name, _tuples(section))
+    for name, section in settings.objectives.items():
+        objective = problems.attempt(registry.build, name, section)
         if objective is not None:
             objectives[name] = objective
     problems.raise_any()
     return objectives
 
 
-def _queue_settings(config: Any) -> QueueSettings:
+def _queue_settings(settings: MethodSettings) -> QueueSettings:
     """Returns how objectives store and process their queues, from `config.fast`."""
-    one_pass = _fast(config, "losses", True)
+    fast = settings.fast
+    dtype = models.compute_dtype(settings.dtype) if fast.losses else jnp.float32
     return QueueSettings(
-        half=_fast(config, "half_queue", False),
-        shared=config.batch_size if _fast(config, "shard_queue", False) else 0,
-        access=QueueAccess(
-            one_pass, models.compute_dtype(config.dtype) if one_pass else jnp.float32
-        ),
+        half=fast.half_queue,
+        shared=settings.batch_size if fast.shard_queue else 0,
+        access=QueueAccess(fast.losses, dtype),
     )
-
-
-def _fast(config: Any, field: str, default: Any) -> Any:
-    """Returns a field of `config.fast`, or `default` for configs of earlier versions."""
-    return config.get("fast", {}).get(field, default)
-
-
-def _tuples(fields: Any) -> dict[str, Any]:
-    """Converts lists, as read from JSON, to tuples at all depths."""
-
-    def convert(value: Any) -> Any:
-        return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
-
-    return {name: convert(value) for name, value in fields.items()}
 
 
 def _unnormalized(network: models.Network) -> models.Network:
@@ -114,59 +96,69 @@ def _unnormalized(network: models.Network) -> models.Network:
     return dataclasses.replace(network, encoder=encoder)
 
 
-def _network(name: str, config: Any) -> models.Network:
+def _network(name: str, settings: MethodSettings) -> models.Network:
     """Builds a network of `NETWORKS` with the settings of `config.fast`."""
-    # The momentum network is the student with other batch statistics.
-    spec = config.teacher if name == "teacher" else config.student
-    compute = models.Compute.from_config(config, name)
-    if spec.norm_group and config[name].norm == "sync":
-        groups = config.batch_size // spec.norm_group
+    student, teacher = settings.student, settings.teacher
+    norms = {"student": student.norm, "momentum": settings.momentum.norm, "teacher": teacher.norm}
+    spec = _spec(name, settings)
+    compute = models.Compute.from_settings(settings.fast, settings.dtype, name)
+    if spec.norm_group and norms[name] == "sync":
+        groups = settings.batch_size // spec.norm_group
         compute = dataclasses.replace(compute, sync_groups=groups)
-    augment = tuple(config.augment.mean), tuple(config.augment.std)
-    network = models.build_network(spec, config[name].norm, compute, f"config.{name}", augment)
-    network = dataclasses.replace(network, grouped=config.group_views)
-    if name != "teacher" and "head" in config.student.reuse and config.teacher.norm == "running":
+    network = models.build_network(
+        spec,
+        norms[name],
+        compute,
+        f"config.{name}",
+        settings.normalization,
+        own=(teacher.mean, teacher.std) if name == "teacher" else ((), ()),
+    )
+    network = dataclasses.replace(network, grouped=settings.group_views)
+    if name != "teacher" and "head" in student.reuse and teacher.norm == "running":
         # BatchNorm in a reused head uses the teacher's statistics (disagreement R2).
         encoder = network.encoder.clone(head_norm="running")
         return dataclasses.replace(network, encoder=encoder)
     return network
 
 
-def _reused(config: Any, method: Method) -> tuple[str, ...]:
+def _spec(name: str, settings: MethodSettings) -> models.NetworkSpec:
+    """Returns the description of a network; the momentum network has the student's."""
+    return settings.teacher if name == "teacher" else settings.student
+
+
+def _reused(settings: MethodSettings, method: Method) -> tuple[str, ...]:
     """Returns the parts of the teacher that the student reuses.
 
     Raises:
       UserError: if a part is unknown, no objective has a teacher, or the heads differ.
     """
-    for part in config.student.reuse:
+    student, teacher = settings.student, settings.teacher
+    for part in student.reuse:
         if part not in REUSABLE:
             raise errors.unknown("config.student.reuse", part, REUSABLE)
-    if not config.student.reuse:
+    if not student.reuse:
         return ()
     if "teacher" not in method.plan:
         raise errors.UserError(
-            f"config.student.reuse={tuple(config.student.reuse)}: no objective has a teacher whose "
+            f"config.student.reuse={student.reuse}: no objective has a teacher whose "
             "head could be reused. Set config.objectives.distill.weight, or set reuse to ()."
         )
-    if config.teacher.head == "none":
+    if teacher.head == "none":
         raise errors.UserError(
             "config.student.reuse=('head',): the teacher has no head (config.teacher.head='none'). "
             "Use weights that include the projection head, or set reuse to ()."
         )
-    student, teacher = (
-        [spec.get(f, 0) for f in ("head", "dim", "hidden", "layers")]
-        for spec in (config.student, config.teacher)
-    )
-    if student != teacher or not config.student.adapter:
+    heads = [(spec.head, spec.dim, spec.hidden, spec.layers) for spec in (student, teacher)]
+    if heads[0] != heads[1] or not student.adapter:
         raise errors.UserError(
             f"config.student.reuse=('head',) copies the teacher's head: set config.student.head="
-            f"{teacher[0]}, dim={teacher[1]}, hidden={teacher[2]}, layers={teacher[3]} and adapter="
-            f"{models.width(config.teacher)}, or call teacher.resolve, which sets them."
+            f"{teacher.head}, dim={teacher.dim}, hidden={teacher.hidden}, layers={teacher.layers} "
+            f"and adapter={models.width(teacher)}, or call teacher.resolve, which sets them."
         )
-    return tuple(config.student.reuse)
+    return student.reuse
 
 
-def _check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
+def _check_widths(objectives: Mapping[str, Objective], settings: MethodSettings) -> None:
     """Checks that the student's embedding is as wide as the teacher output it must match.
 
     Raises:
@@ -178,27 +170,27 @@ def _check_widths(objectives: Mapping[str, Objective], config: Any) -> None:
             continue
         if output not in OUTPUTS:
             raise errors.unknown(f"config.objectives.{name}.teacher_output", output, OUTPUTS)
-        student_dim, teacher_dim = dim(config.student), dim(config.teacher, output)
+        student_dim, teacher_dim = dim(settings.student), dim(settings.teacher, output)
         if student_dim == teacher_dim:
             continue
-        if output == "embedding" and config.teacher.head != "none":
+        if output == "embedding" and settings.teacher.head != "none":
             target = (
                 f"config.teacher.dim={teacher_dim}: the student matches the teacher's embedding"
             )
         else:
             target = f"the {teacher_dim} features of the teacher, which the student matches"
-        head = "--config.student.head=mlp " if config.student.head == "none" else ""
+        head = "--config.student.head=mlp " if settings.student.head == "none" else ""
         raise errors.UserError(
             f"config.student.dim={student_dim} must equal {target} (config.objectives.{name}). "
             f"Set {head}--config.student.dim={teacher_dim}."
         )
 
 
-def dim(spec: Any, output: str = "embedding") -> int:
+def dim(spec: models.NetworkSpec, output: str = "embedding") -> int:
     """Returns the width of a network's output.
 
     Args:
-      spec: `config.student` or `config.teacher`.
+      spec: the network.
       output: an element of `OUTPUTS`.
     """
     if output == "features" or spec.head == "none":
@@ -210,18 +202,18 @@ def _row(size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, size), jnp.float32)
 
 
-def memory_bytes(method: Method, config: Any) -> int:
+def memory_bytes(method: Method, settings: MethodSettings) -> int:
     """Returns the bytes of the objectives' memory on each device.
 
     Sharded queues count with their size on all devices together.
 
     Args:
-      method: result of `build(config)`.
-      config: a resolved config, which has the widths of its networks.
+      method: result of `build(settings)`.
+      settings: resolved, with the widths of the networks.
     """
     encoded = {}
     for name, views in method.plan.items():
-        spec = config.teacher if name == "teacher" else config.student
+        spec = _spec(name, settings)
         sizes = dim(spec, "features"), dim(spec), sum(spec.prototypes)
         encoded[name] = dict.fromkeys(views, jax.eval_shape(Encoded, *map(_row, sizes)))
     memory = jax.eval_shape(lambda: method.memory(jax.random.key(0), Record(encoded, {})))

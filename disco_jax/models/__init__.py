@@ -15,18 +15,20 @@ from disco_jax.models.encoder import Encoder, Network, rescaling
 from disco_jax.models.layers.compute import Compute
 from disco_jax.models.layers.norm import MODES
 from disco_jax.models.layers.settings import (
+    AUTO,
     DTYPES,
     PLAIN,
+    FastSettings,
     compute_dtype,
     resolve_auto,
-    resolve_config,
 )
+from disco_jax.models.network_spec import NetworkSpec
 
 __all__ = [
-    "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder", "Network",
-    "backbone", "build_encoder", "build_network", "compute_dtype", "family", "find",
-    "is_transformer", "options", "parameters", "probe_rate", "resolve_auto", "resolve_config",
-    "width",
+    "AUTO", "BACKBONES", "DTYPES", "HEADS", "PLAIN", "Backbone", "Compute", "Encoder",
+    "FastSettings", "Network", "NetworkSpec", "backbone", "build_encoder", "build_network",
+    "compute_dtype", "family", "find", "is_transformer", "options", "parameters", "probe_rate",
+    "resolve_auto", "width",
 ]  # fmt: skip
 
 HEADS = (*heads.VARIANTS, "regression", "none")
@@ -44,14 +46,13 @@ _OPTIONAL = {
 
 
 def build_encoder(
-    spec: Any, compute: Compute = _FLOAT32, setting: str = "config.student"
+    spec: NetworkSpec, compute: Compute = _FLOAT32, setting: str = "config.student"
 ) -> Encoder:
     """Returns the encoder that a network's section of a config describes.
 
     Args:
-      spec: fields backbone, head, hidden, layers (0: the head's default), dim, prototypes,
-        predictor, adapter, norm_group; and the fields of some families: width, grid, patch (0: the
-        variant's), stem ("": the variant's), zero_init_residual and drop_path.
+      spec: the network. A family may lack the fields width, grid, patch, stem ("": the variant's),
+        zero_init_residual and drop_path, which then keep their defaults.
       compute: how layers are computed; its `norm_group` is taken from `spec`.
       setting: name of the section, for messages.
 
@@ -67,8 +68,8 @@ def build_encoder(
         width=0, hidden=-1, layers=0, dim=1, norm_group=0, adapter=0, predictor=0, grid=0, patch=0
     )
     for field, minimum in minima.items():
-        if spec.get(field, minimum) < minimum:
-            raise errors.UserError(f"{setting}.{field}={spec[field]} is below {minimum}.")
+        if (value := getattr(spec, field)) < minimum:
+            raise errors.UserError(f"{setting}.{field}={value} is below {minimum}.")
     _check_layers(spec, setting)
     compute = dataclasses.replace(compute, norm_group=spec.norm_group)
     make: Callable[..., Backbone] = cls  # every subclass has a field `compute`
@@ -82,33 +83,34 @@ def build_encoder(
 
 
 def build_network(
-    spec: Any,
+    spec: NetworkSpec,
     norm: str,
     compute: Compute,
     setting: str,
     normalization: tuple[Any, Any] | None = None,
+    own: tuple[tuple[float, ...], tuple[float, ...]] = ((), ()),
 ) -> Network:
     """Returns `build_encoder` with its BatchNorm mode while training.
 
     Args:
-      spec, compute, setting: see `build_encoder`. `spec.mean` and `spec.std`, if present, are the
-        normalization that the network was trained with.
+      spec, compute, setting: see `build_encoder`.
       norm: a name in `norm.MODES`.
       normalization: mean and standard deviation by which the recipe normalizes images.
+      own: those that the network was trained with; ((), ()): the recipe's.
 
     Raises:
       UserError: see `build_encoder`; or the mode or the normalization is not allowed.
     """
     if norm not in MODES:
         raise errors.unknown(f"{setting}.norm", norm, MODES)
-    rescale, own = None, [tuple(spec.get(name, ())) for name in ("mean", "std")]
+    rescale = None
     if normalization and any(own):
         if [len(values) for values in own] != [3, 3] or min(own[1]) <= 0:
             raise errors.UserError(
                 f"{setting}.mean={own[0]} and {setting}.std={own[1]} must be three numbers each, "
                 "those of std above 0, or both () to take the recipe's."
             )
-        rescale = rescaling((own[0], own[1]), normalization)
+        rescale = rescaling(own, normalization)
     encoder = build_encoder(spec, compute, setting)
     return Network(encoder, norm, rescale, exchange=compute.exchange, shuffle_dtype=compute.dtype)
 
@@ -149,14 +151,15 @@ def probe_rate(name: str) -> float:
     return find(name)[0].probe_rate
 
 
-def width(spec: Any) -> int:
+def width(spec: NetworkSpec) -> int:
     """Returns the number of features of the backbone that a network's section describes.
 
     Raises:
       UserError: the backbone is unknown.
     """
     cls, variant = find(spec.backbone)
-    fields = {n: spec[n] for n in options(spec.backbone) if spec[n] != _OPTIONAL[n]}
+    options_set = options(spec.backbone) & _set_options(spec).keys()
+    fields = {name: getattr(spec, name) for name in options_set}
     return cls(**{**variant, **fields}).out_features
 
 
@@ -174,13 +177,18 @@ def parameters(encoder: Encoder, parts: Iterable[str] = ("backbone",), size: int
     return sum(x.size for part in parts for x in jax.tree.leaves(params.get(part, {})))
 
 
-def _optional_fields(spec: Any, setting: str) -> dict[str, Any]:
+def _set_options(spec: NetworkSpec) -> dict[str, Any]:
+    """Returns the fields of `_OPTIONAL` that differ from the values there."""
+    return {n: getattr(spec, n) for n, default in _OPTIONAL.items() if getattr(spec, n) != default}
+
+
+def _optional_fields(spec: NetworkSpec, setting: str) -> dict[str, Any]:
     """Returns the fields of `_OPTIONAL` that are set; ignores a stem that the family lacks."""
     supported = options(spec.backbone)
-    fields = {n: spec[n] for n, default in _OPTIONAL.items() if spec.get(n, default) != default}
+    fields = _set_options(spec)
     for name in fields.keys() - supported - {"stem"}:
         raise errors.UserError(
-            f"{setting}.{name}={spec[name]!r}: {spec.backbone} has no such option; leave it at "
+            f"{setting}.{name}={fields[name]!r}: {spec.backbone} has no such option; leave it at "
             f"{_OPTIONAL[name]!r}."
         )
     if spec.stem == "small" and "stem" not in supported:
@@ -191,9 +199,9 @@ def _optional_fields(spec: Any, setting: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in supported}
 
 
-def _check_layers(spec: Any, setting: str) -> None:
+def _check_layers(spec: NetworkSpec, setting: str) -> None:
     """Raises UserError if the head does not have the number of linear layers."""
-    layers = spec.get("layers", 0)
+    layers = spec.layers
     if layers and (spec.head not in heads.VARIANTS or not spec.hidden):
         raise errors.UserError(
             f"{setting}.layers={layers}: the head {spec.head!r} with hidden={spec.hidden} has no "
@@ -203,29 +211,28 @@ def _check_layers(spec: Any, setting: str) -> None:
         raise errors.UserError(f"{setting}.layers={layers} is above {_MAX_HEAD_LAYERS}.")
 
 
-def _head(spec: Any, compute: Compute) -> nn.Module:
+def _head(spec: NetworkSpec, compute: Compute) -> nn.Module:
     if spec.head == "none":
         return heads.Identity()
     if spec.head == "regression":
         return heads.RegressionHead(spec.dim, compute)
     fields = heads.VARIANTS[spec.head]
-    if layers := spec.get("layers", 0):  # configs of earlier versions have no such field
-        fields = {**fields, "layers": layers}
+    if spec.layers:
+        fields = {**fields, "layers": spec.layers}
     return heads.ProjectionHead(spec.hidden, spec.dim, **fields, compute=compute)
 
 
-def _predictor(spec: Any, compute: Compute) -> heads.ProjectionHead | None:
-    hidden = spec.get("predictor", 0)  # configs of earlier versions have no such field
-    if not hidden:
+def _predictor(spec: NetworkSpec, compute: Compute) -> heads.ProjectionHead | None:
+    if not spec.predictor:
         return None
     dim = width(spec) if spec.head == "none" else spec.dim
-    return heads.ProjectionHead(hidden, dim, batch_norm=True, compute=compute)
+    return heads.ProjectionHead(spec.predictor, dim, batch_norm=True, compute=compute)
 
 
-def _prototypes(spec: Any, setting: str) -> heads.Prototypes | None:
+def _prototypes(spec: NetworkSpec, setting: str) -> heads.Prototypes | None:
     if not spec.prototypes:
         return None
     if min(spec.prototypes) < 1:
         raise errors.UserError(f"{setting}.prototypes={spec.prototypes} has a head without any.")
     weight_norm = spec.head in heads.WEIGHT_NORM
-    return heads.Prototypes(tuple(spec.prototypes), weight_norm=weight_norm)
+    return heads.Prototypes(spec.prototypes, weight_norm=weight_norm)

@@ -1,4 +1,4 @@
-"""The train step of a config, compiled for a TPU slice without the hardware."""
+"""The train step of a run, compiled for a TPU slice without the hardware."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disco_jax import models
 from disco_jax.data.targets import KEY
 from disco_jax.plan import hlo, topology
 from disco_jax.train import state, step
-from disco_jax.train.experiment import assemble
+from disco_jax.train.experiment import Experiment
 
 # The compiler's error messages for programs that are too large: either the total memory needed and
 # available, or only that of temporaries.
@@ -23,11 +22,6 @@ _AMOUNT = r"([\d.]+)([KMGT]?)"
 _TOTAL = re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm", re.IGNORECASE)
 _TEMPORARY = re.compile(rf"temporaries \({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def as_on_tpus(config: Any) -> None:
-    """Replaces every "auto" of a config by its value on TPUs, in place."""
-    models.resolve_config(config, "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +61,13 @@ class Program:
         return self.cycles > 0
 
 
-def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Program:
+def compile_step(experiment: Experiment, where: topology.Slice) -> Program:
     """Compiles the train step of `disco-jax pretrain`.
 
     Args:
-      config: resolved config of a pretraining run; its batch is a multiple of the slice's chips.
+      experiment: a pretraining run with its number of steps per epoch; its batch is a multiple of
+        the slice's chips.
       where: the slice.
-      steps_per_epoch: for the schedules, which are part of the step.
 
     Returns:
       The program; one that does not fit has only `parts` and `limit`.
@@ -82,7 +76,7 @@ def compile_step(config: Any, where: topology.Slice, steps_per_epoch: int) -> Pr
       UserError: if settings of a method, a recipe or the optimizer are invalid.
     """
     count = len(where.devices)
-    built, arguments = abstract(config, count, steps_per_epoch)
+    built, arguments = abstract(experiment, count)
     parts = _argument_bytes(arguments, count)
     start = time.monotonic()
     lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
@@ -146,19 +140,17 @@ def _uncached() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Built, tuple]:
+def abstract(experiment: Experiment, replicas: int) -> tuple[step.Built, tuple]:
     """Returns the step of one replica, and the shapes of (state, frozen, batch).
 
     Args:
-      config: resolved config of a pretraining run.
+      experiment: a pretraining run with its number of steps per epoch, for the schedules.
       replicas: number of replicas that share a batch.
-      steps_per_epoch: for the schedules.
     """
-    experiment = assemble(config, steps_per_epoch=steps_per_epoch)
     method, record, built = experiment.method, experiment.record, experiment.build_step()
     teacher_shapes, frozen = None, {}
     if "teacher" in experiment.needs:
-        encoder, size = method.networks["teacher"].encoder, config.augment.size
+        encoder, size = method.networks["teacher"].encoder, experiment.settings.augment.size
         teacher_shapes = jax.eval_shape(lambda: encoder.create(0, size))
         frozen = jax.eval_shape(lambda: experiment.frozen(encoder.create(0, size)))
     initial_state = jax.eval_shape(
@@ -166,8 +158,8 @@ def abstract(config: Any, replicas: int, steps_per_epoch: int) -> tuple[step.Bui
     )
     initial_state = state.shard_shapes(initial_state, replicas)
     batch = experiment.batch_shapes(replicas)
-    if teacher_shapes and config.teacher.cache:
-        shape = (replicas, config.batch_size // replicas)
+    if teacher_shapes and experiment.settings.teacher.cache:
+        shape = (replicas, experiment.settings.batch_size // replicas)
         outputs = method.teacher_outputs(record)
         frozen, batch["aux"][KEY] = {}, _cached_shapes(outputs, shape)
     return built, (initial_state, frozen, batch)

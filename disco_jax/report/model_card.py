@@ -34,7 +34,7 @@ def write(
 def _lines(path, opened, exported, size, with_head) -> list[str]:
     count = models.parameters(opened.encoder)
     preprocessing = opened.preprocessing
-    head = opened.config.student
+    head = opened.settings.student
     lines = [
         f"# {path.name}",
         "",

@@ -221,9 +221,11 @@ def defining(config: ConfigDict) -> dict[str, Any]:
     Raises:
       UserError: a network or an objective is unknown.
     """
-    from disco_jax import methods  # reports of other runs do without networks
+    from disco_jax import methods, typed  # reports of other runs do without networks
+    from disco_jax.train.run_settings import RunSettings
 
-    plan = methods.plan(config)
+    settings = typed.parse(RunSettings, config, stored=True)
+    plan = methods.plan(settings.method)
     active = {name for name, section in config.objectives.items() if section.weight}
     idle = [f"{network}." for network in ("momentum", "teacher") if network not in plan]
     idle += [f"objectives.{name}." for name in config.objectives if name not in active]
@@ -231,12 +233,12 @@ def defining(config: ConfigDict) -> dict[str, Any]:
         idle.append("local.")
     fields = {
         name: value
-        for name, value in flatten(json.loads(config.to_json_best_effort())).items()
+        for name, value in flatten(json.loads(json.dumps(dataclasses.asdict(settings)))).items()
         if name not in HOW and not name.startswith((*_groups(HOW), *idle))
     }
     for network in ("student", "teacher"):
         if f"{network}.backbone" in fields:
-            fields |= _network(network, config[network], fields)
+            fields |= _network(network, getattr(settings, network), fields)
             fields = {name: value for name, value in fields.items() if value is not _ABSENT}
     if "head" in config.student.reuse:  # its shape is the teacher's
         for name in ("head", "hidden", "layers", "dim", "adapter"):
@@ -280,6 +282,7 @@ def _groups(names: Iterable[str]) -> tuple[str, ...]:
 @functools.cache
 def _expected(name: str) -> Mapping[str, Any]:
     """Returns the fields that define the cell with an id, with its teacher's network."""
+    from disco_jax.train import experiment
     from disco_jax.train import teacher as teachers
 
     row = rows.rows()[name]
@@ -288,7 +291,7 @@ def _expected(name: str) -> Mapping[str, Any]:
         own = row.teacher.config()
         config.teacher.update(teachers.shape(own.student), network=row.teacher.network)
         config.teacher.update(mean=tuple(own.augment.mean), std=tuple(own.augment.std))
-    return defining(teachers.resolve(config))
+    return defining(experiment.resolve(config))
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

@@ -2,13 +2,12 @@
 
 import ast
 import functools
-import inspect
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from disco_jax import flags
+from disco_jax import flags, typed
 from disco_jax.configs import common, probes
 from disco_jax.data import presets
 from disco_jax.nested import flatten
@@ -27,13 +26,11 @@ _MISSING = object()  # equals no default
 
 def markdown() -> str:
     """Returns the page: a table for pretraining, one for all evaluations, one for each of them."""
-    notes = comments()
+    notes = descriptions()
     pretraining, shared = flatten(common.pretrain()), flatten(probes.classification("NAME"))
-    described = {**_of_classes(), **notes["pretrain"]}
+    described = notes["pretrain"]
     parts = [_HEAD, _table("Pretraining and distillation", pretraining, described)]
-    training = ("learning_rate.", "optimizer.")
-    labelled = {name: text for name, text in described.items() if name.startswith(training)}
-    labelled |= {**notes["evaluation"], **notes["classification"]}
+    labelled = notes["evaluation"]
     title = "Supervised training: linear, semi, transfer, finetune, plane"
     parts.append(_table(title, shared, labelled))
     for name in _EVALUATIONS:
@@ -46,19 +43,20 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def comments() -> dict[str, dict[str, str]]:
-    """Returns the comments at the fields that `configs/common.py` and `probes.py` set.
+def descriptions() -> dict[str, dict[str, str]]:
+    """Returns the meanings of fields, from the docstrings of settings and objectives.
 
     Returns:
-      Function -> field -> comment, for each function that assigns fields. "pretrain" has those of
-      all functions of `common.py`, with the fields of the augmentation presets.
+      "pretrain" and "evaluation" -> field -> text. Fields of `augment` have the comments of the
+      presets where there are any.
     """
-    out = _by_function(_Source.read(probes.__file__))
-    pretrain = _by_function(_Source.read(common.__file__))
-    out["pretrain"] = _of_presets()
-    for notes in pretrain.values():
-        out["pretrain"] |= notes
-    return out
+    from disco_jax.evaluate.probe_settings import PlaneSettings
+    from disco_jax.train.run_settings import RunSettings
+
+    return {
+        "pretrain": {**_of_classes(RunSettings), **_of_objectives(), **_of_presets()},
+        "evaluation": _of_classes(PlaneSettings),
+    }
 
 
 def _by_function(source: "_Source") -> dict[str, dict[str, str]]:
@@ -84,33 +82,28 @@ def _of_presets() -> dict[str, str]:
     return out
 
 
-def _of_classes() -> dict[str, str]:
-    """Returns field -> description from the docstrings of objectives and views."""
+def _of_classes(cls: type) -> dict[str, str]:
+    """Returns field -> description from the docstrings of settings and of their sections."""
+    out = _described("", cls)
+    for name, section in typed.sections(cls).items():
+        out |= _described(f"{name}.", section)
+    return out
+
+
+def _of_objectives() -> dict[str, str]:
+    """Returns field -> description from the docstrings of objectives."""
     from disco_jax import methods
-    from disco_jax.data import views
 
     out = {}
     for name, cls in methods.OBJECTIVES.items():
         out[f"objectives.{name}"] = (cls.__doc__ or "").partition("\n")[0]
-        out |= _attributes(f"objectives.{name}", cls)
-    for part in (views.Crop, views.Photometric):
-        out |= _attributes("augment", part)
+        out |= _described(f"objectives.{name}.", cls)
     return out
 
 
-def _attributes(prefix: str, cls: type) -> dict[str, str]:
-    """Returns field -> description from the section "Attributes" of a class docstring."""
-    lines = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines()
-    out, key = {}, ""
-    for line in lines:
-        if match := re.match(r"  (\w+): (.*)", line):
-            key = f"{prefix}.{match[1]}"
-            out[key] = match[2]
-        elif line.startswith("    ") and key:
-            out[key] += f" {line.strip()}"
-        else:
-            break
-    return {key: _without_ids(text) for key, text in out.items()}
+def _described(prefix: str, cls: type) -> dict[str, str]:
+    """Returns field -> description of the fields of a dataclass, which `prefix` precedes."""
+    return {prefix + name: _without_ids(text) for name, text in typed.notes(cls).items()}
 
 
 def _without_ids(text: str) -> str:

@@ -6,43 +6,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 
-from disco_jax.data import decode, views
+from disco_jax.data import decode
 from disco_jax.data.arrays import crop_all
 from disco_jax.data.contract import Source
+from disco_jax.data.data_settings import build_views
 from disco_jax.errors import UserError
 from disco_jax.report import build
 from disco_jax.run.metrics import Logger
+from disco_jax.train.run_settings import RunSettings
 
 IMAGES = 8
 _TILE = (64, 128)  # smallest and largest tile, px; views are scaled to fit
 GAP = 4  # px between tiles
 
 
-def draw(config: ConfigDict, workdir: str, source: Source) -> np.ndarray:
+def draw(settings: RunSettings, workdir: str, source: Source) -> np.ndarray:
     """Saves and returns the contact sheet of a run, u8[H, W, 3]; see `sheet`."""
-    image = sheet(config, source)
+    image = sheet(settings, source)
     build.keep_sheet(workdir, image)
     return image
 
 
-def show(config: ConfigDict, source: Source, path: epath.Path, logger: Logger, step: int) -> None:
+def show(
+    settings: RunSettings, source: Source, path: epath.Path, logger: Logger, step: int
+) -> None:
     """Draws and logs the contact sheet of augmented views at a run's first start."""
-    if config.log.report and not step and jax.process_index() == 0:
+    if settings.log.report and not step and jax.process_index() == 0:
         with build.optional("contact sheet"):
-            logger.write_image(step, "views", draw(config, str(path), source))
+            logger.write_image(step, "views", draw(settings, str(path), source))
 
 
-def sheet(config: ConfigDict, source: Source) -> np.ndarray:
+def sheet(settings: RunSettings, source: Source) -> np.ndarray:
     """Draws views of the first readable images of the training split, without normalization.
 
     Crops are drawn as on the host, followed by the recipe's photometric operations, as in a step.
     Values outside 0..1 are clipped. All views show the same image, even if the recipe uses bags.
 
     Args:
-      config: config of a pretraining run.
+      settings: settings of a pretraining run.
       source: images of the run.
 
     Returns:
@@ -51,15 +54,15 @@ def sheet(config: ConfigDict, source: Source) -> np.ndarray:
     Raises:
       UserError: if no image can be read.
     """
-    recipe = views.build(config.augment, config.views, config.local)
-    images = list(itertools.islice(_images(source, config.data.train_split), IMAGES))
+    recipe = build_views(settings.augment, settings.views, settings.local)
+    images = list(itertools.islice(_images(source, settings.data.train_split), IMAGES))
     if not images:
-        raise UserError(f"No image of the split {config.data.train_split!r} can be read.")
+        raise UserError(f"No image of the split {settings.data.train_split!r} can be read.")
     crops = {
-        v: jnp.asarray(crop_all(images, crop, (config.seed, 0, 0, v, 0), map))
+        v: jnp.asarray(crop_all(images, crop, (settings.seed, 0, 0, v, 0), map))
         for v, crop in enumerate(recipe.crops)
     }
-    key = jax.random.key(config.seed)
+    key = jax.random.key(settings.seed)
     augmented = jax.device_get(jax.jit(recipe.photometric)(crops, key, jnp.arange(len(images))))
     tile = int(np.clip(max(recipe.sizes), *_TILE))
     rows = [[_fit(image, tile) for image in images]]

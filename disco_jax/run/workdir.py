@@ -122,6 +122,11 @@ def begin_anew(path: epath.Path) -> None:
     hosts.on_process_zero(rename)
 
 
+def record(sections: Mapping[str, Any]) -> ConfigDict:
+    """Returns the config that `claim` writes for a directory without a config of its own."""
+    return ConfigDict(sections)
+
+
 def read_config(workdir: str) -> ConfigDict:
     """Reads the config of the run in `workdir`, completed with fields of later versions.
 

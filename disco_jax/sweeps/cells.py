@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from disco_jax import errors, flags, methods
+from disco_jax import errors, flags, methods, typed
+from disco_jax.train.run_settings import RunSettings
 
 FIELD = "config."  # prefix of axes that are fields; other axes are arguments of the recipe
 RECIPE = "recipe"  # the axis over recipes
@@ -114,7 +115,9 @@ def _cell(sweep: ConfigDict, values: Mapping[str, Any]) -> Cell:
         return flags.changed(config, (*sweep.changes, *fields), "config.axes")
 
     config = load()
-    has_teacher = "teacher" in methods.plan(config)  # False for baselines
+    has_teacher = "teacher" in methods.plan(
+        typed.parse(RunSettings, config).method
+    )  # False for baselines
     if has_teacher and teacher:
         if teacher not in sweep.teachers:
             raise errors.unknown("The teacher of a cell", teacher, sweep.teachers)

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from disco_jax import errors, methods
+from disco_jax import errors, methods, models, typed
+from disco_jax.data.data_settings import build_views
 from disco_jax.data.views import Recipe
-from disco_jax.data.views import build as build_views
 from disco_jax.methods.base import Method, Record
 from disco_jax.models.encoder import Variables
 from disco_jax.models.layers import folding
 from disco_jax.ops.memory import Queue
 from disco_jax.train import optimizer, state, step, teacher
+from disco_jax.train.run_settings import RunSettings
 
 # Fields and groups of the config that `methods.build` reads.
 _METHOD = (
@@ -33,13 +34,16 @@ class Experiment:
     """The parts that a pretraining config defines, without images and weights.
 
     Attributes:
-      config: pretraining config, completed from the teacher's weights.
+      config: the run's config as it is written to config.json, completed from the teacher's
+        weights. Nothing but records reads it.
+      settings: the same settings, typed.
       views: crops and photometric operations of each view.
       method: networks and objectives; schedules of objectives use `steps_per_epoch`.
       steps_per_epoch: number of full batches per epoch; 0 if the number of images is unknown.
     """
 
     config: ConfigDict
+    settings: RunSettings
     views: Recipe
     method: Method
     steps_per_epoch: int = 0
@@ -52,7 +56,12 @@ class Experiment:
     @property
     def total_steps(self) -> int:
         """Number of steps of the run."""
-        return self.config.total_steps or self.config.total_epochs * self.steps_per_epoch
+        return self.settings.total(self.steps_per_epoch)
+
+    def with_epoch_length(self, steps_per_epoch: int) -> "Experiment":
+        """Returns the experiment with another number of steps per epoch."""
+        method = self.method.with_epoch_length(steps_per_epoch)
+        return dataclasses.replace(self, method=method, steps_per_epoch=steps_per_epoch)
 
     @functools.cached_property
     def record(self) -> Record:
@@ -74,7 +83,9 @@ class Experiment:
         Raises:
           UserError: a setting of the optimizer or the schedules is invalid.
         """
-        return step.from_config(self.config, self.method, self.views, self.steps_per_epoch, period)
+        return step.from_settings(
+            self.settings, self.method, self.views, self.steps_per_epoch, period
+        )
 
     def initial_state(
         self,
@@ -95,8 +106,8 @@ class Experiment:
         return state.create(
             self.method,
             built.learner.tx,
-            self.config.seed,
-            self.config.augment.size,
+            self.settings.seed,
+            self.settings.augment.size,
             inherited=queue,
             reused=teacher,
             started=started,
@@ -109,12 +120,12 @@ class Experiment:
         Args:
           variables: {"params", "batch_stats"} of the teacher, NumPy arrays or tracers.
         """
-        network, size = self.method.networks["teacher"], self.config.augment.size
+        network, size = self.method.networks["teacher"], self.settings.augment.size
         return {"teacher": folding.fold_batch_norm(network, variables, size)}
 
     def batch_shapes(self, replicas: int) -> dict[str, dict[Any, jax.ShapeDtypeStruct]]:
         """Returns the shapes of a batch with a leading replica axis: {"views", "aux"}."""
-        shape = (replicas, self.config.batch_size // replicas)
+        shape = (replicas, self.settings.batch_size // replicas)
         views = {
             view: jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8)
             for view, side in enumerate(self.views.sizes)
@@ -125,6 +136,45 @@ class Experiment:
             for name in objective.aux
         }
         return {"views": views, "aux": aux}
+
+
+def parse(config: ConfigDict) -> RunSettings:
+    """Converts a pretraining config to typed settings; they may not be resolved.
+
+    Raises:
+      UserError: a field is unknown or missing.
+    """
+    return typed.parse(RunSettings, config)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of a pretraining config, completed from the teacher's weights.
+
+    Raises:
+      UserError: see `teacher.resolve`.
+    """
+    return _resolved(config, parse(config))[0]
+
+
+def resolve_auto(config: ConfigDict, backend: str) -> None:
+    """Replaces every "auto" of a pretraining config by its value on a backend, in place.
+
+    Raises:
+      UserError: a field has a value that is not allowed.
+    """
+    for field in models.AUTO:
+        group, _, name = field.rpartition(".")
+        section = config[group] if group else config
+        section[name] = models.resolve_auto(field, section.get(name, "auto"), backend)
+
+
+def _resolved(config: ConfigDict, settings: RunSettings) -> tuple[ConfigDict, RunSettings]:
+    """Returns a copy of the config and the settings, completed from the teacher's weights."""
+    student, frozen = teacher.resolve(settings.student, settings.teacher, settings.objectives)
+    config = config.copy_and_resolve_references()
+    config.student.update(typed.values(student))
+    config.teacher.update(typed.values(frozen))
+    return config, dataclasses.replace(settings, student=student, teacher=frozen)
 
 
 def assemble(config: ConfigDict, *, steps_per_epoch: int = 0) -> Experiment:
@@ -138,7 +188,7 @@ def assemble(config: ConfigDict, *, steps_per_epoch: int = 0) -> Experiment:
       UserError: the views, the method or the teacher's weights are invalid; lists all mistakes.
     """
     problems = errors.Problems()
-    experiment = _build(config, steps_per_epoch, problems)
+    experiment = _build(config, parse(config), steps_per_epoch, problems)
     problems.raise_any()
     assert experiment is not None  # otherwise `problems` was not empty
     return experiment
@@ -146,6 +196,7 @@ def assemble(config: ConfigDict, *, steps_per_epoch: int = 0) -> Experiment:
 
 def check(
     config: ConfigDict,
+    settings: RunSettings,
     problems: errors.Problems,
     *,
     devices: int,
@@ -158,6 +209,7 @@ def check(
 
     Args:
       config: see `configs/common.py`.
+      settings: the output of `parse` for this config.
       problems: receives the mistakes.
       devices: number of devices that share a batch.
       steps_per_epoch: number of full batches per epoch; 0 if the number of images is unknown.
@@ -167,41 +219,43 @@ def check(
       The experiment; None if `problems` received a mistake that prevents its assembly.
     """
     grouped = "student.norm_group", "teacher.norm_group", "objectives.relations"
-    problems.attempt(check_devices, config, devices, reads=("batch_size", *grouped))
+    problems.attempt(check_devices, settings, devices, reads=("batch_size", *grouped))
     rates = "learning_rate", "optimizer", "momentum", "batch_size", "total_epochs"
-    problems.attempt(_check_rates, config, reads=rates)
-    experiment = _build(config, steps_per_epoch, problems)
+    problems.attempt(_check_rates, settings, reads=rates)
+    experiment = _build(config, settings, steps_per_epoch, problems)
     if experiment is None:
         return None
     problems.attempt(check_views, experiment)
     problems.attempt(_check_best_metric, experiment, reads=("checkpoint",))
     problems.attempt(_check_patterns, experiment, reads=("optimizer",))
     if "teacher" in experiment.needs and not has_teacher:
-        problems.attempt(teacher.check_weights, experiment.config.teacher)
+        problems.attempt(teacher.check_weights, experiment.settings.teacher)
     record = problems.attempt(lambda: experiment.record)
     return None if record is None else experiment
 
 
 def _build(
-    config: ConfigDict, steps_per_epoch: int, problems: errors.Problems
+    config: ConfigDict, settings: RunSettings, steps_per_epoch: int, problems: errors.Problems
 ) -> Experiment | None:
     """Builds views, then method; returns None if it records a mistake that prevents this."""
     views = problems.attempt(
-        build_views, config.augment, config.views, config.local, reads=("augment", "views", "local")
+        build_views,
+        *(settings.augment, settings.views, settings.local),
+        reads=("augment", "views", "local"),
     )
     objectives = "objectives", "views", "local", "batch_size", "student", "group_views", "bags"
-    problems.attempt(methods.check, config, reads=objectives)
-    resolved = problems.attempt(teacher.resolve, config, reads=("teacher", "student", "objectives"))
+    problems.attempt(methods.check, settings.method, reads=objectives)
+    resolved = problems.attempt(
+        _resolved, config, settings, reads=("teacher", "student", "objectives")
+    )
     if views is None or resolved is None:
         return None
-    method = problems.attempt(
-        methods.build, resolved, resolved.views, resolved.local.count, reads=_METHOD
-    )
+    config, settings = resolved
+    method = problems.attempt(methods.build, settings.method, reads=_METHOD)
     if method is None:
         return None
-    if steps_per_epoch:
-        method = method.with_epoch_length(steps_per_epoch)
-    return Experiment(resolved, views, method, steps_per_epoch)
+    experiment = Experiment(config, settings, views, method)
+    return experiment.with_epoch_length(steps_per_epoch) if steps_per_epoch else experiment
 
 
 def check_views(experiment: Experiment) -> None:
@@ -219,23 +273,24 @@ def check_views(experiment: Experiment) -> None:
         )
 
 
-def check_devices(config: ConfigDict, devices: int) -> None:
+def check_devices(settings: RunSettings, devices: int) -> None:
     """Checks that the batch can be divided among devices, and per device into groups.
 
     Raises:
       UserError: config.batch_size, a norm_group or config.objectives.relations.group is not a
         divisor; the message names valid values.
     """
-    batch = config.batch_size
+    batch = settings.batch_size
     if batch % devices:
         nearest = [n for n in (batch // devices * devices, (batch // devices + 1) * devices) if n]
         raise errors.UserError(
             f"config.batch_size={batch} is not a multiple of the {devices} devices; the nearest "
             f"that are: {', '.join(map(str, nearest))}."
         )
-    for network in ("student", "teacher"):
-        group = config[network].norm_group
-        if group and config[network].norm == "sync":
+    norms = {"student": settings.student.norm, "teacher": settings.teacher.norm}
+    for network, spec in (("student", settings.student), ("teacher", settings.teacher)):
+        group = spec.norm_group
+        if group and norms[network] == "sync":
             _check_sync_group(network, group, batch, devices)
         elif group and (batch // devices) % group:
             fits = [g for g in range(1, batch // devices + 1) if (batch // devices) % g == 0]
@@ -243,8 +298,9 @@ def check_devices(config: ConfigDict, devices: int) -> None:
                 f"config.{network}.norm_group={group} does not divide the {batch // devices} "
                 f"images per device; valid: {', '.join(map(str, fits))}, or 0 for all of them."
             )
-    group = config.objectives.relations.group
-    if config.objectives.relations.weight and group and (batch // devices) % group:
+    relations = settings.objectives["relations"]
+    group = relations["group"]
+    if relations["weight"] and group and (batch // devices) % group:
         raise errors.UserError(
             f"config.objectives.relations.group={group} does not divide the {batch // devices} "
             "images per device; set a divisor, or 0 for all of them."
@@ -270,25 +326,25 @@ def _check_sync_group(network: str, group: int, batch: int, devices: int) -> Non
         )
 
 
-def _check_rates(config: ConfigDict) -> None:
+def _check_rates(settings: RunSettings) -> None:
     """Checks the optimizer and the schedules, independently of the number of steps."""
-    epochs = config.total_epochs
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 1, epochs)
-    optimizer.build(config.optimizer, rate, 1, epochs)
+    epochs = settings.total_epochs
+    rate = optimizer.learning_rate(settings.learning_rate, settings.batch_size, 1, epochs)
+    optimizer.build(settings.optimizer, rate, 1, epochs)
 
 
 def _check_best_metric(experiment: Experiment) -> None:
     """Checks that the metric of the best checkpoint is a loss of the method."""
     losses = ["loss", *(f"{name}/loss" for name in experiment.method.objectives)]
-    metric = experiment.config.checkpoint.best_metric
+    metric = experiment.settings.checkpoint.best_metric
     if metric not in ("", *losses):
         raise errors.unknown("config.checkpoint.best_metric", metric, losses)
 
 
 def _check_patterns(experiment: Experiment) -> None:
     """Checks that the optimizer's patterns match parameters of the student."""
-    config = experiment.config
-    if any(config.optimizer[field] for field in ("frozen", "frozen_until", "unit_norm")):
+    settings = experiment.settings
+    if any(settings.optimizer.patterns.values()):
         encoder = experiment.method.networks["student"].encoder
-        params = jax.eval_shape(lambda: encoder.create(0, config.augment.size))["params"]
-        optimizer.check_patterns(config.optimizer, params)
+        params = jax.eval_shape(lambda: encoder.create(0, settings.augment.size))["params"]
+        optimizer.check_patterns(settings.optimizer, params)

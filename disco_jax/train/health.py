@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from disco_jax.ops.losses import squared_distance
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.queues import nearest
 from disco_jax.ops.vectors import l2_normalize
+
+if TYPE_CHECKING:
+    from disco_jax.train.run_settings import HealthSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,15 +120,10 @@ class Watch:
     """Detects a collapsed embedding in the summaries of a run.
 
     Attributes:
-      min_std: the embedding is collapsed if "health/std" is below this value; 0: never.
-      patience: number of consecutive summaries below `min_std` that count as a collapse. It is
-        more than 1 because networks start nearly collapsed.
-      stop: raises an error instead of logging a warning.
+      settings: when an embedding counts as collapsed, and what follows.
     """
 
-    min_std: float
-    patience: int
-    stop: bool
+    settings: "HealthSettings"
     _low: int = 0
 
     def __call__(self, step: int, summary: Mapping[str, float]) -> None:
@@ -134,18 +132,18 @@ class Watch:
         Raises:
           NumericError: the embedding has collapsed and `stop` is set.
         """
-        std = summary.get(STD)
-        self._low = self._low + 1 if std is not None and std < self.min_std else 0
-        if self._low != self.patience:
+        settings, std = self.settings, summary.get(STD)
+        self._low = self._low + 1 if std is not None and std < settings.min_std else 0
+        if self._low != settings.patience:
             return
         rank = summary.get(PREFIX + "rank", float("nan"))
         message = (
-            f"The embedding has collapsed: {STD} was below {self.min_std} in the last "
-            f"{self.patience} log lines ({std:.4f} at step {step}, effective rank of the features "
-            f"{rank:.1f}). Try a lower config.learning_rate.base_lr, a longer queue or another "
-            "temperature. config.health configures this alarm."
+            f"The embedding has collapsed: {STD} was below {settings.min_std} in the last "
+            f"{settings.patience} log lines ({std:.4f} at step {step}, effective rank of the "
+            f"features {rank:.1f}). Try a lower config.learning_rate.base_lr, a longer queue or "
+            "another temperature. config.health configures this alarm."
         )
-        if self.stop:
+        if settings.stop:
             raise errors.NumericError(message)
         _LOG.warning(message)
 

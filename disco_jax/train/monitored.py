@@ -1,26 +1,25 @@
 """The split that a run evaluates with kNN while it trains."""
 
-from ml_collections import ConfigDict
-
 from disco_jax import errors
 from disco_jax.data.contract import Source
+from disco_jax.train.run_settings import RunSettings
 
 
-def split_of(config: ConfigDict) -> str:
+def split_of(settings: RunSettings) -> str:
     """Returns the name of the evaluated split."""
-    return config.monitor.split or config.data.eval_split
+    return settings.monitor.split or settings.data.eval_split
 
 
-def check(config: ConfigDict, source: Source) -> None:
+def check(settings: RunSettings, source: Source) -> None:
     """Checks, before the run begins, that kNN can be computed on the split.
 
     Raises:
       UserError: if the split does not exist, is empty or unlabelled, or has too few images.
     """
-    monitor = config.monitor
+    monitor = settings.monitor
     if not monitor.knn_every_steps:
         return
-    split = split_of(config)
+    split = split_of(settings)
     count = min(source.count(split), monitor.images or source.count(split))
     if source.num_classes is None:
         raise errors.UserError(

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules built from a config."""
 
+import dataclasses
 import fnmatch
 import functools
 import math
@@ -10,45 +11,93 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
-from disco_jax import errors
+from disco_jax import errors, typed
 from disco_jax.ops import schedules
 from disco_jax.ops.schedules import Schedule
 from disco_jax.ops.vectors import l2_normalize
 
 DECAYS = ("cosine", "cosine_after", "steps", "constant")
 NAMES = ("sgd", "larc", "lars", "adamw")
-# Defaults of fields that a spec may lack, as a probe's does.
-_DEFAULTS = dict(
-    nesterov=False,
-    weight_decay_end=-1.0,
-    trust=1e-3,
-    no_decay=(),
-    no_trust=(),
-    clip=0.0,
-    frozen_until=(),
-    frozen_steps=0,
-    frozen_epochs=0,
-    frozen=(),
-    unit_norm=(),
-)
 
 
-def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs: int) -> Schedule:
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Settings of the optimizer, the section `config.optimizer`.
+
+    Patterns are shell-style wildcards for paths of parameters.
+
+    Attributes:
+      name: sgd | larc | lars | adamw
+      momentum: of all optimizers but adamw
+      weight_decay: weight decay; `weight_decay_end` makes it a schedule
+      weight_decay_end: weight decay at the end of the run, along half a cosine; -1: same
+      no_decay: kinds of parameters without weight decay: "vectors", "depthwise"
+      trust: trust coefficient of larc and lars
+      no_trust: kinds of parameters without the trust ratio of lars
+      clip: largest norm of each parameter's gradient; 0: no clipping
+      frozen_until: patterns of parameters, such as "prototypes/*", frozen at first
+      frozen_steps: steps for which `frozen_until` holds; set this or frozen_epochs
+      frozen_epochs: epochs for which `frozen_until` holds
+      frozen: patterns of parameters that are never trained
+      unit_norm: patterns of kernels whose columns are scaled to length 1 after each step
+      nesterov: Nesterov's momentum, of sgd only; a field of evaluations
+    """
+
+    name: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weight_decay_end: float = -1.0
+    no_decay: tuple[str, ...] = ()
+    trust: float = 1e-3
+    no_trust: tuple[str, ...] = ()
+    clip: float = 0.0
+    frozen_until: tuple[str, ...] = ()
+    frozen_steps: int = 0
+    frozen_epochs: int = 0
+    frozen: tuple[str, ...] = ()
+    unit_norm: tuple[str, ...] = ()
+    nesterov: bool = typed.optional(False)
+
+    @property
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Field -> patterns, of the fields that select parameters by their paths."""
+        return {name: getattr(self, name) for name in ("frozen", "frozen_until", "unit_norm")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RateSettings:
+    """Settings of the learning rate, the section `config.learning_rate`.
+
+    Attributes:
+      base_lr: peak for a global batch of 256; scales linearly with the batch
+      decay: cosine (over the whole run) | cosine_after (from the end of the warm-up to `minimum`)
+        | steps | constant
+      every: the rate changes once an epoch, or every step
+      milestones: epochs at which "steps" multiplies the rate by `factor`
+      factor: factor of the rate at each milestone
+      minimum: last rate of "cosine_after"; does not scale with the batch
+      warmup_epochs: length of a linear warm-up from warmup_from to the peak
+      warmup_from: rate at step 0; does not scale with the batch
+    """
+
+    base_lr: float = 0.03
+    decay: str = "cosine"
+    every: str = "epoch"
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+    minimum: float = 0.0
+    warmup_epochs: int = 0
+    warmup_from: float = 0.0
+
+
+def learning_rate(
+    settings: RateSettings, batch_size: int, steps_per_epoch: int, total_epochs: int
+) -> Schedule:
     """Builds the learning rate as a function of the step.
 
     Args:
-      spec: with these fields:
-        base_lr: peak at a global batch of 256; scaled linearly with the batch size.
-        decay: "cosine" over the whole run, to 0; "cosine_after" the warm-up, to `minimum`;
-        "steps"; "constant".
-        minimum: final rate of "cosine_after", not scaled.
-        every: "epoch" keeps the rate constant within an epoch, as MoCo, DisCo and SEED do; or
-        "step".
-        milestones, factor: of "steps"; the milestones are in epochs.
-        warmup_epochs: length of the linear warm-up.
-        warmup_from: rate at step 0, not scaled.
+      settings: `every="epoch"` keeps the rate constant within an epoch, as MoCo, DisCo and SEED do.
       batch_size: over all devices of all hosts.
       steps_per_epoch: number of steps in an epoch.
       total_epochs: length of the run.
@@ -56,45 +105,49 @@ def learning_rate(spec: Any, batch_size: int, steps_per_epoch: int, total_epochs
     Raises:
       UserError: for an unknown `decay` or `every`.
     """
-    peak = spec.base_lr * batch_size / 256
+    peak = settings.base_lr * batch_size / 256
     total = total_epochs * steps_per_epoch
-    warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
-    if spec.decay == "cosine_after":
-        start = spec.warmup_from
-        schedule = schedules.cosine_after(start, peak, spec.minimum, warmup_steps, total)
-    elif spec.decay == "cosine":
+    warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
+    if settings.decay == "cosine_after":
+        start = settings.warmup_from
+        schedule = schedules.cosine_after(start, peak, settings.minimum, warmup_steps, total)
+    elif settings.decay == "cosine":
         schedule = schedules.cosine(peak, total)
-    elif spec.decay == "steps":
-        milestones = [epoch * steps_per_epoch for epoch in spec.milestones]
-        schedule = schedules.steps(peak, milestones, spec.factor)
-    elif spec.decay == "constant":
+    elif settings.decay == "steps":
+        milestones = [epoch * steps_per_epoch for epoch in settings.milestones]
+        schedule = schedules.steps(peak, milestones, settings.factor)
+    elif settings.decay == "constant":
         schedule = schedules.constant(peak)
     else:
-        raise errors.unknown("config.learning_rate.decay", spec.decay, DECAYS)
-    if spec.warmup_epochs and spec.decay != "cosine_after":
-        schedule = schedules.warmup(schedule, spec.warmup_from, peak, warmup_steps)
-    if spec.every == "epoch":
+        raise errors.unknown("config.learning_rate.decay", settings.decay, DECAYS)
+    if settings.warmup_epochs and settings.decay != "cosine_after":
+        schedule = schedules.warmup(schedule, settings.warmup_from, peak, warmup_steps)
+    if settings.every == "epoch":
         return schedules.per_epoch(schedule, steps_per_epoch)
-    if spec.every != "step":
-        raise errors.unknown("config.learning_rate.every", spec.every, ("epoch", "step"))
+    if settings.every != "step":
+        raise errors.unknown("config.learning_rate.every", settings.every, ("epoch", "step"))
     return schedule
 
 
-def ema_rate(spec: Any, total_steps: int) -> Schedule:
+def ema_rate(start: float, end: float, total_steps: int) -> Schedule:
     """Builds the decay of the momentum network's EMA as a function of the step.
 
     Args:
-      spec: with the fields `ema_rate` (value at step 0) and `ema_rate_end` (value at the end of
-        the run, reached by half a cosine; 1 in DINO and BYOL; -1 keeps the rate constant).
+      start: value at step 0.
+      end: value at the end of the run, reached by half a cosine, 1 in DINO and BYOL; -1 keeps the
+        rate constant.
       total_steps: length of the run.
     """
-    if spec.ema_rate_end < 0:
-        return schedules.constant(spec.ema_rate)
-    return schedules.cosine_after(0.0, spec.ema_rate, spec.ema_rate_end, 0, total_steps)
+    if end < 0:
+        return schedules.constant(start)
+    return schedules.cosine_after(0.0, start, end, 0, total_steps)
 
 
 def build(
-    spec: Any, rate: Schedule, steps_per_epoch: int = 1, total_epochs: int = 1
+    settings: OptimizerSettings,
+    rate: Schedule,
+    steps_per_epoch: int = 1,
+    total_epochs: int = 1,
 ) -> optax.GradientTransformation:
     """Builds the optimizer of `config.optimizer` with the learning rate `rate`.
 
@@ -109,18 +162,10 @@ def build(
     "adamw" is PyTorch's (arXiv:1711.05101), betas 0.9 and 0.999.
 
     Args:
-      spec: fields name, momentum, weight_decay, and these optional ones (see `_DEFAULTS`):
-        weight_decay_end: value at the end of the run, reached by half a cosine; -1: constant.
-        trust: eta.
-        no_decay, no_trust: kinds of parameters without weight decay or without the factor of
-        "lars": "vectors" (biases, norms), "depthwise" (kernels of depthwise convolutions).
-        clip: maximum norm of each parameter's gradient, clipped separately (DINO); 0: none.
-        frozen_until: patterns of parameters that are not updated for the first frozen_steps or
-        frozen_epochs. Their moments are not updated either, as in PyTorch, which skips parameters
-        without a gradient.
-        frozen: patterns of parameters that are never trained.
-        unit_norm: patterns of kernels whose columns are scaled to length 1 after every step.
-        Patterns are shell-style wildcards for paths such as "prototypes/kernel0".
+      settings: `trust` is eta. "vectors" in `no_decay` and `no_trust` are biases and the parameters
+        of norms, "depthwise" the kernels of depthwise convolutions. `clip` clips each parameter's
+        gradient separately, as DINO does. The moments of parameters in `frozen_until` are not
+        updated either, as in PyTorch, which skips parameters without a gradient.
       rate: step -> learning rate.
       steps_per_epoch: for frozen_epochs and the weight decay's cosine.
       total_epochs: for the weight decay's cosine.
@@ -129,57 +174,60 @@ def build(
       UserError: for an unknown optimizer or kind of parameters, for contradictory durations, and,
         in `init`, for a pattern that matches no parameter.
     """
-    values = ConfigDict({**_DEFAULTS, **{field: spec[field] for field in spec}})
-    _check(values)
-    decay = values.weight_decay
-    if values.weight_decay_end >= 0:
-        total = steps_per_epoch * total_epochs
-        decay = schedules.cosine_after(0.0, decay, values.weight_decay_end, 0, total)
-    tx = _chain(values, rate, decay)
-    late = values.frozen_steps or values.frozen_epochs * steps_per_epoch
-    if (values.frozen_until and late) or values.frozen:
+    _check(settings)
+    first, last = settings.weight_decay, settings.weight_decay_end
+    decay: float | Schedule = first
+    if last >= 0:
+        decay = schedules.cosine_after(0.0, first, last, 0, steps_per_epoch * total_epochs)
+    tx = _chain(settings, rate, decay)
+    late = settings.frozen_steps or settings.frozen_epochs * steps_per_epoch
+    if (settings.frozen_until and late) or settings.frozen:
         groups = {
             "free": tx,
-            "late": _delayed_chain(values, rate, decay, late),
+            "late": _delayed_chain(settings, rate, decay, late),
             "fixed": optax.set_to_zero(),
         }
-        tx = optax.partition(groups, lambda params: _groups(values, params, bool(late)))
-    if values.unit_norm:
-        tx = optax.chain(tx, _unit_columns(values.unit_norm))
+        tx = optax.partition(groups, lambda params: _groups(settings, params, bool(late)))
+    if settings.unit_norm:
+        tx = optax.chain(tx, _unit_columns(settings.unit_norm))
     return tx
 
 
-def _chain(spec: Any, rate: Schedule, decay: float | Schedule) -> optax.GradientTransformation:
+def _chain(
+    settings: OptimizerSettings, rate: Schedule, decay: float | Schedule
+) -> optax.GradientTransformation:
     """Builds the optimizer of one group of parameters."""
-    steps = [_clip_each(spec.clip)] if spec.clip else []
+    steps = [_clip_each(settings.clip)] if settings.clip else []
     mask = None
-    if spec.no_decay:
-        mask = functools.partial(_without, spec.no_decay)
+    if settings.no_decay:
+        mask = functools.partial(_without, settings.no_decay)
     decayed = optax.add_decayed_weights(decay, mask)
-    if spec.name == "sgd":
+    if settings.name == "sgd":
         return optax.chain(
-            *steps, decayed, optax.sgd(rate, momentum=spec.momentum, nesterov=spec.nesterov)
+            *steps, decayed, optax.sgd(rate, momentum=settings.momentum, nesterov=settings.nesterov)
         )
-    if spec.name == "adamw":
+    if settings.name == "adamw":
         steps += [optax.scale_by_adam(), decayed]
-    elif spec.name == "lars":
-        scaled = optax.masked(_trust(spec.trust), functools.partial(_without, spec.no_trust))
-        steps += [decayed, scaled, optax.trace(spec.momentum)]
+    elif settings.name == "lars":
+        scaled = optax.masked(
+            _trust(settings.trust), functools.partial(_without, settings.no_trust)
+        )
+        steps += [decayed, scaled, optax.trace(settings.momentum)]
     else:
         assert not callable(decay), "`_check` refuses a schedule"
-        steps += [_larc(spec.trust, decay), optax.trace(spec.momentum)]
+        steps += [_larc(settings.trust, decay), optax.trace(settings.momentum)]
     return optax.chain(*steps, optax.scale_by_learning_rate(rate))
 
 
 def _delayed_chain(
-    spec: Any, rate: Schedule, decay: float | Schedule, start: float
+    settings: OptimizerSettings, rate: Schedule, decay: float | Schedule, start: float
 ) -> optax.GradientTransformation:
     """Builds `_chain` with zero updates and an unchanged state before step `start`."""
 
     def shifted(schedule: Schedule) -> Schedule:  # the inner counters are 0 at step `start`
         return lambda step: schedule(step + math.ceil(start))
 
-    inner = _chain(spec, shifted(rate), shifted(decay) if callable(decay) else decay)
+    inner = _chain(settings, shifted(rate), shifted(decay) if callable(decay) else decay)
     return optax.conditionally_mask(inner, lambda step: step >= start)
 
 
@@ -233,27 +281,27 @@ def _unit_columns(patterns: Sequence[str]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _groups(spec: Any, params: Any, late: bool) -> Any:
+def _groups(settings: OptimizerSettings, params: Any, late: bool) -> Any:
     """Returns the group of every parameter: "free", "late" or "fixed"."""
     for field in ("frozen_until", "frozen"):
-        _require_matches(spec[field], params, field)
+        _require_matches(settings.patterns[field], params, field)
 
     def group(path: str, _: Array) -> str:
-        if _matches(path, spec.frozen):
+        if _matches(path, settings.frozen):
             return "fixed"
-        return "late" if late and _matches(path, spec.frozen_until) else "free"
+        return "late" if late and _matches(path, settings.frozen_until) else "free"
 
     return _by_path(group, params)
 
 
-def check_patterns(spec: Any, params: Any) -> None:
+def check_patterns(settings: OptimizerSettings, params: Any) -> None:
     """Checks that every pattern of `frozen`, `frozen_until` and `unit_norm` matches some parameter.
 
     Raises:
       UserError: names the pattern and a few parameters.
     """
-    for field in ("frozen", "frozen_until", "unit_norm"):
-        _require_matches(spec[field], params, field)
+    for field, patterns in settings.patterns.items():
+        _require_matches(patterns, params, field)
 
 
 def _require_matches(patterns: Sequence[str], params: Any, field: str) -> None:
@@ -300,21 +348,21 @@ def _by_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(call, tree, *rest)
 
 
-def _check(spec: Any) -> None:
+def _check(settings: OptimizerSettings) -> None:
     """Raises UserError if a field is unknown or contradicts another one."""
-    if spec.name not in NAMES:
-        raise errors.unknown("config.optimizer.name", spec.name, NAMES)
-    for field in ("no_decay", "no_trust"):
-        for kind in spec[field]:
+    if settings.name not in NAMES:
+        raise errors.unknown("config.optimizer.name", settings.name, NAMES)
+    for field, kinds in (("no_decay", settings.no_decay), ("no_trust", settings.no_trust)):
+        for kind in kinds:
             if kind not in KINDS:
                 raise errors.unknown(f"config.optimizer.{field}", kind, KINDS)
-    if spec.frozen_steps and spec.frozen_epochs:
+    if settings.frozen_steps and settings.frozen_epochs:
         raise errors.UserError(
-            f"config.optimizer.frozen_steps={spec.frozen_steps} and config.optimizer."
-            f"frozen_epochs={spec.frozen_epochs} both set the duration of config.optimizer."
+            f"config.optimizer.frozen_steps={settings.frozen_steps} and config.optimizer."
+            f"frozen_epochs={settings.frozen_epochs} both set the duration of config.optimizer."
             "frozen_until. Set one of them to 0."
         )
-    if spec.name == "larc" and (spec.weight_decay_end >= 0 or spec.no_decay):
+    if settings.name == "larc" and (settings.weight_decay_end >= 0 or settings.no_decay):
         raise errors.UserError(
             "config.optimizer.name='larc' decays every parameter at a constant rate. Set "
             "config.optimizer.weight_decay_end=-1 and config.optimizer.no_decay=(), or use 'lars'."

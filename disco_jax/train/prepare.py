@@ -20,6 +20,7 @@ from disco_jax.run import checkpoint
 from disco_jax.train import experiment as experiments
 from disco_jax.train import monitored, start, step, teacher, teacher_cache
 from disco_jax.train.experiment import Experiment
+from disco_jax.train.run_settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Prepared:
     period: int = 0
 
     @property
-    def config(self) -> ConfigDict:
-        """Config of the experiment."""
-        return self.experiment.config
+    def settings(self) -> RunSettings:
+        """Settings of the experiment."""
+        return self.experiment.settings
 
     @property
     def method(self) -> Method:
@@ -79,14 +80,14 @@ def prepare(
     problems.raise_any()
     assert checked is not None  # otherwise `problems` was not empty
     source, experiment = checked
-    config = experiment.config
+    settings = experiment.settings
     if "teacher" not in experiment.needs:
         loaded = None
     elif loaded is None:
         encoder = experiment.method.networks["teacher"].encoder
-        loaded = teacher.load(config.teacher, encoder, config.augment.size)
+        loaded = teacher.load(settings.teacher, encoder, settings.augment.size)
     ready = Prepared(experiment, source, experiment.build_step(), loaded)
-    return _use_cache(ready) if config.teacher.cache else ready
+    return _use_cache(ready) if settings.teacher.cache else ready
 
 
 def check(config: ConfigDict, problems: errors.Problems) -> None:
@@ -104,10 +105,15 @@ def _check_all(
     problems: errors.Problems,
 ) -> tuple[Source, Experiment] | None:
     """Returns the images and the experiment; None if `problems` received a mistake."""
-    opened, steps_per_epoch = _open(config, source, problems)
-    problems.attempt(start.check, config.student, reads=("student",))
+    fields.check(config, problems)
+    settings = problems.attempt(experiments.parse, config)
+    if settings is None:
+        return None
+    opened, steps_per_epoch = _open(settings, source, problems)
+    problems.attempt(start.check, settings.student, reads=("student",))
     experiment = experiments.check(
         config,
+        settings,
         problems,
         devices=jax.device_count(),
         steps_per_epoch=steps_per_epoch,
@@ -116,38 +122,37 @@ def _check_all(
     if opened is None or experiment is None:
         return None
     bagged = problems.attempt(
-        _add_bags, opened, experiment.config, experiment.method, reads=("data", "bags")
+        _add_bags, opened, experiment.settings, experiment.method, reads=("data", "bags")
     )
     if bagged is None:
         return None
     labelled = problems.attempt(
-        _add_labels, bagged, experiment.config, experiment.method, reads=("data", "student")
+        _add_labels, bagged, experiment.settings, experiment.method, reads=("data", "student")
     )
     return None if labelled is None else (labelled, experiment)
 
 
 def _open(
-    config: ConfigDict, source: Source | None, problems: errors.Problems
+    settings: RunSettings, source: Source | None, problems: errors.Problems
 ) -> tuple[Source | None, int]:
-    """Opens the images and counts the steps per epoch; None and 0 if it records a mistake.
-
-    Records mistakes in single fields, and those that depend on the images.
-    """
-    fields.check(config, problems)
-    opened = problems.attempt(lambda: source or pipeline.open_source(config.data), reads=("data",))
+    """Opens the images and counts the steps per epoch; None and 0 if it records a mistake."""
+    opened = problems.attempt(
+        lambda: source or pipeline.open_source(settings.data), reads=("data",)
+    )
     if opened is None:
         return None, 0
-    problems.attempt(monitored.check, config, opened, reads=("data", "monitor"))
+    problems.attempt(monitored.check, settings, opened, reads=("data", "monitor"))
     lengths = "batch_size", "total_epochs", "optimizer", "learning_rate", "objectives"
-    steps = problems.attempt(_check_lengths, config, opened, reads=("data", *lengths))
+    steps = problems.attempt(_check_lengths, settings, opened, reads=("data", *lengths))
     return opened, steps or 0
 
 
-def _check_lengths(config: ConfigDict, source: Source) -> int:
+def _check_lengths(settings: RunSettings, source: Source) -> int:
     """Returns the steps per epoch; raises UserError if a duration does not fit into int32 steps."""
-    steps = _steps_per_epoch(source, config)
-    last = {name: value for name, value in flatten(config).items() if name.endswith("_epochs")}
-    last["learning_rate.milestones"] = max(config.learning_rate.milestones, default=0)
+    steps = _steps_per_epoch(source, settings)
+    values = sorted(flatten(dataclasses.asdict(settings)).items())
+    last = {name: value for name, value in values if name.endswith("_epochs")}
+    last["learning_rate.milestones"] = max(settings.learning_rate.milestones, default=0)
     late = [f"config.{name}={value}" for name, value in last.items() if value * steps > fields.MOST]
     if late:
         raise errors.UserError(
@@ -171,79 +176,79 @@ def starting(ready: Prepared, workdir: str) -> Prepared:
     """
     folder = epath.Path(workdir) / checkpoint.FOLDER
     begun = folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
-    if begun or not ready.config.student.get("weights", ""):
+    if begun or not ready.settings.student.weights:
         return ready
-    started = start.load(ready.config, ready.method.networks["student"].encoder)
+    encoder = ready.method.networks["student"].encoder
+    started = start.load(ready.settings.student, ready.settings.augment, encoder)
     return dataclasses.replace(ready, started=started)
 
 
 def _use_cache(ready: Prepared) -> Prepared:
     """Replaces the teacher's forward passes by the outputs in `config.teacher.cache`."""
-    config = ready.config
     if ready.teacher is None:
         raise errors.UserError("config.teacher.cache is set, but no objective reads a teacher.")
     origin = teacher_cache.origin(ready.experiment, ready.source, ready.teacher)
-    outputs = teacher_cache.open_targets(config.teacher.cache, origin)
+    outputs = teacher_cache.open_targets(ready.settings.teacher.cache, origin)
     built = ready.experiment.build_step(period=len(outputs))
     source = targets.ReplayedSource(ready.source, outputs)
     return dataclasses.replace(ready, source=source, built=built, period=len(outputs))
 
 
-def _add_bags(source: Source, config: ConfigDict, method: Method) -> Source:
+def _add_bags(source: Source, settings: RunSettings, method: Method) -> Source:
     """Wraps the source with `config.bags.file` if it is set."""
     members = {view for o in method.objectives.values() for view in o.bag_views}
-    if not config.bags.file:
+    if not settings.bags.file:
         return source
-    bags = Bags.load(config.bags.file)
+    bags = Bags.load(settings.bags.file)
     classifies = any("cluster" in o.aux for o in method.objectives.values())
     if not members and not classifies:
         raise errors.UserError(
-            f"config.bags.file={config.bags.file!r}, but no objective reads bags: leave it empty, "
-            "or set the weight of config.objectives.bags or .pseudo_labels."
+            f"config.bags.file={settings.bags.file!r}, but no objective reads bags: leave it "
+            "empty, or set the weight of config.objectives.bags or .pseudo_labels."
         )
     if classifies:
-        _check_clusters(config, bags)
+        _check_clusters(settings, bags)
     bagged = BagSource(
         source,
         bags,
         sorted(members),
-        sampling=config.bags.sampling,
+        sampling=settings.bags.sampling,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    bagged.check(config.data.train_split)
+    bagged.check(settings.data.train_split)
     return bagged
 
 
-def _add_labels(source: Source, config: ConfigDict, method: Method) -> Source:
+def _add_labels(source: Source, settings: RunSettings, method: Method) -> Source:
     """Wraps the source if an objective reads labels."""
     if not any(LABEL in o.aux for o in method.objectives.values()):
         return source
     labelled = LabelledSource(source, LABEL)
-    labelled.check(config.data.train_split, methods.dim(config.student))
+    labelled.check(settings.data.train_split, methods.dim(settings.student))
     return labelled
 
 
-def _check_clusters(config: ConfigDict, bags: Bags) -> None:
+def _check_clusters(settings: RunSettings, bags: Bags) -> None:
     """Checks that the bags are clusters and that the student has a prototype for each."""
     if bags.clusters is None:
         raise errors.UserError(
             "config.objectives.pseudo_labels needs clusters, but config.bags.file contains "
             "neighbours: create it with `disco-jax bags --config.kind=kmeans`."
         )
-    count, classes = int(bags.clusters.max()) + 1, sum(config.student.prototypes)
+    count, classes = int(bags.clusters.max()) + 1, sum(settings.student.prototypes)
     if count > classes:
         raise errors.UserError(
-            f"config.student.prototypes={tuple(config.student.prototypes)} are fewer than the "
+            f"config.student.prototypes={settings.student.prototypes} are fewer than the "
             f"{count} clusters of config.bags.file: set config.student.prototypes=({count},)."
         )
 
 
-def _steps_per_epoch(source: Source, config: ConfigDict) -> int:
-    count = source.count(config.data.train_split)
-    if count < config.batch_size:
+def _steps_per_epoch(source: Source, settings: RunSettings) -> int:
+    count = source.count(settings.data.train_split)
+    if count < settings.batch_size:
         raise errors.UserError(
-            f"config.batch_size={config.batch_size} is more than the {count} images of "
-            f"{source.name}, split {config.data.train_split!r}."
+            f"config.batch_size={settings.batch_size} is more than the {count} images of "
+            f"{source.name}, split {settings.data.train_split!r}."
         )
-    return (count // jax.process_count()) // (config.batch_size // jax.process_count())
+    return (count // jax.process_count()) // (settings.batch_size // jax.process_count())

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from disco_jax.data import darkness, pipeline, views
 from disco_jax.data.contract import Position
 from disco_jax.run.workdir import begin_anew
 from disco_jax.train import loop, state
+from disco_jax.train.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from disco_jax.train.prepare import Prepared
@@ -31,14 +31,14 @@ def fresh(ready: "Prepared") -> state.TrainState:
 
 def batches_of(ready: "Prepared", position: Position) -> pipeline.Prefetcher:
     """Returns a prefetcher of this host's batches from `position`, each with its end position."""
-    config = ready.config
+    settings = ready.settings
     crops = ready.source.train(
-        config.data.train_split,
+        settings.data.train_split,
         dict(enumerate(ready.experiment.views.crops)),
-        config.batch_size // jax.process_count(),
-        config.seed,
+        settings.batch_size // jax.process_count(),
+        settings.seed,
         position,
-        pipeline.unreadable_limit(config.data, ready.source, config.data.train_split),
+        pipeline.unreadable_limit(settings.data, ready.source, settings.data.train_split),
     )
     return pipeline.Prefetcher(crops, transform=_lay_out)
 
@@ -46,7 +46,7 @@ def batches_of(ready: "Prepared", position: Position) -> pipeline.Prefetcher:
 def schedule(
     ready: "Prepared", start: int, path: epath.Path, profile_steps: tuple[int, ...] = ()
 ) -> loop.Schedule:
-    """Builds the loop's schedule from the config.
+    """Builds the loop's schedule from the settings.
 
     Args:
       ready: the run.
@@ -54,19 +54,19 @@ def schedule(
       path: the run's directory.
       profile_steps: see `loop.Schedule.profile`.
     """
-    config = ready.config
+    settings = ready.settings
     return loop.Schedule(
         start=start,
         total=ready.experiment.total_steps,
         steps_per_epoch=ready.experiment.steps_per_epoch,
-        batch_size=config.batch_size,
-        log_steps=config.log.every_steps,
-        checkpoint_steps=config.checkpoint.every_steps,
-        replica_check_steps=config.log.replicas_every_steps,
-        hang_s=config.log.hang_s,
+        batch_size=settings.batch_size,
+        log_steps=settings.log.every_steps,
+        checkpoint_steps=settings.checkpoint.every_steps,
+        replica_check_steps=settings.log.replicas_every_steps,
+        hang_s=settings.log.hang_s,
         profile=profile_steps,
         profile_dir=str(path / "profile"),
-        evaluate_steps=config.monitor.knn_every_steps,
+        evaluate_steps=settings.monitor.knn_every_steps,
     )
 
 
@@ -81,7 +81,7 @@ def images_of(ready: "Prepared") -> Callable[[], Mapping[str, Any]]:
 
     See `Source.fingerprint`.
     """
-    split = ready.config.data.train_split
+    split = ready.settings.data.train_split
     return lambda: ready.source.fingerprint(split)
 
 
@@ -120,19 +120,19 @@ def resume(checkpoints: Any, fresh: Any, anew: epath.Path | None = None) -> tupl
     return resumed, Position(epoch, offset * len(hosts) // jax.process_count())
 
 
-def tensorboard(config: ConfigDict, path: epath.Path) -> bool:
+def tensorboard(settings: RunSettings, path: epath.Path) -> bool:
     """Returns True if event files are written.
 
     Writing to a bucket needs TensorFlow, which only TFDS sources require; other runs skip it.
     """
-    return config.log.tensorboard and ("://" not in str(path) or config.data.source == "tfds")
+    return settings.log.tensorboard and ("://" not in str(path) or settings.data.source == "tfds")
 
 
 def warn_if_dark(ready: "Prepared") -> None:
     """Logs a warning if the training images are nearly black."""
     if jax.process_index():
         return
-    value = darkness.brightest(ready.source, ready.config.data.train_split)
+    value = darkness.brightest(ready.source, ready.settings.data.train_split)
     if dark := darkness.warning(ready.source.name, value):
         _LOG.warning(dark)
 
@@ -141,7 +141,7 @@ def describe(ready: "Prepared", begin: state.TrainState) -> None:
     """Prints a summary of the run: parameters, forward passes, devices, steps, initialisation."""
     from clu import parameter_overview
 
-    config = ready.config
+    settings = ready.settings
     if jax.process_index():
         return
     params = begin.student["params"]
@@ -154,25 +154,26 @@ def describe(ready: "Prepared", begin: state.TrainState) -> None:
     trainable = f", {total - frozen:.2f} M of it trainable" if frozen else ""
     passes = ", ".join(f"{name} {list(views)}" for name, views in ready.method.plan.items())
     print(
-        f"{config.name or 'run'}: student {config.student.backbone}, backbone {backbone:.2f} M, "
-        f"with head {total:.2f} M (M = 2^20, as in the papers){trainable}; {count} forward "
-        f"passes per step: {passes}; {jax.device_count()} x {jax.devices()[0].device_kind}; "
+        f"{settings.name or 'run'}: student {settings.student.backbone}, backbone "
+        f"{backbone:.2f} M, with head {total:.2f} M (M = 2^20, as in the papers){trainable}; "
+        f"{count} forward passes per step: {passes}; "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.experiment.total_steps} steps, {ready.experiment.steps_per_epoch} per epoch"
         + ("; queue initialized from the teacher" if ready.teacher and ready.teacher.queue else "")
-        + (f"; student initialized from {config.student.weights}" if ready.started else ""),
+        + (f"; student initialized from {settings.student.weights}" if ready.started else ""),
         flush=True,
     )
-    if config.local.count:
-        print(_view_recipe(ready.experiment.views, config), flush=True)
+    if settings.local.count:
+        print(_view_recipe(ready.experiment.views, settings), flush=True)
 
 
-def _view_recipe(recipe: views.Recipe, config: ConfigDict) -> str:
+def _view_recipe(recipe: views.Recipe, settings: RunSettings) -> str:
     """Formats SSLight's four axes of view sampling and the mean ratio of pixel scales."""
     first, last = recipe.crops[0], recipe.crops[-1]
     ratio = views.pixel_scale_ratio(first, last)
     return (
-        f"views: {config.views} global of {first.size} px from {first.scale[0]:g} to "
-        f"{first.scale[1]:g} of the area, {config.local.count} local of {last.size} px from "
+        f"views: {settings.views} global of {first.size} px from {first.scale[0]:g} to "
+        f"{first.scale[1]:g} of the area, {settings.local.count} local of {last.size} px from "
         f"{last.scale[0]:g} to {last.scale[1]:g}; mean pixel scale of global views divided by that "
         f"of local views: {ratio:.2f} (1.0 is best according to SSLight, arXiv:2210.02808)"
     )

@@ -9,8 +9,11 @@ import numpy as np
 
 from disco_jax import errors, models
 from disco_jax.convert.load import read_network
+from disco_jax.data.data_settings import AugmentSettings
+from disco_jax.methods.method_settings import StudentSpec
 from disco_jax.models.encoder import Encoder, Variables
-from disco_jax.train import teacher
+from disco_jax.models.network_spec import NetworkSpec
+from disco_jax.train import stored_settings, teacher
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,26 +29,26 @@ class _Pretrained:
     """A network with trained weights.
 
     Attributes:
-      spec: its description, with the fields `teacher.SHAPE`.
+      spec: its description.
       encoder: the encoder of `spec`.
       variables: its {"params", "batch_stats"}.
       normalisation: per-channel mean and standard deviation of its training images.
     """
 
-    spec: Any
+    spec: NetworkSpec
     encoder: Encoder
     variables: Variables
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def check(spec: Any) -> None:
+def check(spec: StudentSpec) -> None:
     """Checks that the fields of `config.student` are consistent; reads no weights.
 
     Raises:
       UserError: the fields contradict each other or have unknown values.
     """
-    if not spec.get("weights", ""):
-        if spec.get("start", PARTS[0]) != PARTS[0] or spec.get("network", "student") != "student":
+    if not spec.weights:
+        if spec.start != PARTS[0] or spec.network != "student":
             raise errors.UserError(
                 "config.student.start and config.student.network need config.student.weights, "
                 "which is empty. Set the weights, or leave both fields at their defaults."
@@ -67,11 +70,12 @@ def check(spec: Any) -> None:
         )
 
 
-def load(config: Any, encoder: Encoder) -> Variables:
+def load(spec: StudentSpec, augment: AugmentSettings, encoder: Encoder) -> Variables:
     """Loads the parts of the student that come from `config.student.weights`.
 
     Args:
-      config: of a pretraining run, resolved.
+      spec: the student, resolved.
+      augment: size and normalisation of the run's images.
       encoder: the student's encoder.
 
     Returns:
@@ -80,45 +84,44 @@ def load(config: Any, encoder: Encoder) -> Variables:
     Raises:
       UserError: the weights do not exist, are not recognised or belong to another network.
     """
-    spec, size = config.student, config.augment.size
+    size = augment.size
     pretrained = _pretrained(spec, size)
     student = jax.eval_shape(lambda: encoder.create(0, size))
     parts = ("backbone",) if spec.start == "backbone" else tuple(student["params"])
     loaded, expected = _only(pretrained.variables, parts), _only(student, parts)
-    same = all(teacher.shape(pretrained.spec)[f] == spec[f] for f in _names(spec.start))
+    same = all(getattr(pretrained.spec, f) == getattr(spec, f) for f in _names(spec.start))
     if not same or jax.tree.map(np.shape, loaded) != jax.tree.map(np.shape, expected):
         raise errors.UserError(_differences(spec, pretrained, encoder))
-    configured = tuple(config.augment.mean), tuple(config.augment.std)
-    if pretrained.normalisation != configured:
+    if pretrained.normalisation != augment.normalization:
         _LOG.warning(
             "The student starts from weights trained on images normalised by mean %s and std %s, "
             "but config.augment.mean and .std are %s and %s.",
             *pretrained.normalisation,
-            *configured,
+            *augment.normalization,
         )
     return loaded
 
 
-def _pretrained(spec: Any, size: int) -> _Pretrained:
+def _pretrained(spec: StudentSpec, size: int) -> _Pretrained:
     """Reads the network that `config.student.weights` contains."""
     path = teacher.place(spec.weights, "config.student.weights")
     if not path.is_dir():
         imported = read_network(path)
         mean, std = imported.normalisation
+        network_spec = teacher.spec_of(imported)
         return _Pretrained(
-            imported.spec, imported.encoder, imported.variables, (tuple(mean), tuple(std))
+            network_spec, imported.encoder, imported.variables, (tuple(mean), tuple(std))
         )
     # Imported here because resolving a config does not need it and it takes half a second.
     from disco_jax.run import checkpoint
 
-    config = teacher.read_config(path)
-    encoder = models.build_encoder(config.student, setting=f"{path}: config.student")
+    stored = stored_settings.read(path)
+    encoder = models.build_encoder(stored.student, setting=f"{path}: config.student")
     network = teacher.network_of(path, spec.network, "config.student.network")
     like = jax.eval_shape(lambda: encoder.create(0, size))
     variables, step = checkpoint.load(path, network, like)
     _LOG.info("The student starts from network %s at step %d of %s", network, step, path)
-    augment = tuple(config.augment.mean), tuple(config.augment.std)
-    return _Pretrained(config.student, encoder, variables, augment)
+    return _Pretrained(stored.student, encoder, variables, stored.augment.normalization)
 
 
 def _only(variables: Variables, parts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -134,16 +137,15 @@ def _names(start: str) -> tuple[str, ...]:
     return ("backbone",) if start == "backbone" else ("backbone", "head")
 
 
-def _differences(spec: Any, pretrained: _Pretrained, encoder: Encoder) -> str:
+def _differences(spec: StudentSpec, pretrained: _Pretrained, encoder: Encoder) -> str:
     """Returns the message for weights that belong to another network than the student."""
-    actual = teacher.shape(pretrained.spec)
-    pairs: list[tuple[str, Any, Any]] = [("backbone", spec.backbone, actual["backbone"])]
-    if spec.backbone == actual["backbone"]:
+    actual = pretrained.spec
+    pairs: list[tuple[str, Any, Any]] = [("backbone", spec.backbone, actual.backbone)]
+    if spec.backbone == actual.backbone:
         student, other = vars(encoder.backbone), vars(pretrained.encoder.backbone)
         pairs = [(name, student.get(name), other.get(name)) for name in _BACKBONE_FIELDS]
         if spec.start == "all":
-            fields = teacher.shape(spec)
-            pairs += [(n, teacher.plain(fields[n]), teacher.plain(actual[n])) for n in _HEAD_FIELDS]
+            pairs += [(name, getattr(spec, name), getattr(actual, name)) for name in _HEAD_FIELDS]
     differences = [
         f"config.student.{name}={configured!r}, but the weights have {stored!r}"
         for name, configured, stored in pairs

@@ -13,6 +13,7 @@ from disco_jax.models.encoder import Encoded, Variables
 from disco_jax.ops.collectives import AXIS, positions
 from disco_jax.train import optimizer
 from disco_jax.train.learner import Learner, Metrics, learn, targets_of
+from disco_jax.train.run_settings import RunSettings
 from disco_jax.train.state import TrainState, axes
 
 # Folded into the step's key to mix views; augmentation folds in the views' smaller numbers.
@@ -42,36 +43,44 @@ class Built(NamedTuple):
     learner: Learner
 
 
-def from_config(
-    config: Any, method: Method, recipe: Photometric, steps_per_epoch: int, period: int = 0
+def from_settings(
+    settings: RunSettings,
+    method: Method,
+    recipe: Photometric,
+    steps_per_epoch: int,
+    period: int = 0,
 ) -> Built:
-    """Builds the step of a pretraining config; see `make_train_step`.
+    """Builds the step of a pretraining run; see `make_train_step`.
 
     Args:
-      config: a resolved config, see `configs/common.py`.
-      method: the output of `methods.build` for this config.
-      recipe: the output of `views.build` for this config.
+      settings: resolved.
+      method: the output of `methods.build` for these settings.
+      recipe: the output of `views.build` for these settings.
       steps_per_epoch: for the schedules.
       period: see `make_joint_step`.
 
     Raises:
       UserError: a setting of the optimizer or of the schedules is invalid.
     """
-    learner = learner_of(config, method, steps_per_epoch)
-    return Built(make_train_step(learner, recipe, config.seed, period), learner)
+    learner = learner_of(settings, method, steps_per_epoch)
+    return Built(make_train_step(learner, recipe, settings.seed, period), learner)
 
 
-def learner_of(config: Any, method: Method, steps_per_epoch: int) -> Learner:
-    """Builds the learner of a pretraining config; takes the arguments of `from_config`."""
-    epochs = config.total_epochs
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, steps_per_epoch, epochs)
+def learner_of(settings: RunSettings, method: Method, steps_per_epoch: int) -> Learner:
+    """Builds the learner of a pretraining run; takes the arguments of `from_settings`."""
+    epochs, momentum = settings.total_epochs, settings.momentum
+    rate = optimizer.learning_rate(
+        settings.learning_rate, settings.batch_size, steps_per_epoch, epochs
+    )
     return Learner(
         method,
-        optimizer.build(config.optimizer, rate, steps_per_epoch, epochs),
+        optimizer.build(settings.optimizer, rate, steps_per_epoch, epochs),
         learning_rate=rate,
-        ema_rate=optimizer.ema_rate(config.momentum, steps_per_epoch * epochs),
-        follow_last=config.momentum.follow == "after",
-        health_steps=config.log.every_steps,
+        ema_rate=optimizer.ema_rate(
+            momentum.ema_rate, momentum.ema_rate_end, steps_per_epoch * epochs
+        ),
+        follow_last=momentum.follow == "after",
+        health_steps=settings.log.every_steps,
     )
 
 

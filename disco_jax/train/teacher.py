@@ -2,16 +2,20 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from disco_jax import errors, methods, models
-from disco_jax.convert.load import locate, read_network
+from disco_jax import errors, methods, models, typed
+from disco_jax.convert.load import Imported, locate, read_network
+from disco_jax.methods.method_settings import StudentSpec, TeacherSpec
 from disco_jax.models.encoder import Encoder, Variables
+from disco_jax.models.network_spec import NetworkSpec
 from disco_jax.ops.memory import Queue
 from disco_jax.run import workdir
+from disco_jax.train import stored_settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +37,6 @@ SHAPE = (
     "prototypes",
     "predictor",
 )
-_LATER = "patch", "layers", "predictor"  # fields that configs of earlier versions lack
 # Networks of a run that may serve as a teacher.
 NETWORKS = ("student", "momentum")
 # The queue of MoCo's keys, which the official checkpoint contains: view 1 is the key.
@@ -53,21 +56,26 @@ class Teacher:
     queue: Queue | None = None
 
 
-def describe(weights: str) -> dict[str, Any]:
-    """Reads the fields `SHAPE` of the network in a run directory or a PyTorch checkpoint.
+def describe(weights: str) -> NetworkSpec:
+    """Reads the description of the network in a run directory or a PyTorch checkpoint.
 
     Raises:
       UserError: the path does not exist or its contents are not recognised.
     """
     path = place(weights)
     if path.is_dir():
-        return shape(read_config(path).student)
-    return shape(read_network(path).spec)
+        return stored_settings.read(path).student
+    return spec_of(read_network(path))
 
 
-def shape(spec: Any) -> dict[str, Any]:
-    """Returns the fields `SHAPE` of a spec; those that earlier versions lacked default to 0."""
-    return {field: spec.get(field, 0) if field in _LATER else spec[field] for field in SHAPE}
+def spec_of(imported: Imported) -> NetworkSpec:
+    """Returns the description of an imported network."""
+    return typed.parse(NetworkSpec, imported.spec, "the checkpoint's", defaults=True)
+
+
+def shape(spec: NetworkSpec) -> dict[str, Any]:
+    """Returns the fields `SHAPE` of a description."""
+    return {field: getattr(spec, field) for field in SHAPE}
 
 
 def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -78,14 +86,15 @@ def normalisation(weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     path = place(weights)
     if path.is_dir():
-        augment = read_config(path).augment
-        return tuple(augment.mean), tuple(augment.std)
+        return stored_settings.read(path).augment.normalization
     mean, std = read_network(path).normalisation
     return tuple(mean), tuple(std)
 
 
-def resolve(config: Any) -> Any:
-    """Returns a copy of a pretraining config with all fields filled in that depend on the teacher.
+def resolve(
+    student: StudentSpec, teacher: TeacherSpec, objectives: Mapping[str, Mapping[str, Any]]
+) -> tuple[StudentSpec, TeacherSpec]:
+    """Returns both networks with all fields filled in that depend on the teacher's weights.
 
     These are `config.teacher.head="auto"`, an empty `config.teacher.mean` and `.std`, and for the
     student `dim=0` and the fields of a reused head.
@@ -93,46 +102,57 @@ def resolve(config: Any) -> Any:
     Raises:
       UserError: the weights cannot be read, or have another backbone.
     """
-    config = config.copy_and_resolve_references()
-    fill(config.teacher)
-    _fill_student(config)
-    return config
+    teacher = fill(teacher)
+    return _fill_student(student, teacher, objectives), teacher
 
 
-def fill(spec: Any) -> None:
-    """Fills in the head and the normalisation of `config.teacher` from its weights, in place.
+def fill(spec: TeacherSpec) -> TeacherSpec:
+    """Fills in the head and the normalisation of `config.teacher` from its weights.
 
     Raises:
       UserError: see `resolve`.
     """
     has_file = spec.weights not in ("", RANDOM)
-    if spec.head == AUTO:
-        fields = describe(spec.weights) if has_file else {"head": "mlp", "backbone": spec.backbone}
-        if fields["backbone"] != spec.backbone:
+    if spec.head == AUTO and not has_file:
+        spec = dataclasses.replace(spec, head="mlp")
+    elif spec.head == AUTO:
+        network = describe(spec.weights)
+        if network.backbone != spec.backbone:
             raise errors.UserError(
                 f"config.teacher.backbone={spec.backbone!r}, but {spec.weights} contains a "
-                f"{fields['backbone']!r}. Set --config.teacher.backbone={fields['backbone']}."
+                f"{network.backbone!r}. Set --config.teacher.backbone={network.backbone}."
             )
-        spec.update(fields)
+        spec = dataclasses.replace(spec, **shape(network))
     if has_file and not spec.mean and not spec.std:
-        spec.mean, spec.std = normalisation(spec.weights)
+        mean, std = normalisation(spec.weights)
+        spec = dataclasses.replace(spec, mean=mean, std=std)
+    return spec
 
 
-def _fill_student(config: Any) -> None:
+def _fill_student(
+    student: StudentSpec, teacher: TeacherSpec, objectives: Mapping[str, Mapping[str, Any]]
+) -> StudentSpec:
     """Sets the student's head to the reused one, or `dim=0` to the width of its target."""
-    student, spec = config.student, config.teacher
-    if "head" in student.reuse and spec.head != "none":
-        student.update({field: spec[field] for field in ("head", "hidden", "layers", "dim")})
-        student.adapter = models.width(spec)
-    elif student.dim == 0:
-        copies_features = any(
-            fields.weight and fields.get("teacher_output") == "features"
-            for fields in config.objectives.values()
+    if "head" in student.reuse and teacher.head != "none":
+        return dataclasses.replace(
+            student,
+            head=teacher.head,
+            hidden=teacher.hidden,
+            layers=teacher.layers,
+            dim=teacher.dim,
+            adapter=models.width(teacher),
         )
-        student.dim = methods.dim(spec, "features" if copies_features else "embedding")
+    if student.dim == 0:
+        copies_features = any(
+            fields["weight"] and fields.get("teacher_output") == "features"
+            for fields in objectives.values()
+        )
+        output = "features" if copies_features else "embedding"
+        return dataclasses.replace(student, dim=methods.dim(teacher, output))
+    return student
 
 
-def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
+def load(spec: TeacherSpec, encoder: Encoder, size: int) -> Teacher:
     """Loads the teacher of a pretraining config.
 
     Args:
@@ -152,11 +172,11 @@ def load(spec: Any, encoder: Encoder, size: int) -> Teacher:
     if path.is_dir():
         return _from_run(path, spec, encoder, size)
     imported = read_network(path)
-    _check(imported.spec, spec, imported.encoder, encoder, path)
+    _check(spec_of(imported), spec, imported.encoder, encoder, path)
     return Teacher(imported.variables, imported.queue)
 
 
-def check_weights(spec: Any) -> None:
+def check_weights(spec: TeacherSpec) -> None:
     """Checks that the weights of the teacher are set and exist.
 
     Raises:
@@ -188,31 +208,19 @@ def place(weights: str, setting: str = "config.teacher.weights") -> epath.Path:
     return path if (path / workdir.ENVIRONMENT).exists() else locate(path)
 
 
-def read_config(path: epath.Path) -> Any:
-    """Reads the config of a pretraining run or of an import.
-
-    Raises:
-      UserError: the directory belongs to something else, for example an evaluation.
-    """
-    config = workdir.read_config(path)
-    if "student" not in config or "augment" not in config:
-        raise errors.UserError(f"{path} is not the directory of a pretraining run or of an import.")
-    return config
-
-
-def _from_run(path: epath.Path, spec: Any, encoder: Encoder, size: int) -> Teacher:
+def _from_run(path: epath.Path, spec: TeacherSpec, encoder: Encoder, size: int) -> Teacher:
     # Imported here because `resolve` does not need them and they take half a second.
     from disco_jax.run import checkpoint
     from disco_jax.train import state
 
-    config = read_config(path)
-    _check(config.student, spec, models.build_encoder(config.student), encoder, path)
+    stored = stored_settings.read(path)
+    _check(stored.student, spec, models.build_encoder(stored.student), encoder, path)
     network = network_of(path, spec.network, "config.teacher.network")
     variables, step = checkpoint.load(path, network, encoder.create(0, size))
     _LOG.info("Teacher: network %s at step %d of %s", network, step, path)
-    if not config.objectives.contrast.weight:
+    if not stored.objectives["contrast"]["weight"]:
         return Teacher(variables)
-    method = methods.build(config, config.views, config.local.count)
+    method = methods.build(stored.method)
     record = state.shapes(method, (size,))
     abstract = jax.eval_shape(lambda: method.memory(jax.random.key(0), record))
     if KEYS not in abstract["contrast"]:
@@ -242,7 +250,9 @@ def network_of(path: epath.Path, network: str, setting: str) -> str:
     return network
 
 
-def _check(actual: Any, spec: Any, loaded: Encoder, encoder: Encoder, path: epath.Path) -> None:
+def _check(
+    actual: NetworkSpec, spec: TeacherSpec, loaded: Encoder, encoder: Encoder, path: epath.Path
+) -> None:
     """Checks that the weights belong to the network that the config describes.
 
     Args:
@@ -259,11 +269,11 @@ def _check(actual: Any, spec: Any, loaded: Encoder, encoder: Encoder, path: epat
     def shapes(encoder: Encoder) -> Any:
         return jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: encoder.create(0, 32)))
 
-    names = ("backbone", "head")
-    if all(actual[name] == spec[name] for name in names) and shapes(loaded) == shapes(encoder):
+    same_names = (actual.backbone, actual.head) == (spec.backbone, spec.head)
+    if same_names and shapes(loaded) == shapes(encoder):
         return
-    actual, spec = shape(actual), shape(spec)
-    fields = [(field, plain(spec[field]), plain(actual[field])) for field in SHAPE]
+    stored_shape = shape(actual)
+    fields = [(name, value, stored_shape[name]) for name, value in shape(spec).items()]
     differing = [
         f"config.teacher.{field}={configured!r}, but the weights have {stored!r}"
         for field, configured, stored in fields
@@ -272,8 +282,3 @@ def _check(actual: Any, spec: Any, loaded: Encoder, encoder: Encoder, path: epat
     raise errors.UserError(
         f"The network in {path} is not the one in the config:\n  " + "\n  ".join(differing)
     )
-
-
-def plain(value: Any) -> Any:
-    """Converts the lists of JSON to the tuples of a config."""
-    return tuple(value) if isinstance(value, list) else value

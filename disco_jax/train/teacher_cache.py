@@ -57,9 +57,9 @@ def origin(experiment: "Experiment", source: Source, loaded: "Teacher") -> dict[
       source: the images.
       loaded: the teacher.
     """
-    config, method = experiment.config, experiment.method
-    fields = flatten(json.loads(config.to_json_best_effort()))
-    settings = {
+    settings, method = experiment.settings, experiment.method
+    fields = flatten(json.loads(experiment.config.to_json_best_effort()))
+    origin_fields = {
         f"config.{name}": value
         for name, value in fields.items()
         if name.startswith(_ORIGIN_FIELDS)
@@ -67,12 +67,14 @@ def origin(experiment: "Experiment", source: Source, loaded: "Teacher") -> dict[
         and _ADDED_FIELDS.get(name) != value
     }
     network = method.networks["teacher"]
-    if network.norm == "local" and not config.teacher.norm_group:
-        settings["devices"] = jax.device_count()  # batch statistics depend on the batch per device
-    return settings | {
+    if network.norm == "local" and not settings.teacher.norm_group:
+        origin_fields["devices"] = (
+            jax.device_count()
+        )  # batch statistics depend on the batch per device
+    return origin_fields | {
         "hosts": jax.process_count(),
-        "images": source.count(config.data.train_split),
-        _IMAGES: source.fingerprint(config.data.train_split),
+        "images": source.count(settings.data.train_split),
+        _IMAGES: source.fingerprint(settings.data.train_split),
         "weights of the teacher (CRC-32)": checksum(loaded),
         "views mixed by": [repr(o) for o in method.objectives.values() if o.synthetic_views],
         "outputs": {str(v): named for v, named in required_outputs(experiment).items()},

@@ -21,7 +21,7 @@ from disco_jax.run.goodput import Goodput
 from disco_jax.run.metrics import Logger
 from disco_jax.run.workdir import claim
 from disco_jax.train import health, joint, loop, session, state, step
-from disco_jax.train.experiment import Experiment
+from disco_jax.train.experiment import Experiment, parse
 from disco_jax.train.prepare import Prepared, prepare, starting
 
 # Config fields that may differ between students of one joint training.
@@ -98,7 +98,9 @@ def run(
     session.warn_if_dark(ready[first])
     with contextlib.ExitStack() as stack:
         for name, run in ready.items():
-            stack.enter_context(claim(str(paths[name]), run.config, (), session.images_of(run)))
+            stack.enter_context(
+                claim(str(paths[name]), run.experiment.config, (), session.images_of(run))
+            )
         others = [str(path) for name, path in paths.items() if name != first]
         goodput = stack.enter_context(
             contextlib.closing(Goodput(str(paths[first]), started, also=others))
@@ -115,13 +117,13 @@ def run(
         if _step(start) < ready[first].experiment.total_steps:
             _train(ready, paths, checkpoints, start, position, goodput)
     for name, run in ready.items():
-        build.refresh(run.config.log.report, str(paths[name]))
+        build.refresh(run.settings.log.report, str(paths[name]))
     return {"step": ready[first].experiment.total_steps, "seconds": time.monotonic() - started}
 
 
 def _prepare_all(configs: Mapping[str, ConfigDict], source: Source | None) -> dict[str, Prepared]:
     """Prepares and checks all runs; they share the images and the teacher's weights."""
-    source = source or pipeline.open_source(next(iter(configs.values())).data)
+    source = source or pipeline.open_source(parse(next(iter(configs.values()))).data)
     ready: dict[str, Prepared] = {}
     loaded = None
     for name, config in configs.items():
@@ -137,7 +139,9 @@ def check(ready: Mapping[str, Prepared]) -> None:
     Raises:
       UserError: with the settings that differ.
     """
-    (first, expected), *rest = ((name, _shared(run.config)) for name, run in ready.items())
+    (first, expected), *rest = (
+        (name, _shared(run.experiment.config)) for name, run in ready.items()
+    )
     for name, fields in rest:
         differing = sorted(k for k in expected if fields.get(k) != expected[k])
         if differing:
@@ -168,11 +172,11 @@ def _train(
     start = _step(begin)
     learners = {name: run.built.learner for name, run in ready.items()}
     joint_step = step.make_joint_step(
-        learners, first.experiment.views, first.config.seed, first.period
+        learners, first.experiment.views, first.settings.seed, first.period
     )
     loggers = {
         name: Logger(
-            str(paths[name]), tensorboard=session.tensorboard(run.config, paths[name]), step=start
+            str(paths[name]), tensorboard=session.tensorboard(run.settings, paths[name]), step=start
         )
         for name, run in ready.items()
     }
@@ -181,7 +185,7 @@ def _train(
         session.batches_of(first, position) as batches,
     ):
         for name, run in ready.items():
-            sheet.show(run.config, run.source, paths[name], loggers[name], start)
+            sheet.show(run.settings, run.source, paths[name], loggers[name], start)
         loop.run(
             step.parallel(joint_step),
             state.replicate(dict(begin)),
@@ -199,8 +203,7 @@ def _train(
 
 
 def _watch(ready: Prepared) -> health.Watch:
-    spec = ready.config.health
-    return health.Watch(spec.min_std, spec.patience, spec.stop)
+    return health.Watch(ready.settings.health)
 
 
 def _checkpoints(
@@ -208,7 +211,7 @@ def _checkpoints(
 ) -> dict[str, checkpoint.Checkpoints]:
     return {
         name: checkpoint.Checkpoints(
-            str(paths[name]), run.config.checkpoint.keep, run.config.checkpoint.best_metric
+            str(paths[name]), run.settings.checkpoint.keep, run.settings.checkpoint.best_metric
         )
         for name, run in ready.items()
     }
@@ -217,9 +220,11 @@ def _checkpoints(
 def _evaluation(ready: Mapping[str, Prepared]) -> Callable[[int, Any], dict[str, float]]:
     """Returns the loop's evaluation function: kNN accuracy of every student."""
     first = next(iter(ready.values()))
-    sample = functools.cache(lambda: monitor.sample(first.config, first.source))
+    sample = functools.cache(lambda: monitor.sample(first.settings, first.source))
     eval_fns = {
-        name: monitor.knn_of(run.config, run.method.networks["student"].encoder, run.source, sample)
+        name: monitor.knn_of(
+            run.settings, run.method.networks["student"].encoder, run.source, sample
+        )
         for name, run in ready.items()
     }
 

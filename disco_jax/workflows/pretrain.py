@@ -51,14 +51,14 @@ def run(
     started = time.monotonic()
     profile_steps = _parse_profile(profile)
     ready = starting(prepare(config, source), workdir)
-    config, total = ready.config, ready.experiment.total_steps
+    settings, total = ready.settings, ready.experiment.total_steps
     session.warn_if_dark(ready)
     allowed = [field.removeprefix("config.") for field in filter(None, allow_change.split(","))]
     with (
-        claim(workdir, config, allowed, session.images_of(ready)) as path,
+        claim(workdir, ready.experiment.config, allowed, session.images_of(ready)) as path,
         contextlib.closing(Goodput(path, started)) as goodput,
         contextlib.closing(
-            checkpoint.Checkpoints(path, config.checkpoint.keep, config.checkpoint.best_metric)
+            checkpoint.Checkpoints(path, settings.checkpoint.keep, settings.checkpoint.best_metric)
         ) as checkpoints,
     ):
         unreadable.keep(ready.source, path)
@@ -66,20 +66,19 @@ def run(
             checkpoints, session.fresh(ready), path if ANEW in allowed else None
         )
         # The batch size may have changed since the queues were filled.
-        start = state.rotate_oldest_first(start, config.batch_size)
+        start = state.rotate_oldest_first(start, settings.batch_size)
         session.describe(ready, start)
         if int(start.step) < total:
-            _train(config, ready, path, checkpoints, start, position, goodput, profile_steps)
+            _train(ready, path, checkpoints, start, position, goodput, profile_steps)
         elif jax.process_index() == 0:
             print(f"{path} is finished: {int(start.step)} of {total} steps are done.")
-    build.refresh(config.log.report, workdir)
+    build.refresh(settings.log.report, workdir)
     if ready.source.unreadable:
         _LOG.warning("%d images were skipped as unreadable.", len(ready.source.unreadable))
     return {"step": total, "workdir": str(path), "seconds": time.monotonic() - started}
 
 
 def _train(
-    config: ConfigDict,
     ready: Prepared,
     path: epath.Path,
     checkpoints: checkpoint.Checkpoints,
@@ -89,13 +88,14 @@ def _train(
     profile_steps: tuple[int, ...],
 ) -> None:
     """Runs the training loop from `begin` to the last step."""
+    settings = ready.settings
     with (
         contextlib.closing(
-            Logger(path, tensorboard=session.tensorboard(config, path), step=int(begin.step))
+            Logger(path, tensorboard=session.tensorboard(settings, path), step=int(begin.step))
         ) as logger,
         session.batches_of(ready, position) as batches,
     ):
-        sheet.show(config, ready.source, path, logger, int(begin.step))
+        sheet.show(settings, ready.source, path, logger, int(begin.step))
         loop.run(
             step.parallel(ready.built.train_step),
             state.replicate(begin),
@@ -104,9 +104,9 @@ def _train(
             session.schedule(ready, int(begin.step), path, profile_steps),
             logger,
             checkpoints,
-            health.Watch(config.health.min_std, config.health.patience, config.health.stop),
+            health.Watch(settings.health),
             goodput,
-            monitor.knn_of(config, ready.method.networks["student"].encoder, ready.source),
+            monitor.knn_of(settings, ready.method.networks["student"].encoder, ready.source),
         )
     _LOG.info("Compiling took %.1f s over all starts.", goodput.compile_s)
 

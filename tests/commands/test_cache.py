@@ -18,6 +18,7 @@ from disco_jax.errors import UserError
 from disco_jax.plan import budget
 from disco_jax.run import hosts, lease
 from disco_jax.train import session, step, teacher
+from disco_jax.train.experiment import assemble
 from disco_jax.train.prepare import prepare
 from disco_jax.train.state import replicate
 from disco_jax.workflows import joint_runs, pretrain
@@ -76,7 +77,7 @@ def test_embeddings_are_those_of_the_teacher_to_bfloat16(cache_folder, source):
     """Compares with the live teacher, on the same number of devices."""
     ready = prepare(config_of(), source)
     live = step.parallel_targets(
-        step.make_targets(ready.method, ready.experiment.views, ready.config.seed, ("embedding",))
+        step.make_targets(ready.method, ready.experiment.views, ready.settings.seed, ("embedding",))
     )
     saved = targets.Targets(str(cache_folder), 0, 1)
     assert len(saved) == 2 * STEPS
@@ -135,7 +136,7 @@ def test_batches_come_again_after_the_last_one(source, cache_folder):
     ready = prepare(config_of(), source)
     crops = dict(enumerate(ready.experiment.views.crops))
     batches = []
-    for batch in replayed.train("train", crops, 256, ready.config.seed, Position.start(), 0):
+    for batch in replayed.train("train", crops, 256, ready.settings.seed, Position.start(), 0):
         batches.append(batch)
         if len(batches) == 4 * STEPS + 2:
             break
@@ -146,7 +147,7 @@ def test_batches_come_again_after_the_last_one(source, cache_folder):
     assert not np.array_equal(batches[STEPS].views[0], batches[0].views[0])
     start = batches[3 * STEPS].position
     assert start.epoch == 3
-    onward = next(replayed.train("train", crops, 256, ready.config.seed, start, 0))
+    onward = next(replayed.train("train", crops, 256, ready.settings.seed, start, 0))
     chex.assert_trees_all_equal(onward.views, batches[3 * STEPS + 1].views)
     assert onward.position == batches[3 * STEPS + 1].position
 
@@ -302,7 +303,7 @@ def test_it_costs_what_moco_costs(cache_folder):
     ):
         config = config_of(recipe, **{**changes, "objectives.contrast.queue_size": 64})
         config.student.hidden = 32
-        built, arguments = budget.program.abstract(config, 1, 1)
+        built, arguments = budget.program.abstract(assemble(config, steps_per_epoch=1), 1)
         costs[name] = budget.flops(built.train_step, arguments)
     assert costs["cached"] < 1.05 * costs["moco"]
     assert costs["live"] > 2 * costs["moco"]

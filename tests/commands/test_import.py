@@ -60,18 +60,18 @@ def test_the_manifest_says_what_came_from_where(run, file):
 def test_the_directory_is_a_teacher_with_the_files_weights(run, file):
     loaded = []
     for weights in (run, file):
-        spec = helpers.encoder_spec("resnet18", hidden=512, weights=str(weights), network="student")
+        spec = helpers.teacher_spec("resnet18", hidden=512, weights=str(weights))
         loaded.append(teacher.load(spec, models.build_encoder(spec), 32))
     np.testing.assert_array_equal(loaded[0].queue.vectors, loaded[1].queue.vectors)
     for a, b in zip(*(helpers.jax.tree.leaves(x.variables) for x in loaded), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert teacher.describe(str(run))["head"] == "mlp"
+    assert teacher.describe(str(run)).head == "mlp"
 
 
 def test_the_directory_can_be_evaluated(run):
     trained = features.load(run)
-    assert trained.step == 0 and trained.config.student.hidden == 512
-    assert trained.config.name == "moco_v2"
+    assert trained.step == 0 and trained.settings.student.hidden == 512
+    assert trained.settings.name == "moco_v2"
 
 
 def test_swavs_normalisation_goes_into_the_config(tmp_path):
@@ -84,14 +84,11 @@ def test_swavs_normalisation_goes_into_the_config(tmp_path):
     assert config.augment.std == [0.228, 0.224, 0.225]
     assert not config.objectives.contrast.weight  # the file holds no queue
     weights = str(tmp_path / "swav")
-    spec = helpers.encoder_spec(
-        "resnet50", head="auto", weights=weights, network="student", mean=(), std=()
-    )
-    teacher.fill(spec)
-    assert (spec.head, tuple(spec.prototypes)) == ("swav", (3000,))
-    assert tuple(spec.std) == (0.228, 0.224, 0.225)
+    spec = teacher.fill(helpers.teacher_spec("resnet50", head="auto", weights=weights))
+    assert (spec.head, spec.prototypes) == ("swav", (3000,))
+    assert spec.std == (0.228, 0.224, 0.225)
     assert teacher.load(spec, models.build_encoder(spec), 32).queue is None
-    assert teacher.normalisation(str(path)) == (tuple(spec.mean), tuple(spec.std))
+    assert teacher.normalisation(str(path)) == (spec.mean, spec.std)
 
 
 def test_counts_are_printed_as_the_papers_count(imported):

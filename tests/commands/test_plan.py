@@ -93,9 +93,9 @@ def test_the_largest_batch_is_found(tiny, monkeypatch):
 def limited(compile_step, most):
     """Wraps `compile_step` such that steps of more than `most` images per chip do not fit."""
 
-    def compile_limited(config, slice_, steps):
-        compiled = compile_step(config, slice_, steps)
-        small = config.batch_size // len(slice_.devices) <= most
+    def compile_limited(experiment, slice_):
+        compiled = compile_step(experiment, slice_)
+        small = experiment.settings.batch_size // len(slice_.devices) <= most
         return compiled if small else plan.program.Program(compiled.parts, compiled.limit)
 
     return compile_limited

@@ -1,5 +1,6 @@
 """Tests of probes, few labels, transfer and fine-tuning, from config to result files."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -14,7 +15,7 @@ from disco_jax.convert import pickles
 from disco_jax.data.arrays import ArraySource
 from disco_jax.data.subset import SubsetSource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, online, saved, subsets, target
+from disco_jax.evaluate import features, online, probe_settings, saved, subsets, target
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,10 +113,10 @@ def test_devices_do_not_change_what_is_learned(run, recipe):
     trained = features.load(run)
     # Small rates, at which rounding errors do not grow from step to step.
     config = quick(recipe, **{"learning_rate.base_lr": 0.05, "head_rate": 2.0})
-    outputs = []
+    settings, outputs = helpers.probe_settings(config), []
     for devices in (1, 4):
         with helpers.devices(devices):
-            network, layer = online.train(config, trained, ArraySource(splits()), None)
+            network, layer = online.train(settings, trained, ArraySource(splits()), None)
             test = features.of_split(network, ArraySource(splits()), "test", 24)
             outputs.append((layer.scores(test.features), test.labels))
     np.testing.assert_array_equal(outputs[0][1], few()["test_labels"])
@@ -179,7 +180,7 @@ def test_all_layers_with_the_heads_hidden_layer_then_a_student_of_them(run, tmp_
     test = features.of_split(fine.trained, ArraySource(splits()), "test", 32, ("hidden",))
     correct = fine.classifier.scores(test.hidden).argmax(1) == test.labels
     assert 100 * correct.mean() == pytest.approx(result["top1"])
-    assert trained.config.student.backbone == "tiny"
+    assert trained.settings.student.backbone == "tiny"
 
     other = helpers.network_run(tmp_path / "student", data_file, seed=5)
     config = quick("finetune:protocol=kd", **{"distill.teacher": f"{run}/{name}"})
@@ -207,7 +208,8 @@ def test_a_vit_is_imported_and_probed_by_its_class_tokens(tmp_path, data_file):
     with np.load(run / "linear_dino.npz") as arrays:
         assert arrays["kernel"].shape == (4 * 192, 10)
         kernel, bias = arrays["kernel"], arrays["bias"]
-    trained, source = target.opened(target.with_eval_data(features.load(str(run)), config.data))
+    data = probe_settings.eval_data(config.data)
+    trained, source = target.opened(target.with_eval_data(features.load(str(run)), data))
     rows = {
         blocks: features.of_split(trained, source, "test", 64, ("features",), blocks)
         for blocks in (1, 4)
@@ -281,14 +283,19 @@ def test_data_that_will_not_do(run):
     empty.count = lambda split: 0
     with pytest.raises(UserError, match="is empty"):
         linear.run(quick("linear", name="wrong"), run, empty)
-    headless = features.load(run)
-    headless.config.student.head = "none"
     with pytest.raises(UserError, match="without a head"):
-        features.check_outputs(headless, ("embedding",))
-    headless.config.student.update(head="mlp", hidden=0)
+        features.check_outputs(with_student(run, head="none"), ("embedding",))
     with pytest.raises(UserError, match="no hidden layer"):
-        features.check_outputs(headless, ("hidden",))
+        features.check_outputs(with_student(run, head="mlp", hidden=0), ("hidden",))
     assert not pathlib.Path(run, "wrong").exists()
+
+
+def with_student(run, **changes):
+    """Returns the network of a run whose settings state another head."""
+    loaded = features.load(run)
+    student = dataclasses.replace(loaded.settings.student, **changes)
+    settings = dataclasses.replace(loaded.settings, student=student)
+    return dataclasses.replace(loaded, settings=settings)
 
 
 def test_a_teacher_of_other_classes_is_refused(run, tmp_path, data_file):

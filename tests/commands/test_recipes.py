@@ -73,7 +73,7 @@ def test_networks_objectives_and_optimizer_are_built(recipe, data):
     experiment = experiments.assemble(config, steps_per_epoch=steps_per_epoch)
     experiments.check_views(experiment)
     experiment.build_step()
-    assert methods.memory_bytes(experiment.method, experiment.config) < 2**31
+    assert methods.memory_bytes(experiment.method, experiment.settings.method) < 2**31
 
 
 @pytest.mark.parametrize("recipe", helpers.PRETRAINING)
@@ -99,5 +99,5 @@ def test_a_plan_tells_the_forward_passes():
     """Checks RETRO's six and DisCo's five passes: two views of student and teacher, the keys."""
     counts = {"retro": "6", "disco": "5", "seed": "2", "moco_v2": "2"}
     for recipe, count in counts.items():
-        passes = plan.describe_passes(methods.plan(flags.load(recipe)))
+        passes = plan.describe_passes(methods.plan(experiments.parse(flags.load(recipe)).method))
         assert passes.startswith(f"{count} forward passes")

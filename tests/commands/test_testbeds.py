@@ -54,7 +54,7 @@ def test_a_swav_run_teaches_with_its_raw_embedding(runs, source, tmp_path, capsy
     """Checks disagreement W1: the teacher's embedding is not normalised unless requested."""
     config = student_of(runs / "swav", "swav_disco")
     ready = pretrain.prepare(config, source)
-    assert ready.config.teacher.head == "swav" and ready.config.teacher.prototypes == (16,)
+    assert ready.settings.teacher.head == "swav" and ready.settings.teacher.prototypes == (16,)
     encoder = ready.method.networks["teacher"].encoder
     trained = features.load(str(runs / "swav"))
     assert_same(ready.teacher.variables, trained.variables)
@@ -101,7 +101,7 @@ def test_a_run_without_an_ema_copy_teaches_with_its_student(runs, source, caplog
 
 def test_a_swav_teacher_serves_the_moco_testbed_too(runs, source):
     ready = pretrain.prepare(student_of(runs / "swav", "disco"), source)
-    assert ready.config.teacher.head == "swav" and ready.teacher.queue is None
+    assert ready.settings.teacher.head == "swav" and ready.teacher.queue is None
 
 
 @pytest.mark.parametrize(

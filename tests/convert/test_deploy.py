@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import helpers
 from disco_jax import errors, files, models
@@ -46,7 +45,7 @@ def network(encoder, size):
 
 def resnet(**fields):
     """Returns a narrow ResNet for images of 16 px."""
-    spec = ConfigDict({**SPEC, "backbone": "resnet8", **fields})
+    spec = models.NetworkSpec(**{**SPEC, "backbone": "resnet8", **fields})
     return network(models.build_encoder(spec), 16)
 
 

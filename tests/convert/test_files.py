@@ -137,7 +137,7 @@ def test_weights_in_several_files_are_read_by_their_index(sharded, tmp_path, cap
 
 def test_a_folder_of_several_files_is_a_teacher_and_can_be_deployed(sharded):
     """Ignores the folder's config.json, which is not a run's."""
-    assert teacher.describe(str(sharded))["hidden"] == 24
+    assert teacher.describe(str(sharded)).hidden == 24
     opened = open_model.open_model(str(sharded))
     np.testing.assert_array_equal(
         opened.variables["params"]["head"]["out"]["bias"], STATE["fc.2.bias"]

@@ -31,13 +31,7 @@ def file(state, tmp_path_factory):
 
 def spec(file, **changes):
     fields = dict(backbone="resnet18", weights=str(file), head="auto")
-    return helpers.encoder_spec(**{**fields, **changes})
-
-
-def resolved(spec):
-    spec.update(mean=(), std=())
-    teacher.fill(spec)
-    return spec
+    return helpers.teacher_spec(**{**fields, **changes})
 
 
 def test_a_file_gives_an_encoder_and_its_variables(file, state):
@@ -54,7 +48,7 @@ def test_a_file_gives_an_encoder_and_its_variables(file, state):
 
 
 def test_a_file_is_a_teacher_with_its_queue(file, state):
-    config = resolved(spec(file))
+    config = teacher.fill(spec(file))
     assert (config.head, config.hidden, config.dim) == ("mlp", 512, 128)
     loaded = teacher.load(config, models.build_encoder(config), 32)
     np.testing.assert_array_equal(loaded.queue.vectors, state["module.queue"].T)
@@ -63,7 +57,7 @@ def test_a_file_is_a_teacher_with_its_queue(file, state):
 
 def test_a_teacher_described_otherwise_is_refused(file):
     with pytest.raises(UserError, match=r"contains a 'resnet18'\. Set --config"):
-        resolved(spec(file, backbone="resnet34"))
+        teacher.fill(spec(file, backbone="resnet34"))
     for changes, message in (
         (dict(hidden=2048), "config.teacher.hidden=2048, but the weights have 512"),
         (dict(dim=64), "config.teacher.dim=64, but the weights have 128"),

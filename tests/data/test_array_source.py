@@ -74,10 +74,10 @@ def test_everything_but_tensorflow_reads_the_digits(tmp_path):
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import jax, numpy as np
-from ml_collections import ConfigDict
 from disco_jax.data import pipeline, presets, views
 from disco_jax.data.contract import Position
-data = ConfigDict(dict(source="npz", dir="digits.npz", subset="", max_unreadable=0))
+from disco_jax.data.data_settings import DataSettings
+data = DataSettings(source="npz", dir="digits.npz")
 source = pipeline.open_source(data)
 recipe = views.build({**presets.PRESETS["moco_v2"], "size": 12})
 batches = source.train("train", dict(enumerate(recipe.crops)), 479, 0, Position.start(), 0)

@@ -277,12 +277,11 @@ def test_tensorflow_is_not_needed(tmp_path):
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None
 import types, numpy as np
-from ml_collections import ConfigDict
 from disco_jax.data import pipeline
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.contract import Position
 np.savez("ours.npz", train_images=np.zeros((8, 6, 6), np.uint8))
-source = pipeline.open_source(ConfigDict(dict(
-    source="npz", dir="ours.npz", name="", subset="", max_unreadable=0)))
+source = pipeline.open_source(DataSettings(source="npz", dir="ours.npz"))
 crop = types.SimpleNamespace(
     size=4, scale=(0.2, 1.0), ratio=(0.75, 1.33), interpolation="bilinear", antialias="exact")
 print(next(source.train("train", {0: crop}, 4, 0, Position.start(), 0)).position)

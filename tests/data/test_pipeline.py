@@ -1,15 +1,16 @@
 """Sources by name, the device layout, and the prefetching thread."""
 
+import dataclasses
 import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from disco_jax.data import decode, pipeline
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.pipeline import Prefetcher
 from disco_jax.errors import UserError
 
@@ -25,7 +26,7 @@ def data(**changes):
         shuffle_buffer=16,
         max_unreadable=0,
     )
-    return ConfigDict({**fields, **changes})
+    return DataSettings(**{**fields, "max_unreadable_percent": 0.0, **changes})
 
 
 def test_sources_are_opened_by_name(tmp_path):
@@ -44,13 +45,13 @@ def test_settings_of_the_data_reach_the_source(tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("a.png,3\n")
     config = data(source="folder", dir=str(tmp_path), range="0,4095", max_pixels=2)
-    config.update(splits="train=one,test=two", labels=str(labels))
+    config = dataclasses.replace(config, splits="train=one,test=two", labels=str(labels))
     source = pipeline.open_source(config)
     ((_, file, label),) = source.iter_images("train")
     assert label == 3 and decode.decode(file)[0, :, 0].tolist() == [0, 255]
     (batch,) = source.evaluate("test", 2, 0, "bilinear", 1)
     assert batch["image"].max() == 255
-    config.max_pixels = 1
+    config = dataclasses.replace(config, max_pixels=1)
     with pytest.raises(decode.Unreadable, match="max_pixels=1"):
         decode.decode(next(iter(pipeline.open_source(config).iter_images("train")))[1])
     for changes in (dict(range="image"), dict(splits="train=."), dict(labels="a.txt")):
@@ -60,7 +61,7 @@ def test_settings_of_the_data_reach_the_source(tmp_path):
     for percent in (-1.0, 101.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"max_unreadable_percent=.*0\.\.100"):
             pipeline.open_source(data(dir="a.npz", max_unreadable_percent=percent))
-    config.range = "some"
+    config = dataclasses.replace(config, range="some")
     with pytest.raises(UserError, match=r"config\.data\.range='some'"):
         pipeline.open_source(config)
 

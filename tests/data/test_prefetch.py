@@ -5,9 +5,9 @@ import threading
 import time
 
 import pytest
-from ml_collections import ConfigDict
 
 from disco_jax.data import pipeline
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.data.pipeline import Prefetcher
 from disco_jax.errors import UserError
 
@@ -74,6 +74,6 @@ def test_transform_runs_in_the_thread():
 
 @pytest.mark.parametrize("source", ["folder", "npz"])
 def test_a_source_without_a_place_is_refused(source):
-    data = ConfigDict(dict(source=source, dir="", name="", max_unreadable=0))
+    data = DataSettings(source=source)
     with pytest.raises(UserError, match=r"config\.data\.dir"):
         pipeline.open_source(data)

@@ -13,12 +13,13 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features
 from disco_jax.models.encoder import Encoder
 from disco_jax.models.heads import ProjectionHead
+from disco_jax.train.experiment import parse
 
 
 @pytest.fixture(scope="module")
 def trained():
     with helpers.tiny_backbone():
-        return features.untrained(helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"}))
+        return features.untrained(helpers.smoke_settings("moco_v2", **{"student.backbone": "tiny"}))
 
 
 def test_padding_and_batches_change_nothing(trained):
@@ -47,7 +48,7 @@ def test_settings_for_each_view_do_not_stand_in_the_way():
     config.augment = helpers.ConfigDict({**PRESETS["dino"], **per_view, "size": 16})
     source = ArraySource(helpers.digits_splits())
     with helpers.tiny_backbone():
-        encoded = features.of_split(features.untrained(config), source, "test", 64)
+        encoded = features.of_split(features.untrained(parse(config)), source, "test", 64)
     assert encoded.features.shape[0] == 360
 
 

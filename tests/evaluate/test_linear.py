@@ -35,7 +35,9 @@ def config(rate=0.05, epochs=30):
 
 
 def fit(config, train, **options):
-    return linear.train(config, train.features, train.labels, 5, **options)[0]
+    return linear.train(helpers.probe_settings(config), train.features, train.labels, 5, **options)[
+        0
+    ]
 
 
 def accuracy(config, train, test):
@@ -71,6 +73,11 @@ def test_too_few_images_for_the_devices():
         fit(config(), blobs(3, 1))
 
 
+def search(config, train):
+    """Returns the results of `grid.train`."""
+    return grid.train(helpers.probe_settings(config), train.features, train.labels, 5)
+
+
 def grid_config(**changes):
     recipe = flags.load("linear:protocol=grid")
     recipe.grid.update(rates=(1e-5, 0.05, 1e6), weight_decays=(0.0, 1e-3))
@@ -80,7 +87,7 @@ def grid_config(**changes):
 
 def test_a_grid_finds_a_rate_that_works_and_survives_those_that_do_not():
     train, test = blobs(1500, 1), blobs(1500, 2)
-    layer, result = grid.train(grid_config(total_epochs=30), train.features, train.labels, 5)
+    layer, result = search(grid_config(total_epochs=30), train)
     assert result["rate"] == 0.05 and len(result["grid"]) == 6
     assert result["held_out_top1"] == max(row["held_out_top1"] for row in result["grid"])
     reference = LogisticRegression(max_iter=500).fit(train.features, train.labels)
@@ -94,7 +101,8 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
     train = blobs(300, 1)
     probe_config = grid_config(total_epochs=3)
     pairs = [(0.02, 0.0), (0.05, 1e-2)]
-    heads = grid.side_by_side(probe_config, train.features, train.labels, 5, pairs, {})
+    settings = helpers.probe_settings(probe_config)
+    heads = grid.side_by_side(settings, train.features, train.labels, 5, pairs, {})
     for (rate, decay), (kernel, bias) in zip(pairs, heads, strict=True):
         probe_config.learning_rate.base_lr, probe_config.optimizer.weight_decay = rate, decay
         expected = fit(probe_config, train)
@@ -105,8 +113,8 @@ def test_every_layer_of_a_grid_is_the_one_trained_alone():
 def test_a_grid_chooses_by_training_images_alone():
     train = blobs(300, 1)
     strange = Features(train.features, train.embedding, (train.labels + 1) % 5)
-    _, one = grid.train(grid_config(), train.features, train.labels, 5)
-    _, two = probe.linear_probe(grid_config(), train, strange)
+    _, one = search(grid_config(), train)
+    _, two = probe.linear_probe(helpers.probe_settings(grid_config()), train, strange)
     assert two["grid"] == one["grid"] and two["top1"] < 50
 
 
@@ -114,7 +122,7 @@ def test_a_cross_validation_holds_every_image_out_once():
     """SEED searches its transfer's rate by 10-fold cross-validation on the training images."""
     train = blobs(300, 1)
     cross = grid_config(total_epochs=5, **{"grid.folds": 3, "grid.weight_decays": (0.0,)})
-    layer, result = grid.train(cross, train.features, train.labels, 5)
+    layer, result = search(cross, train)
     parts, top1s = subsets.folds(train.labels, 3, cross.seed), []
     for part in range(3):
         alone = grid_config(total_epochs=5)
@@ -133,11 +141,11 @@ def test_what_is_held_out_weighs_nothing_in_a_batch():
     rng = np.random.default_rng(0)
     rows, labels = rng.normal(size=(8, 3)).astype("f"), np.arange(8, dtype=np.int32) % 4
     learned = np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)
-    probe_config = grid_config()
+    settings = helpers.probe_settings(grid_config())
     pairs = [(0.5, 0.0), (0.1, 1e-3)]
-    probe_plan = linear.plan(probe_config, 64)
+    probe_plan = linear.plan(settings, 64)
     step, state = grid._parallel_step(
-        probe_config, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
+        settings, probe_plan, pairs, (3, 4), lambda _, __, batch: batch["features"]
     )
     batch = {"features": rows, "labels": labels, "learned": learned}
     remaining = {name: x[learned > 0] for name, x in batch.items() if name != "learned"}

@@ -1,15 +1,17 @@
 """Few labels on ImageNet: the papers' lists by file name, or a draw that is said to be one."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+import helpers
 from disco_jax import flags
 from disco_jax.data import lists, pipeline
 from disco_jax.data.arrays import ArraySource
+from disco_jax.data.data_settings import DataSettings
 from disco_jax.errors import UserError
 from disco_jax.evaluate import target
 
@@ -24,12 +26,12 @@ def stand_in(percent):
 
 
 def settings(percent, file="", **changes):
-    """Returns `config.labelled` and `config.data` of `semi` on a run of ImageNet."""
+    """Returns the images of a run of ImageNet and `config.labelled` of `semi`."""
     argument = f",list={file}" if file else ""
     config = flags.load(f"semi:percent={percent}{argument}")
     config.update_from_flattened_dict(changes)
-    fields = dict(train_split="train", name="imagenet2012", subset=config.data.subset)
-    return ConfigDict(fields), config.labelled
+    labelled = helpers.probe_settings(config).labelled
+    return DataSettings(name="imagenet2012", subset=config.data.subset), labelled
 
 
 @pytest.mark.parametrize("percent, count", [(1, 12_811), (10, 128_116)])
@@ -46,7 +48,7 @@ def test_the_papers_lists_are_read_whole(percent, count, tmp_path):
     names.pop()  # DisCo's script drops the first line
     with pytest.raises(UserError, match=rf"has {count - 1} images, .* {count}: .*listed=0"):
         target.few_labels(source, data, labelled)
-    labelled.listed = 0
+    labelled = dataclasses.replace(labelled, listed=0)
     assert target.few_labels(source, data, labelled)[1]["images"] == count - 1
 
 
@@ -58,8 +60,7 @@ def test_a_list_selects_files_of_a_folder_by_name(tmp_path):
         Image.new("RGB", (4, 4)).save(place / name)
     file = tmp_path / "few.txt"
     file.write_text("\n".join(names[::3]) + "\n")
-    data = flags.load("disco").data
-    data.update(source="folder", dir=str(tmp_path / "images"), subset=str(file))
+    data = DataSettings(source="folder", dir=str(tmp_path / "images"), subset=str(file))
     source = pipeline.open_source(data)
     assert [name.rpartition("/")[2] for name, *_ in source.iter_images("train")] == names[::3]
     file.write_text("\n".join([*names[::3], "n99999999_1.JPEG", "n99999999_2.JPEG"]))
@@ -73,10 +74,11 @@ def test_a_list_and_a_draw_contradict_each_other(tmp_path):
     with pytest.raises(UserError, match=r"subset='1percent.txt' has .*labelled\.percent=0"):
         target.few_labels(source, data, labelled)
     data, labelled = settings(1)
-    data.name = "imagenet2012_subset/1pct"  # TFDS's data set of the same images
+    # TFDS's data set of the same images.
+    data = dataclasses.replace(data, name="imagenet2012_subset/1pct")
     with pytest.raises(UserError, match=r"imagenet2012_subset/1pct has .*labelled\.percent=0"):
         target.few_labels(source, data, labelled)
-    labelled.percent = 0.0
+    labelled = dataclasses.replace(labelled, percent=0.0)
     assert target.few_labels(source, data, labelled)[1]["images"] == 12_811
 
 
@@ -89,5 +91,5 @@ def test_a_draw_is_said_to_be_one():
     assert about["selection"] == (
         "5 of each class, drawn with seed 0; the papers' list has 128116 images"
     )
-    data.name = "digits"
+    data = dataclasses.replace(data, name="digits")
     assert target.few_labels(source, data, labelled)[1]["selection"].endswith("seed 0")

@@ -11,6 +11,7 @@ import helpers
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.evaluate import features, knn, monitor, subsets
+from disco_jax.train.experiment import parse
 from disco_jax.train.monitored import check
 from disco_jax.workflows import pretrain
 
@@ -70,30 +71,35 @@ def sorted_noise():
     return ArraySource({"test": (images, np.repeat([0, 1, 2], 30))})
 
 
+def sample(config, source):
+    """Calls `monitor.sample` with typed settings."""
+    return monitor.sample(parse(config), source)
+
+
 def test_the_images_that_are_scored_are_of_all_classes_and_follow_the_seed():
     source, monitored = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     monitored.monitor.images = 24
-    sampled, split = monitor.sample(monitored, source)
+    sampled, split = sample(monitored, source)
     assert split == "test"
     images = [image for _, image, _ in sampled.iter_images("test")]
     assert np.bincount([label for *_, label in sampled.iter_images("test")]).tolist() == [8, 8, 8]
     assert sampled.count("test") == 24
-    again = [image for _, image, _ in monitor.sample(monitored, source)[0].iter_images("test")]
+    again = [image for _, image, _ in sample(monitored, source)[0].iter_images("test")]
     np.testing.assert_array_equal(images, again)
     monitored.seed += 1
-    other = [image for _, image, _ in monitor.sample(monitored, source)[0].iter_images("test")]
+    other = [image for _, image, _ in sample(monitored, source)[0].iter_images("test")]
     assert (np.array(images) != np.array(other)).any()
     monitored.monitor.images = 90
-    assert monitor.sample(monitored, source)[0] is source  # the whole split needs no sampling
+    assert sample(monitored, source)[0] is source  # the whole split needs no sampling
 
 
 def test_noise_is_not_classified():
     """The first 24 stored images belong to one class, for which kNN is always correct."""
     source, monitored = sorted_noise(), config(**{"monitor.knn_every_steps": 1})
     monitored.monitor.images = 24
-    encoder = features.untrained(monitored).encoder
+    encoder = features.untrained(parse(monitored)).encoder
     state = types.SimpleNamespace(student=encoder.create(0, 16))
-    metrics = monitor.knn_of(monitored, encoder, source)(1, state)
+    metrics = monitor.knn_of(parse(monitored), encoder, source)(1, state)
     assert metrics["knn/top1"] < 80
 
 
@@ -103,7 +109,7 @@ def test_unlabelled_images_are_refused_before_any_is_drawn():
     monitored = config(**{"monitor.knn_every_steps": 1})
     monitored.monitor.images = 24
     with pytest.raises(UserError, match="images without a label"):
-        monitor.sample(monitored, source)
+        sample(monitored, source)
 
 
 @pytest.mark.parametrize(
@@ -121,5 +127,5 @@ def test_what_cannot_be_watched_is_told_at_the_start(changes, labelled, message)
     with pytest.raises(UserError, match=message):
         with_monitor = config(**{"monitor.knn_every_steps": 1})
         with_monitor.update_from_flattened_dict(changes)
-        check(with_monitor, source)
-    check(config(), source)  # monitoring is off, so nothing is checked
+        check(parse(with_monitor), source)
+    check(parse(config()), source)  # monitoring is off, so nothing is checked

@@ -17,11 +17,12 @@ class BrokenOff(Exception):
 def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
     splits = {s: (x[:64], y[:64]) for s, (x, y) in helpers.digits_splits().items()}
     # The network has BatchNorm, whose statistics are part of the state.
-    tiny = helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"})
+    tiny = helpers.smoke_settings("moco_v2", **{"student.backbone": "tiny"})
     with helpers.tiny_backbone():
         trained = features.untrained(tiny)
     config = flags.load("finetune")
     config.update(total_epochs=3, batch_size=32)
+    settings = helpers.probe_settings(config)
 
     def broken_off(step, network, layer):
         if step == 5:  # the last checkpoint is of step 4
@@ -30,7 +31,7 @@ def test_a_fine_tuning_goes_on_bit_for_bit(tmp_path):
 
     def train(folder, **options):
         source = ArraySource(splits)
-        return online.train(config, trained, source, str(tmp_path / folder), **options)
+        return online.train(settings, trained, source, str(tmp_path / folder), **options)
 
     with helpers.programs_kept(tmp_path / "programs"):
         whole, layer = train("whole")

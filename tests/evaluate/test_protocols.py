@@ -12,6 +12,7 @@ from disco_jax.configs.sslight_dino import VIEWS
 from disco_jax.errors import UserError
 from disco_jax.evaluate import protocols
 from disco_jax.evaluate.features import TrainedModel
+from disco_jax.train.experiment import parse
 
 
 @pytest.fixture
@@ -60,7 +61,9 @@ def test_the_default_on_imagenet_is_the_probe_of_the_runs_paper(run, recipe, pro
     assert {name: values[name] for name in expected} == expected
     assert config.protocol == f"linear:{protocol}" and config.name == f"linear_{protocol}"
     assert config.student == flags.load(recipe).student.backbone and config.augment == "linear"
-    reference = probes.protocol_for(flags.load(recipe))  # sweeps load the same config
+    settings = parse(flags.load(recipe))
+    self_distills = bool(settings.objectives["self_distill"]["weight"])
+    reference = probes.protocol_for(settings.name, settings.student.backbone, self_distills)
     assert flags.load(reference).to_dict() == config.to_dict()
 
 
@@ -102,7 +105,7 @@ def trained(recipe):
     """Returns a network of a run without weights."""
     config = flags.load(recipe)
     encoder = types.SimpleNamespace(backbone=models.backbone(config.student.backbone).backbone)
-    return TrainedModel(encoder, {}, config, 0)
+    return TrainedModel(encoder, {}, parse(config), 0)
 
 
 def test_a_config_without_a_student_takes_the_rate_of_the_runs_family():

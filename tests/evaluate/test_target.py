@@ -10,24 +10,24 @@ import helpers
 from disco_jax import flags
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
-from disco_jax.evaluate import features, target
+from disco_jax.evaluate import features, probe_settings, target
 
 
 @pytest.fixture(scope="module")
 def trained():
     with helpers.tiny_backbone():
-        return features.untrained(helpers.smoke_config("moco_v2", **{"student.backbone": "tiny"}))
+        return features.untrained(helpers.smoke_settings("moco_v2", **{"student.backbone": "tiny"}))
 
 
 def data(**changes):
     data_config = flags.load("linear").data
     data_config.update(changes)
-    return data_config
+    return probe_settings.eval_data(data_config)
 
 
 def test_nothing_asked_is_the_runs_own(trained):
-    own = target.with_eval_data(trained, data()).config
-    assert own == trained.config and own is not trained.config
+    own = target.with_eval_data(trained, data()).settings
+    assert own == trained.settings
 
 
 def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
@@ -40,9 +40,10 @@ def test_a_folder_of_pictures_is_read_at_its_own_size(trained, tmp_path):
     retargeted = target.with_eval_data(
         trained, data(dir=str(tmp_path), size=24, interpolation="bicubic")
     )
-    assert retargeted.config.data.source == "folder" and retargeted.config.data.eval_resize == 24
+    resolved = retargeted.settings.data
+    assert resolved.source == "folder" and resolved.eval_resize == 24
     retargeted, source = target.opened(retargeted)
-    assert retargeted.config.data.eval_split == "validation" and source.num_classes == 2
+    assert retargeted.settings.data.eval_split == "validation" and source.num_classes == 2
     encoded = features.of_split(retargeted, source, "validation", 4, ("features",))
     assert encoded.labels.tolist() == [0, 0, 0, 1, 1, 1] and encoded.embedding.shape == (6, 0)
     target.check_labels(source, "train", "validation", thorough=True)
@@ -69,10 +70,13 @@ def test_a_list_of_file_names_says_which_images_are_labelled(trained, tmp_path):
 
 
 def test_answers_about_the_runs_data_are_not_those_about_others(trained):
-    trained = dataclasses.replace(trained, config=trained.config.copy_and_resolve_references())
-    trained.config.data.update(splits="train=a", labels="a.txt", range="image")
+    stored = dataclasses.replace(
+        trained.settings.data, splits="train=a", labels="a.txt", range="image"
+    )
+    settings = dataclasses.replace(trained.settings, data=stored)
+    trained = dataclasses.replace(trained, settings=settings)
     own, other, overridden = (
-        target.with_eval_data(trained, data(**changes)).config.data
+        target.with_eval_data(trained, data(**changes)).settings.data
         for changes in (
             {},
             {"dir": "photos"},
@@ -90,7 +94,7 @@ def test_answers_about_the_runs_data_are_not_those_about_others(trained):
 def test_the_kind_of_a_source_follows_from_what_is_given(trained, changes, kind):
     resolved = target.with_eval_data(
         trained, data(**changes, subset="list.txt", eval_resize=0)
-    ).config.data
+    ).settings.data
     assert (resolved.source, resolved.train_split, resolved.subset) == (kind, "train", "list.txt")
     assert resolved.eval_resize == 0
 
@@ -116,7 +120,7 @@ def test_the_split_to_test_on_is_told_where_it_is_not_plain(trained):
     ],
 )
 def test_another_data_set_is_resized_as_its_family(trained, name, size, resize):
-    fields = target.with_eval_data(trained, data(name=name, size=size)).config.data
+    fields = target.with_eval_data(trained, data(name=name, size=size)).settings.data
     assert fields.eval_resize == resize
     config = flags.load(f"moco_v2:data={name}")
     if size == config.augment.size:
@@ -127,12 +131,12 @@ def test_tests_may_be_resized_by_another_filter_than_crops(trained):
     """DINO's official code: bilinear crops in training, a bicubic resize in evaluation."""
     probe = flags.load("linear:protocol=dino")
     assert (probe.data.interpolation, probe.data.eval_interpolation) == ("bilinear", "bicubic")
-    changed = target.with_eval_data(trained, probe.data)
-    assert changed.config.augment.interpolation == "bilinear"
-    assert features.eval_interpolation(changed.config) == "bicubic"
+    changed = target.with_eval_data(trained, probe_settings.eval_data(probe.data))
+    assert changed.settings.augment.interpolation == "bilinear"
+    assert features.eval_interpolation(changed.settings) == "bicubic"
     own = target.with_eval_data(changed, data(interpolation="bilinear"))
-    assert features.eval_interpolation(own.config) == "bilinear"
-    assert features.eval_interpolation(trained.config) == trained.config.augment.interpolation
+    assert features.eval_interpolation(own.settings) == "bilinear"
+    assert features.eval_interpolation(trained.settings) == trained.settings.augment.interpolation
 
 
 def test_the_filter_of_evaluations_is_pillows(trained):
@@ -141,8 +145,8 @@ def test_the_filter_of_evaluations_is_pillows(trained):
     source = ArraySource({"test": (list(images), np.arange(3))})
     for name, resample in (("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
         fields = data(interpolation="bilinear", eval_interpolation=name, size=16, eval_resize=20)
-        config = target.with_eval_data(trained, fields).config
-        batches = source.evaluate("test", 16, 20, features.eval_interpolation(config), 3)
+        settings = target.with_eval_data(trained, fields).settings
+        batches = source.evaluate("test", 16, 20, features.eval_interpolation(settings), 3)
         for image, cropped in zip(images, next(iter(batches))["image"], strict=True):
             small = Image.fromarray(image).resize((20, 26), resample)
             np.testing.assert_array_equal(cropped, np.asarray(small)[5:21, 2:18])

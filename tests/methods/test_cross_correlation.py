@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import cross_correlation_loss
@@ -76,7 +75,7 @@ def test_a_negative_redundancy_is_refused():
     config = helpers.smoke_config(
         "barlow_twins", **{"objectives.cross_correlation.redundancy": -1.0}
     )
-    method = methods.build(config, config.views)
+    method = helpers.build_method(config, config.views)
     with pytest.raises(UserError, match=r"redundancy=-1\.0 must be at least 0"):
         method.check(shapes(method, (16,)))
 

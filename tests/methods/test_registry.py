@@ -20,6 +20,7 @@ from disco_jax.methods.similarity import Similarity
 from disco_jax.ops.memory import Queue, QueueSettings
 from disco_jax.ops.queues import QueueAccess
 from disco_jax.run import workdir
+from disco_jax.train.experiment import parse
 
 # The sections as config.json of earlier runs has them: a run continues only if they are equal.
 RECORDED = {
@@ -222,7 +223,7 @@ def test_a_recipe_of_a_users_own_may_name_an_objective_outside_the_package(own_r
         "cls": "own_objectives:Decorrelated", "weight": 0.5, "view": 0, "scale": 3.0,
     }  # fmt: skip
     stored = ConfigDict(json.loads(config.to_json_best_effort()))
-    objective = methods.build(stored, config.views).objectives["mine"]
+    objective = helpers.build_method(stored, config.views).objectives["mine"]
     assert type(objective).__module__ == "own_objectives"
     assert (objective.weight, objective.scale) == (0.5, 3.0)
 
@@ -242,7 +243,7 @@ def test_an_objective_outside_the_package_checks_its_own_settings(own_module):
     config = common.pretrain()
     config.objectives.mine = registry.section(f"{own_module}:Decorrelated", scale=1e6)
     with pytest.raises(UserError, match=r"config\.objectives\.mine\.scale=1000000\.0 is above"):
-        methods.check(config)
+        methods.check(parse(config).method)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
-from disco_jax import flags, methods, models
+from disco_jax import flags, models
 from disco_jax.models import backbones
+from disco_jax.train import experiment
 
 CHOICES = (
     models.Compute(jnp.bfloat16).plain(),
@@ -53,7 +54,7 @@ def test_every_family_is_listed_and_declares_whether_it_is_a_transformer():
 def test_plain_settings_switch_every_optimization_off():
     config = helpers.smoke_config("moco_v2")
     config.fast.update(models.PLAIN)
-    for network in methods.build(config).networks.values():
+    for network in helpers.build_method(config).networks.values():
         assert network.encoder.compute == network.encoder.compute.plain()
         assert network.exchange == "gather"
 
@@ -62,7 +63,7 @@ def test_plain_settings_switch_every_optimization_off():
 def test_auto_becomes_the_choice_of_a_backend_and_other_choices_stay(backend):
     config = flags.load("moco_v2")
     config.fast.shifts = "on"
-    models.resolve_config(config, backend)
+    experiment.resolve_auto(config, backend)
     on_tpus = backend == "tpu"
     assert config.dtype == ("float32" if backend == "cpu" else "bfloat16")
     assert config.fast.exchange == ("all_to_all" if on_tpus else "gather")

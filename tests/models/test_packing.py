@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.models import Compute
 from disco_jax.models.encoder import Encoder, Network, encode
@@ -161,7 +160,7 @@ def test_images_of_another_width_are_not_packed_and_stored_statistics_fold():
 @pytest.mark.parametrize("choice, packs", [("on", True), ("off", False), ("auto", False)])
 def test_columns_are_packed_where_the_config_asks(choice, packs):
     changes = {"student.backbone": "efficientnet_b0", "student.width": 0, "fast.columns": choice}
-    student = methods.build(helpers.smoke_config("moco_v2", **changes)).networks["student"]
+    student = helpers.build_method(helpers.smoke_config("moco_v2", **changes)).networks["student"]
     assert student.encoder.compute.width_packing == packs
     assert (packed_modules(student) > 0) == packs
 
@@ -170,7 +169,7 @@ def test_columns_are_packed_where_the_config_asks(choice, packs):
 def test_statistics_come_from_inputs_where_the_config_asks(choice, used):
     """Only networks without a gradient use them."""
     changes = {"student.backbone": "resnet50", "student.width": 0, "fast.statistics": choice}
-    networks = methods.build(helpers.smoke_config("moco_v2", **changes)).networks
+    networks = helpers.build_method(helpers.smoke_config("moco_v2", **changes)).networks
     assert not networks["student"].encoder.compute.stats_from_input
     assert networks["momentum"].encoder.compute.stats_from_input == used
 
@@ -179,7 +178,7 @@ def test_statistics_come_from_inputs_where_the_config_asks(choice, used):
 def test_a_choice_that_is_none_is_named(setting):
     config = helpers.smoke_config("moco_v2", **{f"fast.{setting}": "yes"})
     with pytest.raises(UserError, match=rf"config\.fast\.{setting}='yes'"):
-        methods.build(config)
+        helpers.build_method(config)
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18"])

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods, models
+from disco_jax import models, typed
 from disco_jax.evaluate import cost, features
 from disco_jax.models.encoder import Encoder
 from disco_jax.models.heads import Identity
 from disco_jax.models.layers.shifts import max_pool, shift_and_add
+from disco_jax.train import experiment
+from disco_jax.train.run_settings import RunSettings
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SHAPES = {  # images, kernel
@@ -186,7 +188,8 @@ def test_networks_compute_the_same(backbone, fields):
     variables = encoder.create(0, 64)
     outputs = {}
     for choice in ("on", "off"):
-        current = encoder.with_compute(encoder.compute.for_inference({"fast": {"shifts": choice}}))
+        fast = models.FastSettings(shifts=choice)
+        current = encoder.with_compute(encoder.compute.for_inference(fast))
         assert current.compute.shift_and_add == (choice == "on")
         apply = functools.partial(current.apply, variables, norm="running")
         outputs[choice] = jax.jit(apply)(images).features, convolutions(apply, images)
@@ -197,11 +200,13 @@ def test_networks_compute_the_same(backbone, fields):
 @pytest.mark.parametrize("choice, shifts", [("on", True), ("off", False), ("auto", True)])
 def test_the_config_chooses_and_a_cpu_takes_them(choice, shifts):
     config = helpers.smoke_config("moco_v2", **{"fast.shifts": choice})
-    for network in methods.build(config).networks.values():
+    for network in helpers.build_method(config).networks.values():
         assert network.encoder.compute.shift_and_add == shifts
-    assert features.untrained(config).encoder.compute.shift_and_add == shifts
+    untrained = features.untrained(experiment.parse(config))
+    assert untrained.encoder.compute.shift_and_add == shifts
     del config.fast["shifts"]  # as in the config of a run of an earlier version
-    assert features.untrained(config).encoder.compute.shift_and_add
+    stored = typed.parse(RunSettings, config, stored=True)
+    assert features.untrained(stored).encoder.compute.shift_and_add
 
 
 def test_multiply_adds_are_those_of_the_plain_network():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
 from disco_jax.models.layers.space_to_depth import space_to_depth_conv
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -56,7 +55,7 @@ def test_the_stem_is_switched_by_the_config_and_keeps_its_parameters(backbone):
     for stem in (True, False):
         changes = {"student.backbone": backbone, "student.width": 0, "student.stem": "imagenet"}
         config = helpers.smoke_config("moco_v2", **changes, **{"fast.stem": stem})
-        encoder = methods.build(config).networks["student"].encoder
+        encoder = helpers.build_method(config).networks["student"].encoder
         assert encoder.compute.fast_stem == stem
         shapes[stem] = jax.eval_shape(lambda encoder=encoder: encoder.create(0, 32))
     assert shapes[True] == shapes[False]

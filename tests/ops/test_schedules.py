@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import helpers
 from disco_jax.ops import schedules
 from disco_jax.train import optimizer
+from disco_jax.train.optimizer import RateSettings
 
 STEPS = 7  # per epoch
 
@@ -17,7 +17,7 @@ def rates(epochs, batch_size=256, **fields):
     spec = dict(
         decay="cosine", every="epoch", milestones=(), factor=0.1, warmup_epochs=0, warmup_from=0.0
     )
-    schedule = optimizer.learning_rate(ConfigDict(spec | fields), batch_size, STEPS, epochs)
+    schedule = optimizer.learning_rate(RateSettings(**spec | fields), batch_size, STEPS, epochs)
     return jax.vmap(schedule)(np.arange(epochs) * STEPS + STEPS - 1)
 
 
@@ -50,7 +50,7 @@ def test_matches_the_official_script(fixture, array, batch_size, fields):
 
 
 def test_per_step_cosine_ends_near_zero_and_starts_at_the_peak():
-    spec = ConfigDict(dict(base_lr=0.5, decay="cosine", every="step", warmup_epochs=0))
+    spec = RateSettings(base_lr=0.5, decay="cosine", every="step")
     schedule = optimizer.learning_rate(spec, 256, STEPS, 10)
     assert schedule(0) == pytest.approx(0.5)
     assert schedule(10 * STEPS) == pytest.approx(0, abs=1e-7)
@@ -60,7 +60,7 @@ def test_per_step_cosine_ends_near_zero_and_starts_at_the_peak():
 def test_unknown_names_are_refused_with_the_nearest():
     from disco_jax.errors import UserError
 
-    spec = ConfigDict(dict(base_lr=0.5, decay="cosin", every="step", warmup_epochs=0))
+    spec = RateSettings(base_lr=0.5, decay="cosin", every="step")
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         optimizer.learning_rate(spec, 256, STEPS, 10)
 
@@ -78,7 +78,7 @@ def test_swavs_rate_step_by_step(array):
         warmup_epochs=params["warmup_epochs"],
         warmup_from=params["start_warmup"],
     )
-    schedule = optimizer.learning_rate(ConfigDict(spec), 256, per_epoch, epochs)
+    schedule = optimizer.learning_rate(RateSettings(**spec), 256, per_epoch, epochs)
     rate = jax.vmap(schedule)(np.arange(per_epoch * epochs))
     np.testing.assert_allclose(rate, ref[array], rtol=1e-5)
 

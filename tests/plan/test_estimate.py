@@ -7,6 +7,7 @@ import pytest
 from disco_jax import flags
 from disco_jax.errors import UserError
 from disco_jax.plan import estimate, hlo, program, topology
+from disco_jax.train import experiment
 
 V5E = topology.CHIPS["v5e"]
 GRADIENTS = {"all-reduce": hlo.Collective(1, 40_000_000)}
@@ -31,7 +32,7 @@ def test_wrong_topologies_are_told_apart(name, message):
 def test_choices_that_ask_where_they_are_are_those_of_tpus():
     """Resolves "auto" to the values on TPUs, though the plan runs on a CPU; keeps other values."""
     config = flags.load("moco_v2")
-    program.as_on_tpus(config)
+    experiment.resolve_auto(config, "tpu")
     assert config.dtype == "bfloat16"
     resolved = {name: config.fast[name] for name in ("exchange", "columns", "statistics", "shifts")}
     assert resolved == {
@@ -39,7 +40,7 @@ def test_choices_that_ask_where_they_are_are_those_of_tpus():
     }  # fmt: skip
     config.update(dtype="float32")
     config.fast.update(columns="off", shifts="on")
-    program.as_on_tpus(config)
+    experiment.resolve_auto(config, "tpu")
     assert (config.dtype, config.fast.columns, config.fast.shifts) == ("float32", "off", "on")
 
 

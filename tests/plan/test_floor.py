@@ -14,7 +14,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.losses import contrast_accuracy, info_nce_beside, soft_cross_entropy
 from disco_jax.ops.queues import QueueAccess, queue_logsumexp
 from disco_jax.plan import hlo, program, topology
-from disco_jax.train import step
+from disco_jax.train import experiment, step
 
 pytestmark = [
     pytest.mark.tpu_compiler,
@@ -161,9 +161,10 @@ def compiled():
         tiny = {"student.backbone": "tiny", "teacher.backbone": "tiny"}
         config = helpers.smoke_config("disco", batch_size=32, **tiny)
         config.dtype = "auto"
-        program.as_on_tpus(config)
+        experiment.resolve_auto(config, "tpu")
         where = topology.open_slice(SLICE)
-        built, arguments = program.abstract(config, len(where.devices), 10)
+        assembled = experiment.assemble(config, steps_per_epoch=10)
+        built, arguments = program.abstract(assembled, len(where.devices))
         lowered = step.parallel(built.train_step, where.devices).lower(*arguments)
         return lowered.compile().as_text(), arguments[0]
 

@@ -24,6 +24,7 @@ from disco_jax.evaluate import saved
 from disco_jax.report import build, page, runs, sheet
 from disco_jax.run.metrics import Logger
 from disco_jax.train import teacher
+from disco_jax.train.experiment import parse
 
 _VOID = ("meta", "img", "br", "link", "input")
 
@@ -177,7 +178,7 @@ def test_the_contact_sheet_shows_the_views_themselves():
     common.augment(config, "weak")
     config.augment.update(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_prob=0.0)
     config.local.update(size=4, scale=(1.0, 1.0), blur_prob=0.0)
-    contact_sheet = sheet.sheet(config, source)
+    contact_sheet = sheet.sheet(parse(config), source)
     tile, step = 64, 64 + sheet.GAP
     assert contact_sheet.shape == (4 * step + sheet.GAP, sheet.IMAGES * step - sheet.GAP, 3)
     for column in range(sheet.IMAGES):
@@ -194,7 +195,7 @@ def test_there_is_no_sheet_of_unreadable_images(tmp_path):
     folder.mkdir()
     (folder / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match="No image of the split 'train' can be read"):
-        sheet.sheet(helpers.smoke_config("moco_v2"), FolderSource(tmp_path))
+        sheet.sheet(helpers.smoke_settings("moco_v2"), FolderSource(tmp_path))
 
 
 def read_events(file):

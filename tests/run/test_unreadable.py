@@ -15,6 +15,7 @@ from disco_jax.data.folders import FolderSource
 from disco_jax.data.skips import UnreadableNames
 from disco_jax.errors import UserError
 from disco_jax.run import unreadable
+from disco_jax.train.experiment import parse
 from disco_jax.workflows import pretrain
 from helpers import crop
 
@@ -98,8 +99,9 @@ def test_a_run_tells_of_its_data_and_keeps_what_it_cannot_read(tmp_path, caplog)
     changes = {"student.backbone": "tiny", "batch_size": 8, "total_steps": 4}
     config = helpers.smoke_config("moco_v2", **changes)
     config.data.update(source="folder", dir=str(photos), name="photos")
-    source = pipeline.open_source(config.data)
-    assert pipeline.unreadable_limit(config.data, source, "train") == 10
+    data = parse(config).data
+    source = pipeline.open_source(data)
+    assert pipeline.unreadable_limit(data, source, "train") == 10
     with helpers.tiny_backbone(), caplog.at_level(logging.INFO):
         pretrain.run(config, str(tmp_path / "run"))
     messages = [m for m in caplog.messages if m.startswith(("photos: ", "The images of photos"))]

@@ -1,5 +1,6 @@
 """Configs and command lines with the field names of earlier versions."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -8,10 +9,12 @@ import zipfile
 import pytest
 from ml_collections import ConfigDict
 
+import helpers
 from disco_jax import errors, flags
 from disco_jax.configs import common
 from disco_jax.nested import flatten
 from disco_jax.run import upgrades, workdir
+from disco_jax.train import stored_settings
 
 OLD = pathlib.Path(__file__).parents[1] / "upgrades" / "run_0.1.0.zip"
 # Fields of an earlier config -> the fields of this version.
@@ -76,6 +79,20 @@ def test_a_run_of_the_first_version_has_todays_fields(tmp_path, caplog):
             if "learning_rate" in line or "optimizer" in line
         ]
     assert "config.optimizer.fixed is now config.optimizer.frozen" in caplog.text
+    settings = stored_settings.read(tmp_path)
+    assert settings.learning_rate.base_lr == config.learning_rate.base_lr
+    assert settings.student.start == "backbone" and settings.student.layers == 0
+
+
+@pytest.mark.parametrize("recipe", ["linear:protocol=moco", "linear:protocol=sslight", "finetune"])
+def test_a_training_with_labels_of_an_earlier_version_can_resume(recipe):
+    """Its config.json has only the fields of the optimizer that the recipe sets."""
+    config = flags.load(recipe)
+    settings = dataclasses.asdict(helpers.probe_settings(config))
+    old, new = (workdir.record({"evaluation": x}) for x in (config.to_dict(), settings))
+    assert workdir.differences(old, new) == []
+    settings["optimizer"]["trust"] = 0.5
+    assert workdir.differences(old, workdir.record({"evaluation": settings}))
 
 
 def parse(*words):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import helpers
 from disco_jax.methods.base import Method, Views
@@ -23,6 +22,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.train import optimizer
 from disco_jax.train.learner import Learner
+from disco_jax.train.optimizer import OptimizerSettings
 from disco_jax.train.state import TrainState
 from disco_jax.train.step import make_train_step
 
@@ -43,7 +43,7 @@ def build(meta, ref, objectives, hidden, teacher_hidden):
     else:
         rate = schedules.constant(settings["lr"])
     spec = dict(name="sgd", momentum=0.9, weight_decay=settings["weight_decay"])
-    tx = optimizer.build(ConfigDict(spec), rate)
+    tx = optimizer.build(OptimizerSettings(**spec), rate)
     learner = Learner(
         method, tx, learning_rate=rate, ema_rate=schedules.constant(settings["ema_momentum"])
     )
@@ -196,7 +196,7 @@ def test_swavs_states_follow_the_official_train_function(replicas):
         frozen_steps=settings["freeze_prototypes_niters"],
         unit_norm=("prototypes/kernel*",),
     )
-    tx = optimizer.build(ConfigDict(spec), rate)
+    tx = optimizer.build(OptimizerSettings(**spec), rate)
     learner = Learner(method, tx, learning_rate=rate, ema_rate=schedules.constant(0.0))
     step = make_train_step(learner, helpers.Identity(), seed=0)
     step = replicated(step, replicas)
@@ -226,7 +226,7 @@ def test_when_the_momentum_network_follows(follow_last):
     networks = {name: Network(encoder, "sync", grouped=True) for name in ("student", "momentum")}
     method = Method(networks, {"self_distill": SelfDistill()}, Views((0, 1)))
     rate = schedules.constant(0.5)
-    tx = optimizer.build(ConfigDict(dict(name="sgd", momentum=0.9, weight_decay=0.0)), rate)
+    tx = optimizer.build(OptimizerSettings(weight_decay=0.0), rate)
     learner = Learner(
         method, tx, learning_rate=rate, ema_rate=schedules.constant(0.75), follow_last=follow_last
     )

@@ -42,7 +42,7 @@ def test_objectives_know_the_length_of_an_epoch():
 @pytest.mark.parametrize("recipe", ["moco_v2", "swav_disco", "pseudo_labels", "retro"])
 def test_a_plan_has_the_shapes_of_a_step(recipe):
     config = helpers.smoke_config(recipe)
-    _, (state, frozen, batch) = program.abstract(config, 4, 10)
+    _, (state, frozen, batch) = program.abstract(experiment.assemble(config, steps_per_epoch=10), 4)
     _, expected_state, expected_frozen, expected_batch = helpers.smoke(config, 4)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(lambda: expected_state))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, jax.eval_shape(lambda: expected_batch))

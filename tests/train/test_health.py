@@ -17,6 +17,7 @@ from disco_jax.ops.collectives import AXIS
 from disco_jax.ops.memory import Queue
 from disco_jax.ops.vectors import l2_normalize
 from disco_jax.train import health, teacher
+from disco_jax.train.run_settings import HealthSettings
 from disco_jax.workflows import pretrain
 
 
@@ -94,7 +95,7 @@ def test_a_teacher_of_whom_features_alone_were_kept_is_not_compared():
 
 
 def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
-    watch = health.Watch(min_std=0.1, patience=3, stop=False)
+    watch = health.Watch(HealthSettings(min_std=0.1, patience=3, stop=False))
     low, fine = {"health/std": 0.01, "health/rank": 1.0}, {"health/std": 0.5, "health/rank": 9.0}
     with caplog.at_level(logging.WARNING):
         for step, summary in enumerate([low, low, fine, low, low]):
@@ -105,10 +106,10 @@ def test_the_alarm_waits_for_its_patience_and_rings_once(caplog):
     assert [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()] and len(
         caplog.records
     ) == 1
-    stopping = health.Watch(min_std=0.1, patience=1, stop=True)
+    stopping = health.Watch(HealthSettings(min_std=0.1, patience=1, stop=True))
     with pytest.raises(NumericError, match=r"collapsed.*0\.0100 at step 7.*features 1\.0"):
         stopping(7, low)
-    never = health.Watch(min_std=0.0, patience=1, stop=True)
+    never = health.Watch(HealthSettings(min_std=0.0, patience=1, stop=True))
     never(0, {"health/std": 0.0})
     never(1, {})  # a loop without the signal, such as a probe's
 

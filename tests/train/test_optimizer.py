@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 import helpers
 from disco_jax.errors import UserError
@@ -23,7 +22,7 @@ def halved(rate):
 def build(rate=None, steps_per_epoch=1, total_epochs=1, **spec):
     spec = dict(name="sgd", momentum=0.9, weight_decay=0.0) | spec
     rate = rate or schedules.constant(0.1)
-    return optimizer.build(ConfigDict(spec), rate, steps_per_epoch, total_epochs)
+    return optimizer.build(optimizer.OptimizerSettings(**spec), rate, steps_per_epoch, total_epochs)
 
 
 def recorded(ref, prefix):

@@ -17,7 +17,7 @@ from disco_jax.data.arrays import ArraySource
 from disco_jax.data.bags import Bags
 from disco_jax.errors import Preempted, UserError
 from disco_jax.evaluate import features
-from disco_jax.train import teacher
+from disco_jax.train import experiment
 from disco_jax.workflows import pretrain
 
 
@@ -62,7 +62,7 @@ def start(digits_file, workdir, amid=("", 0)):
 
 def final(workdir, digits_file):
     """Returns the last checkpoint: all arrays and the metadata."""
-    config = teacher.resolve(helpers.flags_config(arguments(digits_file, workdir)))
+    config = experiment.resolve(helpers.flags_config(arguments(digits_file, workdir)))
     _, state, _, _ = helpers.smoke(config, 1)
     return helpers.restore(workdir, state)
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods, models
-from disco_jax.data import views
+from disco_jax import models
 from disco_jax.data.arrays import ArraySource
 from disco_jax.errors import UserError
 from disco_jax.models.encoder import Network, encode, rescaling
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import session, state, teacher
+from disco_jax.train import experiment, session, state, teacher
+from disco_jax.train.experiment import parse
 from disco_jax.train.state import replicate
 from disco_jax.workflows import pretrain
 
@@ -56,7 +56,7 @@ def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
     """Covers disagreement R2, with a head like SwAV's."""
     changes = {"teacher.head": "swav", "teacher.norm": "running"}
     config = helpers.tiny_config("retro", **changes)
-    method = methods.build(config, config.views)
+    method = helpers.build_method(config, config.views)
     assert [method.networks[n].encoder.head_norm for n in ("student", "momentum")] == [
         "running"
     ] * 2
@@ -66,7 +66,7 @@ def test_batchnorm_in_a_reused_head_keeps_the_teachers_mode():
     jax.tree.map(np.testing.assert_array_equal, before["head"], after["head"])
     before, after = (stats["backbone"]["BatchNorm_0"]["mean"] for stats in (before, after))
     assert not np.array_equal(before, after)
-    local = methods.build(helpers.tiny_config("retro", **{"teacher.head": "swav"}), 2)
+    local = helpers.build_method(helpers.tiny_config("retro", **{"teacher.head": "swav"}), 2)
     assert local.networks["student"].encoder.head_norm == ""
 
 
@@ -74,12 +74,12 @@ def test_retros_student_is_described_whole_and_learns_what_table_5_counts():
     """The resolved config describes the student completely, so it builds without the teacher."""
     config = helpers.smoke_config("retro", **{"teacher.head": "mlp", "student.dim": 7})
     assert (config.student.head, config.student.dim) == ("mlp", 16)
-    assert config.student.adapter == models.width(config.teacher) == 16
+    assert config.student.adapter == models.width(parse(config).teacher) == 16
     _, train_state, _, _ = helpers.smoke(config, 1)
-    encoder = models.build_encoder(config.student)
+    encoder = models.build_encoder(parse(config).student)
     shapes = jax.tree.map(jnp.shape, train_state.student)
     assert shapes == jax.tree.map(jnp.shape, dict(encoder.create(0, 16)))
-    method = methods.build(config, config.views)
+    method = helpers.build_method(config, config.views)
     learned, frozen = method.split(train_state.student["params"])
     count = models.parameters(encoder, ("backbone", "adapter"))
     assert sum(x.size for x in jax.tree.leaves(learned)) == count and set(frozen) == {"head"}
@@ -112,7 +112,7 @@ def test_the_compiled_steps_hold_no_network_that_nobody_reads():
 
 def test_maps_are_kept_only_where_they_are_read():
     config = helpers.smoke_config("attention")
-    method = methods.build(config, config.views)
+    method = helpers.build_method(config, config.views)
     assert method.reads_maps("student") and method.reads_maps("teacher")
     assert not method.reads_maps("momentum")
     record = state.shapes(method, (16, 16))
@@ -137,7 +137,7 @@ def test_maps_of_other_sizes_need_a_resize_rule():
     """Checks too that with `resize` the loss of a step sums over all sizes."""
     changes = {"student.stem": "imagenet", "augment.size": 32, "fast.shifts": "off"}
     config = helpers.smoke_config("attention", **changes)
-    method = methods.build(config, config.views)
+    method = helpers.build_method(config, config.views)
     with pytest.raises(
         UserError, match=r"teacher has a map of 32x32, the student has maps of 8x8.*linear"
     ):
@@ -196,7 +196,7 @@ def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
     config = helpers.tiny_config("simreg", batch_size=16)
     config.teacher.update(head="auto", weights=str(tmp_path / "teacher"))
     ready = pretrain.prepare(config, source)
-    assert (tuple(ready.config.teacher.mean), tuple(ready.config.teacher.std)) == (MEAN, STD)
+    assert (ready.settings.teacher.mean, ready.settings.teacher.std) == (MEAN, STD)
     student = tuple(config.augment.mean), tuple(config.augment.std)
     assert ready.method.networks["teacher"].rescale == rescaling((MEAN, STD), student)
     assert ready.method.networks["student"].rescale is None
@@ -226,7 +226,7 @@ def test_a_teachers_normalisation_comes_with_its_weights(tmp_path):
 def test_what_cannot_work_is_refused_before_anything_is_compiled(recipe, changes, message):
     with pytest.raises(UserError, match=message):
         config = helpers.smoke_config(recipe, **changes)
-        methods.build(config, config.views, config.local.count)
+        helpers.build_method(config, config.views, config.local.count)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(recipe, changes
 def test_what_shapes_tell_is_refused_before_anything_is_compiled(recipe, changes, message):
     with pytest.raises(UserError, match=message):
         config = helpers.smoke_config(recipe, **changes)
-        method = methods.build(config, config.views, config.local.count)
+        method = helpers.build_method(config, config.views, config.local.count)
         method.check(state.shapes(method, (16,)))
 
 
@@ -261,20 +261,20 @@ def test_the_plan_is_printed(recipe, says, capsys):
 
 def test_a_one_hot_teacher_is_a_setting_of_seed_alone():
     config = helpers.smoke_config("seed", **{"objectives.similarity.teacher_temperature": 0.0})
-    assert methods.build(config, 1).objectives["similarity"].teacher_temperature == 0
+    assert helpers.build_method(config, 1).objectives["similarity"].teacher_temperature == 0
     config.objectives.similarity.student_temperature = 0.0
     with pytest.raises(UserError, match=r"student_temperature must be above 0"):
-        methods.build(config, 1)
+        helpers.build_method(config, 1)
 
 
 def test_objectives_that_count_epochs_learn_how_long_one_is():
-    bags = methods.build(helpers.smoke_config("bingo"), 4).with_epoch_length(179)
+    bags = helpers.build_method(helpers.smoke_config("bingo"), 4).with_epoch_length(179)
     assert bags.objectives["bags"].steps_per_epoch == 179
 
 
 def test_ressls_key_is_only_cropped_and_flipped():
     config = helpers.smoke_config("ressl")
-    query, key = views.build(config.augment, config.views).photometric_ops
+    query, key = experiment.assemble(config).views.photometric_ops
     assert set(query.active) - {"flip"} == {"jitter", "grey", "blur"}
     assert set(key.active) <= {"flip"}
 

@@ -15,6 +15,7 @@ from disco_jax.errors import UserError
 from disco_jax.evaluate import features, open_model
 from disco_jax.run import checkpoint
 from disco_jax.train import session, start
+from disco_jax.train.experiment import parse
 from disco_jax.workflows import joint_runs, pretrain
 
 
@@ -126,7 +127,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(
 
 
 def _like(config):
-    encoder = models.build_encoder(config.student)
+    encoder = models.build_encoder(parse(config).student)
     return jax.eval_shape(lambda: encoder.create(0, config.augment.size))
 
 

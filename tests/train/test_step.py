@@ -105,7 +105,7 @@ def test_of_what_devices_share_the_queues_alone_differ_by_replica(recipe):
 @pytest.mark.parametrize("recipe", helpers.RECIPES)
 def test_forward_passes_are_those_that_objectives_read(recipe):
     config = helpers.smoke_config(recipe)
-    method = methods.build(config, config.views, config.local.count)
+    method = helpers.build_method(config, config.views, config.local.count)
     assert method.plan == FORWARDS[recipe]
     assert set(method.networks) == set(FORWARDS[recipe])
 
@@ -227,7 +227,7 @@ def test_dropout_acts_in_the_student_alone(monkeypatch):
 def test_local_views_are_encoded_at_their_own_size():
     """Distillation uses the two small crops too; the contrast uses only the large ones."""
     config = case_of("one view after the other")
-    method = methods.build(config, config.views, config.local.count)
+    method = helpers.build_method(config, config.views, config.local.count)
     plan = {"student": (0, 1, 2, 3), "momentum": (0, 1), "teacher": (0, 1, 2, 3)}
     assert method.plan == plan
     assert (method.views.globals, method.views.locals) == ((0, 1), (2, 3))
@@ -331,7 +331,8 @@ def test_objectives_are_switched_and_weighted_from_the_config():
     parts = {name: metrics[f"{name}/loss"] for name in ("contrast", "distill", "similarity")}
     total = parts["contrast"] + 3.0 * parts["distill"] + 0.5 * parts["similarity"]
     assert metrics["loss"] == pytest.approx(total, rel=1e-5)
-    only = methods.build(helpers.smoke_config("disco", **{"objectives.contrast.weight": 0.0}))
+    config = helpers.smoke_config("disco", **{"objectives.contrast.weight": 0.0})
+    only = helpers.build_method(config)
     assert only.plan == {"student": (0, 1), "teacher": (0, 1)}
 
 
@@ -418,7 +419,7 @@ def test_what_is_logged():
 def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
     with pytest.raises(UserError, match=message):
         config = helpers.smoke_config("disco", **changes)
-        methods.build(config, config.views)
+        helpers.build_method(config, config.views)
 
 
 def test_a_batch_that_was_read_ahead_is_not_moved_again():

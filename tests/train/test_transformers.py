@@ -8,7 +8,7 @@ import pytest
 import helpers
 from disco_jax import flags, models
 from disco_jax.ops.collectives import AXIS
-from disco_jax.train import teacher
+from disco_jax.train import experiment
 
 # Shows that settings arrive; `test_dynamics.py` and `test_optimizer.py` compare their numbers.
 pytestmark = pytest.mark.wiring
@@ -40,7 +40,7 @@ def smoke(recipe, student, **changes):
     config.learning_rate.warmup_epochs = 0  # a warm-up would have rate 0 in the first step
     config.student.drop_path = real.student.drop_path
     config.update_from_flattened_dict(changes)
-    return teacher.resolve(helpers.only_cropped(config))
+    return experiment.resolve(helpers.only_cropped(config))
 
 
 def steps(config, count):

@@ -19,7 +19,7 @@ from disco_jax.models.layers.feature_maps import FeatureMap
 from disco_jax.models.layers.initializers import Initializer, he_fan_out
 from disco_jax.models.layers.norm import BatchNorm, ConvInput
 from disco_jax.models.layers.packing import Padding, pack_width
-from disco_jax.models.layers.settings import compute_dtype, resolve_auto
+from disco_jax.models.layers.settings import FastSettings, compute_dtype, resolve_auto
 from disco_jax.models.layers.shifts import Pads, max_pool, shift_and_add
 from disco_jax.models.layers.space_to_depth import space_to_depth_conv
 
@@ -61,40 +61,33 @@ class Compute:
     fold_frozen: bool = True
 
     @classmethod
-    def from_config(cls, config: Any, network: str) -> "Compute":
-        """Returns how a pretraining config computes a network while training.
+    def from_settings(cls, fast: FastSettings, dtype: str, network: str) -> "Compute":
+        """Returns how a pretraining run computes a network.
 
         Args:
-          config: a pretraining config; one of an earlier version may lack fields of `fast`.
+          fast: `config.fast`.
+          dtype: `config.dtype`.
           network: "student", "momentum" or "teacher". The student does not compute statistics from
             inputs: its gradient reads the wide map anyway, so nothing would be saved.
 
         Raises:
           UserError: a field has a value that is not allowed.
         """
-        fast = config.get("fast", {})
-
-        def is_on(field: str) -> bool:
-            return resolve_auto(f"fast.{field}", fast.get(field, "auto")) == "on"
-
         return cls(
-            dtype=compute_dtype(config.dtype),
-            exchange=resolve_auto("fast.exchange", fast.get("exchange", "auto")),
-            fast_stem=fast.get("stem", True),
-            width_packing=is_on("columns"),
-            stats_from_input=is_on("statistics") and network != "student",
-            shift_and_add=is_on("shifts"),
-            fold_frozen=fast.get("teacher", True),
+            dtype=compute_dtype(dtype),
+            exchange=resolve_auto("fast.exchange", fast.exchange),
+            fast_stem=fast.stem,
+            width_packing=resolve_auto("fast.columns", fast.columns) == "on",
+            stats_from_input=resolve_auto("fast.statistics", fast.statistics) == "on"
+            and network != "student",
+            shift_and_add=resolve_auto("fast.shifts", fast.shifts) == "on",
+            fold_frozen=fast.teacher,
         )
 
-    def for_inference(self, config: Any) -> "Compute":
-        """Returns `self` with the `shift_and_add` of a config, for evaluations.
-
-        Args:
-          config: a pretraining config; one of an earlier version may lack the field.
-        """
-        choice = config.get("fast", {}).get("shifts", "auto")
-        return dataclasses.replace(self, shift_and_add=resolve_auto("fast.shifts", choice) == "on")
+    def for_inference(self, fast: FastSettings) -> "Compute":
+        """Returns `self` with the `shift_and_add` of `config.fast`, for evaluations."""
+        shifts = resolve_auto("fast.shifts", fast.shifts)
+        return dataclasses.replace(self, shift_and_add=shifts == "on")
 
     def plain(self) -> "Compute":
         """Returns `self` with every layer computed by XLA's default operations."""
