@@ -141,8 +141,8 @@ def needs(row: Row, config: ConfigDict, evaluation: ConfigDict) -> list[str]:
     from disco_jax import methods
     from disco_jax.train import experiment
 
-    missing, settings = [], experiment.parse(config)
-    if "teacher" in methods.plan(settings.method) and not config.teacher.weights:
+    missing = []
+    if "teacher" in methods.plan(experiment.parse(config).method) and not config.teacher.weights:
         missing.append(_teacher(row))
     reads_bags = any(config.objectives[name].weight for name in ("bags", "pseudo_labels"))
     if reads_bags and not config.bags.file:

@@ -15,11 +15,11 @@ from disco_jax import errors, flags, methods, models, programs
 from disco_jax.data.contract import Source
 from disco_jax.files import read_or_set_aside, whole
 from disco_jax.report import figures, page, runs
-from disco_jax.run import hosts, lease, workdir
+from disco_jax.run import hosts, lease
 from disco_jax.sweeps import cells as expanding
 from disco_jax.sweeps import claims, table
 from disco_jax.sweeps.cells import Cell
-from disco_jax.train import experiment, teacher
+from disco_jax.train import experiment, stored_settings, teacher
 from disco_jax.train.experiment import Experiment
 from disco_jax.train.joint import Diverged
 from disco_jax.workflows import joint_runs, pretrain, scoring
@@ -200,11 +200,12 @@ def _show(
 def _list(cells: Sequence[Cell], scores: Sequence[Score]) -> dict[str, Any]:
     """Prints the cells with their teachers, forward passes and evaluations."""
     for cell in cells:
-        plan = methods.plan(cell.config)
+        settings = experiment.parse(cell.config)
+        plan = methods.plan(settings.method)
         passes = ", ".join(f"{name} {len(views)}" for name, views in plan.items())
         spec = cell.config.teacher
         taught = f"; teacher {spec.backbone} ({cell.teacher})" if "teacher" in plan else ""
-        references = ", ".join(score.complete(cell.config) for score in scores)
+        references = ", ".join(score.complete(settings) for score in scores)
         print(f"{cell.name}: {cell.config.student.backbone}{taught}; {passes}; {references}")
     return {"cells": len(cells), "done": 0, "failed": {}}
 
@@ -263,9 +264,9 @@ def _evaluate(run: epath.Path, scores: Sequence[Score], source: Source | None) -
     failed = (_read(run.parent.parent / STATUS / f"{run.name}.json") or {}).get("failed")
     if failed:
         return
-    config = workdir.read_config(str(run))
+    settings = stored_settings.read(run)
     for score in scores:
-        scoring.evaluate(str(run), score.task, score.config(config), source)
+        scoring.evaluate(str(run), score.task, score.config(settings), source)
 
 
 def _write_table(
@@ -288,7 +289,7 @@ def _write_table(
             failed[cell.name] = status["failed"]
             continue
         run = runs.read(str(path / CELLS / cell.name))
-        results = scoring.results(run.path, ConfigDict(run.config), scores)
+        results = scoring.results(run.path, stored_settings.read(run.path), scores)
         finished += len(results) == len(scores)
         measured[cell.name] = _measured(run, results, scores)
         if COST in results:
@@ -308,10 +309,10 @@ def _write_table(
 
 def _measured(run: runs.Run, results: Mapping[str, Any], scores: Sequence[Score]) -> table.Measured:
     """Returns column of the table -> accuracy of a run, from its evaluations."""
-    columns = {}
+    columns, settings = {}, stored_settings.read(run.path)
     for score in scores:
         if score.name in results:
-            file = score.config(ConfigDict(run.config)).name
+            file = score.config(settings).name
             for row in runs.results(run, file, results[score.name]):
                 columns[row.name.replace(file, score.name, 1)] = row
     return columns

@@ -9,6 +9,7 @@ from disco_jax import errors, flags
 from disco_jax.configs import data, linear, probes
 from disco_jax.evaluate.features import TrainedModel
 from disco_jax.run import workdir
+from disco_jax.train import stored_settings
 from disco_jax.train.run_settings import RunSettings
 
 _LOG = logging.getLogger(__name__)
@@ -28,13 +29,13 @@ def choose(reference: str, run: str) -> str:
         return reference
     if not (epath.Path(run) / workdir.CONFIG).exists():
         return reference
-    completed = complete(reference, workdir.read_config(run))
+    completed = complete(reference, stored_settings.read(run))
     if completed != reference:
         _LOG.info("Protocol by the run's config: --config=%s", completed)
     return completed
 
 
-def complete(reference: str, config: ConfigDict) -> str:
+def complete(reference: str, settings: RunSettings) -> str:
     """Completes the reference of an evaluation's recipe by the config of a run.
 
     A run on ImageNet is probed by its paper's protocol unless the reference names another one; a
@@ -42,18 +43,16 @@ def complete(reference: str, config: ConfigDict) -> str:
 
     Args:
       reference: e.g. "linear", "semi:percent=10".
-      config: config of a pretraining run or an import.
+      settings: of a pretraining run or an import.
     """
     name = flags.shipped_name(reference)
     if name not in _BY_STUDENT:
         return reference
     stated = {pair.partition("=")[0] for pair in reference.partition(":")[2].split(",")}
-    if name == "linear" and "protocol" not in stated and data.is_imagenet(config.data.name):
-        self_distills = bool(config.objectives.self_distill.weight)
-        probe = probes.protocol_for(config.name, config.student.backbone, self_distills)
-        return flags.with_arguments(probe, reference.partition(":")[2])
+    if name == "linear" and "protocol" not in stated and data.is_imagenet(settings.data.name):
+        return flags.with_arguments(_protocol_for(settings), reference.partition(":")[2])
     if "student" not in stated:
-        return flags.with_arguments(reference, f"student={config.student.backbone}")
+        return flags.with_arguments(reference, f"student={settings.student.backbone}")
     return reference
 
 

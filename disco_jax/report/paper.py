@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -19,9 +19,6 @@ from disco_jax.nested import flatten
 from disco_jax.report import rows
 from disco_jax.report.rows import Row
 from disco_jax.run import upgrades, workdir
-
-if TYPE_CHECKING:
-    from disco_jax.models import NetworkSpec
 
 # Fields about where and how a run computes, not about what it learns. Groups end in a dot.
 HOW = (
@@ -236,12 +233,12 @@ def defining(config: ConfigDict) -> dict[str, Any]:
         idle.append("local.")
     fields = {
         name: value
-        for name, value in flatten(json.loads(config.to_json_best_effort())).items()
+        for name, value in flatten(json.loads(json.dumps(dataclasses.asdict(settings)))).items()
         if name not in HOW and not name.startswith((*_groups(HOW), *idle))
     }
-    for network, spec in (("student", settings.student), ("teacher", settings.teacher)):
+    for network in ("student", "teacher"):
         if f"{network}.backbone" in fields:
-            fields |= _network(network, spec, fields)
+            fields |= _network(network, getattr(settings, network), fields)
             fields = {name: value for name, value in fields.items() if value is not _ABSENT}
     if "head" in config.student.reuse:  # its shape is the teacher's
         for name in ("head", "hidden", "layers", "dim", "adapter"):
@@ -252,12 +249,12 @@ def defining(config: ConfigDict) -> dict[str, Any]:
 _ABSENT = object()
 
 
-def _network(network: str, spec: "NetworkSpec", fields: Mapping[str, Any]) -> dict[str, Any]:
+def _network(network: str, spec: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a network with defaults replaced; `_ABSENT` where it has no such field.
 
     Args:
       network: student or teacher.
-      spec: its description.
+      spec: its section of the config.
       fields: the flat config.
     """
     from disco_jax import models
@@ -285,18 +282,15 @@ def _groups(names: Iterable[str]) -> tuple[str, ...]:
 @functools.cache
 def _expected(name: str) -> Mapping[str, Any]:
     """Returns the fields that define the cell with an id, with its teacher's network."""
-    from disco_jax import typed
     from disco_jax.train import experiment
     from disco_jax.train import teacher as teachers
-    from disco_jax.train.run_settings import RunSettings
 
     row = rows.rows()[name]
     config = row.config()
     if row.teacher is not None:
-        own = typed.parse(RunSettings, row.teacher.config())
-        mean, std = own.augment.normalization
+        own = row.teacher.config()
         config.teacher.update(teachers.shape(own.student), network=row.teacher.network)
-        config.teacher.update(mean=mean, std=std)
+        config.teacher.update(mean=tuple(own.augment.mean), std=tuple(own.augment.std))
     return defining(experiment.resolve(config))
 
 

@@ -14,6 +14,7 @@ from disco_jax.evaluate import protocols
 from disco_jax.files import read_or_set_aside
 from disco_jax.report import paper
 from disco_jax.train import stored_settings
+from disco_jax.train.run_settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Score:
         """Name of the command."""
         return self.reference.partition(":")[0]
 
-    def complete(self, run: ConfigDict) -> str:
+    def complete(self, run: RunSettings) -> str:
         """Returns its reference for a run, with the protocol of the run's paper and network."""
         return protocols.complete(self.reference, run)
 
-    def config(self, run: ConfigDict) -> ConfigDict:
-        """Returns the config of the evaluation for a run with the config `run`."""
+    def config(self, run: RunSettings) -> ConfigDict:
+        """Returns the config of the evaluation for a run with the settings `run`."""
         return flags.changed(flags.load(self.complete(run)), self.changes, "config.evaluate")
 
 
@@ -64,15 +65,15 @@ def entries(evaluate: Iterable[Any]) -> list[Score]:
     return scores
 
 
-def results(run: epath.Path, config: ConfigDict, scores: Sequence[Score]) -> dict[str, Any]:
+def results(run: epath.Path, settings: RunSettings, scores: Sequence[Score]) -> dict[str, Any]:
     """Returns name of the evaluation -> content of its results file, of those that are done.
 
     Args:
       run: directory of the run.
-      config: its config.
+      settings: its settings.
       scores: the evaluations.
     """
-    contents = {score.name: result(run, score.config(config)) for score in scores}
+    contents = {score.name: result(run, score.config(settings)) for score in scores}
     return {name: content for name, content in contents.items() if content is not None}
 
 

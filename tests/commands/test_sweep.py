@@ -341,7 +341,9 @@ def taught(config, by="moco_v2:student=resnet50"):
 def table_of(cells_of_sweep, score):
     """Returns the rows of a table whose cells are evaluated by the entry `score`."""
     results = {
-        cell.name: {score.name: measured(cell.config, score.complete(cell.config))}
+        cell.name: {
+            score.name: measured(cell.config, score.complete(experiment.parse(cell.config)))
+        }
         for cell in cells_of_sweep
     }
     return table.rows(cells_of_sweep, {cell.name: 1 for cell in cells_of_sweep}, results, {})
@@ -395,7 +397,7 @@ def test_a_mixed_sweep_scores_every_cell_by_its_own_papers_probe():
         (("recipe", ("dino",)), ("student", ("vit_tiny_p16",))),
     )
     every = cells.expand(config)
-    probes = {cell.name: LINEAR.config(cell.config) for cell in every}
+    probes = {cell.name: LINEAR.config(experiment.parse(cell.config)) for cell in every}
     rates = [
         (probe.name, probe.learning_rate.base_lr, probe.network, probe.blocks, probe.optimizer.name)
         for probe in probes.values()
@@ -409,7 +411,7 @@ def test_a_mixed_sweep_scores_every_cell_by_its_own_papers_probe():
     ]
     assert all(probe.augment == "linear" for probe in probes.values())
     digits = flags.load("disco:student=resnet8,data=digits")
-    assert LINEAR.config(digits).augment == "none"
+    assert LINEAR.config(experiment.parse(digits)).augment == "none"
 
 
 def test_all_evaluations_may_score_a_sweep():
@@ -423,7 +425,7 @@ def test_all_evaluations_may_score_a_sweep():
         "transfer_disco_cifar100", "cost",
     ]  # fmt: skip
     run = flags.load("moco_v2:student=mobilenetv3_large")
-    assert scores[3].config(run).student == "mobilenetv3_large"
+    assert scores[3].config(experiment.parse(run)).student == "mobilenetv3_large"
     with pytest.raises(UserError, match=r"config\.evaluate='tsne'"):
         scoring.entries(["tsne"])
 

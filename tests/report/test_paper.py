@@ -6,8 +6,7 @@ import pytest
 
 from disco_jax import flags
 from disco_jax.report import page, paper, rows
-from disco_jax.train import teacher
-from disco_jax.train.experiment import parse
+from disco_jax.train import experiment, teacher
 
 MOCO, SWAV = "moco_v2_200ep_pretrain.pth.tar", "swav_800ep_pretrain.pth.tar"
 IMAGES = rows.IMAGES["imagenet2012"]
@@ -16,9 +15,9 @@ IMAGES = rows.IMAGES["imagenet2012"]
 def taught(recipe, weights=MOCO, by="moco_v2:student=resnet50", **changes):
     """Returns a config as a run stores it, with the network of its teacher."""
     config = flags.load(recipe)
-    own = parse(flags.load(by))
-    mean, std = own.augment.normalization
-    config.teacher.update(teacher.shape(own.student), weights=weights, mean=mean, std=std)
+    own = flags.load(by)
+    config.teacher.update(teacher.shape(own.student), weights=weights)
+    config.teacher.update(mean=tuple(own.augment.mean), std=tuple(own.augment.std))
     config.update_from_flattened_dict(changes)
     return json.loads(config.to_json_best_effort())
 
@@ -60,7 +59,7 @@ def test_a_teacher_from_a_file_is_compared_by_its_network():
 
 
 def test_a_smoke_run_with_a_random_teacher_has_no_value():
-    config = teacher.resolve(flags.load("seed:student=resnet18,smoke=true"))
+    config = experiment.resolve(flags.load("seed:student=resnet18,smoke=true"))
     assert config.teacher.weights == "random"
     config = json.loads(config.to_json_best_effort())
     assert paper.against(rows.find("seed/table1/resnet18/resnet50"), config, {}).differences

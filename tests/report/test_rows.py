@@ -15,7 +15,6 @@ from disco_jax.evaluate import protocols
 from disco_jax.ops.collectives import AXIS
 from disco_jax.report import catalogue, rows
 from disco_jax.train import experiment
-from disco_jax.train.experiment import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 CELLS = rows.rows()
@@ -33,11 +32,21 @@ def tiny(config):
     return config
 
 
+def plan(config):
+    return methods.plan(experiment.parse(config).method)
+
+
 def program(config):
     """Returns a key that is equal for configs whose steps have the same structure."""
     active = sorted(name for name, section in config.objectives.items() if section.weight)
     student = config.student
-    parts = methods.plan(parse(config).method), active, student.head, student.layers, student.reuse
+    parts = (
+        plan(config),
+        active,
+        student.head,
+        student.layers,
+        student.reuse,
+    )
     how = config.group_views, config.optimizer.name, config.momentum.follow
     return json.dumps([*parts, *how], sort_keys=True)
 
@@ -81,8 +90,7 @@ def test_every_cell_of_a_table_resolves(name):
     for row in trained.values():
         config = row.config()
         assert config.student.backbone == row.arguments["student"]
-        teaches = "teacher" in methods.plan(parse(config).method)
-        assert teaches == (row.teacher is not None), row.id
+        assert ("teacher" in plan(config)) == (row.teacher is not None), row.id
         assert row.config(smoke=True).total_steps == 2
         if row.teacher is not None:
             own = row.teacher.config()
@@ -131,7 +139,7 @@ def test_cells_that_run_are_probed_by_the_protocol_of_their_paper():
     others = collections.Counter()
     for row in RUNNING:
         if row.evaluation.task == "linear":
-            chosen = protocols.complete("linear", row.config())
+            chosen = protocols.complete("linear", experiment.parse(row.config()))
             if chosen != row.evaluation.reference:
                 others[row.table] += 1
                 assert row.arguments and row.recipe.partition(":")[0] in QUOTED, row.id
