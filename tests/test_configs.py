@@ -342,14 +342,14 @@ def test_only_seeds_queue_may_be_shorter_than_the_batch():
     for size, fits in ((128, True), (200, True), (384, False)):
         config.objectives.similarity.queue_size = size
         if fits:
-            methods.check(config)
+            methods.check(parse(config).method)
         else:
             with pytest.raises(UserError, match="multiple of the global batch"):
-                methods.check(config)
+                methods.check(parse(config).method)
     config = flags.load("moco_v2")
     config.objectives.contrast.queue_size = 128
     with pytest.raises(UserError, match="multiple of the global batch"):
-        methods.check(config)
+        methods.check(parse(config).method)
 
 
 def test_modules_that_recipes_share_are_no_recipes():
