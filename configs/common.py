@@ -89,15 +89,6 @@ def distill_elements(config: ConfigDict) -> None:
     config.objectives.distill.update(weight=weight, views=tuple(range(views)))
 
 
-def readable_blocks(backbone: str) -> int:
-    """Returns the number of last blocks of a backbone that probes may read; 1 without a name."""
-    if not backbone:
-        return 1
-    from disco_jax import models  # imports JAX
-
-    return models.backbone(backbone).backbone.readable_blocks
-
-
 def family(backbone: str) -> str:
     """Returns the family of a backbone, such as "resnet" or "efficientnet"; "" for unknown names.
 
@@ -113,6 +104,15 @@ def features(network: ConfigDict) -> int:
     from disco_jax import models  # imports JAX
 
     return models.width(network)
+
+
+def readable_blocks(backbone: str) -> int:
+    """Returns the number of last blocks of a backbone that probes may read; 1 without a name."""
+    if not backbone:
+        return 1
+    from disco_jax import models  # imports JAX
+
+    return models.backbone(backbone).backbone.readable_blocks
 
 
 def is_transformer(backbone: str) -> bool:

@@ -60,7 +60,7 @@ def get_config(arg=None):
     config.learning_rate.update(base_lr=arg.rate, decay="cosine", every="epoch")
     # Section 4.1: 5 warm-up epochs. In the official code the rate is constant in them: S2.
     config.learning_rate.update(warmup_epochs=5, warmup_from=arg.rate)
-    # Appendix A.1.1: MoCo-v2's augmentation. For other teachers it is the code's: S11.
+    # Appendix A.1.1: MoCo-v2's augmentation. For other teachers it is the code's: S14.
     config.views = 2 if arg.views == "cross" or arg.moco else 1
     common.augment(config, AUGMENTS[arg.teacher_method])
     if arg.views in PATCHED:  # six crops of 96 px, scale 0.05 to 0.14, in one pass

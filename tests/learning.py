@@ -37,7 +37,6 @@ EPOCHS = {
     "swav_disco": 25,
     "sslight_swav": 25,
     "dino": 40,
-    "byol": 20,
 }  # default: 10, or 20 for multi-crop recipes
 RATES = {  # factor on the learning rate; default 4
     "pseudo_labels:clusters=64": 16,
@@ -65,6 +64,8 @@ def recipe(name, folder):
     config.student.update(backbone="resnet14", width=4)
     if config.student.hidden > 512:
         config.student.hidden = 512
+    if config.student.predictor:
+        config.student.predictor = 256
     config.teacher.update(backbone="resnet8", width=16)
     if name not in WITHOUT_TEACHER:
         config.teacher.weights = f"{folder}/teacher"

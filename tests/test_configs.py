@@ -315,7 +315,7 @@ def test_dinos_convolutional_baseline_is_sslights():
 
 def test_ressls_cosine_starts_after_the_warm_up():
     config = flags.load("ressl")
-    rate = optimizer.learning_rate(config.learning_rate, config.batch_size, 100, 200)
+    rate = optimizer.learning_rate(parse(config).learning_rate, config.batch_size, 100, 200)
     assert rate(0) == 0 and rate(500) == pytest.approx(0.05)
     middle = 500 + (20_000 - 500) // 2
     assert rate(middle) == pytest.approx(0.025) and rate(20_000) == pytest.approx(0, abs=1e-9)

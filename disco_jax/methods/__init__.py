@@ -96,6 +96,15 @@ def _unnormalized(network: models.Network) -> models.Network:
     return dataclasses.replace(network, encoder=encoder)
 
 
+def _compute(name: str, norm: str, settings: MethodSettings) -> models.Compute:
+    """Returns how a network is computed, with the groups of images that share statistics."""
+    compute = models.Compute.from_settings(settings.fast, settings.dtype, name)
+    group = _spec(name, settings).norm_group
+    if not group or norm != "sync":
+        return compute
+    return dataclasses.replace(compute, sync_groups=settings.batch_size // group)
+
+
 def _network(name: str, settings: MethodSettings) -> models.Network:
     """Builds a network of `NETWORKS` with the settings of `config.fast`."""
     student, teacher = settings.student, settings.teacher
@@ -108,7 +117,7 @@ def _network(name: str, settings: MethodSettings) -> models.Network:
     network = models.build_network(
         spec,
         norms[name],
-        compute,
+        _compute(name, norms[name], settings),
         f"config.{name}",
         settings.normalization,
         own=(teacher.mean, teacher.std) if name == "teacher" else ((), ()),

@@ -15,7 +15,7 @@ class NetworkSpec:
       grid: patches a side in a ViT's position embedding; 0: the backbone's default
       patch: side of a ViT's or XCiT's patches in px; 0: the backbone's default
       drop_path: stochastic depth rate of a ViT or XCiT during training
-      norm_group: Images that share BatchNorm statistics. 0: all of a device, or with norm="sync" of
+      norm_group: images that share BatchNorm statistics. 0: all of a device, or with norm="sync" of
         all devices. Only with "sync" may a group span devices.
       adapter: width of a linear layer between backbone and head; 0: none
       head: mlp | mlp_bn | mlp_bn_all | mlp_unit | mlp_narrow | swav | swav_narrow | dino | dino_bn

@@ -287,10 +287,9 @@ def check_devices(settings: RunSettings, devices: int) -> None:
             f"config.batch_size={batch} is not a multiple of the {devices} devices; the nearest "
             f"that are: {', '.join(map(str, nearest))}."
         )
-    norms = {"student": settings.student.norm, "teacher": settings.teacher.norm}
     for network, spec in (("student", settings.student), ("teacher", settings.teacher)):
         group = spec.norm_group
-        if group and norms[network] == "sync":
+        if group and spec.norm == "sync":
             _check_sync_group(network, group, batch, devices)
         elif group and (batch // devices) % group:
             fits = [g for g in range(1, batch // devices + 1) if (batch // devices) % g == 0]

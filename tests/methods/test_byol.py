@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import helpers
-from disco_jax import methods
 from disco_jax.errors import UserError
 from disco_jax.methods.base import Record
 from disco_jax.methods.byol import Byol
 from disco_jax.models.encoder import Encoded
 from disco_jax.ops.collectives import AXIS
 from disco_jax.train import teacher
+from disco_jax.train.experiment import assemble, parse
 from disco_jax.train.state import shapes
 
 N, D = 8, 6
@@ -58,7 +58,7 @@ def test_the_loss_compares_predictions_with_targets_of_the_other_view():
 def test_a_student_without_a_predictor_is_refused():
     with helpers.tiny_backbone():
         config = helpers.tiny_config("byol", **{"student.predictor": 0})
-        method = methods.build(config, config.views)
+        method = assemble(config).method
         with pytest.raises(UserError, match=r"config\.student\.predictor"):
             method.check(shapes(method, (16, 16)))
 
@@ -69,7 +69,8 @@ def test_a_run_of_byol_teaches_with_its_predictor_in_place(tmp_path):
     with helpers.tiny_backbone():
         run = helpers.network_run(tmp_path / "byol", tmp_path / "digits.npz", "byol", **tiny)
         config = helpers.smoke_config("disco", **tiny, **{"teacher.weights": run})
-        method = methods.build(config, config.views)
-        loaded = teacher.load(config.teacher, method.networks["teacher"].encoder, 16)
+        method = assemble(config).method
+        spec = parse(config).method.teacher
+        loaded = teacher.load(spec, method.networks["teacher"].encoder, 16)
     assert config.teacher.predictor == 32
     assert loaded.variables["params"]["predictor"]["out"]["kernel"].shape == (32, 16)

@@ -62,10 +62,10 @@ def test_groups_of_synchronized_statistics_fit_the_devices():
     for group, devices, valid in ((8, 1, True), (8, 8, True), (12, 8, False), (5, 4, False)):
         config.student.norm_group = group
         if valid:
-            experiment.check_devices(config, devices)
+            experiment.check_devices(experiment.parse(config), devices)
         else:
             with pytest.raises(errors.UserError, match=rf"norm_group={group} .*valid: 1, 2, 4, 8"):
-                experiment.check_devices(config, devices)
+                experiment.check_devices(experiment.parse(config), devices)
     config.student.norm = "local"
     with pytest.raises(errors.UserError, match="images per device"):
-        experiment.check_devices(config, 8)
+        experiment.check_devices(experiment.parse(config), 8)
