@@ -109,13 +109,8 @@ def _network(name: str, settings: MethodSettings) -> models.Network:
     """Builds a network of `NETWORKS` with the settings of `config.fast`."""
     student, teacher = settings.student, settings.teacher
     norms = {"student": student.norm, "momentum": settings.momentum.norm, "teacher": teacher.norm}
-    spec = _spec(name, settings)
-    compute = models.Compute.from_settings(settings.fast, settings.dtype, name)
-    if spec.norm_group and norms[name] == "sync":
-        groups = settings.batch_size // spec.norm_group
-        compute = dataclasses.replace(compute, sync_groups=groups)
     network = models.build_network(
-        spec,
+        _spec(name, settings),
         norms[name],
         _compute(name, norms[name], settings),
         f"config.{name}",
