@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from disco_jax import errors
 from disco_jax.evaluate import features
@@ -34,9 +33,13 @@ def write(run: str, name: str, result: Mapping[str, Any], **arrays: np.ndarray) 
             write_arrays(file, arrays)
 
 
-def settings(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config of an evaluation for its results file, as values of JSON."""
-    return {"settings": json.loads(config.to_json_best_effort())}
+def settings(evaluation: Any) -> dict[str, Any]:
+    """Returns the settings of an evaluation for its results file, as values of JSON.
+
+    Args:
+      evaluation: a ConfigDict.
+    """
+    return {"settings": json.loads(evaluation.to_json_best_effort())}
 
 
 def metrics(folder: str) -> list[dict[str, Any]]:
