@@ -37,12 +37,12 @@ EPOCHS = {
     "swav_disco": 25,
     "sslight_swav": 25,
     "dino": 40,
+    "byol": 40,
 }  # default: 10, or 20 for multi-crop recipes
 RATES = {  # factor on the learning rate; default 4
     "pseudo_labels:clusters=64": 16,
     "compress": 16,
     "simclr": 1,
-    "byol": 1,
     "supervised": 1,
 }
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64", "simclr", "byol", "supervised")

@@ -45,11 +45,14 @@ ADDED: dict[str, Any] = {
     "evaluation.splits": "",
     "evaluation.labels": "",
     "evaluation.range": "",
+    "objectives.bags.cutmix_group": 0,
     "student.layers": 0,
     "student.weights": "",
+    "student.predictor": 0,
     "student.start": "backbone",
     "student.network": "student",
     "teacher.layers": 0,
+    "teacher.predictor": 0,
 }
 # Fields and groups of fields renamed after version 0.1.0: earlier name -> name in this version.
 # A name that is both old and new comes first as the old one.
@@ -104,7 +107,7 @@ def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, A
     """
     names = _log_renamed(renamed(old))
     old = {names.get(name, name): value for name, value in old.items()}
-    values = {**ADDED, **_new_objectives(old, current)}
+    values = {**ADDED, **_unused_objectives(old, current)}
     added = {name: values[name] for name in current if name not in old and name in values}
     removed = [name for name in old if name not in current]
     if added:
@@ -116,13 +119,16 @@ def completed(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in old.items() if name in current} | added
 
 
-def _new_objectives(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of objectives that `old` has no section for, with weight 0."""
-    sections = {tuple(name.split(".")[:2]) for name in old}
+def _unused_objectives(old: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of objectives that `old` lacks or weights with 0, without their effect.
+
+    They have the values of `current`; an objective that `old` has no section for gets weight 0.
+    """
+    weights = {name: value for name, value in old.items() if name.endswith(".weight")}
     new = {}
     for name, value in current.items():
         group, *rest = name.split(".")
-        if group == "objectives" and rest and (group, rest[0]) not in sections:
+        if group == "objectives" and rest and not weights.get(f"{group}.{rest[0]}.weight"):
             new[name] = 0.0 if rest[1:] == ["weight"] else value
     return new
 

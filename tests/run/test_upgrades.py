@@ -150,3 +150,13 @@ def test_a_recipe_that_sets_a_field_that_nothing_reads_is_refused(tmp_path):
 def test_changes_of_a_sweep_may_have_earlier_names(caplog):
     config = flags.changed(flags.load("moco_v2"), [("learning_rate.per_256", 0.5)], "here")
     assert config.learning_rate.base_lr == 0.5 and "is now" in caplog.text
+
+
+def test_a_field_that_an_objective_got_keeps_runs_that_use_it_and_strands_no_other():
+    """A run with bags drew one CutMix box for the whole batch; in others the field does nothing."""
+    name = "objectives.bags.cutmix_group"
+    current = flatten(common.pretrain())
+    old = {field: value for field, value in current.items() if field != name}
+    assert upgrades.completed(old, current)[name] == current[name] == 32
+    used = old | {"objectives.bags.weight": 1.0}
+    assert upgrades.completed(used, current)[name] == 0
