@@ -47,7 +47,7 @@ def listing(cells: Iterable[Row]) -> str:
 
 def printed(row: Row) -> str:
     """Formats the printed values of a cell, e.g. "60.6 / 83.7"; "-" if there are none."""
-    return " / ".join(f"{value:g}" for value in row.printed.values()) or "-"
+    return " / ".join(f"{value:.1f}" for value in row.printed.values()) or "-"
 
 
 def state(row: Row) -> str:
