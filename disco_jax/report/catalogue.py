@@ -47,7 +47,9 @@ def listing(cells: Iterable[Row]) -> str:
 
 def printed(row: Row) -> str:
     """Formats the printed values of a cell, e.g. "60.6 / 83.7"; "-" if there are none."""
-    return " / ".join(f"{value:.1f}" for value in row.printed.values()) or "-"
+    # Percentages as the papers print them; numbers of parameters have more digits.
+    values = (f"{v:g}" if name == "parameters" else f"{v:.1f}" for name, v in row.printed.items())
+    return " / ".join(values) or "-"
 
 
 def state(row: Row) -> str:
