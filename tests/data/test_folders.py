@@ -55,7 +55,7 @@ def test_batches_are_those_of_the_same_images_in_memory(noisy, noise):
 @pytest.mark.parametrize("threads", [1, 7])
 def test_batches_do_not_depend_on_the_threads(noisy, monkeypatch, threads):
     usual = train(FolderSource(noisy), 4)
-    monkeypatch.setattr(encoded, "_THREADS", threads)
+    monkeypatch.setattr(encoded, "THREADS", threads)
     same_batches(train(FolderSource(noisy), 4), usual)
 
 
