@@ -24,7 +24,8 @@ from disco_jax.report.rows import Evaluation, Row, Table, Teacher, table
 
 PAPER = "SEED (2101.04731)"
 # SEED's own EfficientNets and MobileNetV3; ids have the names of the tables.
-NETWORKS = {name: name if name.startswith("resnet") else f"{name}_seed" for name in STUDENTS}
+RESNETS = ("resnet18", "resnet34", "resnet50")
+NETWORKS = {name: name if name in RESNETS else f"{name}_seed" for name in STUDENTS}
 SEED_TEACHERS = {
     **TEACHERS,
     "resnet101": dataclasses.replace(TEACHERS["resnet101"], top1=70.3, row=""),
@@ -241,7 +242,7 @@ def _axis(name: str, value: float) -> Iterator[Row]:
 
 def _baseline(cell: str, student: str, printed: dict[str, float], *arguments: str) -> Row:
     """Returns a MoCo-v2 baseline."""
-    decay = () if student.startswith("resnet") else (SMALL_DECAY,)
+    decay = () if student in RESNETS else (SMALL_DECAY,)
     reference = ",".join((f"moco_v2:student={student}", *decay, *arguments))
     return Row(cell, reference, linear("seed", student), printed=printed)
 
