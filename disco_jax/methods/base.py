@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disco_jax.methods import rules
+from disco_jax.methods.rules import (
+    POSITIVE,
+    QUEUE_INITS,
+    check_choice,
+    check_positive,
+    check_queue_size,
+    check_share,
+)
 from disco_jax.models.encoder import Encoded, Network
 from disco_jax.ops.collectives import pmean
 from disco_jax.ops.memory import DEFAULT_SETTINGS, Queue, QueueSettings
@@ -151,7 +158,7 @@ class Objective(Protocol):
     shard_queues: ClassVar[bool] = False
     bag_views: ClassVar[tuple[int, ...]] = ()
     aux: ClassVar[tuple[str, ...]] = ()
-    positive: ClassVar[tuple[str, ...]] = rules.POSITIVE
+    positive: ClassVar[tuple[str, ...]] = POSITIVE
 
     @property
     def synthetic_views(self) -> tuple[int, ...]:
@@ -205,10 +212,10 @@ class Objective(Protocol):
         """
         values = {name: getattr(self, name) for name in config_fields(type(self))}
         for name in self.positive:
-            rules.check_positive(f"{setting}.{name}", values.get(name, 1.0))
-        rules.check_share(f"{setting}.global_share", values.get("global_share", 0.0))
+            check_positive(f"{setting}.{name}", values.get(name, 1.0))
+        check_share(f"{setting}.global_share", values.get("global_share", 0.0))
         init = values.get("queue_init", "random")
-        rules.check_choice(f"{setting}.queue_init", init, rules.QUEUE_INITS)
+        check_choice(f"{setting}.queue_init", init, QUEUE_INITS)
         if "queue_size" in values:
             self.check_queue(f"{setting}.queue_size", values["queue_size"], batch_size)
 
@@ -223,7 +230,7 @@ class Objective(Protocol):
         Raises:
           UserError: with the nearest sizes that are allowed.
         """
-        rules.check_queue_size(setting, size, batch_size)
+        check_queue_size(setting, size, batch_size)
 
     def check(self, setting: str, record: Record) -> None:
         """Checks that the objective can compare the outputs of the networks.
