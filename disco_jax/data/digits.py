@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 
-from disco_jax.data.records import tensorflow
+from disco_jax.data.tensorflow_import import tensorflow
 from disco_jax.errors import UserError
 
 NAME, VERSION = "digits", "1.0.0"

@@ -13,23 +13,12 @@ import numpy as np
 
 from disco_jax.data.encoded import Record
 from disco_jax.data.record_index import RecordIndex, open_index
+from disco_jax.data.tensorflow_import import tensorflow
 from disco_jax.errors import UserError
 
 _RECORDS_PER_READ = 256  # records per batch from TensorFlow
 PARALLEL_FILES = 16
 _BLOCK = 16  # consecutive records from one file when files are interleaved
-
-
-def tensorflow():
-    """Imports and returns (tensorflow, tensorflow_datasets), without GPUs and without log lines."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints a message on stderr
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    tf.get_logger().setLevel("ERROR")
-    tf.config.set_visible_devices([], "GPU")
-    return tf, tfds
 
 
 class Rows:

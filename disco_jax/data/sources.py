@@ -18,8 +18,9 @@ from etils import epath
 
 from disco_jax.data import contract, crops, decode, tfdata
 from disco_jax.data.encoded import CropEpoch, EncodedSource, Record, chunks_ahead
-from disco_jax.data.records import Rows, tensorflow
+from disco_jax.data.records import Rows
 from disco_jax.data.seeds import seed_words
+from disco_jax.data.tensorflow_import import tensorflow
 from disco_jax.errors import UserError, did_you_mean, unknown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

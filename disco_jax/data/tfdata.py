@@ -17,7 +17,7 @@ import numpy as np
 from disco_jax.data import crops, decode
 from disco_jax.data.contract import Position
 from disco_jax.data.encoded import THREADS, Chunk, Record, chunked
-from disco_jax.data.records import tensorflow
+from disco_jax.data.tensorflow_import import tensorflow
 
 _LOG = logging.getLogger(__name__)
 

@@ -76,7 +76,7 @@ class BucketEvents:
         """
         from clu import metric_writers
 
-        from disco_jax.data.records import tensorflow
+        from disco_jax.data.tensorflow_import import tensorflow
 
         tensorflow()  # hides the GPUs from TensorFlow
         self._writer = metric_writers.create_default_writer(os.fspath(folder), asynchronous=False)
