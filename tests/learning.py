@@ -47,7 +47,7 @@ RATES = {  # factor on the learning rate; default 4
 }
 WITHOUT_TEACHER = ("ressl", "pseudo_labels:clusters=64", "simclr", "byol", "supervised")
 # Recipes with crops of two sizes, which keep their own views and rates.
-MULTICROP = ("swav_disco", "dino_disco", "sslight_moco", "sslight_swav")
+MULTICROP = ("swav_disco", "sslight_moco", "sslight_swav")
 
 
 def recipe(name, folder):
@@ -94,11 +94,8 @@ def multicrop(name, folder):
     config = flags.load(f"{name}:data=digits,{student}")
     config.student.update(width=4, hidden=256, dim=64)
     config.total_epochs = EPOCHS.get(name, 20)
-    if name == "dino_disco":
-        config.local.count = 2
-    else:
-        config.augment.scale = (0.4, 1.0)
-        config.local.update(count=1, size=12, scale=(0.3, 0.7))
+    config.augment.scale = (0.4, 1.0)
+    config.local.update(count=1, size=12, scale=(0.3, 0.7))
     if name == "sslight_moco":  # a narrow network recognises its key by the batch statistics
         config.student.norm, config.momentum.norm = "local", "shuffle"
         config.student.update(hidden=128, dim=128)
