@@ -128,7 +128,7 @@ def test_a_stream_that_is_closed_or_full_changes_no_file_and_is_told(tmp_path):
 def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     """Takes one small run through most commands, each in a separate process.
 
-    Takes 40 s: fourteen processes, of which three are started as a user does.
+    Takes over a minute: fourteen processes, of which three are started as a user does.
     """
     digits = helpers.digits()
     few = {key: x[: 128 if key.startswith("train") else 60] for key, x in digits.items()}

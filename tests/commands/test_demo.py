@@ -26,6 +26,7 @@ def finished(tmp_path_factory):
 
 
 def test_results_are_complete_and_in_percent(finished):
+    """Takes over a minute: the quick start trains three networks and evaluates four."""
     folder, results, _ = finished
     assert json.loads((folder / "results.json").read_text()) == results
     for name in ("teacher", "moco_v2", "disco", "untrained"):

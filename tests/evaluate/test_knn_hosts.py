@@ -16,6 +16,7 @@ KNN = "knn", "two_knn"
 
 @pytest.mark.slow
 def test_two_hosts_find_what_one_finds(tmp_path, monkeypatch):
+    """Takes about a minute: two processes that compile, and the same work in this process."""
     arrays = helpers.digits()
     few = {k: v[: 96 if k.startswith("train") else 61] for k, v in arrays.items()}
     np.savez(tmp_path / "few.npz", **few)

@@ -104,6 +104,7 @@ TRAIN = {
 
 @pytest.mark.parametrize("name", TRAIN)
 def test_outputs_statistics_and_gradients_in_train_mode(name):
+    """XCiT takes over a minute: its gradient is compiled whole, as in training."""
     output, tolerance = TRAIN[name]
     meta, arrays, _ = helpers.recorded_state(name)
     checkpoint = imported(name)
