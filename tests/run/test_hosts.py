@@ -225,7 +225,8 @@ def test_a_mistake_is_told_by_every_process(tmp_path):
 def test_two_processes_end_together_in_every_way_and_the_next_start_changes_no_bit(runs, tmp_path):
     """Resumes a run after SIGTERM, a hang, a SIGKILL and a full disk, each in one process.
 
-    Takes over a minute: ten processes, and two waits of 15 s. They reuse the programs of another run.
+    Takes over a minute: ten processes, and two waits of 15 s. They reuse the programs of
+    another run.
     """
     workdir = tmp_path / "run"
     shutil.copytree(runs("disco", 2) / files.PROGRAMS, workdir / files.PROGRAMS)

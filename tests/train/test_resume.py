@@ -99,8 +99,8 @@ def compiled(workdir):
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(tmp_path, digits_file):
     """Kills a run during a save, an evaluation and at random, and stops it by SIGTERM (code 75).
 
-    Takes over a minute: eight starts of the command line. Each reuses what earlier ones compiled from
-    `xla_cache` in the run's directory, as another machine would.
+    Takes over a minute: eight starts of the command line. Each reuses what earlier ones compiled
+    from `xla_cache` in the run's directory, as another machine would.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert "Compiling took" in finish(start(digits_file, whole))
