@@ -164,7 +164,7 @@ def test_a_run_from_the_teachers_outputs_to_the_report(tmp_path):
     first_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"]
     (run / "checkpoints").rename(tmp_path / "checkpoints")
     out, _ = console(*train, "--allow-change=checkpoints", cwd=tmp_path)
-    assert "2 forward passes per step: student [0], teacher [0]" in out
+    assert "2 forward passes a step: student [0], teacher [0]" in out
     assert "step 2/2" in out and "images/s" in out and "eta" in out
     second_s = json.loads((run / "goodput.json").read_text())["seconds"]["compile"] - first_s
     assert first_s > 1 and second_s < 0.5 * first_s

@@ -148,7 +148,7 @@ def describe(ready: "Prepared", begin: state.TrainState) -> None:
     print(
         f"{settings.name or 'run'}: student {settings.student.backbone}, backbone "
         f"{backbone:.2f} M, with head {total:.2f} M (M = 2^20, as in the papers){trainable}; "
-        f"{count} forward passes per step: {passes}; "
+        f"{count} forward passes a step: {passes}; "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; "
         f"{ready.experiment.total_steps} steps, {ready.experiment.steps_per_epoch} per epoch"
         + ("; queue initialized from the teacher" if ready.teacher and ready.teacher.queue else "")
