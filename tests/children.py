@@ -111,7 +111,7 @@ def serve():
         importlib.import_module(name)
     importlib.import_module("helpers").digits()  # imports scikit-learn
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps intermediate forks
     while line := sys.stdin.readline():
         if not os.fork():
             request = json.loads(line)
